@@ -1,0 +1,1 @@
+"""Schedules: when to score, choose and apply."""

@@ -1,0 +1,1 @@
+"""How much to remove, and of what."""
