@@ -1,0 +1,1 @@
+"""Calibration data: functions that draw token windows from text."""

@@ -1,0 +1,1 @@
+"""Models: functions that load or build a causal language model and its tokenizer."""

@@ -1,0 +1,81 @@
+"""Any causal language model that transformers can load: a folder on disk or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from prunekit.registry import ConfigError, models
+
+AUTO = Literal["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
+
+
+def _lost(path: str, error: Exception) -> ConfigError:
+    """Neither a folder nor the hub gave the model; say both and why."""
+    reason = str(error).strip().split("\n")[0]
+    return ConfigError(
+        f"model=hf: path={path!r} is neither a folder of this machine nor a model that the hub gave ({type(error).__name__}: {reason}). "
+        "Give the path of a downloaded folder (config.json, safetensors, tokenizer), or a hub name with the network on and, for a gated model, a login."
+    )
+
+
+def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]) -> Any:
+    """The model's configuration from where its weights are, else from `overrides`. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    if overrides and not Path(path).is_dir():
+        if "model_type" not in overrides:
+            raise ConfigError(f"model=hf: config needs a model_type (llama, qwen2, ...), got {sorted(overrides)}")
+        try:
+            return AutoConfig.for_model(**overrides)
+        except ValueError as e:
+            raise ConfigError(f"model=hf: config={overrides}: {e}") from e
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        raise _lost(path, e) from e
+
+
+@models.register()
+def hf(
+    *,
+    path: str,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str | None = None,
+    device_map: str | dict[str, int | str] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    auto: AUTO = "AutoModelForCausalLM",
+    config: dict[str, Any] | None = None,
+    meta: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Any model that transformers loads: `path` is a local folder or a hub name.
+
+    `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `config` (a `model_type` and sizes) serves `meta=True`
+    where no folder is at hand, so that a plan needs no network. Raises ConfigError where neither disk nor hub has the model.
+    """
+    import transformers
+
+    if path.startswith((".", "~", "/")):
+        path = str(Path(path).expanduser().resolve())
+        if not Path(path).is_dir() and not (meta and config):
+            raise _lost(path, FileNotFoundError("no such folder"))
+    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    loader = getattr(transformers, auto)
+    if meta:
+        found = _config(path, config, options)
+        kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+        with torch.device("meta"):
+            return loader.from_config(found, trust_remote_code=trust_remote_code, **kind).eval(), None
+    _config(path, None, options)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        model = loader.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map=device_map, **options)
+    except OSError as e:
+        raise _lost(path, e) from e
+    if device_map is None:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
