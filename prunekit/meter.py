@@ -39,24 +39,25 @@ def _reset_high_water() -> bool:
 class Peak:
     """Highest memory in use while the `with` is open: `.mib` afterwards, and `.start_mib` at its beginning.
 
-    CUDA tensors count where CUDA has been used by then (sum over devices of the allocator's peak), otherwise the resident memory
-    of the process does: exactly, through Linux's VmHWM, or sampled every 10 ms where that counter cannot be reset.
+    CUDA tensors count where CUDA has been used by then (sum over devices of the allocator's peak; `cuda` says yes or no for certain),
+    otherwise the resident memory of the process does: exactly, through Linux's VmHWM, or sampled every 10 ms where that counter cannot be reset.
     Both counters are the process's own and there is one of each, so peaks that are open at once are told of every reset.
     Resident memory includes what the allocator keeps for reuse: a stage that reuses it shows a smaller peak than it would alone.
     """
 
     _open: ClassVar[list[Peak]] = []
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: bool | None = None) -> None:
         self.mib = self.start_mib = 0.0
+        self._ask_cuda = _cuda_in_use if cuda is None else lambda: cuda
         self._exact, self._stop = False, threading.Event()
         self._sampler: threading.Thread | None = None
 
     def __enter__(self) -> Peak:
         for outer in Peak._open:
             outer._fold()
-        self._cuda = _cuda_in_use()
-        for device in range(torch.cuda.device_count() if self._cuda else 0):
+        self._cuda = self._ask_cuda()
+        for device in range(torch.cuda.device_count() if _cuda_in_use() else 0):
             torch.cuda.reset_peak_memory_stats(device)
         self._exact = _reset_high_water()
         self.start_mib = _cuda_mib(torch.cuda.memory_allocated) if self._cuda else rss_mib()
@@ -75,7 +76,7 @@ class Peak:
         Peak._open.remove(self)
 
     def _fold(self) -> None:
-        if _cuda_in_use():
+        if self._ask_cuda():
             # A stage that is the first to use CUDA starts on the host's memory and ends on the device's, which is what counts there.
             self.mib = max(self.mib if self._cuda else 0.0, _cuda_mib(torch.cuda.max_memory_allocated))
             self._cuda = True

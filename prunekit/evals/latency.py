@@ -1,0 +1,88 @@
+"""How long a request takes: reading the prompt (prefill) and writing each further token (decode), apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.registry import Natural, Positive, evals
+
+Repeats = Annotated[int, Field(ge=2)]
+"""At least two, for a spread to exist."""
+
+
+@evals.register()
+def latency(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    batch: Positive = 1,
+    prompt: Positive = 64,
+    new_tokens: Positive = 32,
+    repeats: Repeats = 5,
+    warmup: Natural = 1,
+) -> dict[str, float]:
+    """Milliseconds to read a prompt and per token written, tokens per second; medians over `repeats`, spread = interquartile range.
+
+    A request is `batch` x `prompt` ids in one pass, whose logits give the first new token, then `new_tokens` passes of one token with
+    the cache, greedy. The prompt is all ones, so the work is the same every time. `latency_ms` is the whole request,
+    `tokens_per_s` counts `batch * new_tokens` over decode alone. A model that returns no cache reads the whole sequence anew for
+    each token, as it would have to in use. CUDA is synchronised around each part. `warmup` whole requests go unmeasured.
+    """
+    device = next(model.parameters()).device
+    ids = torch.ones(batch, prompt, dtype=torch.long, device=device)
+    wait = _waiter(device)
+    training, times = model.training, []
+    model.eval()
+    try:
+        with torch.no_grad():
+            for i in tqdm(range(warmup + repeats), desc="latency", leave=False):
+                measured = _request(model, ids, new_tokens, wait)
+                if i >= warmup:
+                    times.append(measured)
+    finally:
+        model.train(training)
+    prefill, decode = ([1000 * t[i] for t in times] for i in (0, 1))
+    per_token = [d / new_tokens for d in decode]
+    return {
+        "prefill_ms": median(prefill),
+        "prefill_ms_spread": _spread(prefill),
+        "decode_ms_per_token": median(per_token),
+        "decode_ms_per_token_spread": _spread(per_token),
+        "latency_ms": median(a + b for a, b in zip(prefill, decode)),
+        "tokens_per_s": 1000 * batch / median(per_token),
+    }
+
+
+def _request(model: nn.Module, ids: Tensor, new_tokens: int, wait: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of prefill, seconds of decode."""
+    wait()
+    start = time.perf_counter()
+    out = model(input_ids=ids, use_cache=True)
+    wait()
+    middle = time.perf_counter()
+    for _ in range(new_tokens):
+        chosen = out.logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, chosen], dim=1)
+        cache = getattr(out, "past_key_values", None)
+        out = model(input_ids=ids if cache is None else chosen, past_key_values=cache, use_cache=True)
+    wait()
+    return middle - start, time.perf_counter() - middle
+
+
+def _waiter(device: torch.device) -> Callable[[], None]:
+    """What to call so that everything sent to the device is done."""
+    synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
+    return synchronize if synchronize is not None and device.type != "cpu" else lambda: None
+
+
+def _spread(values: list[float]) -> float:
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return high - low
