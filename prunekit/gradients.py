@@ -84,7 +84,6 @@ def backward(model: nn.Module, names: Iterable[str], run: Run, sink: Sink, *, sq
     others = [n for n in wanted if n not in linear]
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(only_these_train(model, set(others)))
         bar = stack.enter_context(tqdm(total=len(wanted), desc="gradients", unit="weight", leave=False, delay=2))
 
         def told(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
@@ -93,9 +92,10 @@ def backward(model: nn.Module, names: Iterable[str], run: Run, sink: Sink, *, sq
             bar.update()
 
         if linear:
-            with _per_sample(model, linear, told, len(run.tokens)):  # type: ignore[attr-defined]
+            with only_these_train(model, set()), _per_sample(model, linear, told, len(run.tokens)):  # type: ignore[attr-defined]
                 for out in run(labels=True):
                     out.loss.backward()
+        stack.enter_context(only_these_train(model, set(others)))
         if others and squares:
             _sample_by_sample(model, others, run, told)
         elif others:

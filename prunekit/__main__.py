@@ -1,0 +1,7 @@
+"""`python -m prunekit` is the console script."""
+
+import sys
+
+from prunekit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,95 @@
+"""The same share of every group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+
+from prunekit.registry import ConfigError, Positive, Share, ratios
+from prunekit.sizes import Sizes
+from prunekit.types import Counts, Group, Run
+
+CHANNELS = ("neurons", "hidden", "inner")
+"""Kinds whose kept number `multiple` rounds; heads, experts and blocks are whole things."""
+
+
+@ratios.register(paper="arXiv 2305.11627", year=2023)
+def uniform(
+    model: nn.Module,
+    groups: list[Group],
+    run: Run,
+    *,
+    target: Share = 0.2,
+    of: Literal["units", "prunable", "model"] = "model",
+    multiple: Positive = 1,
+) -> Counts:
+    """Removes the share `target` of every group's units, of the prunable parameters, or of the whole model's parameters.
+
+    `units` follows LLM-Pruner's floor rule on channels: kept = floor(channels * (1 - target)), whole heads only. `prunable` and `model`
+    solve for the share of units that removes `target` of those parameters, to within one unit. `multiple` rounds kept neurons and
+    residual channels to a multiple. No group is emptied. Raises ConfigError when the target cannot be reached.
+    """
+    if of == "units":
+        return {g.name: rounded(g, units_removed(g, target), multiple) for g in groups}
+    sizes = Sizes(model, groups)
+    return solve(groups, sizes, target * (sizes.total if of == "model" else sizes.prunable()), multiple, f"{target} of {of}")
+
+
+def units_removed(group: Group, share: float) -> int:
+    """LLM-Pruner's rule: kept channels are floored, then only whole units of `width` channels go; one unit always stays."""
+    channels = group.units * group.width
+    # 1e-9 keeps an exact product such as 100 * (1 - 0.9) from falling below its integer.
+    kept = int(channels * (1 - share) + 1e-9)
+    return min((channels - kept) // group.width, group.units - 1)
+
+
+def rounded(group: Group, removed: int, multiple: int) -> int:
+    """`removed` moved so that the kept units are the nearest multiple, at least one multiple (heads and blocks are left as they are)."""
+    if multiple == 1 or removed == 0 or group.kind not in CHANNELS:
+        return removed
+    kept = max(multiple, round((group.units - removed) / multiple) * multiple)
+    return max(0, group.units - min(kept, group.units))
+
+
+def solve(groups: list[Group], sizes: Sizes, budget: float, multiple: int, asked: str) -> Counts:
+    """Counts, proportional to each group's units, whose parameters come as near `budget` as one unit (or one multiple) allows."""
+
+    def at(share: float) -> Counts:
+        return {g.name: rounded(g, min(int(share * g.units), g.units - 1), multiple) for g in groups}
+
+    if sizes.removed(at(1.0)) < budget:
+        most = sizes.removed(at(1.0)) / sizes.total
+        raise ConfigError(
+            f"ratio: {asked} cannot be removed from {len(groups)} groups that hold at most {most:.1%} of the model; "
+            "lower ratio.target, exclude less, or let the pruner take more kinds of units"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sizes.removed(at(middle)) <= budget else (low, middle)
+    counts = at(low)
+    fill(groups, counts, low, lambda c: budget - sizes.removed(c), multiple)
+    return counts
+
+
+
+def fill(groups: list[Group], counts: Counts, share: float, gap: Callable[[Counts], float], multiple: int) -> None:
+    """Add single units, those nearest to their turn first, until none fits into the gap; a last one may cross it if that is nearer."""
+    order = sorted(groups, key=lambda g: share * g.units - counts[g.name], reverse=True)
+
+    def one_more(g: Group) -> Counts:
+        return counts | {g.name: counts[g.name] + (multiple if g.kind in CHANNELS else 1)}
+
+    fitted = True
+    while fitted:
+        fitted = False
+        for g in order:
+            trial = one_more(g)
+            if trial[g.name] < g.units and gap(trial) >= 0:
+                counts.update(trial)
+                fitted = True
+    last = min((t for g in order if (t := one_more(g))[g.name] < g.units), key=lambda t: abs(gap(t)), default=counts)
+    if abs(gap(last)) < abs(gap(counts)):
+        counts.update(last)

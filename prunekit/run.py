@@ -1,0 +1,98 @@
+"""The runner: compose, check, load, measure, prune, measure, recover, measure, save. It names no component."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunekit import checkpoint, provenance, results, track
+from prunekit.meter import Stages
+from prunekit.preflight import Parts, check
+from prunekit.types import Pruned
+
+log = logging.getLogger("prunekit")
+
+
+@dataclass
+class Job:
+    """What the stages of one run share: its parts, where it writes, and what it has found so far."""
+
+    cfg: dict[str, Any]
+    folder: Path
+    parts: Parts
+    stages: Stages
+    found: dict[str, float]
+
+
+def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """One experiment from a plain config; writes into `folder` and returns what `result.json` holds.
+
+    Everything that can be wrong with `cfg` raises ConfigError before a weight is read. `result.json` is written last and atomically:
+    a folder without one is a run that did not finish.
+    """
+    job = Job(cfg, Path(folder), check(cfg), Stages(), {})
+    job.folder.mkdir(parents=True, exist_ok=True)
+    provenance.seed_everything(cfg["seed"])
+    with track.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
+        with job.stages("load"):
+            model, tokenizer = job.parts.model()
+            tokens = job.parts.calib(tokenizer)
+        measure(job, "dense", model, tokenizer, tracker)
+        with job.stages("prune"):
+            pruned = job.parts.pruner(model, tokens, job.parts.criterion, job.parts.ratio, job.parts.exclude)
+        show_kept(pruned, tracker)
+        measure(job, "pruned", pruned.model, tokenizer, tracker)
+        if job.parts.recovery:
+            with job.stages("recover"):
+                pruned.model = job.parts.recovery(pruned, tokenizer)
+            measure(job, "recovered", pruned.model, tokenizer, tracker)
+        saved = save(job, pruned, tokenizer, tracker)
+        record = results.record(cfg, job.found, job.stages.results, pruned, saved, provenance.collect(cfg, tokens))
+    results.write(job.folder / "result.json", record)
+    return record
+
+
+def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: track.Track) -> None:
+    """Every eval on `model`; keys are prefixed with `when`. An eval named twice must not hide the other's number."""
+    for name, evaluate in job.parts.evals.items():
+        log.info("%s: measuring %s", when, name)
+        with job.stages(f"{when}/{name}"):
+            numbers = evaluate(model, tokenizer)
+        job.found |= results.prefixed(when, numbers, job.found)
+    tracker.log({k: v for k, v in job.found.items() if k.startswith(f"{when}/")})
+
+
+def show_kept(pruned: Pruned, tracker: track.Track) -> None:
+    """The kept widths by layer, as a table of the tracker."""
+    tracker.table("kept", ["group", "kept", "of"], [[n, k, u] for n, (k, u) in results.widths(pruned).items()])
+
+
+def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: track.Track) -> str | None:
+    """The checkpoint folder, unless `save=false`; its metadata goes to the tracker, the weights stay here."""
+    if not job.cfg["save"]:
+        return None
+    folder = job.folder / "checkpoint"
+    with job.stages("save"):
+        checkpoint.save(pruned.model, tokenizer, folder, kept=pruned.kept, groups=pruned.groups, config=job.cfg, counts=counts(job))
+    tracker.artifact("checkpoint", [folder / "config.json", folder / "pruning.json"])
+    return str(folder)
+
+
+def counts(job: Job) -> dict[str, float]:
+    """The measured sizes that belong into the checkpoint."""
+    return {k: v for k, v in job.found.items() if k.partition("/")[2].startswith(("params", "macs"))}
+
+
+def objective(record: dict[str, Any], key: str | None) -> float | None:
+    """The number that a sweeper minimises. Raises KeyError naming the keys there are."""
+    if key is None:
+        return None
+    if key not in record["results"]:
+        raise KeyError(f"objective={key!r}; results are: {', '.join(record['results'])}")
+    return record["results"][key]
+
+

@@ -1,0 +1,70 @@
+"""The table that a run ends with: dense, pruned and recovered side by side, and where everything lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROWS = {
+    "params": ("parameters", "{:,.0f}", 1),
+    "macs": ("MACs (64 tokens)", "{:.2f} G", 1e9),
+    "weights_mib": ("weights", "{:.1f} MiB", 1),
+    "peak_memory_mib": ("peak memory", "{:.0f} MiB", 1),
+    "prefill_ms": ("prefill", "{:.1f} ms", 1),
+    "decode_ms_per_token": ("decode", "{:.2f} ms/token", 1),
+}
+"""Keys with a name and a unit of their own; perplexities and accuracies follow by prefix, the rest stays in result.json."""
+STAGES = ("dense", "pruned", "recovered")
+
+
+def show(record: dict[str, Any], folder: Path, console: Console | None = None) -> None:
+    """Print `record` as one table and the paths of the checkpoint, the log and the result."""
+    console = console or Console()
+    results = record["results"]
+    stages = [s for s in STAGES if any(k.startswith(f"{s}/") for k in results)]
+    table = Table(title=title(record["config"]), title_justify="left")
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    keys = list(dict.fromkeys(k.split("/", 1)[1] for k in results))
+    for key in [*[k for k in ROWS if k in keys], *[k for k in keys if k.startswith(("ppl_", "acc_")) and not k.endswith("_stderr")]]:
+        table.add_row(ROWS.get(key, (label(key),))[0], *[cell(results, stage, key) for stage in stages])
+    console.print(table)
+    if record["checkpoint"]:
+        console.print(f"checkpoint  {record['checkpoint']}", soft_wrap=True)
+    console.print(f"log         {folder / 'run.log'}", soft_wrap=True)
+    console.print(f"result      {folder / 'result.json'}", soft_wrap=True)
+
+
+def title(config: dict[str, Any]) -> str:
+    """What was run, in one line."""
+    ratio = config["ratio"]
+    share = f"{ratio['target']:.0%} of {ratio.get('of', 'units')}" if "target" in ratio else ratio["name"]
+    recovery = (config["recovery"] or {}).get("name", "none")
+    return f"{config['model'].get('path') or config['model']['name']}, {config['criterion']['name']}, {share}, recovery {recovery}"
+
+
+def label(key: str) -> str:
+    """`ppl_pydocs_128` -> `perplexity pydocs, window 128`; `acc_norm_hellaswag` -> `accuracy (norm) hellaswag`."""
+    if key.startswith("ppl_"):
+        dataset, _, window = key[4:].rpartition("_")
+        return f"perplexity {dataset}, window {window}"
+    return key.replace("acc_norm_", "accuracy (norm) ").replace("acc_", "accuracy ")
+
+
+def cell(results: dict[str, Any], stage: str, key: str) -> str:
+    """One number, with its standard error where there is one."""
+    value = results.get(f"{stage}/{key}")
+    if value is None:
+        return "-"
+    if key in ROWS:
+        _, form, unit = ROWS[key]
+        text = form.format(value / unit)
+        dense = results.get(f"dense/{key}")
+        return text if stage == "dense" or not dense else f"{text} ({value / dense:.1%})"
+    error = results.get(f"{stage}/{key}_stderr")
+    form = "{:.3f}" if key.startswith("acc_") else "{:.2f}"
+    return form.format(value) + (f" ± {form.format(error)}" if error is not None else "")
