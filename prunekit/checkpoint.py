@@ -1,0 +1,216 @@
+"""Write a pruned model as a folder that loads by itself, and load such a folder; no pickles, nothing half-written, nothing half-read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit.integrity import MANIFEST, VERSION, CheckpointError, check_manifest, digest, read_header, read_json, seal
+from prunekit.layout import clean_config, difference, rebuild, stock_class, tensors
+from prunekit.registry import ConfigError
+from prunekit.types import Group, Kept
+
+STRUCTURAL = ("neurons", "heads", "hidden", "experts", "blocks", "inner")
+
+
+def save(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    kept: Kept | None = None,
+    groups: list[Group] | None = None,
+    config: dict[str, Any] | None = None,
+    counts: dict[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
+    check: bool = True,
+) -> Path:
+    """Write model, tokenizer and `pruning.json` into `folder`, which appears only when it is complete.
+
+    `kept` and `groups` as a pruner returns them, `config` the run's configuration, `counts` what was measured. `check` runs a few
+    tokens through the model as a loader would build it and through the model itself: the logits must be the same to the bit.
+    Raises ConfigError for a model that no config can tell, and for a folder that holds something else.
+    """
+    folder = Path(folder)
+    _check_target(folder)
+    _check_model(model)
+    plan, layout = describe(model)
+    copy = rebuild(model, plan, layout)
+    if check:
+        _check_same(model, copy)
+    part = folder.parent / f".{folder.name}.part{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        copy.save_pretrained(part, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        _write_manifest(part, _manifest(part, kept or {}, groups or [], config or {}, counts or {}, layout))
+        _publish(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def describe(model: nn.Module) -> tuple[Any, dict[str, Any]]:
+    """The config to write and the layout beside it; the layout is empty where stock transformers builds the model from the config."""
+    plan = clean_config(model.config)
+    return plan, difference(model, plan)
+
+
+def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None) -> tuple[nn.Module, Any]:
+    """Model in eval mode and tokenizer (None where none was saved) from a folder that `save` wrote, without remote code.
+
+    `dtype` default: as saved. Raises CheckpointError naming file and field for anything that does not fit, before a weight is read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    manifest = check_manifest(folder)
+    config, kind = _config_and_class(folder)
+    _check_headers(folder, manifest, config, kind)
+    placed = {} if device is None else {"device_map": {"": torch.device(device)}}
+    model, info = kind.from_pretrained(
+        folder, config=config, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True, **placed
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            raise CheckpointError(f"{folder}: {what.replace('_', ' ')} in the safetensors: {sorted(map(str, info[what]))[:5]}")
+    has_tokenizer = any(name in manifest["files"] for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False) if has_tokenizer else None
+    return model.eval(), tokenizer
+
+
+def _check_target(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; a checkpoint is a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ConfigError(f"{folder} holds something that is not a checkpoint; it is not overwritten")
+
+
+def _check_model(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"{type(model).__name__} cannot be saved; possible: a model of transformers, with adapters merged")
+    stock_class(model)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) > 1:
+        names = sorted(str(d).removeprefix("torch.") for d in dtypes)
+        raise ConfigError(f"the model mixes {' and '.join(names)}, and transformers loads one type; cast it first: model.to(torch.float32)")
+
+
+@torch.no_grad()
+def _check_same(model: nn.Module, copy: nn.Module) -> None:
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(8, device=device) * 7919 % vocabulary)[None]
+    was = model.training
+    try:
+        ours, theirs = (m.eval()(input_ids=ids, use_cache=False).logits.nan_to_num() for m in (model, copy))
+    finally:
+        model.train(was)
+    if not torch.equal(ours, theirs):
+        far = (ours - theirs).abs().max().item()
+        raise ConfigError(f"the checkpoint would not give the model's logits (they differ by {far:.3g}): something outside of tensors changed")
+
+
+def _manifest(part: Path, kept: Kept, groups: list[Group], config: dict, counts: dict, layout: dict) -> dict[str, Any]:
+    entries = {}
+    for group in groups:
+        mask = kept.get(group.name)
+        entry: dict[str, Any] = {"kind": group.kind, "layer": group.layer, "units": group.units}
+        entry["members"] = [[m.param, m.axis] for m in group.members] or list(group.modules)
+        entry["kept"] = _indices(mask, group)
+        entries[group.name] = entry
+    for name, mask in kept.items():
+        if name not in entries and mask.dim() == 1:
+            entries[name] = {"kind": name.split(".")[0], "layer": None, "units": mask.numel(), "kept": mask.nonzero()[:, 0].tolist()}
+    return {
+        "version": VERSION,
+        "loads_with": "prunekit.load, or from_pretrained(path, trust_remote_code=True)" if layout else "from_pretrained(path)",
+        "config": config,
+        "counts": counts,
+        "groups": entries,
+        "files": {file.name: digest(file) for file in sorted(part.iterdir()) if file.is_file()},
+    }
+
+
+def _indices(mask: torch.Tensor | None, group: Group) -> list[int] | int:
+    """Kept units in ascending order; for a matrix of weights only how many, since the zeros are in the tensor itself."""
+    if group.kind == "weights":
+        return int(mask.sum()) if mask is not None else group.units
+    return mask.flatten().nonzero()[:, 0].tolist() if mask is not None else list(range(group.units))
+
+
+def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
+    plain = json.loads(json.dumps(manifest, default=str))
+    plain["seal"] = seal(plain)
+    (part / MANIFEST).write_text(json.dumps(plain, separators=(",", ":")), encoding="utf-8")
+
+
+def _publish(part: Path, folder: Path) -> None:
+    """Bring everything to the disk, then give the folder its name; an earlier checkpoint of that name makes way."""
+    for path in [*part.rglob("*"), part]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    old = folder.parent / f".{folder.name}.old{os.getpid()}"
+    if folder.is_dir():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _config_and_class(folder: Path) -> tuple[Any, type]:
+    """The config and the model class, from names that transformers itself registers; no remote code is looked at."""
+    import transformers
+    from transformers import CONFIG_MAPPING, PreTrainedModel
+
+    from prunekit.carry import modeling_pruned as carry
+
+    name, raw = folder / "config.json", read_json(folder / "config.json")
+    if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in CONFIG_MAPPING:
+        raise CheckpointError(f"{name}: model_type {raw.get('model_type')!r} is not one of transformers'")
+    if raw.get("quantization_config") is not None:
+        raise CheckpointError(f"{name}: quantization_config is not something that prunekit writes")
+    names = raw.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise CheckpointError(f"{name}: architectures must name one class, found {names!r}")
+    base = getattr(transformers, names[0].removeprefix(carry.PREFIX), None)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise CheckpointError(f"{name}: architectures names {names[0]!r}, which is not a model class of transformers")
+    try:
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    if base.config_class is not None and not isinstance(config, base.config_class):
+        raise CheckpointError(f"{name}: architectures names {names[0]!r}, whose model_type is not {raw['model_type']!r}")
+    return config, getattr(carry, names[0]) if names[0].startswith(carry.PREFIX) else base
+
+
+def _check_headers(folder: Path, manifest: dict[str, Any], config: Any, kind: type) -> None:
+    """Compare the shapes in the safetensors headers with those of the model that config.json asks for."""
+    from prunekit.layout import fresh
+
+    name = folder / "config.json"
+    try:
+        expected = tensors(fresh(kind, config))
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        raise CheckpointError(f"{name}: no model can be built from it: {error}") from None
+    for file in manifest["files"]:
+        if file.endswith(".safetensors"):
+            for tensor, shape in read_header(folder / file).items():
+                if tensor in expected and tuple(expected[tensor].shape) != shape:
+                    want = tuple(expected[tensor].shape)
+                    raise CheckpointError(f"{folder / file}: {tensor} has shape {shape}, {name} asks for {want}")

@@ -1,0 +1,175 @@
+"""A pruned model that is written loads again to the bit, with and without prunekit, and a folder is complete or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from prunekit.checkpoint import describe, load, save
+from prunekit.integrity import CheckpointError
+from prunekit.registry import ConfigError
+from prunekit.types import Group, Member
+
+
+def llama(tie: bool = False, **over) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+    config = LlamaConfig(**{**sizes, "num_hidden_layers": 3, "vocab_size": 100, "tie_word_embeddings": tie, "pad_token_id": 0, **over})
+    config.initializer_range = 0.5
+    return LlamaForCausalLM(config).eval()
+
+
+def narrow(linear: nn.Linear, axis: int, keep: torch.Tensor) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(axis, keep).clone())
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def uneven(model: nn.Module) -> nn.Module:
+    """Widths that differ by layer, and one key/value head with its queries gone from the middle layer."""
+    for i, layer in enumerate(model.model.layers):
+        keep = torch.arange(64)[: 64 - 9 * (i + 1)]
+        for linear, axis in ((layer.mlp.gate_proj, 0), (layer.mlp.up_proj, 0), (layer.mlp.down_proj, 1)):
+            narrow(linear, axis, keep)
+    attention = model.model.layers[1].self_attn
+    for linear, axis, width in ((attention.q_proj, 0, 16), (attention.k_proj, 0, 8), (attention.v_proj, 0, 8), (attention.o_proj, 1, 16)):
+        narrow(linear, axis, torch.cat([torch.arange(width), torch.arange(2 * width, 3 * width)]))
+    return model
+
+
+def same(a: nn.Module, b: nn.Module, tokens: torch.Tensor) -> None:
+    one, two = a.state_dict(), b.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) and one[k].dtype == two[k].dtype for k in one)
+    with torch.no_grad():
+        assert torch.equal(a(tokens).logits, b(tokens).logits)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_exact(tmp_path: Path, tokens: torch.Tensor, tie: bool, dtype: torch.dtype) -> None:
+    model = uneven(llama(tie)).to(dtype)
+    save(model, None, tmp_path / "out")
+    again, tokenizer = load(tmp_path / "out")
+    assert tokenizer is None
+    assert not again.training
+    same(model, again, tokens)
+    if tie:
+        assert again.lm_head.weight is again.get_input_embeddings().weight
+    out = [again.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*out)
+    assert torch.equal(out[0], model.generate(tokens, max_new_tokens=8, do_sample=False))
+
+
+def test_dense_model_needs_no_code_of_ours(tmp_path: Path) -> None:
+    save(llama(), None, tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_manifest_tells_what_was_kept(tmp_path: Path) -> None:
+    mask = torch.ones(64, dtype=torch.bool)
+    mask[[3, 5]] = False
+    group = Group("neurons.0", "neurons", 0, 64, (Member("model.layers.0.mlp.gate_proj.weight", 0, torch.arange(64)[:, None]),))
+    save(llama(), None, tmp_path / "out", kept={"neurons.0": mask}, groups=[group], config={"seed": 1}, counts={"params": 5})
+    manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert manifest["groups"]["neurons.0"]["kept"] == [i for i in range(64) if i not in (3, 5)]
+    assert manifest["config"] == {"seed": 1}
+    assert manifest["counts"] == {"params": 5}
+
+
+def test_sharded(tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = uneven(llama())
+    save(model, None, tmp_path / "out", max_shard_size="20KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    same(model, load(tmp_path / "out")[0], tokens)
+
+
+def test_saved_again(tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = uneven(llama())
+    save(model, None, tmp_path / "one")
+    once = load(tmp_path / "one")[0]
+    save(once, None, tmp_path / "two")
+    same(model, load(tmp_path / "two")[0], tokens)
+    assert describe(once)[1] == describe(model)[1]
+
+
+def test_added_bias_and_own_numbers(tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = uneven(llama())
+    model.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(48))
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.125
+    save(model, None, tmp_path / "out")
+    same(model, load(tmp_path / "out")[0], tokens)
+
+
+def test_changed_buffer_travels(tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = llama()
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.37
+    save(model, None, tmp_path / "out")
+    again = load(tmp_path / "out")[0]
+    assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    same(model, again, tokens)
+
+
+def test_what_no_config_tells_is_refused(tmp_path: Path) -> None:
+    model = llama()
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.act_fn"):
+        save(model, None, tmp_path / "out")
+    model = llama()
+    model.model.norm.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(ConfigError, match="logits"):
+        save(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="Linear"):
+        save(nn.Linear(2, 2), None, tmp_path / "out")
+
+
+def test_loads_where_prunekit_cannot_be_imported(tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = uneven(llama())
+    save(model, None, tmp_path / "out")
+    with torch.no_grad():
+        save_file({"tokens": tokens, "logits": model(tokens).logits}, tmp_path / "expected.safetensors")
+    code = """
+import sys
+sys.modules["prunekit"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/out", trust_remote_code=True)
+seen = load_file(sys.argv[1] + "/expected.safetensors")
+with torch.no_grad():
+    assert torch.equal(model(seen["tokens"]).logits, seen["logits"])
+"""
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="not overwritten"):
+        save(llama(), None, tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    save(llama(), None, tmp_path / "good")
+    save(uneven(llama()), None, tmp_path / "good")
+    load(tmp_path / "good")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "x.pkl"])
+def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
+    save(llama(), None, tmp_path / "out")
+    (tmp_path / "out" / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match=name):
+        load(tmp_path / "out")
