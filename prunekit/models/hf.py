@@ -18,7 +18,7 @@ def _lost(path: str, error: Exception) -> ConfigError:
     reason = str(error).strip().split("\n")[0]
     return ConfigError(
         f"model=hf: path={path!r} is neither a folder of this machine nor a model that the hub gave ({type(error).__name__}: {reason}). "
-        "Give the path of a downloaded folder (config.json, safetensors, tokenizer), or a hub name with the network on and, for a gated model, a login."
+        "Give a downloaded folder (config.json, safetensors, tokenizer), or a hub name with the network on and, if gated, a login."
     )
 
 

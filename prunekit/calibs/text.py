@@ -1,0 +1,42 @@
+"""Calibration tokens out of any text or jsonl file."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prunekit.data import crops, document, read
+from prunekit.registry import ConfigError, Natural, Positive, calibs
+
+
+@calibs.register()
+def text(
+    tokenizer: Any,
+    *,
+    path: str,
+    field: str = "text",
+    take: Literal["first", "random"] = "first",
+    samples: Positive = 10,
+    length: Positive = 64,
+    seed: Natural = 42,
+    join: bool = True,
+) -> Tensor:
+    """The first tokens of a text or jsonl file, or random stretches of it.
+
+    `first` tokenizes without special tokens and cuts; `random` draws lines or records as `crop` does. Returns `(N, T)` int64.
+    Raises ConfigError.
+    """
+    records = read(path)
+    lacking = [r for r in records if field not in r]
+    if lacking:
+        raise ConfigError(f"{path} has records without the field {field!r}; the first of them has: {', '.join(lacking[0])}")
+    rows = [str(r[field]) for r in records]
+    lines = not str(path).endswith(".jsonl")
+    if take == "random":
+        return crops(rows, tokenizer, samples=samples, length=length, seed=seed, join=join, glue="" if lines else "\n\n")
+    ids = tokenizer("".join(rows) if lines else document(rows), add_special_tokens=False).input_ids
+    if len(ids) < samples * length:
+        raise ConfigError(f"{path} has {len(ids)} tokens, fewer than {samples} samples of {length}")
+    return torch.tensor(ids[: samples * length]).view(samples, length)
