@@ -120,7 +120,7 @@ def _check_same(model: nn.Module, copy: nn.Module) -> None:
         model.train(was)
     if not torch.equal(ours, theirs):
         far = (ours - theirs).abs().max().item()
-        raise ConfigError(f"the checkpoint would not give the model's logits (they differ by {far:.3g}): something outside of tensors changed")
+        raise ConfigError(f"the checkpoint would give other logits (by {far:.3g}): something outside of the tensors changed the model")
 
 
 def _manifest(part: Path, kept: Kept, groups: list[Group], config: dict, counts: dict, layout: dict) -> dict[str, Any]:
@@ -191,12 +191,20 @@ def _config_and_class(folder: Path) -> tuple[Any, type]:
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise CheckpointError(f"{name}: architectures names {names[0]!r}, which is not a model class of transformers")
     try:
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        config = CONFIG_MAPPING[raw["model_type"]].from_pretrained(folder, local_files_only=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{name}: {error}") from None
-    if base.config_class is not None and not isinstance(config, base.config_class):
+    if base.__name__ not in _classes_of(config) and not isinstance(config, base.config_class or ()):
         raise CheckpointError(f"{name}: architectures names {names[0]!r}, whose model_type is not {raw['model_type']!r}")
     return config, getattr(carry, names[0]) if names[0].startswith(carry.PREFIX) else base
+
+
+def _classes_of(config: Any) -> tuple[str, ...]:
+    """Names of the causal language models that transformers registers for the config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _check_headers(folder: Path, manifest: dict[str, Any], config: Any, kind: type) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -40,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.name} is missing in {path.parent}: not a checkpoint of prunekit, or one whose writing did not end") from None
+        raise CheckpointError(f"{path.name} is missing in {path.parent}: no checkpoint of prunekit, or half-written") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
@@ -117,7 +118,7 @@ def check_groups(groups: Any, name: str) -> None:
             raise CheckpointError(f"{field}.kept must be a list of integers")
         if any(not 0 <= k < entry["units"] for k in kept):
             raise CheckpointError(f"{field}.kept: index out of range, there are {entry['units']} units")
-        if any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(kept)):
             raise CheckpointError(f"{field}.kept must ascend without repeats")
 
 

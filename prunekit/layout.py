@@ -162,7 +162,7 @@ def _buffers(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
 
 def materialise(model: nn.Module, device: torch.device | str) -> None:
     """Give the loose buffers of a model on the meta device their values, the way `from_pretrained` does."""
-    for path, module in model.named_modules():
+    for module in model.modules():
         for leaf in module._non_persistent_buffers_set:
             if module._buffers.get(leaf) is not None and module._buffers[leaf].device.type == "meta":
                 module._buffers[leaf] = _unset(module._buffers[leaf], device)
