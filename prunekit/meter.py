@@ -39,8 +39,8 @@ def _reset_high_water() -> bool:
 class Peak:
     """Highest memory in use while the `with` is open: `.mib` afterwards, and `.start_mib` at its beginning.
 
-    CUDA tensors count where CUDA has been used by then (sum over devices of the allocator's peak; `cuda` says yes or no for certain),
-    otherwise the resident memory of the process does: exactly, through Linux's VmHWM, or sampled every 10 ms where that counter cannot be reset.
+    CUDA tensors count where CUDA has been used by then (the allocator's peak, summed over devices; `cuda` decides for certain),
+    otherwise the resident memory of the process: exactly, through Linux's VmHWM, or sampled every 10 ms where that cannot be reset.
     Both counters are the process's own and there is one of each, so peaks that are open at once are told of every reset.
     Resident memory includes what the allocator keeps for reuse: a stage that reuses it shows a smaller peak than it would alone.
     """
