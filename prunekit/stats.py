@@ -1,0 +1,94 @@
+"""Streaming statistics of activations, behind hooks that always come off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.types import Run
+
+See = Callable[[Tensor], None]
+"""Called with an activation `(N, T, channels)`; it must not keep or change it."""
+
+
+def first_tensor(args: Any, kwargs: Mapping[str, Any] | None = None) -> Tensor:
+    """The activation among a module's arguments or results: transformers passes it first, or as `hidden_states`."""
+    if isinstance(args, Tensor):
+        return args
+    if isinstance(args, (tuple, list)) and args:
+        return args[0]
+    return (kwargs or {})["hidden_states"]
+
+
+@contextmanager
+def watch(model: nn.Module, inputs: Mapping[str, See] | None = None, outputs: Mapping[str, See] | None = None) -> Iterator[None]:
+    """Inside, the modules named show each input (or output) to their function, detached. The hooks come off whatever happens."""
+
+    def before(see: See, module: nn.Module, args: Any, kwargs: Any) -> None:
+        see(first_tensor(args, kwargs).detach())
+
+    def after(see: See, module: nn.Module, args: Any, out: Any) -> None:
+        see(first_tensor(out).detach())
+
+    hooks: list[Any] = []
+    try:
+        for name, see in (inputs or {}).items():
+            hooks.append(model.get_submodule(name).register_forward_pre_hook(partial(before, see), with_kwargs=True))
+        for name, see in (outputs or {}).items():
+            hooks.append(model.get_submodule(name).register_forward_hook(partial(after, see)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Moments:
+    """Mean, variance and norm of each channel over all tokens seen, exact in one pass (Welford's update, batch by batch as Chan's)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.spread = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        """Take in `x (..., channels)`; sums are float32 on its device."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        mean = x.mean(0)
+        spread = (x - mean).square().sum(0)
+        if self.count:
+            total = self.count + len(x)
+            gap = mean - self.mean
+            spread = self.spread + spread + gap.square() * (self.count * len(x) / total)
+            mean = self.mean + gap * (len(x) / total)
+        self.mean, self.spread, self.count = mean, spread, self.count + len(x)
+
+    @property
+    def variance(self) -> Tensor:
+        """(channels,) mean squared distance from the mean."""
+        return self.spread / self.count
+
+    @property
+    def square(self) -> Tensor:
+        """(channels,) mean of x^2."""
+        return self.variance + self.mean.square()
+
+
+@torch.no_grad()
+def moments(model: nn.Module, names: Iterable[str], run: Run, batch: int | None = None) -> dict[str, Moments]:
+    """Moments of the input channels of the modules named, over one pass of the calibration tokens."""
+    found = {name: Moments() for name in names}
+    with watch(model, inputs={name: m.add for name, m in found.items()}):
+        drain(run, "activations", batch)
+    return found
+
+
+def drain(run: Run, what: str, batch: int | None = None) -> None:
+    """Push all calibration tokens through, for the sake of what watches."""
+    total = -(-len(run.tokens) // (batch or len(run.tokens)))  # type: ignore[attr-defined]
+    for _ in tqdm(run(batch=batch), total=total, desc=what, unit="batch", leave=False, delay=2):
+        pass
