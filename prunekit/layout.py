@@ -79,15 +79,15 @@ def loose_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def difference(model: nn.Module, config: Any) -> dict[str, Any]:
+def difference(model: nn.Module, config: Any, dense: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     """The layout: what must be done to a fresh model of `config` to make it the shape of `model`; {} where nothing must.
 
-    Raises ConfigError where the two differ in something that a layout cannot tell, naming it.
+    `dense` (module path -> numbers before pruning): integers that still have these values are leftovers that removal did not need to
+    change, and the fresh model's own are taken instead. Raises ConfigError where the two differ in something that a layout cannot tell.
     """
     from prunekit.carry import modeling_pruned as carry
 
-    kind = stock_class(model)
-    plain = fresh(kind, config)
+    plain = fresh(stock_class(model), config)
     layout: dict[str, Any] = {"skipped": {n: m.outputs for n, m in model.named_modules() if type(m).__name__ == "Skipped"}}
     carry.skip(plain, layout["skipped"])
     _compare_modules(model, plain)
@@ -95,7 +95,7 @@ def difference(model: nn.Module, config: Any) -> dict[str, Any]:
     layout["absent"] = sorted(n for n in theirs if n not in ours)
     layout["shapes"] = {n: "x".join(map(str, t.shape)) for n, t in ours.items() if n not in theirs or t.shape != theirs[n].shape}
     carry.build(plain, layout)
-    layout["attributes"] = _attributes(model, plain)
+    layout["attributes"] = _attributes(model, plain, dense or {})
     layout["configs"] = _configs(model, plain)
     layout["arguments"] = _arguments(model)
     carry.set_attributes(plain, layout["attributes"])
@@ -114,26 +114,30 @@ def _compare_modules(model: nn.Module, plain: nn.Module) -> None:
             raise ConfigError(f"the model cannot be told by a config: module {name!r} is {what}")
 
 
-def _attributes(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
+def _attributes(model: nn.Module, plain: nn.Module, dense: dict[str, dict[str, Any]]) -> dict[str, Any]:
     own, found = dict(plain.named_modules()), {}
     for path, module in model.named_modules():
-        stock = numbers(own[path])
+        stock, before = numbers(own[path]), dense.get(path, {})
         for leaf, value in numbers(module).items():
-            if leaf in stock and (value != stock[leaf] or type(value) is not type(stock[leaf])):
+            if leaf not in stock or (value == stock[leaf] and type(value) is type(stock[leaf])):
+                continue
+            if not (type(value) is int and before.get(leaf) == value):
                 found[f"{path}.{leaf}" if path else leaf] = list(value) if isinstance(value, tuple) else value
     return found
 
 
 def _configs(model: nn.Module, plain: nn.Module) -> dict[str, dict[str, Any]]:
+    """Numbers in the configs that single modules own, as far as they differ from the one that the whole model shares."""
     from transformers import PreTrainedConfig
 
+    shared = [model.config, *(v for v in vars(model.config).values() if isinstance(v, PreTrainedConfig))]
     own, found = dict(plain.named_modules()), {}
     for path, module in model.named_modules():
         config, stock = vars(module).get("config"), vars(own[path]).get("config")
-        if path and isinstance(config, PreTrainedConfig) and isinstance(stock, PreTrainedConfig):
-            mine, theirs = config.__dict__, stock.__dict__
-            changed = {k: v for k, v in mine.items() if not k.startswith("_") and _is_number(v) and theirs.get(k) != v}
-            if changed:
+        if path and isinstance(config, PreTrainedConfig) and isinstance(stock, PreTrainedConfig) and not any(config is s for s in shared):
+            common = next((vars(s) for s in shared if type(s) is type(config)), {})
+            changed = {k: v for k, v in vars(config).items() if not k.startswith("_") and _is_number(v) and common.get(k) != v}
+            if changed := {k: v for k, v in changed.items() if vars(stock).get(k) != v}:
                 found[path] = changed
     return found
 

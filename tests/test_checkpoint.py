@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from prunekit.checkpoint import describe, load, save
+from prunekit.checkpoint import load, save
 from prunekit.integrity import CheckpointError
 from prunekit.registry import ConfigError
 from prunekit.types import Group, Member
@@ -100,7 +100,6 @@ def test_saved_again(tmp_path: Path, tokens: torch.Tensor) -> None:
     once = load(tmp_path / "one")[0]
     save(once, None, tmp_path / "two")
     same(model, load(tmp_path / "two")[0], tokens)
-    assert describe(once)[1] == describe(model)[1]
 
 
 def test_added_bias_and_own_numbers(tmp_path: Path, tokens: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from transformers.generation import GenerationMixin
 
 PREFIX = "Pruned"
 LAYOUT = "prunekit_layout"
-FIELDS = ("shapes", "absent", "attributes", "configs", "buffers", "arguments", "skipped")
+FIELDS = ("shapes", "absent", "attributes", "configs", "buffers", "arguments", "skipped", "native")
 # What the constructors of torch and of transformers' Conv1D derive from the shape of `weight`: attribute -> axis.
 DERIVED = {
     nn.Linear: {"out_features": 0, "in_features": 1},

@@ -1,0 +1,142 @@
+"""The config that a pruned model is written with: stock where transformers' own class builds it, else with a layout beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from prunekit.layout import clean_config, difference, rebuild, stock_class
+from prunekit.registry import ConfigError
+from prunekit.stock import built, dense_numbers, edited, fit, fit_layers, layer_paths, rows, with_layers
+
+
+class Description(NamedTuple):
+    """A config, what must be done to the model that it builds ({} where nothing), and the model made that way from the same tensors."""
+
+    config: Any
+    layout: dict[str, Any]
+    copy: nn.Module
+
+
+def describe(model: nn.Module, check: bool = True) -> Description:
+    """The plainest config that gives the model back; with `check` its logits on a few tokens are the model's to the bit.
+
+    Raises ConfigError for what no config and layout can tell.
+    """
+    far: list[str] = []
+    for config, layout in candidates(model):
+        copy = rebuild(model, config, layout)
+        gap = logit_gap(model, copy) if check else 0.0
+        if gap == 0.0:
+            return Description(config, layout, copy)
+        far.append(f"{gap:.3g}")
+    raise ConfigError(
+        f"the checkpoint would give other logits (by {', '.join(far) or 'unknown'}): something outside of the tensors changed"
+    )
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(config, layout) from the plainest to the most literal."""
+    base, kind = clean_config(model.config), stock_class(model)
+    if built(kind, edited(base)) is not None:
+        layout = difference(model, base)
+        if not layout:
+            yield base, {}
+    target, dense = rows(model), dense_numbers(kind, base)
+    found = fit(kind, base, target)
+    if found.edits and not difference(model, found.config, dense):
+        yield found.config, {}
+    overrides = fit_layers(kind, found.config, target, layer_paths(model), found.inert)
+    for config in _heterogeneous(model, kind, found.config, overrides):
+        for layout in (difference(model, config, dense), difference(model, config)):
+            yield config, _remember(base, layout)
+    for config in _heterogeneous(model, kind, base, {}):
+        yield config, _remember(base, difference(model, config))
+
+
+def _heterogeneous(model: nn.Module, kind: type, config: Any, overrides: dict[int, dict[str, int]]) -> Iterator[Any]:
+    """The config with what differs by layer in `per_layer_config`; readable as a whole too, unless its class builds layers from that."""
+    given = config.get_text_config().to_dict().get("per_layer_config") or {}
+    layers = {int(i): dict(one) for i, one in given.items()}
+    for i, one in overrides.items():
+        layers[i] = {**layers.get(i, {}), **one}
+    if layers:
+        native = with_layers(config, layers, lambda made: built(kind, made) is not None, readable=False)
+        if native is not None and not difference(model, native):
+            yield native
+    made = with_layers(config, layers, lambda made: built(kind, made) is not None) if layers else edited(config)
+    if made is not None and built(kind, made) is not None:
+        yield with_cache_shapes(model, kind, made)
+
+
+def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
+    """The config with the heads of each layer's cache where `per_layer_config` does not tell them: static caches are laid out by it."""
+    from transformers.configuration_utils import get_head_shapes
+
+    actual = cache_shapes(model)
+    text = config.get_text_config()
+    if not actual or len(actual) != text.num_hidden_layers:
+        return config
+    try:
+        heads, width = get_head_shapes(text)
+    except (AttributeError, TypeError, ZeroDivisionError):
+        return config
+    layers = {int(i): dict(one) for i, one in (text.to_dict().get("per_layer_config") or {}).items()}
+    edits: dict[str, Any] = {}
+    for field, told, seen in (("num_key_value_heads", heads, 0), ("head_dim", width, 1)):
+        true = [shape[seen] for shape in actual]
+        if (told if isinstance(told, list) else [told] * len(true)) != true:
+            edits[field] = true[0]
+            for i, value in enumerate(true):
+                layers.setdefault(i, {})[field] = value
+    if not edits:
+        return config
+    edits |= {"per_layer_config": layers, "allow_global_per_layer_attribute_access": True}
+    made = edited(config, **edits)
+    return made if built(kind, made) is not None else config
+
+
+@torch.no_grad()
+def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(heads, head size) of each layer's keys, seen by running a few tokens; [] where layers keep something else, or on meta."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return []
+    was = model.training
+    try:
+        output = model.eval()(input_ids=torch.arange(4, device=device)[None], use_cache=True)
+    finally:
+        model.train(was)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+    keys = [getattr(layer, "keys", None) for layer in layers]
+    if not all(isinstance(k, torch.Tensor) and k.dim() == 4 for k in keys):
+        return []
+    return [(k.shape[1], k.shape[3]) for k in keys]
+
+
+def _remember(base: Any, layout: dict[str, Any]) -> dict[str, Any]:
+    """The layout, with the `per_layer_config` that the dense model had of its own."""
+    native = base.get_text_config().to_dict().get("per_layer_config")
+    return {**layout, "native": native} if native and layout else layout
+
+
+@torch.no_grad()
+def logit_gap(model: nn.Module, copy: nn.Module) -> float:
+    """Largest difference between the logits of two models on eight tokens; 0 on the meta device, infinite for different shapes."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return 0.0
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(8, device=device) * 7919 % vocabulary)[None]
+    was = model.training
+    try:
+        ours, theirs = (m.eval()(input_ids=ids, use_cache=False).logits.float().nan_to_num() for m in (model, copy))
+    except (RuntimeError, ValueError, AttributeError, TypeError):
+        return float("inf")
+    finally:
+        model.train(was)
+        copy.train(was)
+    return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
