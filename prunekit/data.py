@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from prunekit.registry import ConfigError
@@ -96,7 +97,7 @@ def _prose(text: str) -> list[str]:
 
 
 def _pydocs(split: str) -> list[str]:
-    """Paragraphs of one part of Python's own reference; topics quote each other, so a paragraph stays in the first part that has it only."""
+    """Paragraphs of one part of Python's own reference; topics quote each other: a paragraph belongs to the first part that has it."""
     from pydoc_data.topics import topics
 
     if split not in PYDOCS_SPLITS:
@@ -113,9 +114,8 @@ def _pydocs(split: str) -> list[str]:
 
 def read(path: str | Path) -> list[dict[str, Any]]:
     """Records of a .jsonl file, or the lines of any other file under the key `text` (line ends kept). Raises ConfigError."""
+    _file(str(path))
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"{path} is not a file; a .jsonl file with one record a line, or plain text, is needed")
     with path.open(encoding="utf-8") as lines:
         if path.suffix != ".jsonl":
             return [{"text": line} for line in lines]
@@ -123,6 +123,12 @@ def read(path: str | Path) -> list[dict[str, Any]]:
             return [json.loads(line) for line in lines if line.strip()]
         except json.JSONDecodeError as e:
             raise ConfigError(f"{path} holds a line that is not JSON: {e}") from e
+
+
+def _file(path: str | None) -> str | None:
+    if path is not None and not Path(path).expanduser().is_file():
+        raise ConfigError(f"{path} is not a file; a .jsonl file with one record a line, or plain text, is needed")
+    return path
 
 
 def data_folder(data_root: str | None) -> Path | None:
@@ -135,10 +141,21 @@ def data_folder(data_root: str | None) -> Path | None:
     return Path(named).expanduser()
 
 
+def _folder(data_root: str | None) -> str | None:
+    data_folder(data_root)
+    return data_root
+
+
+TextFile = Annotated[str, AfterValidator(_file)]
+"""Type of an option that names a text or jsonl file; a missing one is found before a weight is read."""
+DataRoot = Annotated[str | None, AfterValidator(_folder)]
+"""Type of the option `data_root`."""
+
+
 def _local(dataset: str, split: str, folder: Path) -> list[dict[str, Any]]:
     """Records from the data folder, in the form the hub gives them; empty where the folder does not have the file."""
     source = SOURCES[dataset]
-    files = sorted(folder.glob(source.local[split])) if split in source.local else []
+    files = sorted(folder.glob(source.local[split]))
     records = [record for file in files for record in read(file)]
     if dataset == "wikitext2":  # the hub's rows are lines with their end, blank ones empty
         return [{"text": r["text"] if r["text"].strip() else ""} for r in records]
@@ -157,6 +174,8 @@ def records(dataset: str, split: str, data_root: str | None = None) -> Sequence[
         return [{"text": paragraph} for paragraph in _pydocs(split)]
     if dataset not in SOURCES:
         raise ConfigError(f"no data set called {dataset!r}; there are: pydocs, {', '.join(SOURCES)}")
+    if split not in SOURCES[dataset].local:
+        raise ConfigError(f"{dataset} has no split {split!r}; there are: {', '.join(SOURCES[dataset].local)}")
     folder = data_folder(data_root)
     if folder and (found := _local(dataset, split, folder)):
         return found
@@ -166,7 +185,7 @@ def records(dataset: str, split: str, data_root: str | None = None) -> Sequence[
     try:
         return load_dataset(**{**source.hub, **source.hub_splits.get(split, {})}, split=split)
     except (OSError, ValueError, RuntimeError) as e:
-        file = source.local.get(split, f"{dataset}/")
+        file = source.local[split]
         place = f"{folder}/{file} is not there" if folder else "no data folder is named"
         raise ConfigError(
             f"{dataset} ({split}): {place}, and the hub did not give {source.hub['path']} ({type(e).__name__}: {str(e).splitlines()[0]}). "

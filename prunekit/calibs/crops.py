@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunekit.data import Dataset, crops, default_split, texts
+from prunekit.data import DataRoot, Dataset, crops, default_split, texts
 from prunekit.registry import Natural, Positive, calibs
 
 
@@ -21,7 +21,7 @@ def crop(
     seed: Natural = 42,
     join: bool = True,
     glue: str = "\n\n",
-    data_root: str | None = None,
+    data_root: DataRoot = None,
 ) -> Tensor:
     """Random rows of a data set and a random stretch of `length` tokens out of each, as LLM-Pruner calibrates.
 

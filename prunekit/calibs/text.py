@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prunekit.data import crops, document, read
+from prunekit.data import TextFile, crops, document, read
 from prunekit.registry import ConfigError, Natural, Positive, calibs
 
 
@@ -15,7 +15,7 @@ from prunekit.registry import ConfigError, Natural, Positive, calibs
 def text(
     tokenizer: Any,
     *,
-    path: str,
+    path: TextFile,
     field: str = "text",
     take: Literal["first", "random"] = "first",
     samples: Positive = 10,

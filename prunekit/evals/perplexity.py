@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.data import Dataset, default_split, document, read, texts
+from prunekit.data import DataRoot, Dataset, TextFile, default_split, document, read, texts
 from prunekit.evals import eval_mode
 from prunekit.registry import ConfigError, Positive, evals
 
@@ -60,7 +60,7 @@ def perplexity(
     *,
     dataset: Dataset = "pydocs",
     split: str | None = None,
-    path: str | None = None,
+    path: TextFile | None = None,
     label: str | None = None,
     window: Positive = 128,
     batch: Positive = 4,
@@ -68,7 +68,7 @@ def perplexity(
     every: Positive = 1,
     block: Positive | None = None,
     bos: bool | None = None,
-    data_root: str | None = None,
+    data_root: DataRoot = None,
 ) -> dict[str, float]:
     """Perplexity of a text in windows of `window` tokens: `ppl_<dataset>_<window>` and its standard error.
 

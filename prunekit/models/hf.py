@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from prunekit.checkpoint import load
+from prunekit.integrity import MANIFEST
 from prunekit.registry import ConfigError, models
 
 AUTO = Literal["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
@@ -39,6 +41,13 @@ def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]
         raise _lost(path, e) from e
 
 
+def _pruned(path: str, dtype: str, device: str | None, device_map: Any, meta: bool) -> tuple[nn.Module, Any]:
+    """A checkpoint of prunekit itself, whose layers may differ in width. Raises ConfigError for what only stock checkpoints can do."""
+    if meta or device_map is not None:
+        raise ConfigError(f"model=hf: {path} is a checkpoint of prunekit: it is loaded whole onto one device, without meta or device_map")
+    return load(path, dtype=None if dtype == "auto" else dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @models.register()
 def hf(
     *,
@@ -52,7 +61,7 @@ def hf(
     config: dict[str, Any] | None = None,
     meta: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """Any model that transformers loads: `path` is a local folder or a hub name.
+    """Any model that transformers loads, and prunekit's own checkpoints: `path` is a local folder or a hub name.
 
     `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `config` (a `model_type` and sizes) serves `meta=True`
     where no folder is at hand, so that a plan needs no network. Raises ConfigError where neither disk nor hub has the model.
@@ -63,6 +72,8 @@ def hf(
         path = str(Path(path).expanduser().resolve())
         if not Path(path).is_dir() and not (meta and config):
             raise _lost(path, FileNotFoundError("no such folder"))
+    if (Path(path) / MANIFEST).is_file():
+        return _pruned(path, dtype, device, device_map, meta)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     loader = getattr(transformers, auto)
     if meta:
