@@ -7,20 +7,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prunekit.types import Counts
+
 
 class WholeRun:
     """`for out in run():` forwards under the caller's grad mode.
 
     `tokens` is (N, T). `labels=True` makes outputs carry `.loss`, the mean over the batch's shifted tokens.
     `batch` is the number of samples a forward takes; None takes all N at once, as LLM-Pruner does.
+    `head=False` stops before the output matrix, for callers that only watch what happens inside.
+    `counts` says how many units are about to go, for the few criteria whose choice depends on it.
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor):
+    def __init__(self, model: nn.Module, tokens: Tensor, counts: Counts | None = None):
         self.model = model
         self.tokens = tokens
+        self.counts = counts or {}
 
-    def __call__(self, labels: bool = False, batch: int | None = None) -> Iterator[Any]:
+    def __call__(self, labels: bool = False, batch: int | None = None, head: bool = True) -> Iterator[Any]:
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        model = self.model if head else getattr(self.model, "base_model", self.model)
         for x in self.tokens.split(batch or len(self.tokens)):
             ids = x.to(device)
-            yield self.model(input_ids=ids, use_cache=False, **({"labels": ids} if labels else {}))
+            yield model(input_ids=ids, use_cache=False, **({"labels": ids} if labels else {}))
+
+    def split(self, batch: int) -> Iterator[WholeRun]:
+        """Runs over `batch` samples each, for callers that need several passes over the same few samples."""
+        for x in self.tokens.split(batch):
+            yield WholeRun(self.model, x, self.counts)

@@ -79,16 +79,27 @@ class Moments:
 
 
 @torch.no_grad()
-def moments(model: nn.Module, names: Iterable[str], run: Run, batch: int | None = None) -> dict[str, Moments]:
+def moments(model: nn.Module, names: Iterable[str], run: Run) -> dict[str, Moments]:
     """Moments of the input channels of the modules named, over one pass of the calibration tokens."""
     found = {name: Moments() for name in names}
     with watch(model, inputs={name: m.add for name, m in found.items()}):
-        drain(run, "activations", batch)
+        drain(run, "activations")
     return found
 
 
-def drain(run: Run, what: str, batch: int | None = None) -> None:
-    """Push all calibration tokens through, for the sake of what watches."""
-    total = -(-len(run.tokens) // (batch or len(run.tokens)))  # type: ignore[attr-defined]
-    for _ in tqdm(run(batch=batch), total=total, desc=what, unit="batch", leave=False, delay=2):
+TOKENS = 4096
+"""Tokens a forward takes where nothing depends on the batch."""
+
+
+def samples_at_once(run: Run) -> int:
+    """Samples that make up about `TOKENS` tokens."""
+    return max(1, TOKENS // run.tokens.shape[1])  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def drain(run: Run, what: str) -> None:
+    """Push all calibration tokens through, up to the output matrix, for the sake of what watches."""
+    batch = samples_at_once(run)
+    total = -(-len(run.tokens) // batch)  # type: ignore[attr-defined]
+    for _ in tqdm(run(batch=batch, head=False), total=total, desc=what, unit="batch", leave=False, delay=2):
         pass

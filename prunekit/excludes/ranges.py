@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 from pydantic import Field
@@ -20,20 +21,31 @@ def none(groups: list[Group]) -> list[Group]:
 
 @excludes.register()
 def ends(groups: list[Group], *, first: Natural = 3, last: Natural = 1) -> list[Group]:
-    """Leaves the `first` blocks and the `last` blocks alone (the paper's advice: 3 and 1). Residual channels cross all blocks and stay in."""
+    """Leaves the `first` blocks and the `last` blocks alone (the paper's advice: 3 and 1). Residual channels stay in."""
     depth = 1 + max((g.layer for g in groups if g.layer is not None), default=0)
-    return [g for g in groups if g.layer is None or first <= g.layer < depth - last]
+    found = [between(g, first, g.units - last) if g.modules else g for g in groups]
+    return [g for g in found if g.units and (g.layer is None or first <= g.layer < depth - last)]
+
+
+def between(group: Group, start: int, stop: int) -> Group:
+    """The group of blocks without those before `start` and from `stop` on; its units are the blocks in between."""
+    modules = group.modules[start : max(start, stop)]
+    return dataclasses.replace(group, units=len(modules), modules=modules, shape=(len(modules),))
 
 
 @excludes.register("range")
-def layer_range(groups: list[Group], *, heads: Range | None = None, neurons: Range | None = None) -> list[Group]:
+def layer_range(
+    groups: list[Group], *, heads: Range | None = None, neurons: Range | None = None, blocks: Range | None = None
+) -> list[Group]:
     """Prunes only blocks `start <= i < end` (0-based, as LLM-Pruner's flags), attention and FFN apart; null = every block.
 
-    `[0, 0]` leaves that kind alone altogether. `heads` rules every unit inside an attention, `neurons` everything else in a block.
+    `[0, 0]` leaves that kind alone altogether. `heads` rules every unit inside an attention, `neurons` everything else in a block,
+    `blocks` which blocks may go as a whole.
     """
 
     def inside(g: Group) -> bool:
         bounds = heads if g.kind == "heads" else neurons
         return g.layer is None or bounds is None or bounds[0] <= g.layer < bounds[1]
 
-    return [g for g in groups if inside(g)]
+    found = [between(g, *blocks) if g.modules and blocks is not None else g for g in groups]
+    return [g for g in found if g.units and inside(g)]
