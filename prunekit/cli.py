@@ -10,6 +10,7 @@ from typing import Any
 
 COMMANDS = {
     "list": ("prunekit.listing", "list [KIND]: every registered component, its options, one line each"),
+    "report": ("prunekit.report", "report DIR... [--to FILE]: the results below DIR as tables and plots, the paper's numbers beside them"),
 }
 """command -> (module with `main(argv) -> int`, help line)."""
 

@@ -1,0 +1,84 @@
+"""Reads what the jobs left on disk: results, failures, and jobs that never finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunekit.registry import ConfigError
+
+STAGES = ("dense", "pruned", "recovered")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One finished job: `numbers["pruned"]["ppl_wikitext2_128"]`, and what else its result file says."""
+
+    folder: Path
+    config: dict[str, Any]
+    numbers: dict[str, dict[str, float | None]]
+    record: dict[str, Any]
+
+
+@dataclass
+class Found:
+    """Everything under the given folders."""
+
+    results: list[Result] = field(default_factory=list)
+    failed: dict[Path, str] = field(default_factory=dict)
+    unfinished: list[Path] = field(default_factory=list)
+
+
+def load(folders: Iterable[str | Path]) -> Found:
+    """Every job below `folders`, each once, in the order of their paths. Raises ConfigError where a folder is missing."""
+    found = Found()
+    seen: set[Path] = set()
+    for top in map(Path, folders):
+        if not top.is_dir():
+            raise ConfigError(f"report: {top} is not a folder")
+        for here, below, files in os.walk(top):
+            below.sort()
+            folder = Path(here)
+            if folder.resolve() not in seen and file_job(folder, set(files), below, found):
+                seen.add(folder.resolve())
+                below.clear()  # a job's own subfolders (checkpoint, wandb) hold no jobs
+    return found
+
+
+def file_job(folder: Path, files: set[str], below: list[str], found: Found) -> bool:
+    """Files the job in `folder`, if it is one. A failure that lies beside an older result counts: the result is not of that run."""
+    if "failed.txt" in files:
+        found.failed[folder] = reason(folder / "failed.txt")
+    elif "result.json" in files:
+        found.results.append(read(folder / "result.json"))
+    elif "run.log" in files and ".hydra" in below:
+        found.unfinished.append(folder)
+    else:
+        return False
+    return True
+
+
+def reason(path: Path) -> str:
+    """The line of a traceback that says what went wrong."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    heads = [line for line in lines if line[0] not in " \t" and not line.startswith(("Traceback", "During", "The above"))]
+    return (heads or lines or ["no reason given"])[-1][:300]
+
+
+def read(path: Path) -> Result:
+    """Raises ConfigError naming the file where it is not a result."""
+    try:
+        record = json.loads(path.read_text())
+        flat = record["results"]
+        config = record["config"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"report: {path} is not a result file ({type(e).__name__}: {e})") from None
+    numbers: dict[str, dict[str, float | None]] = {}
+    for key, value in flat.items():
+        stage, _, metric = key.partition("/")
+        numbers.setdefault(stage, {})[metric] = value
+    return Result(path.parent, config, numbers, record)

@@ -1,0 +1,148 @@
+// Sorts the tables and draws the plots. Everything it needs is in the page: plotly.js and the numbers in #data.
+"use strict";
+const sheets = JSON.parse(document.getElementById("data").textContent);
+const MARKS = { dense: "star", pruned: "circle", recovered: "diamond" };
+const drawn = [];
+
+function number(text) {
+  const value = Number(text);
+  return text === "" ? null : Number.isNaN(value) ? text : value;
+}
+
+function compare(a, b) {
+  if (a === null || b === null) return (a === null) - (b === null); // absent values last, whatever the direction
+  return typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1;
+}
+
+function sortBy(table, index) {
+  const heads = table.tHead.rows[0].cells;
+  const up = heads[index].getAttribute("aria-sort") !== "ascending";
+  for (const th of heads) th.removeAttribute("aria-sort");
+  heads[index].setAttribute("aria-sort", up ? "ascending" : "descending");
+  const value = (row) => number(row.cells[index].dataset.v);
+  const rows = [...table.tBodies[0].rows];
+  rows.sort((a, b) => (up || value(a) === null || value(b) === null ? 1 : -1) * compare(value(a), value(b)));
+  table.tBodies[0].append(...rows);
+}
+
+for (const table of document.querySelectorAll("table")) {
+  [...table.tHead.rows[0].cells].forEach((th, i) => th.firstChild.addEventListener("click", () => sortBy(table, i)));
+}
+
+function colours() {
+  const css = getComputedStyle(document.documentElement);
+  return { ink: css.getPropertyValue("--ink").trim(), line: css.getPropertyValue("--line").trim() };
+}
+
+function themed(layout) {
+  const { ink, line } = colours();
+  const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
+  return {
+    ...layout,
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 },
+    margin: { t: 40, r: 15, b: 45, l: 55 }, hoverlabel: { namelength: -1 },
+    xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
+  };
+}
+
+function draw(place, traces, layout) {
+  const box = document.createElement("div");
+  place.append(box);
+  drawn.push([box, layout]);
+  Plotly.newPlot(box, traces, themed(layout), { responsive: true, displaylogo: false });
+  return box;
+}
+
+function quality(sheet, x, y) {
+  const traces = Object.keys(MARKS).map((stage) => {
+    const points = sheet.points.filter((p) => p.stage === stage && p.values[x] != null && p.values[y] != null);
+    return {
+      name: stage, mode: "markers", type: "scatter", marker: { symbol: MARKS[stage], size: 9 },
+      x: points.map((p) => p.values[x]), y: points.map((p) => p.values[y]),
+      error_y: { array: points.map((p) => p.spreads[y] || 0), thickness: 1 },
+      text: points.map((p) => p.label + (p.asked == null ? "" : ` ${Math.round(p.asked * 100)} %`)),
+      hovertemplate: "%{text}<br>%{x}, %{y}<extra>%{fullData.name}</extra>",
+    };
+  });
+  return traces.filter((t) => t.x.length);
+}
+
+function front(sheet, x, y, better) {
+  // Points that no other beats both in cost and in quality.
+  const points = sheet.points.filter((p) => p.values[x] != null && p.values[y] != null).map((p) => [p.values[x], p.values[y]]);
+  points.sort((a, b) => a[0] - b[0]);
+  let best = null;
+  const kept = points.filter(([, q]) => (best === null || better * (q - best) > 0 ? ((best = q), true) : false));
+  return { name: "Pareto front", mode: "lines", type: "scatter", x: kept.map((p) => p[0]), y: kept.map((p) => p[1]), line: { dash: "dot", shape: "hv" } };
+}
+
+function byRatio(sheet, y) {
+  const lines = {};
+  for (const p of sheet.points) {
+    if (p.stage === "dense" || p.asked == null || p.values[y] == null) continue;
+    (lines[`${p.label || "all"}, ${p.stage}`] ||= []).push([p.asked, p.values[y], p.spreads[y] || 0]);
+  }
+  return Object.entries(lines).filter(([, v]) => v.length > 1).map(([name, v]) => {
+    v.sort((a, b) => a[0] - b[0]);
+    return { name, mode: "lines+markers", type: "scatter", x: v.map((a) => a[0]), y: v.map((a) => a[1]), error_y: { array: v.map((a) => a[2]), thickness: 1 } };
+  });
+}
+
+function scatters(place, sheet, metric) {
+  place.replaceChildren();
+  const scale = metric.key.startsWith("ppl_") ? { type: "log" } : {};
+  const y = { title: { text: metric.title }, ...scale };
+  const has = (key) => sheet.points.some((p) => p.values[key] != null && p.values[metric.key] != null);
+  for (const [key, name] of [["params", "parameters (billions)"], ["prefill_ms", "prefill (ms)"], ["decode_ms_per_token", "decode (ms/token)"]]) {
+    if (!has(key)) continue;
+    const traces = quality(sheet, key, metric.key).concat(key === "params" ? [] : [front(sheet, key, metric.key, metric.better)]);
+    draw(place, traces, { title: { text: `${metric.title} against ${name}` }, xaxis: { title: { text: name } }, yaxis: y });
+  }
+  const lines = byRatio(sheet, metric.key);
+  if (lines.length) draw(place, lines, { title: { text: `${metric.title} against the ratio asked for` }, xaxis: { title: { text: "ratio.target" }, tickformat: ".0%" }, yaxis: y });
+}
+
+function layers(place, title, grids, normalise) {
+  for (const [kind, grid] of Object.entries(grids)) {
+    const cells = normalise ? grid.cells.map((row) => { const top = Math.max(...row.filter((v) => v != null)); return row.map((v) => (v == null || !top ? v : v / top)); }) : grid.cells;
+    const trace = { type: "heatmap", z: cells, y: grid.rows, x: [...Array(grid.depth).keys()], zmin: 0, zmax: 1, colorscale: "Viridis", hoverongaps: false };
+    draw(place, [trace], { title: { text: `${title}: ${kind}` }, xaxis: { title: { text: "layer" } }, yaxis: { autorange: "reversed", ticklabeloverflow: "hide past div" } });
+  }
+}
+
+function curves(place, all) {
+  if (!all.length) return;
+  const traces = all.flatMap((c) => [["loss", "solid"], ["eval_loss", "dash"]].filter(([k]) => c[k].length).map(([k, dash]) => (
+    { name: `${c.label} ${k === "loss" ? "training" : "held out"}`, mode: "lines", type: "scatter", x: c[k].map((p) => p[0]), y: c[k].map((p) => p[1]), line: { dash } })));
+  draw(place, traces, { title: { text: "recovery" }, xaxis: { title: { text: "step" } }, yaxis: { title: { text: "loss" } } });
+}
+
+for (const place of document.querySelectorAll(".plots")) {
+  const sheet = sheets[place.dataset.sheet];
+  const metrics = sheet.metrics.filter((m) => m.key.startsWith("ppl_") || m.key.startsWith("acc_"));
+  if (metrics.length) {
+    const label = document.createElement("label");
+    const select = document.createElement("select");
+    const inner = document.createElement("div");
+    select.append(...metrics.map((m, i) => new Option(m.title, i)));
+    label.append("quality: ", select);
+    inner.className = "plots";
+    place.before(label, inner);
+    select.addEventListener("change", () => scatters(inner, sheet, metrics[select.value]));
+    scatters(inner, sheet, metrics[0]);
+  }
+  layers(place, "share of units kept", sheet.widths, false);
+  layers(place, "importance, share of the row's highest", sheet.importance, true);
+  curves(place, sheet.curves);
+}
+
+function retheme() {
+  for (const [box, layout] of drawn) if (box.isConnected) Plotly.relayout(box, themed(layout));
+}
+document.getElementById("theme").addEventListener("click", () => {
+  const root = document.documentElement;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  retheme();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", retheme);
