@@ -3,6 +3,7 @@
 const sheets = JSON.parse(document.getElementById("data").textContent);
 const MARKS = { dense: "star", pruned: "circle", recovered: "diamond" };
 const drawn = [];
+const waiting = [];
 
 function number(text) {
   const value = Number(text);
@@ -40,17 +41,24 @@ function themed(layout) {
   return {
     ...layout,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 },
-    margin: { t: 40, r: 15, b: 45, l: 55 }, hoverlabel: { namelength: -1 },
+    margin: { t: 36, r: 15, b: 45, l: 55 }, hoverlabel: { namelength: -1 }, legend: { orientation: "h", y: -0.22, font: { size: 10 } },
+    title: { ...layout.title, font: { size: 13 }, x: 0.02, xanchor: "left" },
     xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
   };
 }
 
 function draw(place, traces, layout) {
+  // Only the box now: a plot takes its size from the grid, which is settled once all boxes are in it.
   const box = document.createElement("div");
   place.append(box);
-  drawn.push([box, layout]);
-  Plotly.newPlot(box, traces, themed(layout), { responsive: true, displaylogo: false });
-  return box;
+  waiting.push([box, traces, layout]);
+}
+
+function flush() {
+  for (const [box, traces, layout] of waiting.splice(0)) {
+    drawn.push([box, layout]);
+    Plotly.newPlot(box, traces, themed(layout), { responsive: true, displayModeBar: false });
+  }
 }
 
 function quality(sheet, x, y) {
@@ -70,7 +78,7 @@ function quality(sheet, x, y) {
 function front(sheet, x, y, better) {
   // Points that no other beats both in cost and in quality.
   const points = sheet.points.filter((p) => p.values[x] != null && p.values[y] != null).map((p) => [p.values[x], p.values[y]]);
-  points.sort((a, b) => a[0] - b[0]);
+  points.sort((a, b) => a[0] - b[0] || better * (b[1] - a[1]));
   let best = null;
   const kept = points.filter(([, q]) => (best === null || better * (q - best) > 0 ? ((best = q), true) : false));
   return { name: "Pareto front", mode: "lines", type: "scatter", x: kept.map((p) => p[0]), y: kept.map((p) => p[1]), line: { dash: "dot", shape: "hv" } };
@@ -128,13 +136,14 @@ for (const place of document.querySelectorAll(".plots")) {
     label.append("quality: ", select);
     inner.className = "plots";
     place.before(label, inner);
-    select.addEventListener("change", () => scatters(inner, sheet, metrics[select.value]));
+    select.addEventListener("change", () => { scatters(inner, sheet, metrics[select.value]); flush(); });
     scatters(inner, sheet, metrics[0]);
   }
   layers(place, "share of units kept", sheet.widths, false);
   layers(place, "importance, share of the row's highest", sheet.importance, true);
   curves(place, sheet.curves);
 }
+flush();
 
 function retheme() {
   for (const [box, layout] of drawn) if (box.isConnected) Plotly.relayout(box, themed(layout));

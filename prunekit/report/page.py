@@ -95,13 +95,17 @@ def by_layer(rows: Sequence[Row], values: Any) -> dict[str, dict[str, Any]]:
     """kind of unit -> a value for each row and layer; members of split groups and the experts of a layer are averaged."""
     kinds: dict[str, dict[str, dict[int, list[float]]]] = {}
     for row in rows:
-        ratio = f" {row.asked:.0%}" if row.asked is not None else ""
         for name, value in values(row.results[0]).items():
             kind, _, rest = name.partition("/")[0].partition(".")
             layer = rest.partition(".")[0]
             if layer.isdigit() and value is not None and math.isfinite(value):
-                kinds.setdefault(kind, {}).setdefault(row.label + ratio, {}).setdefault(int(layer), []).append(value)
+                kinds.setdefault(kind, {}).setdefault(titled(row), {}).setdefault(int(layer), []).append(value)
     return {kind: grid(rows_of_kind) for kind, rows_of_kind in kinds.items()}
+
+
+def titled(row: Row) -> str:
+    """The row's label with the ratio that was asked for."""
+    return row.label + (f" {row.asked:.0%}" if row.asked is not None else "")
 
 
 def grid(rows: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def curve(row: Row) -> dict[str, Any] | None:
     logged: list[dict[str, Any]] = first_curve(row.results)
     trained = [(e["step"], e["loss"]) for e in logged if e.get("loss") is not None]
     held = [(e["step"], e["eval_loss"]) for e in logged if e.get("eval_loss") is not None]
-    return {"label": row.label, "loss": trained, "eval_loss": held} if trained or held else None
+    return {"label": titled(row), "loss": trained, "eval_loss": held} if trained or held else None
 
 
 def first_curve(results: Sequence[Result]) -> list[dict[str, Any]]:
