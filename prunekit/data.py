@@ -33,7 +33,7 @@ class Source:
 
     local: dict[str, str]
     hub: dict[str, Any]
-    field: str
+    column: str
     evaluate: str
     hub_splits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -162,7 +162,7 @@ def _local(dataset: str, split: str, folder: Path) -> list[dict[str, Any]]:
     if dataset == "c4" and records:  # one sample serves both splits: its last third is kept for evaluation
         cut = len(records) * 2 // 3
         return records[:cut] if split == "train" else records[cut:]
-    return [{source.field: r["text"].strip()} for r in records] if files and files[0].suffix == ".txt" else records
+    return [{source.column: r["text"].strip()} for r in records] if files and files[0].suffix == ".txt" else records
 
 
 def records(dataset: str, split: str, data_root: str | None = None) -> Sequence[dict[str, Any]]:
@@ -200,7 +200,7 @@ def texts(dataset: str, split: str, data_root: str | None = None) -> Sequence[st
         return ["\n".join(r[k] for k in ("instruction", "input", "output") if r[k]) for r in rows]
     if dataset == "dailydialog":
         return ["\n".join(turn.strip() for turn in r["dialog"]) for r in rows]
-    key = "text" if dataset == "pydocs" else SOURCES[dataset].field
+    key = "text" if dataset == "pydocs" else SOURCES[dataset].column
     return [r[key] for r in rows] if isinstance(rows, list) else rows[key]  # type: ignore[call-overload]
 
 

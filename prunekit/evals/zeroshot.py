@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,18 +59,19 @@ def _known(tasks: list[str]) -> list[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval's log and the bars of datasets off for a while; the bar over the requests stays."""
+def _aside() -> Iterator[None]:
+    """lm-eval's log and the bars of datasets off for a while (that over the requests stays), Python's generator as it was afterwards."""
     import datasets
 
     log = logging.getLogger("lm_eval")
-    level, bars = log.level, datasets.are_progress_bars_disabled()
+    level, bars, state = log.level, datasets.are_progress_bars_disabled(), random.getstate()
     log.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         log.setLevel(level)
+        random.setstate(state)
         if not bars:
             datasets.enable_progress_bars()
 
@@ -152,7 +154,7 @@ def zeroshot(
     Keys: `acc_<task>` or `acc_norm_<task>`, as the paper reports the task, the same with `_stderr`, and `acc_mean` over this eval's tasks.
     `limit` takes the first so many items of each. Raises ConfigError.
     """
-    with _quiet(), eval_mode(model):
+    with _aside(), eval_mode(model):
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 

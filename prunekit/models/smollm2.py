@@ -41,7 +41,7 @@ def _convert(source: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # transformers refuses to save what it takes for a quantised model
     del model.config.quantization_config
-    model.hf_quantizer = None
+    del model.hf_quantizer
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
     try:
