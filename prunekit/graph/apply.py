@@ -1,0 +1,312 @@
+"""Cutting units out of a model in place, or setting them to zero; everything that a loader must repeat is written down as edits."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.graph.groups import Argument, Candidate, Pattern
+from prunekit.graph.structure import configs
+from prunekit.registry import ConfigError
+from prunekit.types import Group, Kept, Member, tensor_of
+
+Keep = dict[str, dict[int, Tensor]]
+"""tensor name -> axis -> indices that stay, ascending."""
+Masks = dict[tuple[str, int], Tensor]
+"""(parameter, axis) -> bool mask over a group's units."""
+Cut = tuple[Candidate, int]
+"""A candidate and how many of its units go."""
+Sizes = dict[tuple[str, str], Any]
+"""(module path, attribute) -> value; `config.x` is an attribute of the module's config."""
+STANDARD = {"hidden": ("hidden_size",), "neurons": ("intermediate_size",), "heads": ("num_attention_heads", "num_key_value_heads")}
+"""Names that transformers gives to sizes in every config, through its `attribute_map`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What has to follow when units of a pattern go: (module class, attribute) pairs, and whether the shared config may follow too."""
+
+    attributes: frozenset[tuple[str, str]] = frozenset()
+    config: bool = True
+
+
+# ---- what was asked for
+
+
+def checked(groups: Sequence[Group], kept: Kept) -> list[tuple[Group, Masks]]:
+    """(group, (parameter, axis) -> bool mask over its units), for plain names and for split names `GROUP/PARAM:AXIS`.
+
+    Raises ConfigError for an unknown name, a mask of the wrong shape, an emptied group, or split masks of unequal counts.
+    """
+    by_name = {g.name: g for g in groups}
+    asked: dict[str, Masks] = defaultdict(dict)
+    for name, mask in kept.items():
+        stem, _, place = name.partition("/")
+        if stem not in by_name:
+            raise ConfigError(f"no group called {stem!r}. There are: {', '.join(by_name) or 'none'}")
+        group = by_name[stem]
+        if mask.dtype != torch.bool or tuple(mask.shape) != group.shape:
+            raise ConfigError(f"kept[{name!r}] must be a bool tensor of shape {group.shape}, got {mask.dtype} {tuple(mask.shape)}")
+        if not bool(mask.any()):
+            raise ConfigError(f"kept[{name!r}] removes all {group.units} units of {stem}; at least one must stay")
+        places = {(m.param, m.axis): mask.cpu() for m in group.members}
+        if place:
+            param, _, axis = place.rpartition(":")
+            if not axis.isdigit() or (param, int(axis)) not in places:
+                raise ConfigError(f"{stem} has no member {place!r}. There are: {', '.join(f'{p}:{a}' for p, a in places)}")
+            places = {(param, int(axis)): mask.cpu()}
+        asked[stem].update(places or {("", -1): mask.cpu()})
+    for name, masks in asked.items():
+        counts = {int(m.sum()) for m in masks.values()}
+        missing = [f"{m.param}:{m.axis}" for m in by_name[name].members if (m.param, m.axis) not in masks]
+        if len(counts) > 1 or missing:
+            raise ConfigError(f"{name} is split: every member needs a mask with the same count; counts {sorted(counts)}, missing {missing}")
+    return [(by_name[name], masks) for name, masks in asked.items()]
+
+
+def gone(group: Group, masks: Masks) -> Iterable[tuple[Member, Tensor]]:
+    """Members with the indices that go, ascending."""
+    for m in group.members:
+        yield m, m.index[~masks[m.param, m.axis]].reshape(-1).sort().values
+
+
+def to_keep(model: nn.Module, asked: Iterable[tuple[Group, Masks]]) -> Keep:
+    drop: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for group, masks in asked:
+        for m, index in gone(group, masks):
+            drop[m.param][m.axis].append(index)
+    out: Keep = {}
+    for name, axes in drop.items():
+        shape = tensor_of(model, name).shape
+        out[name] = {}
+        for axis, parts in axes.items():
+            stays = torch.ones(shape[axis], dtype=torch.bool)
+            stays[torch.cat(parts)] = False
+            out[name][axis] = stays.nonzero()[:, 0]
+    return out
+
+
+# ---- zero
+
+
+def zero_slices(model: nn.Module, asked: Iterable[tuple[Group, Masks]]) -> None:
+    """Set the units' slices of parameters to zero. Buffers stay: they hold constants, which zeroed parameters make harmless."""
+    with torch.no_grad():
+        for group, masks in asked:
+            for m, index in gone(group, masks):
+                t = tensor_of(model, m.param)
+                if isinstance(t, nn.Parameter):
+                    t.index_fill_(m.axis, index.to(t.device), 0)
+
+
+def zero_block(model: nn.Module, path: str) -> None:
+    """Zero a block's parameters, save those that other blocks share."""
+    block = model.get_submodule(path)
+    shared = {id(p) for n, m in model.named_modules() if n != path and not n.startswith(path + ".") for p in m.parameters(recurse=False)}
+    with torch.no_grad():
+        for p in block.parameters():
+            if id(p) not in shared:
+                p.zero_()
+
+
+def bypass(block: nn.Module) -> Any:
+    """Make a block hand on its input: for blocks that all-zero parameters do not turn into the identity."""
+
+    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor))
+        return given if isinstance(output, Tensor) else (given, *output[1:])
+
+    return block.register_forward_hook(skip, with_kwargs=True)
+
+
+# ---- cut
+
+
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, dict[str, Any]]]]:
+    """id of a tensor -> every (module, attribute, dict) that holds it: tied tensors have several."""
+    out: dict[int, list[tuple[nn.Module, str, dict[str, Any]]]] = defaultdict(list)
+    for module in model.modules():
+        for store in (module._parameters, module._buffers, vars(module)):
+            for leaf, value in store.items():
+                if isinstance(value, Tensor):
+                    out[id(value)].append((module, leaf, store))
+    return out
+
+
+def cut(model: nn.Module, keep: Keep) -> None:
+    """Slice the tensors, on whatever device they are (meta included), and set the sizes that torch's own modules carry."""
+    where = holders(model)
+    for name, axes in keep.items():
+        old = tensor_of(model, name)
+        new = old.detach()
+        for axis, index in axes.items():
+            new = new.index_select(axis, index.to(new.device))
+        replace(where[id(old)], old, new.contiguous())
+
+
+def replace(places: Iterable[tuple[nn.Module, str, dict[str, Any]]], old: Tensor, new: Tensor) -> None:
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for module, leaf, store in places:
+        store[leaf] = new
+        fit(module, leaf, old.shape)
+
+
+def fit(module: nn.Module, leaf: str, old: Sequence[int]) -> None:
+    """Make the integer sizes of a torch module (or transformers' Conv1D) say what its tensor `leaf`, which had shape `old`, is now."""
+    weight = vars(module).get(leaf, module._parameters.get(leaf))
+    if leaf != "weight" or weight is None:
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.Conv1d):
+        depthwise = module.groups == old[0]
+        module.out_channels = weight.shape[0]
+        module.groups = weight.shape[0] if depthwise else module.groups
+        module.in_channels = weight.shape[1] * module.groups
+    elif type(module).__name__ == "Conv1D":
+        module.nx, module.nf = weight.shape
+    elif tuple(getattr(module, "normalized_shape", ())) == tuple(old):
+        module.normalized_shape = tuple(weight.shape)
+
+
+# ---- sizes kept in Python
+
+
+def sized(value: Any) -> bool:
+    """An int, or a few of them: what can be a size."""
+    if isinstance(value, (tuple, list)):
+        return 0 < len(value) < 8 and all(type(v) is int for v in value)
+    return type(value) is int
+
+
+def follow(candidate: Candidate, removed: int, model: nn.Module) -> dict[tuple[str, str], tuple[str, Any, Any, bool]]:
+    """(module path, attribute) -> (its class, old, new, ambiguous) of every size in a scope that shrinks with the group."""
+    out: dict[tuple[str, str], tuple[str, Any, Any, bool]] = {}
+    modules = dict(model.named_modules())
+    units = candidate.group.units
+    for path, extents in candidate.extents.items():
+        module = modules.get(path)
+        if module is None or candidate.group.layer is not None and "." not in path:
+            continue
+        own = {k: v for k, v in vars(module).items() if not k.startswith("_") and sized(v)}
+        if type(module).__module__.startswith("torch.nn"):
+            own = {k: v for k, v in own.items() if k == "normalized_shape" and module._parameters.get("weight") is None}
+        elif type(module).__name__ == "Conv1D":
+            own = {}
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "__dict__"):
+            own |= {f"config.{k}": v for k, v in vars(config).items() if not k.startswith("_") and not k.endswith("token_id") and sized(v)}
+        for attr, old in own.items():
+            values = list(old) if isinstance(old, (tuple, list)) else [old]
+            if not any(v in extents for v in values):
+                continue
+            new = [v - removed * _step(extents[v], v, units) if v in extents else v for v in values]
+            doubtful = any(v in extents and (len(extents[v]) > 1) for v in values)
+            out[path, attr] = (type(module).__name__, old, type(old)(new) if isinstance(old, (tuple, list)) else new[0], doubtful)
+    return out
+
+
+def _step(by: dict[int, int], extent: int, units: int) -> int:
+    """How much an extent shrinks per unit: in proportion where that was seen, else as was seen most."""
+    if extent % units == 0 and extent // units in by:
+        return extent // units
+    return max((d for d in by if d), key=lambda d: by[d])
+
+
+def set_sizes(model: nn.Module, changes: Sizes, own: bool) -> None:
+    """Set attributes; with `own` a module whose config changes gets a copy of it first, so that other layers keep theirs."""
+    copied: set[str] = set()
+    for (path, attr), value in changes.items():
+        module = model.get_submodule(path)
+        if attr.startswith("config."):
+            if own and path not in copied:
+                module.config = copy.copy(module.config)
+                copied.add(path)
+            setattr(module.config, attr[7:], value)
+        else:
+            setattr(module, attr, value)
+
+
+def patches(model: nn.Module, cuts: Sequence[Cut], recipes: dict[Pattern, Recipe]) -> Sizes:
+    """(module path, attribute) -> new value, for what the recipes say must follow."""
+    out: Sizes = {}
+    for candidate, removed in cuts:
+        recipe = recipes.get(candidate.pattern, Recipe())
+        for key, (cls, old, new, _) in follow(candidate, removed, model).items():
+            if (cls, key[1]) in recipe.attributes:
+                base = out.get(key, old)
+                out[key] = base + (new - old) if isinstance(old, int) else type(old)(b + n - o for b, n, o in zip(base, new, old, strict=True))
+    return out
+
+
+def config_sizes(model: nn.Module, everything: Sequence[Candidate], cuts: Sequence[Cut], recipes: dict[Pattern, Recipe]) -> Sizes:
+    """Sizes under transformers' standard names, where every layer ends up with the same one; head_dim is made explicit."""
+    removed = {c.group.name: n for c, n in cuts}
+    free = {c.group.kind for c, _ in cuts if recipes.get(c.pattern, Recipe()).config}
+    out: Sizes = {}
+    for path, config in configs(model):
+        for kind in free & set(STANDARD):
+            groups = [c.group for c in everything if c.group.kind == kind]
+            if kind in ("heads", "hidden"):
+                heads, hidden = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
+                if type(heads) is type(hidden) is int and heads and hidden % heads == 0 and getattr(config, "head_dim", None) is None:
+                    out[path, "config.head_dim"] = hidden // heads
+            for name in STANDARD[kind]:
+                old = getattr(config, name, None)
+                same = [g for g in groups if type(old) is int and old % g.units == 0 and (kind == "heads" or old == g.units)]
+                new = {old // g.units * (g.units - removed.get(g.name, 0)) for g in same}
+                if len(new) == 1 and (kind != "heads" or len(same) == len(groups)) and new != {old}:
+                    out[path, f"config.{name}"] = new.pop()
+    return out
+
+
+def slice_argument(argument: Argument, keep: Tensor) -> Callable[..., Any]:
+    """A forward pre-hook that slices one argument; batches that were flattened into the dim repeat the pattern."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        t = args[argument.key] if isinstance(argument.key, int) else kwargs[argument.key]
+        repeats = t.shape[argument.dim] // argument.size
+        index = torch.cat([keep + r * argument.size for r in range(repeats)]).to(t.device)
+        t = t.index_select(argument.dim, index)
+        if isinstance(argument.key, int):
+            return (*args[: argument.key], t, *args[argument.key + 1 :]), kwargs
+        return args, {**kwargs, argument.key: t}
+
+    return hook
+
+
+def shrink(
+    model: nn.Module,
+    everything: Sequence[Candidate],
+    asked: Sequence[tuple[Candidate, Masks]],
+    recipes: dict[Pattern, Recipe],
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Cut the units out of the model and let sizes, configs and arguments follow. Returns the edits (see `remove`)."""
+    cuts = [(c, int((~next(iter(masks.values()))).sum())) for c, masks in asked]
+    sizes = patches(model, cuts, recipes)
+    follow_up = config_sizes(model, everything, cuts, recipes)
+    cut(model, to_keep(model, [(c.group, masks) for c, masks in asked]))
+    edits: dict[str, dict[str, dict[str, Any]]] = {"attributes": {}, "configs": {}, "arguments": {}}
+    set_sizes(model, sizes, own=True)
+    set_sizes(model, follow_up, own=False)
+    for (path, attr), value in {**sizes, **follow_up}.items():
+        kind, _, leaf = attr.rpartition(".")
+        edits["configs" if kind else "attributes"].setdefault(path, {})[leaf] = value
+    for c, masks in asked:
+        mask = next(iter(masks.values()))
+        for a in c.arguments:
+            stays = torch.ones(a.size, dtype=torch.bool)
+            stays[torch.from_numpy(a.index)[~mask].reshape(-1)] = False
+            keep = stays.nonzero()[:, 0]
+            model.get_submodule(a.module).register_forward_pre_hook(slice_argument(a, keep), with_kwargs=True)
+            edits["arguments"].setdefault(a.module, {})[str(a.key)] = {"dim": a.dim, "size": a.size, "keep": keep.tolist()}
+    return edits

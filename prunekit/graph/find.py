@@ -1,0 +1,131 @@
+"""`discover`: a model's groups, and what was left alone and why; `zero` and `remove` act on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from prunekit.graph.groups import Candidate, Pattern, candidates
+from prunekit.graph.kinds import type_families
+from prunekit.graph.labels import Labels, tensors, trace
+from prunekit.graph.prove import BLOCKS, Verdict, prove, prove_blocks
+from prunekit.graph.solve import Solution
+from prunekit.graph.structure import block_lists, inputs_for, skeleton
+from prunekit.graph.twin import small_version
+from prunekit.types import Group
+
+
+@dataclass
+class Discovery:
+    """What is known about a model: proven candidates, recipes for removing them, and in words what was left alone."""
+
+    candidates: list[Candidate]
+    verdicts: dict[Pattern, Verdict]
+    left: list[str]
+    skip: frozenset[tuple[str, int]] = frozenset()
+    blocks: Group | None = None
+
+    @property
+    def groups(self) -> list[Group]:
+        return [c.group for c in self.candidates] + ([self.blocks] if self.blocks else [])
+
+
+_FOUND: WeakKeyDictionary[nn.Module, Discovery] = WeakKeyDictionary()
+_VERDICTS: WeakKeyDictionary[nn.Module, dict[Pattern, Verdict]] = WeakKeyDictionary()
+
+
+def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
+    """Trace a skeleton with `each` blocks of a kind and type what it holds; nothing is proven yet. Returns the skeleton too."""
+    small, stands = skeleton(model, each)
+    inputs = inputs_for(small)
+    labels, _ = trace(small, inputs)
+    skip = token_axes(labels)
+    if skip:
+        labels, _ = trace(small, inputs, Labels(small, skip))
+    solution = Solution(labels)
+    typed, refused = type_families(small, solution, solution.families())
+    found = candidates(solution, typed, small, stands, model)
+    dead = [n for n, p in tensors(small) if isinstance(p, nn.Parameter) and n not in labels.touched and p.numel() > 1]
+    left = refused + [f"{n}: the traced run never touched it" for n in dead]
+    blocks = blocks_of(model, [n for n in labels.touched if labels.touched[n]])
+    return small, Discovery(found, {}, left, skip, blocks)
+
+
+def blocks_of(model: nn.Module, touched: Sequence[str]) -> Group | None:
+    """The blocks as units, where all that ran are in one list."""
+    used = [path for path in block_lists(model) if any(n.startswith(path + ".") for n in touched)]
+    if len(used) != 1 or block_lists(model)[used[0]] < 2:
+        return None
+    n = block_lists(model)[used[0]]
+    return Group("blocks", "blocks", None, n, modules=tuple(f"{used[0]}.{i}" for i in range(n)))
+
+
+def token_axes(labels: Labels) -> frozenset[tuple[str, int]]:
+    """Axes of which the run read a first part only: they are indexed by position, not by channel."""
+    out = set()
+    for name, axes in labels.touched.items():
+        for dim, hit in axes.items():
+            n = int(hit.sum())
+            if 0 < n < len(hit) and hit[:n].all() and n <= 4 * 13:
+                out.add((name, dim))
+    return frozenset(out)
+
+
+def discover(model: nn.Module, verify: bool = True) -> list[Group]:
+    """Every group of units of the model whose removal is proven (with `verify`) to equal zeroing them, on a small model of its kind.
+
+    Works on any device, meta included: no weight is read. What was left alone, and why, is in `report(model)`.
+    """
+    return discovery(model, verify).groups
+
+
+def discovery(model: nn.Module, verify: bool = True) -> Discovery:
+    """The cached knowledge about a model; `remove` makes it stale."""
+    if model not in _FOUND:
+        small, found = survey(model)
+        known = _VERDICTS.setdefault(model, {})
+        if verify:
+            if not all(c.pattern in known for c in found.candidates):
+                known |= verdicts_for(model)
+            found = settle(found, known)
+        _FOUND[model] = found
+    return _FOUND[model]
+
+
+def verdicts_for(model: nn.Module) -> dict[Pattern, Verdict]:
+    """Proofs on a small version of the model with random weights and two blocks of each kind."""
+    twin = small_version(model)
+    _, known = survey(twin, each=2)
+    verdicts = prove(twin, inputs_for(twin), known.candidates, known.skip)
+    if known.blocks:
+        verdicts[BLOCKS] = prove_blocks(twin, inputs_for(twin), known.blocks)
+    return verdicts
+
+
+def settle(found: Discovery, verdicts: dict[Pattern, Verdict]) -> Discovery:
+    """Keep for each place the first candidate that is proven; say why the others are not."""
+    kept, left = [], list(found.left)
+    for c in found.candidates:
+        chosen = next((o for o in [c, *c.spare] if verdicts.get(o.pattern, Verdict(None)).recipe is not None), None)
+        if chosen is None:
+            left.append(f"{c.group.name}: {verdicts.get(c.pattern, Verdict(None, 'its small version has no such units')).reason}")
+        else:
+            kept.append(chosen)
+    blocks = found.blocks
+    if blocks and verdicts[BLOCKS].recipe is None:
+        blocks = None
+        left.append(f"blocks: {verdicts[BLOCKS].reason}")
+    return Discovery(kept, verdicts, left, found.skip, blocks)
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what is known about a model that changed; proofs stay, they are about its code."""
+    _FOUND.pop(model, None)
+
+
+def report(model: nn.Module) -> list[str]:
+    """What discovery left alone, one line each: the place and the reason."""
+    return list(discovery(model).left)

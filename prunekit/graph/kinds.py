@@ -1,0 +1,106 @@
+"""What a family of units is, told without names: residual channels, heads, neurons, or other channels inside a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from prunekit.graph.solve import Family, Solution
+from prunekit.graph.structure import block_lists, block_of
+
+
+@dataclass
+class Typed:
+    """A family with its kind, and the block it is in (None: it runs through the network)."""
+
+    kind: str
+    family: Family
+    block: tuple[str, int] | None
+    spare: Sequence[Family] = ()
+
+
+def parent(name: str) -> str:
+    """The module two levels above a parameter: `h.0.attn` for `h.0.attn.c_proj.weight`."""
+    return name.rsplit(".", 2)[0]
+
+
+def type_families(model: nn.Module, solution: Solution, families: list[Family]) -> tuple[list[Typed], list[str]]:
+    """Kinds for what can be pruned, and in words what was found but refused."""
+    lists = block_lists(model)
+    rank = {a.name: max(b.dim for b in solution.lab.axes if b.name == a.name) + 1 for a in solution.lab.axes}
+    for f in families:
+        f.names = tuple((solution.axis(a).name, solution.axis(a).dim) for a in f.axes)
+    refused = [f"{_place(f)}: {f.n} units pass through an op without a rule" for f in families if "opaque" in f.flags and len(f.names) > 1]
+    good = [f for f in families if "opaque" not in f.flags]
+    blocks = {id(f): {block_of(n, lists) for n, _ in f.names} for f in good}
+    hidden = _hidden(good, blocks)
+    taken = {c for u in hidden.units for c in u} if hidden else set()
+    rest = [f for f in good if f is not hidden and len(f.names) > 1 and not any(set(u) & taken for u in f.units)]
+    local = [f for f in rest if len(blocks[id(f)]) == 1 and None not in blocks[id(f)]]
+    batch = solution.flagged.get("batch", set())
+    slabs = [f for f in local if all(set(u) & batch for u in f.units) and not _expert_axis(solution, f)]
+    heads = _one_per_module(slabs)
+    owners = {parent(n) for f, _ in heads for n, _ in f.names} | {n for f, _ in heads for n, _ in f.names}
+    out = [Typed("hidden", hidden, None)] if hidden else []
+    out += [Typed("heads", f, next(iter(blocks[id(f)])), spare) for f, spare in heads]
+    in_matrix = set(solution._in_matrix)
+    channels = []
+    for f in local:
+        inside = any(parent(n) in owners or n in owners for n, _ in f.names)
+        crossed = any(set(u) & in_matrix for u in f.units) and (inside or not heads)
+        if f not in slabs and not crossed and sum(rank[n] > 1 for n, _ in f.names) > 1:
+            channels.append((f, inside))
+    for f, inside in _minimal(channels):
+        out.append(Typed("inner" if inside else "neurons", f, next(iter(blocks[id(f)]))))
+    return out, refused
+
+
+def _place(f: Family) -> str:
+    name, dim = f.names[0]
+    return f"{name} axis {dim}"
+
+
+def _hidden(good: list[Family], blocks: dict[int, set[tuple[str, int] | None]]) -> Family | None:
+    """The family that reaches the most blocks, then the most tensors."""
+    wide = [f for f in good if len(f.names) > 2 and ("embedding" in f.flags or len(blocks[id(f)] - {None}) > 1)]
+    return max(wide, key=lambda f: (len(blocks[id(f)] - {None}), "embedding" in f.flags, len(f.names), f.n), default=None)
+
+
+def _expert_axis(solution: Solution, f: Family) -> bool:
+    """Whether the units enumerate the first axis of 3-D weights."""
+    deep = {a.name for a in solution.lab.axes if a.dim == 2}
+    return any(n in deep and d == 0 and idx.shape[1] == 1 for (n, d), idx in zip(f.names, f.axes.values(), strict=True))
+
+
+def _one_per_module(slabs: list[Family]) -> list[tuple[Family, list[Family]]]:
+    """Among families that share tensors the one that reaches most of them (whole kv groups, not single query heads), and the others."""
+    clusters: list[tuple[set[str], list[Family]]] = []
+    for f in slabs:
+        names, members = {n for n, _ in f.names}, [f]
+        for cluster in [c for c in clusters if c[0] & names]:
+            clusters.remove(cluster)
+            names |= cluster[0]
+            members = cluster[1] + members
+        clusters.append((names, members))
+    out = []
+    for _, members in clusters:
+        best = max(members, key=lambda f: (len(f.names), -f.n))
+        out.append((best, sorted((f for f in members if f is not best), key=lambda f: -f.n)))
+    return out
+
+
+def _minimal(channels: list[tuple[Family, bool]]) -> list[tuple[Family, bool]]:
+    """Families no unit of which contains a unit of another."""
+    out = []
+    for f, inside in channels:
+        unit = set(f.units[0])
+        if not any(g is not f and any(set(u) < unit for u in g.units[:1] + g.units[-1:]) for g, _ in channels):
+            out.append((f, inside))
+    return out
+
+
+def indices(f: Family) -> list[np.ndarray]:
+    return list(f.axes.values())

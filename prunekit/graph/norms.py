@@ -1,0 +1,72 @@
+"""The RMSNorm correction: over fewer channels the mean square is taken over fewer, so gain and eps must follow for the result to stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.graph.apply import Keep, Masks, cut, to_keep
+from prunekit.graph.groups import Candidate
+from prunekit.graph.structure import clone
+from prunekit.registry import ConfigError
+
+
+def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> None:
+    """Scale the gains of every norm that averages over removed channels by s = sqrt(kept / before), and its eps by s**2, before cutting.
+
+    A norm that adds one to its gain gets (1 + w) s - 1. Which of the two it is, is tried on the module itself.
+    Raises ConfigError where neither makes the norm of the kept channels what it was with zeros.
+    """
+    keep = to_keep(model, [(c.group, masks) for c, masks in cuts])
+    styles: dict[tuple[str, tuple[int, ...]], tuple[bool, str]] = {}
+    for path in dict.fromkeys(path for c, _ in cuts for path in c.norms):
+        module = model.get_submodule(path)
+        own = {n: axes for n, axes in keep.items() if n.rpartition(".")[0] == path}
+        gain = next((n for n in own if len(tensor_shape(module, n)) == 1), None)
+        if gain is None:
+            raise ConfigError(f"norm=rescale: {path or 'the model'} averages over removed channels, but has no gain of its own to correct")
+        index = own[gain][0]
+        leaf = gain.rpartition(".")[2]
+        before = tensor_shape(module, gain)[0]
+        key = (type(module).__qualname__, (before, len(index)))
+        if key not in styles:
+            styles[key] = style_of(module, leaf, index)
+        offset, eps = styles[key]
+        correct(module, leaf, eps, len(index) / before, offset)
+
+
+def tensor_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    return tuple(getattr(module, name.rpartition(".")[2]).shape)
+
+
+def correct(module: nn.Module, leaf: str, eps: str, share: float, offset: bool) -> None:
+    w = getattr(module, leaf)
+    s = math.sqrt(share)
+    with torch.no_grad():
+        w.copy_((w + 1) * s - 1 if offset else w * s)
+    setattr(module, eps, getattr(module, eps) * share)
+
+
+def style_of(module: nn.Module, leaf: str, index: Tensor) -> tuple[bool, str]:
+    """Whether the gain is `1 + w`, and the name of eps, by trying both on a copy of the norm with random gains."""
+    draw = torch.Generator().manual_seed(0)
+    before = getattr(module, leaf).shape[0]
+    zeroed = torch.randn(3, 5, before, generator=draw)
+    gone = torch.ones(before, dtype=torch.bool)
+    gone[index] = False
+    zeroed[..., gone] = 0
+    old = clone(module, lambda t: torch.rand(t.shape, generator=draw)).float()
+    keep: Keep = {leaf: {0: index}}
+    with torch.no_grad():
+        target = old(zeroed)[..., index]
+        for eps in [k for k, v in vars(module).items() if "eps" in k and isinstance(v, float)]:
+            for offset in (False, True):
+                new = clone(old, lambda t: t.detach().clone())
+                correct(new, leaf, eps, len(index) / before, offset)
+                cut(new, keep)
+                if torch.allclose(new(zeroed[..., index]), target, rtol=1e-4, atol=1e-5):
+                    return offset, eps
+    raise ConfigError(f"norm=rescale: {type(module).__name__} has no correction that makes removing equal zeroing; use norm=plain")

@@ -1,0 +1,194 @@
+"""The proof, on a small model: a unit may be pruned if removing it gives the logits that zeroing it gives; found by trying what must follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.graph.apply import Masks, Recipe, bypass, follow, gone, shrink, to_keep, zero_block, zero_slices
+from prunekit.graph.groups import Candidate, Pattern
+from prunekit.graph.labels import trace
+from prunekit.graph.masked import Masked
+from prunekit.graph.structure import clone, drop_blocks, logits_of
+from prunekit.types import Group
+
+TOLERANCE = 1e-4
+MOVES = 1e-3
+"""Relative: removal must match its reference to the first, and the reference must differ from the dense logits by the second."""
+
+
+ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ZeroDivisionError)
+"""What a model's own code raises when a size that it keeps in Python does not fit."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a proof: the recipe, or the reason why there is none; `bypass`: all-zero parameters do not make a block the identity."""
+
+    recipe: Recipe | None
+    reason: str = ""
+    bypass: bool = False
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    return clone(model, lambda t: t.detach().clone())
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return logits_of(model(**inputs)).float()
+
+
+def masked_logits(model: nn.Module, inputs: dict[str, Any], asked: Sequence[tuple[Candidate, Masks]], skip: frozenset[tuple[str, int]]) -> Tensor:
+    """Logits with the units' slices zeroed and statistics over the kept channels: what removal must reproduce."""
+    zeroed = duplicate(model)
+    zero_slices(zeroed, [(c.group, masks) for c, masks in asked])
+    lost = [(m.param, m.axis, index) for c, masks in asked for m, index in gone(c.group, masks)]
+    return logits_of(trace(zeroed, inputs, Masked(zeroed, skip, lost))[1]).float()
+
+
+def some_masks(candidate: Candidate, share: float, seed: int) -> Masks:
+    """The same random units at every member."""
+    n = candidate.group.units
+    lost = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: min(max(1, round(n * share)), n - 1)]
+    mask = torch.ones(n, dtype=torch.bool)
+    mask[lost] = False
+    return {(m.param, m.axis): mask for m in candidate.group.members}
+
+
+def prove(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    everything: Sequence[Candidate],
+    skip: frozenset[tuple[str, int]] = frozenset(),
+    share: float = 0.3,
+) -> dict[Pattern, Verdict]:
+    """A verdict for every pattern among the candidates and their spares; a spare is tried only where what it stands in for fails."""
+    dense = run(model, inputs)
+    verdicts: dict[Pattern, Verdict] = {}
+    level = list(everything)
+    while level:
+        for pattern in dict.fromkeys(c.pattern for c in level):
+            if pattern not in verdicts:
+                same = [c for c in level if c.pattern == pattern]
+                case = Case(model, inputs, everything, dense, skip)
+                verdicts[pattern] = prove_pattern(case, same, share)
+        level = [c.spare[0] for c in level if c.spare and verdicts[c.pattern].recipe is None]
+    return verdicts
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all proofs on one model share."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    everything: Sequence[Candidate]
+    dense: Tensor
+    skip: frozenset[tuple[str, int]]
+
+
+def prove_pattern(case: Case, same: Sequence[Candidate], share: float) -> Verdict:
+    """Widths that differ from layer to layer decide what must follow; equal widths, whether the shared config may follow as well."""
+    uneven = [(c, some_masks(c, share if i % 2 else share / 2, i)) for i, c in enumerate(same)]
+    if len({int(next(iter(m.values())).sum()) for _, m in uneven}) == 1 and len(same) > 1:
+        uneven = [(c, some_masks(c, 0.5 if i % 2 else share / 2, i)) for i, c in enumerate(same)]
+    verdict = prove_one(case, uneven, list(recipes(case.model, uneven)))
+    if verdict.recipe is None:
+        return verdict
+    even = [(c, some_masks(c, share, i)) for i, c in enumerate(same)]
+    found = verdict.recipe.attributes
+    return prove_one(case, even, [Recipe(found, config=True), Recipe(found, config=False)])
+
+
+def prove_one(case: Case, asked: Sequence[tuple[Candidate, Masks]], options: Sequence[Recipe], tries: int = 150) -> Verdict:
+    """Try recipes, simplest first, until removal equals the reference, the parameters fall by the slices' sizes, and ties hold."""
+    model, inputs, everything, dense, skip = case.model, case.inputs, case.everything, case.dense, case.skip
+    reference = masked_logits(model, inputs, asked, skip)
+    scale = max(1.0, float(reference.abs().max()))
+    if not torch.isfinite(reference).all():
+        return Verdict(None, "the reference is not finite")
+    if float((reference - dense).abs().max()) < MOVES * scale:
+        return Verdict(None, "removing units does not move the logits, so nothing would be proven")
+    expected = count_after(model, asked)
+    pattern = asked[0][0].pattern
+    reason = ""
+    for recipe in options[:tries]:
+        small = duplicate(model)
+        shrink(small, everything, asked, {pattern: recipe})
+        if sum(p.numel() for p in small.parameters()) != expected:
+            return Verdict(None, "the parameter count does not fall by what the slices hold")
+        try:
+            off = float((run(small, inputs) - reference).abs().max()) / scale
+        except ERRORS as e:
+            reason = reason or f"{type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''}"
+            continue
+        if off < TOLERANCE:
+            return Verdict(recipe)
+        reason = f"removal differs from zeroing by {off:.1e}"
+    return Verdict(None, reason)
+
+
+def count_after(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> int:
+    keep = to_keep(model, [(c.group, masks) for c, masks in asked])
+    total = 0
+    for name, p in model.named_parameters():
+        n = p.numel()
+        for axis, index in keep.get(name, {}).items():
+            n = n // p.shape[axis] * len(index)
+        total += n
+    return total
+
+
+def recipes(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> Iterator[Recipe]:
+    """Which sizes follow: first all that are certain, then none, then with configs, then the doubtful, then up to three exceptions."""
+    sizes: dict[tuple[str, str], bool] = {}
+    for c, _ in asked:
+        for (_, attr), (cls, _, _, doubtful) in follow(c, 1, model).items():
+            sizes[cls, attr] = sizes.get((cls, attr), False) or doubtful
+    plain = frozenset(k for k, doubtful in sizes.items() if not k[1].startswith("config.") and not doubtful)
+    modules = frozenset(k for k in sizes if not k[1].startswith("config."))
+    certain = frozenset(k for k, doubtful in sizes.items() if not doubtful)
+    bases = list(dict.fromkeys([plain, frozenset[tuple[str, str]](), certain, modules, frozenset(sizes)]))
+    for base in bases:
+        yield Recipe(base, config=False)
+    order = sorted(sizes, key=lambda k: k[1].startswith("config."))
+    for size in (1, 2, 3):
+        for exceptions in combinations(order, size):
+            for base in bases[:3]:
+                yield Recipe(base ^ frozenset(exceptions), config=False)
+
+
+# ---- whole blocks
+
+BLOCKS: Pattern = ("blocks", frozenset())
+
+
+def prove_blocks(model: nn.Module, inputs: dict[str, Any], blocks: Group) -> Verdict:
+    """Dropping any one block must equal zeroing all its parameters; or, where that is not the identity, handing on its input."""
+    dense = run(model, inputs)
+    path = blocks.modules[0].rpartition(".")[0]
+    by_zeros = True
+    for i in range(blocks.units):
+        small = duplicate(model)
+        drop_blocks(small, path, [j for j in range(blocks.units) if j != i])
+        try:
+            removed = run(small, inputs)
+        except ERRORS as e:
+            return Verdict(None, f"without block {i}: {type(e).__name__}: {str(e)[:100]}")
+        scale = max(1.0, float(removed.abs().max()))
+        skipped, zeroed = duplicate(model), duplicate(model)
+        bypass(skipped.get_submodule(blocks.modules[i]))
+        zero_block(zeroed, blocks.modules[i])
+        by_zeros = by_zeros and float((run(zeroed, inputs) - removed).abs().max()) < TOLERANCE * scale
+        off = float((run(skipped, inputs) - removed).abs().max()) / scale
+        if not off < TOLERANCE and not by_zeros:
+            return Verdict(None, f"dropping block {i} differs from handing on its input by {off:.1e}")
+        if float((removed - dense).abs().max()) < MOVES * scale:
+            return Verdict(None, f"dropping block {i} does not move the logits, so nothing would be proven")
+    return Verdict(Recipe(), bypass=not by_zeros)

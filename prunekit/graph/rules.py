@@ -1,0 +1,343 @@
+"""What each class of ATen op does to labels. An op without a rule is *opaque*: its labels end there and units that reach it are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from prunekit.graph.labels import Labels, Op, ranked, reduced, varying
+
+CREATES = frozenset(
+    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full rand_like randn_like randint_like nonzero one_hot bincount "
+    "histc unique2 _unique2 unique_dim unique_consecutive multinomial searchsorted bucketize isin nonzero_static new_empty_strided empty_strided "
+    "_local_scalar_dense equal is_nonzero scalar_tensor is_same_size".split()
+)
+POINTWISE = frozenset(
+    "masked_fill where clamp dropout native_dropout gelu silu addcmul addcdiv lerp nan_to_num bernoulli softplus hardtanh leaky_relu elu mish "
+    "log_sigmoid_forward threshold relu logical_not round fmod remainder prelu _prelu_kernel relu6 hardswish polar complex".split()
+)
+RULES: dict[str, Callable[[Labels, Op], None]] = {}
+
+
+def rule(names: str) -> Callable[[Callable[[Labels, Op], None]], Callable[[Labels, Op], None]]:
+    def decorate(fn: Callable[[Labels, Op], None]) -> Callable[[Labels, Op], None]:
+        RULES.update(dict.fromkeys(names.split(), fn))
+        return fn
+
+    return decorate
+
+
+def apply(lab: Labels, op: Op) -> None:
+    """Run the op's rule; what has none, or does not fit its rule, is marked opaque."""
+    known = RULES.get(op.name)
+    pointwise = torch.Tag.pointwise in op.func.tags or op.name in POINTWISE
+    if known is None and (pointwise or op.mutable and len(op.outs) == 1 and op.outs[0].shape == op.ins[0].shape):
+        known = elementwise
+    if known is None:
+        opaque(lab, op, op.name)
+        return
+    try:
+        known(lab, op)
+    except (RuntimeError, IndexError, ValueError, TypeError) as e:
+        opaque(lab, op, f"{op.name}: {str(e)[:80]}")
+
+
+def opaque(lab: Labels, op: Op, why: str) -> None:
+    lab.opaque.add(why)
+    for t in op.ins:
+        for f in lab.fields(t):
+            lab.flag("opaque", f)
+
+
+def elementwise(lab: Labels, op: Op) -> None:
+    rank = op.outs[0].dim()
+    operands = [t for t in op.ins if op.mutable or t is not op.outs[0]]
+    fields = lab.merge([ranked(f, rank) for t in operands for f in lab.fields(t)])
+    for t in operands:
+        if not lab.fields(t):
+            lab.note_constant(t, rank, fields)
+    for t in op.outs:
+        lab.write(t, fields)
+
+
+@rule("copy")
+def copy(lab: Labels, op: Op) -> None:
+    lab.write(op.args[0], [ranked(f, op.args[0].dim()) for f in lab.fields(op.args[1])])
+
+
+@rule("fill zero random uniform normal")
+def fill(lab: Labels, op: Op) -> None:
+    lab.write(op.args[0], [])
+
+
+@rule("view_as_complex")
+def to_complex(lab: Labels, op: Op) -> None:
+    fields = [f.expand(*f.shape[:-1], 2) if f.size(-1) == 1 else f for f in lab.fields(op.args[0])]
+    for f in fields:
+        lab.relate(f[..., 0], f[..., 1])
+    lab.write(op.outs[0], [f[..., 0] for f in fields])
+
+
+@rule("view_as_real")
+def to_real(lab: Labels, op: Op) -> None:
+    lab.write(op.outs[0], [f.unsqueeze(-1) for f in lab.fields(op.args[0])])
+
+
+@rule("mm bmm mv dot addmm baddbmm addmv addbmm")
+def contraction(lab: Labels, op: Op) -> None:
+    """Operands in common coordinates [b, m, k, n]; what varies along k ends there."""
+    added = op.name.startswith("add") or op.name == "baddbmm"
+    bias, (a, b) = (op.args[0] if added else None), op.args[1:3] if added else op.args[:2]
+    vector, scalar = op.name in ("mv", "addmv"), op.name == "dot"
+
+    def left(f: Tensor) -> Tensor:
+        return ((f[None] if scalar else f) if f.dim() == 3 else (f[None] if scalar else f)[None]).unsqueeze(-1)
+
+    def right(f: Tensor) -> Tensor:
+        f = f.unsqueeze(-1) if vector or scalar else f
+        return (f if f.dim() == 3 else f[None]).unsqueeze(1)
+
+    fields = lab.merge([left(f) for f in lab.fields(a)] + [right(f) for f in lab.fields(b)])
+    for t, coordinates in ((a, left), (b, right)):
+        if not lab.fields(t) and t.numel() > 1:
+            lab.note_constant(coordinates(t), 4, fields)
+    if a.dim() == 3:
+        note_batch(lab, fields, 0)
+    out = reduce_fields(lab, fields, [2], None, keepdim=False)
+    if a.dim() != 3:
+        out = [f.squeeze(0) for f in out]
+    if vector:
+        out = [f.squeeze(-1) for f in out]
+    rank = op.outs[0].dim()
+    if op.name == "addbmm":
+        out = reduce_fields(lab, out, [0], None, keepdim=False)
+    if bias is not None:
+        labels = lab.fields(bias)
+        out = lab.merge(out + [ranked(f, rank) for f in labels])
+        if not labels:
+            lab.note_constant(bias, rank, out)
+    lab.write(op.outs[0], [] if scalar else out)
+
+
+def note_batch(lab: Labels, fields: Sequence[Tensor], dim: int) -> None:
+    """Labels of a batched product's batch dim: heads are what such a dim enumerates."""
+    for f in fields:
+        if f.size(dim) > 1:
+            lab.flag("batch", lab.group(f, [dim]))
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable")
+def attention(lab: Labels, op: Op) -> None:
+    """Coordinates [b, h, m, n, d]."""
+    q, k, v = ([f for f in lab.fields(t)] for t in op.args[:3])
+    score = reduce_fields(lab, lab.merge([f.unsqueeze(3) for f in q] + [f.unsqueeze(2) for f in k]), [4], None, keepdim=True)
+    mixed = lab.merge(score + [f.unsqueeze(2) for f in v])
+    note_batch(lab, mixed, 1)
+    mask = op.get(5, "attn_mask") if "cpu" in op.name else op.get(3, "attn_mask")
+    if isinstance(mask, Tensor) and not lab.fields(mask):
+        lab.note_constant(mask.unsqueeze(-1), 5, mixed)
+    lab.write(op.outs[0], reduce_fields(lab, mixed, [3], None, keepdim=False))
+
+
+def reduce_fields(lab: Labels, fields: Sequence[Tensor], dims: Sequence[int], name: str | None, keepdim: bool) -> list[Tensor]:
+    out = []
+    for f in fields:
+        gone = [d for d in dims if f.size(d) > 1]
+        if gone:
+            if name:
+                lab.flag(name, lab.group(f, gone))
+            left = [i for i in varying(f) if i not in gone]
+            if not left:
+                continue
+            f = lab.group(f, left)
+        for d in sorted(dims, reverse=True) if not keepdim else ():
+            f = f.narrow(d, 0, 1).squeeze(d)
+        out.append(f)
+    return out
+
+
+@rule("sum mean amax amin max min var std var_mean norm linalg_vector_norm logsumexp prod any all argmax argmin nansum count_nonzero median aminmax")
+def reduction(lab: Labels, op: Op) -> None:
+    x = op.args[0]
+    dims = reduced_dims(op)
+    if dims is None:
+        elementwise(lab, op)
+        return
+    keepdim = op.outs[0].dim() == x.dim()
+    fields = reduce_fields(lab, lab.fields(x), dims, "sum" if op.name in ("sum", "nansum") else "statistic", keepdim)
+    for t in op.outs:
+        lab.write(t, [f for f in fields if f.dim() == t.dim()])
+
+
+def reduced_dims(op: Op) -> list[int] | None:
+    """Dims that a reduction, a norm or a softmax runs over; None for the two-operand max and min."""
+    rank = op.args[0].dim()
+    if op.name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
+        return list(range(rank - len(op.args[1]), rank))
+    if op.name == "native_group_norm":
+        return list(range(1, rank))
+    dims = op.get(2 if op.name in ("norm", "linalg_vector_norm", "topk", "kthvalue") else 1, "dim")
+    if op.name == "sort" and isinstance(dims, bool):
+        dims = op.get(2, "dim")
+    if isinstance(dims, Tensor):
+        return None
+    if op.name in ("topk", "sort", "argsort", "kthvalue") and dims is None:
+        dims = -1
+    if dims is None or dims == [] or isinstance(dims, bool):
+        return list(range(rank))
+    return [d % max(rank, 1) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+@rule("cumsum cumprod cummax cummin _softmax _log_softmax softmax log_softmax logcumsumexp _safe_softmax topk sort argsort kthvalue")
+def along(lab: Labels, op: Op) -> None:
+    """Ops whose result at one place depends on the others along a dim; an order statistic also mixes the places up."""
+    dims = reduced_dims(op) or []
+    order = op.name in ("topk", "sort", "argsort", "kthvalue")
+    out = []
+    for f in lab.fields(op.args[0]):
+        hit = [d for d in dims if f.size(d) > 1]
+        if hit:
+            lab.flag("order" if order else "statistic" if "softmax" in op.name else "scan", lab.group(f, hit))
+            if order:
+                left = [i for i in varying(f) if i not in hit]
+                if not left:
+                    continue
+                f = lab.group(f, left)
+        out.append(f)
+    for t in op.outs:
+        lab.write(t, out)
+
+
+@rule("native_layer_norm _fused_rms_norm rms_norm native_group_norm")
+def norm(lab: Labels, op: Op) -> None:
+    x, rank = op.args[0], op.args[0].dim()
+    fields = list(lab.fields(x))
+    dims = reduced_dims(op) or []
+    for f in fields:
+        hit = [d for d in dims if f.size(d) > 1]
+        if hit:
+            lab.flag("statistic", lab.group(f, hit))
+    for t in op.args[2 if op.name != "native_group_norm" else 1 :]:
+        if isinstance(t, Tensor):
+            for f in lab.fields(t):
+                fields.append(ranked(f.reshape((1, -1) + (1,) * (rank - 2)) if op.name == "native_group_norm" else f, rank))
+    lab.write(op.outs[0], lab.merge(fields))
+
+
+@rule("embedding")
+def embedding(lab: Labels, op: Op) -> None:
+    """Rows are picked by data: only the columns' labels live on."""
+    weight, index = op.args[:2]
+    kept = [f for f in lab.fields(weight) if f.size(0) == 1]
+    lab.flag("row", torch.cat([f.reshape(-1) for f in lab.fields(weight) if f.size(0) > 1] or [torch.zeros(1, dtype=torch.int64)]))
+    for f in kept:
+        lab.flag("embedding", f)
+    lab.write(op.outs[0], [f.reshape((1,) * index.dim() + (-1,)) for f in kept])
+
+
+@rule("convolution _convolution conv1d mkldnn_convolution")
+def convolution(lab: Labels, op: Op) -> None:
+    """Depthwise: channel by channel; one group: a contraction over channels; anything between is refused."""
+    x, w = op.args[:2]
+    out, groups = op.outs[0], op.args[8] if len(op.args) > 8 else op.get(6, "groups", 1)
+    depthwise = groups == x.size(1) == out.size(1)
+    channels = [f.reshape(-1) for f in lab.fields(w) if varying(f) == (0,)]
+    if op.args[2] is not None:
+        channels += [f.reshape(-1) for f in lab.fields(op.args[2])]
+    for f in lab.fields(x):
+        if f.size(1) == 1:
+            continue
+        c = lab.group(f, [1]).reshape(-1)
+        if depthwise:
+            channels.append(c)
+        elif groups == 1:
+            for g in lab.fields(w):
+                if varying(g) == (1,):
+                    lab.relate(c, g.reshape(-1))
+        else:
+            lab.flag("opaque", c)
+    lab.write(out, lab.merge([f.reshape((1, -1) + (1,) * (out.dim() - 2)) for f in channels]))
+
+
+@rule("index_put _index_put_impl _unsafe_index_put index_add index_copy scatter scatter_add scatter_reduce masked_scatter")
+def store(lab: Labels, op: Op) -> None:
+    """Write labelled values into places that data names."""
+    target = op.args[0] if op.mutable else op.outs[0]
+    fields = list(lab.fields(op.args[0]))
+    put = op.name.strip("_").startswith(("index_put", "unsafe_index_put"))
+    source = op.args[2] if put else None if op.name == "masked_scatter" else op.args[3]
+    for f in lab.fields(source) if isinstance(source, Tensor) else ():
+        blank, f = torch.zeros(target.shape, dtype=torch.int64), f.expand(source.shape).contiguous()
+        if put:
+            fields.append(blank.index_put_(list(op.args[1]), f))
+        else:
+            fields.append((blank.index_copy_ if op.name.startswith("index") else blank.scatter_)(op.args[1], op.args[2], f))
+    lab.write(target, lab.merge(fields))
+
+
+@rule("cat stack")
+def concatenate(lab: Labels, op: Op) -> None:
+    """Parts side by side; labels that run along the other dims are the same thing in every part."""
+    dim = op.get(1, "dim", 0) % op.outs[0].dim()
+    parts = [t for t in op.args[0] if t.dim() != 1 or t.numel()]
+    fields = [[f.unsqueeze(dim) if op.name == "stack" else f for f in lab.fields(t)] for t in parts]
+    out = []
+    for dims in sorted({varying(f) for fs in fields for f in fs}):
+        here = [next((f for f in fs if varying(f) == dims), None) for fs in fields]
+        across = [i for i in dims if i != dim]
+        groups = [lab.group(f, across) for f in here if f is not None] if across else []
+        for a, b in zip(groups, groups[1:], strict=False):
+            lab.relate(a, b)
+        if op.name == "stack" and across:
+            out.append(next(f for f in here if f is not None))
+            continue
+        shapes = [t.unsqueeze(dim).shape if op.name == "stack" else t.shape for t in parts]
+        blank = [torch.zeros(shape, dtype=torch.int64) if f is None else f.expand(shape) for f, shape in zip(here, shapes, strict=True)]
+        out.append(torch.cat(blank, dim))
+    lab.write(op.outs[0], out)
+
+
+@rule(
+    "clone contiguous _to_copy lift_fresh_copy _conj_physical _unsafe_view index_select index _unsafe_index gather repeat flip roll tril triu "
+    "constant_pad_nd unfold im2col repeat_interleave masked_select expand_copy permute_copy view_copy diagonal_copy diag_embed narrow_copy "
+    "unbind_copy split_copy select_copy slice_copy squeeze_copy unsqueeze_copy transpose_copy t_copy alias_copy reflection_pad1d "
+    "replication_pad1d split_with_sizes_copy rot90 _reshape_copy _reshape_alias slice_scatter select_scatter pixel_shuffle"
+)
+def move(lab: Labels, op: Op) -> None:
+    """Data movement: the same op moves the labels."""
+    x = op.args[0]
+    results: list[list[Tensor]] = [[] for _ in op.outs]
+    for f in lab.fields(x):
+        if op.name in ("_to_copy", "clone", "contiguous", "lift_fresh_copy", "_conj_physical"):
+            moved = [f]
+        elif op.name == "constant_pad_nd":
+            moved = [op.func(f.expand(x.shape), op.args[1], 0)]
+        elif op.name == "_unsafe_view":
+            moved = [f.expand(x.shape).reshape(op.outs[0].shape)]
+        else:
+            moved = [m for m in tree_leaves(op.func(f.expand(x.shape), *op.args[1:], **op.kwargs)) if isinstance(m, Tensor)]
+        for out, m in zip(results, moved, strict=True):
+            out.append(m)
+    for t, fields in zip(op.outs, results, strict=True):
+        lab.write(t, fields)
+        if op.name not in ("_to_copy", "clone", "contiguous"):
+            for f in lab.fields(t):
+                lab.note(f)
+
+
+@rule("linalg_solve_triangular triangular_solve linalg_solve _linalg_solve_ex linalg_inv_ex linalg_cholesky_ex")
+def solve(lab: Labels, op: Op) -> None:
+    """Batched linear algebra: the batch dims of A couple with B, the result has B's columns."""
+    rank = op.args[0].dim()
+    fields = []
+    for f in lab.fields(op.args[0]):
+        if f.size(-1) > 1 or f.size(-2) > 1:
+            lab.flag("opaque", f)
+        batch = [i for i in varying(f) if i < rank - 2]
+        if batch:
+            fields.append(lab.group(reduced(f), batch))
+    second = op.args[1] if len(op.args) > 1 and isinstance(op.args[1], Tensor) else None
+    lab.write(op.outs[0], lab.merge(fields + (lab.fields(second) if second is not None else [])))

@@ -1,0 +1,194 @@
+"""A model's repeated blocks: finding them, dropping some, and a small skeleton with one block of each kind that stands for all."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.graph.labels import tensors
+
+
+def block_lists(model: nn.Module) -> dict[str, int]:
+    """path of every outermost ModuleList that owns parameters -> its length."""
+    out: dict[str, int] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(p + ".") for p in out)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and any(True for _ in module.parameters()):
+            out[path] = len(module)
+    return out
+
+
+def block_of(name: str, lists: dict[str, int]) -> tuple[str, int] | None:
+    """The list and the index of the block that a parameter or module is in."""
+    for path in lists:
+        number = name[len(path) + 1 :].split(".")[0]
+        if name.startswith(path + ".") and number.isdigit():
+            return path, int(number)
+    return None
+
+
+def configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every config object that a module holds, once, with the path of the first module that holds it."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "__dict__") and id(config) not in seen:
+            seen.add(id(config))
+            yield path, config
+
+
+def _numbered(blocks: nn.ModuleList) -> list[tuple[str, str, int]]:
+    """(submodule, attribute, offset) that hold the block's own number, e.g. `self_attn.layer_idx`."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, block in enumerate(blocks):
+        for path, module in block.named_modules():
+            for attr, value in vars(module).items():
+                if isinstance(value, int) and not isinstance(value, bool):
+                    found[path, attr].append(value - i)
+    return [(*key, v[0]) for key, v in found.items() if len(v) == len(blocks) > 1 and len(set(v)) == 1]
+
+
+def drop_blocks(model: nn.Module, path: str, keep: Sequence[int]) -> None:
+    """Keep only these blocks of one list, in place: renumber them and shorten the per-layer lists and counts of configs and owners.
+
+    With two blocks or more a number is told from a constant by changing from block to block.
+    """
+    blocks = model.get_submodule(path)
+    if not isinstance(blocks, nn.ModuleList):
+        raise TypeError(f"{path} is not a ModuleList")
+    old = len(blocks)
+    numbers = _numbered(blocks)
+    kept = nn.ModuleList([blocks[i] for i in keep])
+    for new, block in enumerate(kept):
+        for sub, attr, offset in numbers:
+            setattr(block.get_submodule(sub), attr, new + offset)
+    parent, _, leaf = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, leaf, kept)
+    for holder in [*(c for _, c in configs(model)), *(m for n, m in model.named_modules() if not n.startswith(path + "."))]:
+        _shorten(holder, old, keep)
+
+
+def _shorten(holder: Any, old: int, keep: Sequence[int]) -> None:
+    changes = {}
+    for attr, value in vars(holder).items():
+        if isinstance(value, (list, tuple)) and len(value) == old and not hasattr(value, "_fields"):
+            changes[attr] = type(value)(value[i] for i in keep)
+        elif isinstance(value, int) and value == old and "layer" in attr and not isinstance(value, bool):
+            changes[attr] = len(keep)
+    for attr, value in changes.items():
+        setattr(holder, attr, value)
+    mapped = getattr(holder, "attribute_map", {}).get("num_hidden_layers")
+    if mapped and getattr(holder, mapped, None) == old:
+        setattr(holder, mapped, len(keep))
+
+
+def block_kinds(model: nn.Module, path: str) -> list[int]:
+    """For each block of a list the index of the first block that is built like it: classes, shapes, settings, per-layer config entries."""
+    blocks = model.get_submodule(path)
+    numbered = {(sub, attr) for sub, attr, _ in _numbered(blocks)}
+    lists = [v for _, c in configs(model) for v in vars(c).values() if isinstance(v, (list, tuple)) and len(v) == len(blocks)]
+    first: dict[Any, int] = {}
+    out = []
+    for i, block in enumerate(blocks):
+        parts: list[Any] = [repr(v[i]) for v in lists]
+        for sub, module in block.named_modules():
+            settings = [(k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (int, str, bool, type(None)))]
+            parts.append((sub, type(module).__qualname__, tuple((k, v) for k, v in settings if (sub, k) not in numbered and k != "training")))
+        parts += [(n, tuple(p.shape)) for n, p in tensors(block)]
+        out.append(first.setdefault(repr(parts), i))
+    return out
+
+
+def clone(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy whose tensors are `tensor(old)`; what was tied stays tied."""
+    memo = {id(t): _alike(tensor(t), t) for _, t in tensors(model)}
+    return copy.deepcopy(model, memo)
+
+
+def _alike(new: Tensor, old: Tensor) -> Tensor:
+    if isinstance(old, nn.Parameter) and not isinstance(new, nn.Parameter):
+        return nn.Parameter(new, requires_grad=False)
+    return new
+
+
+def representatives(kinds: Sequence[int], each: int) -> list[int]:
+    """For each block the one that stands for it: the first `each` of a kind stand for themselves, later ones for the first."""
+    seen: dict[int, int] = defaultdict(int)
+    out = []
+    for i, kind in enumerate(kinds):
+        seen[kind] += 1
+        out.append(i if seen[kind] <= each else kind)
+    return out
+
+
+def skeleton(model: nn.Module, each: int = 1) -> tuple[nn.Module, dict[str, list[int]]]:
+    """A runnable copy on the CPU with `each` blocks of a kind, and for each block list which of its blocks stands for each real one.
+
+    Parameters of a CPU model are shared, others are zeros that are never paged in. Buffers of a meta model are made anew.
+    """
+    lists = block_lists(model)
+    stands = {p: representatives(block_kinds(model, p), each) for p in lists}
+    dropped = {
+        id(t)
+        for p, kinds in stands.items()
+        for i, block in enumerate(model.get_submodule(p))  # type: ignore[arg-type]
+        for _, t in tensors(block)
+        if i not in set(kinds)
+    }
+    fresh = {id(t) for _, t in tensors(model) if t.device.type != "cpu"}
+
+    def copied(t: Tensor) -> Tensor:
+        if id(t) in dropped and not t.is_meta:
+            return t
+        if id(t) in fresh:
+            return torch.zeros(t.shape, dtype=t.dtype)
+        return t if isinstance(t, nn.Parameter) else t.detach().clone()
+
+    small = clone(model, copied).eval()
+    renumbered = {}
+    for p, kinds in stands.items():
+        keep = sorted(set(kinds))
+        if len(keep) < len(kinds):
+            drop_blocks(small, p, keep)
+        renumbered[p] = [keep.index(k) for k in kinds]
+    if any(b.is_meta for b in model.buffers()):
+        for module in small.modules():
+            if module._buffers and hasattr(small, "_init_weights"):
+                small._init_weights(module)
+    quiet(small)
+    return small, renumbered
+
+
+def quiet(model: nn.Module) -> None:
+    """Plain attention and expert code, no cache: what the tracer reads best. Modules that are not transformers' have no such switches."""
+    for _, config in configs(model):
+        if hasattr(config, "_attn_implementation"):
+            config._attn_implementation = "eager"
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+
+
+def inputs_for(model: nn.Module, tokens: int = 13) -> dict[str, Tensor]:
+    """One short sample of token ids that every vocabulary has."""
+    rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    top = min(max(rows, default=64), 100)
+    return {"input_ids": torch.arange(tokens)[None] * 7 % max(top - 8, 1) + 8 % top}
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits, whatever a model wraps them in."""
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, (tuple, list)):
+        return next(o for o in output if isinstance(o, Tensor) and o.dim() >= 2)
+    raise TypeError(f"the model returned {type(output).__name__}, which holds no logits")
