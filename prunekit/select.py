@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from prunekit.registry import ConfigError
-from prunekit.types import Counts, Kept, Scores
+from prunekit.types import Counts, Group, Kept, Scores
 
 
 def lowest(scores: Tensor, n: int) -> Tensor:
@@ -67,3 +68,23 @@ def within(outer: Tensor, inner: Tensor) -> Tensor:
     total = outer.clone()
     total[outer] = inner
     return total
+
+
+def widened(kept: Kept, groups: list[Group], whole: list[Group]) -> Kept:
+    """The same choice over all blocks of `whole`, where an exclusion let only those of `groups` compete; other kinds as they are."""
+    full = {g.name: g for g in whole}
+    out = dict(kept)
+    for g in groups:
+        if g.modules and g.units < full[g.name].units:
+            out[g.name] = torch.ones(full[g.name].units, dtype=torch.bool)
+            out[g.name][[full[g.name].modules.index(m) for m in g.modules]] = kept[g.name]
+    return out
+
+
+def survivors(now: Group, whole: list[Group], contest: list[Group], kept: Kept) -> Group:
+    """The blocks that may still go: those of the first contest that are left, under the names which they have now."""
+    full, first = (next(g for g in groups if g.name == now.name) for groups in (whole, contest))
+    free = torch.tensor([m in first.modules for m in full.modules])[kept[now.name]]
+    parent = full.modules[0].rpartition(".")[0]
+    modules = tuple(f"{parent}.{i}" for i in free.nonzero()[:, 0].tolist())
+    return dataclasses.replace(now, units=len(modules), modules=modules, shape=(len(modules),))

@@ -202,3 +202,76 @@ def test_watch_takes_its_hooks_off_after_an_error(model, tokens):
     with pytest.raises(RuntimeError, match="seen"), watch(model, outputs={"model.layers.1": burst}):
         model(tokens)
     assert not model.model.layers[1]._forward_hooks
+
+
+# ---- through the one-shot pruner
+
+
+def prune(model, tokens, criterion, n, exclude=lambda groups: groups, **options):
+    from prunekit.pruners.oneshot import oneshot
+
+    return oneshot(model, tokens, criterion, lambda *_: {"blocks": n}, exclude, kinds=["blocks"], verify=False, **options)
+
+
+def gone(pruned) -> list[int]:
+    return (~pruned.kept["blocks"]).nonzero()[:, 0].tolist()
+
+
+def loss(model, tokens) -> float:
+    with torch.no_grad():
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
+
+
+def test_blocks_go_and_the_rest_computes_what_it_did(model, tokens):
+    dense = copy.deepcopy(model)
+    pruned = prune(model, tokens, block_influence, 2)
+    assert len(pruned.model.model.layers) == pruned.model.config.num_hidden_layers == L - 2
+    assert pruned.groups[0].units == L
+    with torch.no_grad():
+        torch.testing.assert_close(pruned.model(tokens).logits, without(dense, set(gone(pruned)))(tokens, use_cache=False).logits)
+
+
+def test_protected_blocks_stay_though_they_score_lowest(model, tokens):
+    for i in (0, 5):
+        make_identity(model.model.layers[i])
+    pruned = prune(model, tokens, block_influence, 3, lambda groups: ends(groups, first=1, last=1))
+    assert set(gone(pruned)) < {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("kind", ["angular", "last"])
+def test_a_contiguous_run_goes(model, tokens, kind):
+    def criterion(*args):
+        return angular(*args, choice=kind)
+
+    went = gone(prune(model, tokens, criterion, 3))
+    assert went == list(range(went[0], went[0] + 3))
+    if kind == "last":
+        assert went == [2, 3, 4]
+
+
+def test_greedy_takes_the_best_single_removal_at_every_step(model, tokens):
+    """SLEB, card 7: the loss after step k is the least over all single removals at that step; the ends stay."""
+    alive, want = list(range(L)), []
+    for _ in range(3):
+        trials = {i: loss(without(model, {*want, i}), tokens) for i in alive[1:-1]}
+        best = min(trials, key=lambda i: trials[i])
+        want.append(best)
+        alive.remove(best)
+    dense = copy.deepcopy(model)
+    pruned = prune(model, tokens, block_ppl, 3, lambda groups: ends(groups, first=1, last=1), steps="each")
+    assert gone(pruned) == sorted(want)
+    assert loss(pruned.model, tokens) == pytest.approx(loss(without(dense, set(want)), tokens), rel=1e-5)
+
+
+def test_the_first_greedy_step_is_the_ppl_criterion_and_beats_block_influence(model, tokens):
+    greedy = prune(copy.deepcopy(model), tokens, block_ppl, 1, steps="each")
+    once = prune(copy.deepcopy(model), tokens, block_ppl, 1)
+    short = prune(copy.deepcopy(model), tokens, block_influence, 1)
+    assert gone(greedy) == gone(once)
+    assert loss(once.model, tokens) <= loss(short.model, tokens)
+
+
+def test_a_range_means_the_dense_model_s_blocks_at_every_step(model, tokens):
+    pruned = prune(model, tokens, block_ppl, 2, lambda groups: layer_range(groups, blocks=[1, 4]), steps="each")
+    assert len(gone(pruned)) == 2
+    assert set(gone(pruned)) < {1, 2, 3}

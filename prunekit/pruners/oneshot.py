@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunekit import graph, select
 from prunekit.calib import WholeRun
+from prunekit.compensate import add_biases, lost_means
 from prunekit.registry import ConfigError, Positive, pruners
 from prunekit.sizes import Sizes
 from prunekit.types import Counts, Group, Kept, Pruned, Scores
@@ -27,58 +28,90 @@ def oneshot(
     *,
     kinds: list[Kind] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states the same)
     grouping: Literal["coupled", "none"] = "coupled",
-    ranking: Literal["local", "global"] = "local",
+    ranking: Literal["local", "kind", "global"] = "local",
     budget: Literal["units", "prunable", "model"] = "model",
-    steps: Positive = 1,
+    steps: Positive | Literal["each"] = 1,
+    compensate: Literal["none", "bias"] = "none",
     norm: Literal["plain", "rescale"] = "plain",
     compress: bool = True,
     verify: bool = True,
 ) -> Pruned:
     """Scores every unit of `kinds` on the model as it is, removes the lowest, in one step or in several.
 
-    `kinds` heads + neurons is the paper's Block strategy, hidden its Channel strategy, blocks drops whole layers. `grouping=none` lets every
-    matrix choose its own units (the paper's Table 6: no dependency). `ranking=global` pools all groups; `budget` says in what the
-    pool is counted (follows ratio.of). `norm=rescale` corrects RMSNorm for removed residual channels. `compress=false` zeroes
-    instead of removing. `verify` proves on a small twin that removing equals zeroing. Raises ConfigError when nothing is left to prune.
+    `kinds` heads + neurons is the paper's Block strategy, hidden its Channel strategy, blocks drops whole layers. `grouping=none` lets
+    every matrix choose its own units (the paper's Table 6: no dependency). `ranking=global` pools all groups, `kind` those of one kind;
+    `budget` says in what the pool is counted (follows ratio.of). `steps=each` takes one unit of a group at a time. `compensate=bias`
+    leaves the mean output of what goes as a bias (FLAP). `norm=rescale` corrects RMSNorm for removed residual channels.
+    `compress=false` zeroes instead of removing. `verify` proves on a small twin that removing equals zeroing.
+    Raises ConfigError when nothing is left to prune.
     """
     kept: Kept = {}
     first: Scores = {}
-    groups = chosen(model, kinds, exclude, grouping, verify)
+    whole = now = found(model, kinds, verify)
+    dense = groups = left(now, exclude)
     counts = ratio(model, groups, WholeRun(model, tokens))
-    for step in range(1, steps + 1):
-        now = groups if step == 1 else chosen(model, kinds, exclude, grouping, verify=False)
-        scores = criterion(model, now, WholeRun(model, tokens))
-        gone = {g.name: int((~kept[g.name]).sum()) if g.name in kept else 0 for g in now}
-        todo = {name: counts[name] * step // steps - gone[name] for name in gone}
-        mask = choose(model, now, scores, todo, ranking, budget)
-        (graph.remove if compress else graph.zero)(model, mask, **({"norm": norm} if compress else {}))
-        kept = {n: select.within(kept[n], m) if n in kept and compress else m & kept.get(n, m) for n, m in mask.items()}
+    total = max(1, *counts.values()) if steps == "each" else steps
+    for step in range(1, total + 1):
+        if step > 1 and compress:
+            now = found(model, kinds, verify=False)
+            groups = [select.survivors(g, whole, dense, kept) if g.modules else g for g in left(now, exclude)]
+        goals = {g.name: counts[g.name] * step // total - ((dense_units(dense, g) - g.units) if compress else 0) for g in groups}
+        contest, goals = split(groups, goals) if grouping == "none" else (groups, goals)
+        scores = criterion(model, contest, WholeRun(model, tokens, goals))
+        mask = select.widened(choose(model, contest, scores, goals, ranking, budget), contest, now)
+        lost = lost_means(model, contest, mask, WholeRun(model, tokens)) if compensate == "bias" else {}
+        if compress:
+            graph.remove(model, mask, norm=norm)
+            kept = {n: select.within(kept[n], m) if n in kept else m for n, m in mask.items()}
+        else:
+            graph.zero(model, mask)
+            kept = mask
+        add_biases(model, lost)
         first = first or scores
-    return Pruned(model, kept, groups, first, {"counts": counts})
+    took_part = [g for g in whole if g.name in counts]
+    return Pruned(model, kept, split(took_part, counts)[0] if grouping == "none" else took_part, first, {"counts": counts})
 
 
-def chosen(model: nn.Module, kinds: list[Any], exclude: Callable[[list[Group]], list[Group]], grouping: str, verify: bool) -> list[Group]:
-    """The groups in the contest. Raises ConfigError naming the kinds there are, or that the exclusion leaves nothing."""
-    found = graph.discover(model, verify=verify)
-    groups = [g for g in found if g.kind in kinds]
-    missing = set(kinds) - {g.kind for g in found}
+def dense_units(dense: list[Group], group: Group) -> int:
+    """How many units `group` had at the start."""
+    return next(g.units for g in dense if g.name == group.name)
+
+
+def found(model: nn.Module, kinds: list[Any], verify: bool) -> list[Group]:
+    """All groups of these kinds. Raises ConfigError naming the kinds that the model has."""
+    everything = graph.discover(model, verify=verify)
+    missing = set(kinds) - {g.kind for g in everything}
     if missing:
-        raise ConfigError(f"{type(model).__name__} has no units of kind {sorted(missing)}; it has {sorted({g.kind for g in found})}")
-    left = exclude(groups)
-    if not left:
+        have = sorted({g.kind for g in everything})
+        raise ConfigError(f"{type(model).__name__} has no units of kind {sorted(missing)}; it has {have}")
+    return [g for g in everything if g.kind in kinds]
+
+
+def left(groups: list[Group], exclude: Callable[[list[Group]], list[Group]]) -> list[Group]:
+    """The groups in the contest. Raises ConfigError when the exclusion leaves nothing."""
+    remaining = exclude(groups)
+    if not remaining:
         raise ConfigError(f"the exclusion leaves nothing of {len(groups)} groups ({groups[0].name} .. {groups[-1].name})")
-    return split(left) if grouping == "none" else left
+    return remaining
 
 
-def split(groups: list[Group]) -> list[Group]:
-    """Every member a group of its own: structures are chosen without regard to what depends on them (the paper's Table 6)."""
-    return [dataclasses.replace(g, name=f"{g.name}/{m.param}:{m.axis}", members=(m,)) for g in groups for m in g.members]
+def split(groups: list[Group], counts: Counts) -> tuple[list[Group], Counts]:
+    """Every member a group of its own with its group's count: structures chosen without regard to what depends on them (Table 6)."""
+    parts = [(g, dataclasses.replace(g, name=f"{g.name}/{m.param}:{m.axis}", members=(m,))) for g in groups for m in g.members]
+    return [part for _, part in parts], {part.name: counts[g.name] for g, part in parts}
 
 
 def choose(model: nn.Module, groups: list[Group], scores: Scores, counts: Counts, ranking: str, budget: str) -> Kept:
-    """Local: so many of each group. Global: the same total, in units or in parameters, wherever the scores are lowest."""
+    """Local: so many of each group. Global, kind: the same total, in units or in parameters, wherever the scores are lowest."""
     if ranking == "local":
         return select.local(scores, counts)
+    if ranking == "kind":
+        out: Kept = {}
+        for kind in dict.fromkeys(g.kind for g in groups):
+            part = [g for g in groups if g.kind == kind]
+            of = {g.name: counts[g.name] for g in part}
+            out |= choose(model, part, {n: scores[n] for n in of}, of, "global", budget)
+        return out
     if budget == "units":
         total = sum(counts.values())
         return select.pooled(scores, lambda c: sum(c.values()) <= total)

@@ -24,15 +24,19 @@ def uniform(
     target: Share = 0.2,
     of: Literal["units", "prunable", "model"] = "model",
     multiple: Positive = 1,
+    by_kind: dict[str, Share] | None = None,
 ) -> Counts:
     """Removes the share `target` of every group's units, of the prunable parameters, or of the whole model's parameters.
 
     `units` follows LLM-Pruner's floor rule on channels: kept = floor(channels * (1 - target)), whole heads only. `prunable` and `model`
     solve for the share of units that removes `target` of those parameters, to within one unit. `multiple` rounds kept neurons and
-    residual channels to a multiple. No group is emptied. Raises ConfigError when the target cannot be reached.
+    residual channels to a multiple. `by_kind` gives kinds of units a share of their own, of units. No group is emptied.
+    Raises ConfigError when the target cannot be reached.
     """
     if of == "units":
-        return {g.name: rounded(g, units_removed(g, target), multiple) for g in groups}
+        return {g.name: rounded(g, units_removed(g, (by_kind or {}).get(g.kind, target)), multiple) for g in groups}
+    if by_kind:
+        raise ConfigError(f"ratio.by_kind={by_kind} counts units: give ratio.of=units (got {of})")
     sizes = Sizes(model, groups)
     return solve(groups, sizes, target * (sizes.total if of == "model" else sizes.prunable()), multiple, f"{target} of {of}")
 
