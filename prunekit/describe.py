@@ -10,7 +10,7 @@ from torch import nn
 
 from prunekit.layout import clean_config, difference, rebuild, stock_class
 from prunekit.registry import ConfigError
-from prunekit.stock import built, dense_numbers, edited, fit, fit_layers, layer_paths, rows, with_layers
+from prunekit.stock import built, edited, fit, fit_layers, layer_paths, mirrored, plain, rows, with_layers
 
 
 class Description(NamedTuple):
@@ -26,33 +26,29 @@ def describe(model: nn.Module, check: bool = True) -> Description:
 
     Raises ConfigError for what no config and layout can tell.
     """
-    far: list[str] = []
+    problems: list[str] = []
     for config, layout in candidates(model):
         copy = rebuild(model, config, layout)
         gap = logit_gap(model, copy) if check else 0.0
         if gap == 0.0:
             return Description(config, layout, copy)
-        far.append(f"{gap:.3g}")
-    raise ConfigError(
-        f"the checkpoint would give other logits (by {', '.join(far) or 'unknown'}): something outside of the tensors changed"
-    )
+        problems.append(f"it would give other logits (by {gap:.3g}): something outside of the tensors changed the model")
+    raise ConfigError(f"no checkpoint would be this model: {problems[-1] if problems else 'its class refuses the config'}")
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(config, layout) from the plainest to the most literal."""
     base, kind = clean_config(model.config), stock_class(model)
-    if built(kind, edited(base)) is not None:
-        layout = difference(model, base)
-        if not layout:
-            yield base, {}
-    target, dense = rows(model), dense_numbers(kind, base)
+    if built(kind, edited(base)) is not None and plain(model, base):
+        yield base, {}
+    target = rows(model)
     found = fit(kind, base, target)
-    if found.edits and not difference(model, found.config, dense):
+    if found.edits and plain(model, found.config):
         yield found.config, {}
     overrides = fit_layers(kind, found.config, target, layer_paths(model), found.inert)
     for config in _heterogeneous(model, kind, found.config, overrides):
-        for layout in (difference(model, config, dense), difference(model, config)):
-            yield config, _remember(base, layout)
+        for ignore in (mirrored(model, config), frozenset[str]()):
+            yield config, _remember(base, difference(model, config, ignore))
     for config in _heterogeneous(model, kind, base, {}):
         yield config, _remember(base, difference(model, config))
 
@@ -65,7 +61,7 @@ def _heterogeneous(model: nn.Module, kind: type, config: Any, overrides: dict[in
         layers[i] = {**layers.get(i, {}), **one}
     if layers:
         native = with_layers(config, layers, lambda made: built(kind, made) is not None, readable=False)
-        if native is not None and not difference(model, native):
+        if native is not None and plain(model, native):
             yield native
     made = with_layers(config, layers, lambda made: built(kind, made) is not None) if layers else edited(config)
     if made is not None and built(kind, made) is not None:

@@ -79,11 +79,11 @@ def loose_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def difference(model: nn.Module, config: Any, dense: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+def difference(model: nn.Module, config: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The layout: what must be done to a fresh model of `config` to make it the shape of `model`; {} where nothing must.
 
-    `dense` (module path -> numbers before pruning): integers that still have these values are leftovers that removal did not need to
-    change, and the fresh model's own are taken instead. Raises ConfigError where the two differ in something that a layout cannot tell.
+    `ignore` names attributes for which the fresh model's value is taken. Raises ConfigError where the two differ in something that a
+    layout cannot tell.
     """
     from prunekit.carry import modeling_pruned as carry
 
@@ -95,7 +95,7 @@ def difference(model: nn.Module, config: Any, dense: dict[str, dict[str, Any]] |
     layout["absent"] = sorted(n for n in theirs if n not in ours)
     layout["shapes"] = {n: "x".join(map(str, t.shape)) for n, t in ours.items() if n not in theirs or t.shape != theirs[n].shape}
     carry.build(plain, layout)
-    layout["attributes"] = _attributes(model, plain, dense or {})
+    layout["attributes"] = _attributes(model, plain, ignore)
     layout["configs"] = _configs(model, plain)
     layout["arguments"] = _arguments(model)
     carry.set_attributes(plain, layout["attributes"])
@@ -114,15 +114,14 @@ def _compare_modules(model: nn.Module, plain: nn.Module) -> None:
             raise ConfigError(f"the model cannot be told by a config: module {name!r} is {what}")
 
 
-def _attributes(model: nn.Module, plain: nn.Module, dense: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _attributes(model: nn.Module, plain: nn.Module, ignore: frozenset[str]) -> dict[str, Any]:
     own, found = dict(plain.named_modules()), {}
     for path, module in model.named_modules():
-        stock, before = numbers(own[path]), dense.get(path, {})
+        stock = numbers(own[path])
         for leaf, value in numbers(module).items():
-            if leaf not in stock or (value == stock[leaf] and type(value) is type(stock[leaf])):
-                continue
-            if not (type(value) is int and before.get(leaf) == value):
-                found[f"{path}.{leaf}" if path else leaf] = list(value) if isinstance(value, tuple) else value
+            name = f"{path}.{leaf}" if path else leaf
+            if name not in ignore and leaf in stock and (value != stock[leaf] or type(value) is not type(stock[leaf])):
+                found[name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
@@ -143,9 +142,19 @@ def _configs(model: nn.Module, plain: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _arguments(model: nn.Module) -> list[dict[str, Any]]:
+    """Arguments that modules see only a part of: by hooks of an earlier checkpoint, and by the removals since."""
     from prunekit import graph
 
-    return list(graph.edits(model).get("arguments", [])) if hasattr(graph, "edits") else []
+    found = []
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if hasattr(hook, "prunekit_argument"):
+                found.append({"module": path, **hook.prunekit_argument})
+    for path, hooks in graph.edits(model)["arguments"].items():
+        for h in hooks:
+            key = int(h["argument"]) if str(h["argument"]).isdigit() else h["argument"]
+            found.append({"module": path, "argument": key, "axis": h["dim"], "size": h["size"], "keep": h["keep"]})
+    return found
 
 
 def _buffers(model: nn.Module, plain: nn.Module) -> dict[str, Any]:

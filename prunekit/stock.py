@@ -7,6 +7,7 @@ meta device (0.02 s for 7 billion parameters) and what it built is compared, ten
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from prunekit.layout import clean_config, difference, fresh, numbers, stock_class, tensors
+from prunekit.registry import ConfigError
 
 REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError)
 """What model classes raise when a config asks for something that they cannot build."""
@@ -73,21 +75,49 @@ def stock_config(model: nn.Module) -> Any | None:
 
     Equal are all names and shapes, all numbers that modules keep and that still mean something, and all buffers outside the weights.
     """
-    config = clean_config(model.config)
-    found = fit(stock_class(model), config, rows(model)).config
-    return found if difference(model, found, dense_numbers(stock_class(model), config)) == {} else None
+    kind, config = stock_class(model), clean_config(model.config)
+    for found in (lambda: config, lambda: fit(kind, config, rows(model)).config):
+        made = found()
+        if edited(made) is not None and plain(model, made):
+            return made
+    return None
 
 
-def dense_numbers(kind: type, config: Any) -> dict[str, dict[str, Any]]:
-    """Module path -> the numbers that it keeps, in a model that class `kind` builds from the config."""
-    return {path: numbers(module) for path, module in fresh(kind, config).named_modules()}
+def plain(model: nn.Module, config: Any) -> bool:
+    """Whether transformers' own class builds the model from the config, up to numbers that only mirror a field of it."""
+    try:
+        return not difference(model, config, mirrored(model, config))
+    except ConfigError:
+        return False
+
+
+def mirrored(model: nn.Module, config: Any) -> frozenset[str]:
+    """Integers of modules that removal left as they were, where the class would have set them from a field: asked of the class.
+
+    Such a number plays no part in the forward pass (discovery changes those that do), and the class's own value is the true one.
+    """
+    kind, names, asked = stock_class(model), [], {}
+    own = {path: numbers(module) for path, module in fresh(kind, config).named_modules()}
+    fields = {k: v for k, v in vars(config.get_text_config()).items() if type(v) is int and not k.startswith("_")}
+    for path, module in model.named_modules():
+        for leaf, mine in numbers(module).items():
+            stock = own.get(path, {}).get(leaf)
+            if type(mine) is not int or type(stock) is not int or mine == stock:
+                continue
+            key = (re.sub(r"\.\d+", "", path), leaf, mine, stock)
+            if key not in asked:
+                tries = (built(kind, edited(config, **{f: mine})) or {} for f, v in fields.items() if v == stock)
+                asked[key] = any(found.get((path, "." + leaf)) == mine for found in tries)
+            if asked[key]:
+                names.append(f"{path}.{leaf}" if path else leaf)
+    return frozenset(names)
 
 
 class Fit:
     """A config on its way to the wanted rows: edits so far, which rows are still wrong, and which fields do nothing.
 
-    `wrong` counts (rows that must be right, integers that have the value of before the edits): the second kind are leftovers, or a
-    sign that another field should have been edited.
+    `wrong` counts (rows that must be right, integers that have the value of before the edits): the second kind are leftovers of
+    removal, or a sign that another field should have been edited.
     """
 
     def __init__(self, kind: type, config: Any, target: Rows, prefix: str = "", inert: set[str] | None = None):

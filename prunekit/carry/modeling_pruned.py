@@ -143,6 +143,7 @@ def _selector(argument, axis: int, size: int, keep: list[int]):
             return (*args[:argument], tensor, *args[argument + 1 :]), kwargs
         return args, {**kwargs, argument: tensor}
 
+    pick.prunekit_argument = {"argument": argument, "axis": axis, "size": size, "keep": keep}
     return pick
 
 
