@@ -56,6 +56,52 @@ def lean_activations(blocks: Iterable[nn.Module]) -> Iterator[None]:
             del block.forward  # the instance attribute; the class's method shows again
 
 
+class _OneBufferLoss(torch.autograd.Function):
+    """Cross entropy whose gradient takes the place of the logits: one (N, T, V) tensor instead of four."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        scores, targets = logits.detach()[:, :-1], labels[:, 1:].to(logits.device)
+        count = targets.numel()
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for row, target in zip(scores, targets):  # a sample at a time: float32 copies of one row only
+            log_p = torch.log_softmax(row.float(), -1)
+            total -= log_p.gather(1, target[:, None]).sum()
+            p = log_p.exp_()
+            p.scatter_add_(1, target[:, None], torch.full_like(target[:, None], -1, dtype=p.dtype))
+            row.copy_(p.div_(count))
+        logits.detach()[:, -1] = 0
+        ctx.gradient = logits.detach()
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(grad), None
+
+
+@contextmanager
+def lean_loss(model: nn.Module) -> Iterator[None]:
+    """Inside, a model with transformers' ordinary causal loss computes it in the memory of its logits, which backward then consumes.
+
+    The outputs' logits are overwritten, so only the loss of what the model returns may be used. Other losses are left as they are.
+    """
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        yield
+        return
+
+    def loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: object) -> Tensor:
+        return _OneBufferLoss.apply(logits, labels)  # type: ignore[no-any-return]
+
+    model.loss_function = loss  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model._loss_function  # the class's own shows again
+
+
 @contextmanager
 def only_these_train(model: nn.Module, names: set[str]) -> Iterator[None]:
     """Inside, exactly the parameters `names` require gradients, and none holds one; flags and gradients are restored after."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.fold import Reduce, channel_sum, scored, unit_scores
-from prunekit.gradients import backward, lean_activations
+from prunekit.gradients import backward, lean_activations, lean_loss
 from prunekit.registry import Positive, criteria
 from prunekit.types import STRUCTURES, Group, Run, Scores, block_modules
 
@@ -47,7 +47,7 @@ def taylor(
 
     trained = {n for n, _ in model.named_parameters()}
     names = [n for n in axes if n in trained]  # buffers have no gradient
-    with lean_activations(block_modules(model)):
+    with lean_activations(block_modules(model)), lean_loss(model):
         backward(model, names, run, fold, squares=mode in ("param_second", "param_mix"), batch=batch)
     for name, used in axes.items():
         if name not in trained:
