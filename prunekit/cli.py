@@ -48,22 +48,26 @@ def main(argv: list[str] | None = None) -> int:
 def launch(args: list[str]) -> int:
     """Hand the overrides to Hydra, after a look at their keys that gives better messages than Hydra's."""
     import hydra
-    from omegaconf import OmegaConf
+    from hydra.core.plugins import Plugins
+    from hydra_plugins.prunekit_sweeper.sweeper import TableSweeper
 
     known_keys(args)
     failures: list[str] = []
 
-    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def job(cfg: Any) -> float | None:
-        from prunekit.job import run_job
+        from prunekit.job import run_job, settled
 
-        return run_job(OmegaConf.to_container(cfg, resolve=True), failures)
+        return run_job(settled(cfg), failures)
+
+    # The sweeper adds the jobs that ended badly. Hydra finds it by itself but for editable installs, whose namespace it cannot list.
+    job.failures = failures  # type: ignore[attr-defined]
+    Plugins.instance().register(TableSweeper)
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     before, sys.argv = sys.argv, [sys.argv[0], *args]
     try:
-        job()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     finally:
         sys.argv = before
     for line in failures:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunekit.resume import code_version
+
 PACKAGES = ("prunekit", "torch", "transformers", "peft", "datasets", "lm_eval", "wandb", "hydra-core", "accelerate")
 
 
@@ -32,6 +34,7 @@ def collect(cfg: dict[str, Any], tokens: Tensor | None) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": cfg["seed"],
         "versions": {p: found for p in PACKAGES if (found := _version(p))} | {"python": platform.python_version()},
+        "code": code_version(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "hardware": hardware(),

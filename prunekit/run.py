@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from prunekit import checkpoint, provenance, results, track
+from prunekit import checkpoint, progress, provenance, results, track
 from prunekit.meter import Stages
 from prunekit.preflight import Parts, check
 from prunekit.types import Pruned
@@ -38,29 +40,38 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     provenance.seed_everything(cfg["seed"])
     with track.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
-        with job.stages("load"):
+        with stage(job, "load"):
             model, tokenizer = job.parts.model()
             tokens = job.parts.calib(tokenizer)
         measure(job, "dense", model, tokenizer, tracker)
-        with job.stages("prune"):
+        with stage(job, "prune"):
             pruned = job.parts.pruner(model, tokens, job.parts.criterion, job.parts.ratio, job.parts.exclude)
         show_kept(pruned, tracker)
         measure(job, "pruned", pruned.model, tokenizer, tracker)
         if job.parts.recovery:
-            with job.stages("recover"):
+            with stage(job, "recover"):
                 pruned.model = job.parts.recovery(pruned, tokenizer)
             measure(job, "recovered", pruned.model, tokenizer, tracker)
         saved = save(job, pruned, tokenizer, tracker)
         record = results.record(cfg, job.found, job.stages.results, pruned, saved, provenance.collect(cfg, tokens))
     results.write(job.folder / "result.json", record)
+    progress.note(job.folder, "finished")
     return record
+
+
+@contextmanager
+def stage(job: Job, name: str) -> Iterator[None]:
+    """Notes what the job does now, and what it cost."""
+    progress.note(job.folder, name)
+    with job.stages(name):
+        yield
 
 
 def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: track.Track) -> None:
     """Every eval on `model`; keys are prefixed with `when`. An eval named twice must not hide the other's number."""
     for name, evaluate in job.parts.evals.items():
         log.info("%s: measuring %s", when, name)
-        with job.stages(f"{when}/{name}"):
+        with stage(job, f"{when}/{name}"):
             numbers = evaluate(model, tokenizer)
         job.found |= results.prefixed(when, numbers, job.found)
     tracker.log({k: v for k, v in job.found.items() if k.startswith(f"{when}/")})
@@ -76,7 +87,7 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: track.Track) -> str 
     if not job.cfg["save"]:
         return None
     folder = job.folder / "checkpoint"
-    with job.stages("save"):
+    with stage(job, "save"):
         checkpoint.save(pruned.model, tokenizer, folder, kept=pruned.kept, groups=pruned.groups, config=job.cfg, counts=counts(job))
     tracker.artifact("checkpoint", [folder / "config.json", folder / "pruning.json"])
     return str(folder)

@@ -1,0 +1,118 @@
+"""Hydra's sweeper for tables: rows and value lists become jobs, finished ones are skipped, failed ones are listed at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.plugins import Plugins
+from hydra.core.utils import configure_log
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from prunekit import progress, resume, sweep
+from prunekit.registry import ConfigError
+
+log = logging.getLogger("prunekit")
+
+
+class TableSweeper(Sweeper):
+    """`params` are more overrides, swept or not, that hold for every job; what the user types wins over them."""
+
+    def __init__(self, params: dict[str, Any] | None = None):
+        self.params = dict(params or {})
+        self.config: DictConfig | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.task, self.config = hydra_context, task_function, config
+
+    def sweep(self, arguments: list[str]) -> list[Any]:
+        """Runs what is not finished yet. Failures go to the task's `failures` list, which decides the exit status."""
+        failures: list[str] = getattr(self.task, "failures", [])
+        try:
+            return self.sweep_jobs(arguments, failures)
+        except ConfigError as e:
+            failures.append(f"prunekit: ConfigError: {e}")
+            return []
+
+    def sweep_jobs(self, arguments: list[str], failures: list[str]) -> list[Any]:
+        """Expands, skips, launches, and looks at how every job ended."""
+        config = self.config
+        assert config is not None
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        typed = {o.get_key_element() for o in sweep.parse(arguments)}
+        words = [*arguments, *[sweep.override(k, v) for k, v in self.params.items() if k not in typed]]
+        rows, scales = (OmegaConf.to_container(config[k], resolve=True) if config.get(k) else None for k in ("rows", "scales"))
+        plan = sweep.expand(words, rows, self.scale(scales))
+        top = self.settle_folder(plan)
+        jobs = [(top / name, [*said, *self.places(name)]) for name, said in plan.jobs]
+        todo = [(folder, said) for folder, said in jobs if not resume.finished(folder, self.resolved(folder, said))]
+        log.info("%s: %d jobs, %d finished before", top, len(jobs), len(jobs) - len(todo))
+        result = self.launch(todo)
+        failures += [f"prunekit: job {folder} {state}" for folder, _ in jobs if (state := sweep.state(folder)) != "finished"]
+        return result
+
+    def scale(self, scales: dict[str, Any] | None) -> dict[str, Any]:
+        """The overrides of the chosen scale; `full` has none. Raises ConfigError naming the scales."""
+        assert self.config is not None
+        name = self.config.get("scale", "full")
+        if name != "full" and name not in (scales or {}):
+            raise ConfigError(f"scale={name}: this experiment has {', '.join(['full', *(scales or {})])}")
+        return (scales or {}).get(name) or {}
+
+    def settle_folder(self, plan: sweep.Plan) -> Path:
+        """The folder of all jobs: what the user says in hydra.sweep.dir, else a name that the same command finds again."""
+        config = self.config
+        assert config is not None
+        if not self.placed():
+            name = sweep.folder_of(plan.key, config.get("table"), config.get("scale", "full"))
+            OmegaConf.set_readonly(config, False)
+            with open_dict(config):
+                config.hydra.sweep.dir = f"outputs/{name}"
+        top = Path(config.hydra.sweep.dir)
+        top.mkdir(parents=True, exist_ok=True)
+        return top
+
+    def placed(self) -> bool:
+        """Whether the user says where the sweep writes."""
+        assert self.config is not None
+        return any(o.startswith("hydra.sweep.dir=") for o in self.config.hydra.overrides.hydra)
+
+    def places(self, name: str) -> list[str]:
+        """Overrides that put a job into its folder."""
+        assert self.config is not None
+        top = [] if self.placed() else [f"hydra.sweep.dir={sweep.quoted(str(self.config.hydra.sweep.dir))}"]
+        return [f"hydra.sweep.subdir={sweep.quoted(name)}", *top]
+
+    def resolved(self, folder: Path, said: Sequence[str]) -> dict[str, Any]:
+        """The configuration that this job will see."""
+        from prunekit.job import settled
+
+        composed = self.context.config_loader.load_sweep_config(self.config, list(said))  # type: ignore[arg-type]
+        OmegaConf.set_readonly(composed, False)
+        with open_dict(composed):
+            del composed["hydra"]
+            composed.out = str(folder)
+        return settled(composed)
+
+    def launch(self, todo: Sequence[tuple[Path, list[str]]]) -> list[Any]:
+        """Hand the jobs to the launcher. What a launcher raises does not hide what its jobs left behind."""
+        if not todo:
+            return []
+        for folder, _ in todo:
+            (folder / "failed.txt").unlink(missing_ok=True)
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=self.context, task_function=self.task, config=self.config  # type: ignore[arg-type]
+        )
+        here = isinstance(launcher, BasicLauncher)
+        with nullcontext() if here else progress.watched([folder for folder, _ in todo]):
+            try:
+                return list(launcher.launch([said for _, said in todo], initial_job_idx=0))
+            except Exception:  # noqa: BLE001 (a worker that was killed must not take the list of the others' ends along)
+                log.exception("the launcher stopped; jobs that are not finished can be made up for by the same command")
+                return []

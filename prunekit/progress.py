@@ -1,0 +1,54 @@
+"""What the jobs of a sweep are doing: each leaves a line in its folder, the sweep shows them while they run in other processes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger("prunekit")
+FILE = "stage.txt"
+
+
+def note(folder: Path, text: str) -> None:
+    """Leave `text` as what this job is doing."""
+    aside = folder / f".{FILE}"
+    aside.write_text(text)
+    aside.replace(folder / FILE)
+
+
+def look(folder: Path) -> str:
+    """What the job in `folder` last said; `waiting` where it said nothing yet."""
+    try:
+        return (folder / FILE).read_text()
+    except FileNotFoundError:
+        return "waiting"
+
+
+@contextmanager
+def watched(folders: Sequence[Path], every: float = 0.5) -> Iterator[None]:
+    """Inside, a change in what a job is doing becomes one line of the log: `[3/12] Element1_seed=0: dense/wikitext2`."""
+    for folder in folders:
+        (folder / FILE).unlink(missing_ok=True)
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen: dict[Path, str] = {}
+        done = False
+        while not done:
+            done = stop.wait(every)
+            for i, folder in enumerate(folders, 1):
+                now = look(folder)
+                if now != seen.get(folder, "waiting"):
+                    seen[folder] = now
+                    log.info("[%d/%d] %s: %s", i, len(folders), folder.name, now)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,147 @@
+"""The jobs of a sweep: which overrides each has, where it writes, and how it ended. Hydra's part is in hydra_plugins/prunekit_sweeper."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from prunekit.registry import ConfigError
+
+UNTOLD = ("row", "track", "data_root", "device", "cache", "resume", "objective")
+"""Keys that do not make it another sweep."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs in order, each a list of overrides and the name of its folder; `key` names the sweep by what its jobs share."""
+
+    jobs: list[tuple[str, list[str]]]
+    key: str
+
+
+def parse(words: Sequence[str]) -> list[Override]:
+    """Hydra's own grammar."""
+    return OverridesParser.create().parse_overrides(list(words))
+
+
+def expand(words: Sequence[str], rows: dict[str, dict[str, Any]] | None, scale: dict[str, Any] | None) -> Plan:
+    """Every combination of the values in `words`, for each row of the table.
+
+    A row is a mapping of overrides, `scale` another one that holds for all rows; where they say the same key, `words` win over rows,
+    rows over the scale. `scale["rows"]` replaces what single rows say. `row=NAME,...` in `words` chooses rows. Raises ConfigError.
+    """
+    given = {o.get_key_element(): o for o in parse(words)}
+    chosen = chosen_rows(given.pop("row", None), rows)
+    scale = dict(scale or {})
+    rescaled = scale.pop("rows", None) or {}
+    jobs: list[tuple[str, list[str]]] = []
+    constants: dict[str, str] = {}
+    for name in chosen:
+        layers = scale | ((rows or {}).get(name) or {}) | (rescaled.get(name) or {}) if name is not None else scale
+        own = {o.get_key_element(): o for o in parse([override(k, v) for k, v in layers.items()])}
+        # Hydra refuses a group that is chosen twice, so the loser must go; a group's choice also ends what lower layers said of its keys.
+        kept = {k: o for k, o in own.items() if k not in given}
+        axes = {k: values(o) for k, o in (kept | given).items()}
+        swept = {k for k, v in axes.items() if len(v) > 1}
+        constants |= {k: v[0] for k, v in axes.items() if k in given and k not in swept}
+        for combination in itertools.product(*axes.values()):
+            told = [w for k, w in zip(axes, combination, strict=True) if k in swept]
+            label = [name] if name is not None else []
+            row = [f"row={quoted(name)}"] if name is not None else []
+            jobs.append((slug([*label, *told]), [*combination, *row]))
+    return Plan(unique(jobs), key_of(constants, jobs))
+
+
+def chosen_rows(choice: Override | None, rows: dict[str, Any] | None) -> list[str | None]:
+    """All rows, or those that the user names. Raises ConfigError naming the rows there are."""
+    if rows is None:
+        if choice is not None:
+            raise ConfigError("row=... chooses rows of an experiment's table, and there is none: give experiment=...")
+        return [None]
+    if choice is None:
+        return list(rows)
+    names = [str(v) for v in (choice.sweep_iterator() if choice.is_sweep_override() else [choice.value()])]
+    unknown = [n for n in names if n not in rows]
+    if unknown:
+        raise ConfigError(f"no row {unknown[0]!r} in this experiment; its rows: {', '.join(rows)}")
+    return list(names)
+
+
+def values(o: Override) -> list[str]:
+    """One override as `key=value` words, one a value. Raises ConfigError for ranges that have no end."""
+    key = o.get_key_element()
+    if not o.is_sweep_override():
+        return [key if o.is_delete() else f"{key}={o.get_value_element_as_str()}"]
+    if not o.is_discrete_sweep():
+        raise ConfigError(f"{key}: {o.get_value_element_as_str()} is no list of values; give a,b,c or range(...)")
+    return [f"{key}={v}" for v in o.sweep_string_iterator()]
+
+
+def override(key: str, value: Any) -> str:
+    """`key: value` of a YAML mapping as a word of the command line; strings pass as they are, so `1,2` is a sweep."""
+    return f"{key}={value if isinstance(value, str) else literal(value)}"
+
+
+def literal(value: Any) -> str:
+    """A YAML value in Hydra's grammar."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(literal, value)) + "]"
+    return quoted(value) if isinstance(value, str) else str(value)
+
+
+def quoted(text: str) -> str:
+    """A string in single quotes."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def slug(parts: Sequence[str]) -> str:
+    """A folder name that says what a job is: letters, digits and a few signs, at most 100 characters."""
+    text = "_".join(re.sub(r"[^\w.=+-]+", "-", p).strip("-") for p in parts) or "0"
+    return text if len(text) <= 100 else f"{text[:90]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def unique(jobs: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """Folder names that came out alike get a number."""
+    seen: dict[str, int] = {}
+    out = []
+    for name, words in jobs:
+        seen[name] = seen.get(name, 0) + 1
+        out.append((name if seen[name] == 1 else f"{name}_{seen[name]}", words))
+    return out
+
+
+def key_of(constants: dict[str, str], jobs: Sequence[tuple[str, list[str]]]) -> str:
+    """Eight hex digits of what all jobs share and of the keys they differ in, so that a wider range of values finds the old jobs."""
+    shared = sorted(v for k, v in constants.items() if k not in ("experiment", "scale") and k.lstrip("+").split(".")[0] not in UNTOLD)
+    differ = sorted({w.partition("=")[0] for _, words in jobs for w in words} - constants.keys())
+    told = shared if any(k == "experiment" for k in constants) else [shared, differ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8] if told else ""
+
+
+def folder_of(key: str, table: str | None, scale: str) -> str:
+    """`llm_pruner/table6`, `llm_pruner/table6-small`, with the key behind it if more was said; `sweep-1f3a90bc` without a table."""
+    if not table:
+        return f"sweep-{key}"
+    return "-".join(p for p in (table, scale if scale != "full" else "", key) if p)
+
+
+def state(folder: Path) -> str:
+    """`finished`, `failed: REASON` or `unfinished`."""
+    from prunekit.report.load import reason
+
+    if (folder / "failed.txt").exists():
+        return f"failed: {reason(folder / 'failed.txt')}"
+    return "finished" if (folder / "result.json").exists() else "unfinished"
