@@ -16,13 +16,15 @@ class WholeRun:
     `tokens` is (N, T). `labels=True` makes outputs carry `.loss`, the mean over the batch's shifted tokens.
     `batch` is the number of samples a forward takes; None takes all N at once, as LLM-Pruner does.
     `head=False` stops before the output matrix, for callers that only watch what happens inside.
-    `counts` says how many units are about to go, for the few criteria whose choice depends on it.
+    `counts` says how many units are about to go, for the few criteria whose choice depends on it. `seen` holds statistics that were
+    taken on this run, so that a second reader of the same ones needs no second pass; a run is made anew when the model changes.
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, counts: Counts | None = None):
         self.model = model
         self.tokens = tokens
         self.counts = counts or {}
+        self.seen: dict[str, Any] = {}
 
     def __call__(self, labels: bool = False, batch: int | None = None, head: bool = True) -> Iterator[Any]:
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]

@@ -85,7 +85,7 @@ def leaves_something(parts: Parts, cfg: dict[str, Any]) -> None:
     if depth is None:
         return  # an unusual config: the pruner checks again on the real groups
     outline = [Group(f"{kind}.{i}", kind, i, 1) for kind in ("heads", "neurons") for i in range(depth)]
-    outline += [Group("hidden", "hidden", None, 1), Group("blocks", "blocks", None, depth, modules=tuple(map(str, range(depth))))]
+    outline += [Group("hidden", "hidden", None, 1), Group("blocks", "blocks", None, depth, modules=tuple(str(i) for i in range(depth)))]
     wanted = set(pruned_kinds(cfg["pruner"]["name"], parts.pruner.keywords)) or {"heads", "neurons"}
     outline = [g for g in outline if g.kind in wanted] or outline
     exclude: Callable[[list[Group]], list[Group]] = parts.exclude

@@ -80,11 +80,15 @@ class Moments:
 
 @torch.no_grad()
 def moments(model: nn.Module, names: Iterable[str], run: Run) -> dict[str, Moments]:
-    """Moments of the input channels of the modules named, over one pass of the calibration tokens."""
-    found = {name: Moments() for name in names}
-    with watch(model, inputs={name: m.add for name, m in found.items()}):
-        drain(run, "activations")
-    return found
+    """Moments of the input channels of the modules named: one pass of the calibration tokens, none for what this run has seen."""
+    seen: dict[str, Moments] = run.seen  # type: ignore[attr-defined]
+    names = list(names)
+    missing = {name: Moments() for name in names if name not in seen}
+    if missing:
+        with watch(model, inputs={name: m.add for name, m in missing.items()}):
+            drain(run, "activations")
+        seen.update(missing)
+    return {name: seen[name] for name in names}
 
 
 TOKENS = 4096

@@ -57,9 +57,10 @@ def oneshot(
             groups = [select.survivors(g, whole, dense, kept) if g.modules else g for g in left(now, exclude)]
         goals = {g.name: counts[g.name] * step // total - ((dense_units(dense, g) - g.units) if compress else 0) for g in groups}
         contest, goals = split(groups, goals) if grouping == "none" else (groups, goals)
-        scores = criterion(model, contest, WholeRun(model, tokens, goals))
+        run = WholeRun(model, tokens, goals)
+        scores = criterion(model, contest, run)
         mask = select.widened(choose(model, contest, scores, goals, ranking, budget), contest, now)
-        lost = lost_means(model, contest, mask, WholeRun(model, tokens)) if compensate == "bias" else {}
+        lost = lost_means(model, contest, mask, run) if compensate == "bias" else {}
         if compress:
             graph.remove(model, mask, norm=norm)
             kept = {n: select.within(kept[n], m) if n in kept else m for n, m in mask.items()}
