@@ -15,7 +15,7 @@ from prunekit.registry import ConfigError
 
 
 def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> None:
-    """Scale the gains of every norm that averages over removed channels by s = sqrt(kept / before), and its eps by s**2, before cutting.
+    """Scale the gains of every norm that averages over removed channels by s = sqrt(before / kept), and its eps by s**2, before cutting.
 
     A norm that adds one to its gain gets (1 + w) s - 1. Which of the two it is, is tried on the module itself.
     Raises ConfigError where neither makes the norm of the kept channels what it was with zeros.
@@ -35,19 +35,19 @@ def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> 
         if key not in styles:
             styles[key] = style_of(module, leaf, index)
         offset, eps = styles[key]
-        correct(module, leaf, eps, len(index) / before, offset)
+        correct(module, leaf, eps, before / len(index), offset)
 
 
 def tensor_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     return tuple(getattr(module, name.rpartition(".")[2]).shape)
 
 
-def correct(module: nn.Module, leaf: str, eps: str, share: float, offset: bool) -> None:
+def correct(module: nn.Module, leaf: str, eps: str, growth: float, offset: bool) -> None:
     w = getattr(module, leaf)
-    s = math.sqrt(share)
+    s = math.sqrt(growth)
     with torch.no_grad():
         w.copy_((w + 1) * s - 1 if offset else w * s)
-    setattr(module, eps, getattr(module, eps) * share)
+    setattr(module, eps, getattr(module, eps) * growth)
 
 
 def style_of(module: nn.Module, leaf: str, index: Tensor) -> tuple[bool, str]:
@@ -65,7 +65,7 @@ def style_of(module: nn.Module, leaf: str, index: Tensor) -> tuple[bool, str]:
         for eps in [k for k, v in vars(module).items() if "eps" in k and isinstance(v, float)]:
             for offset in (False, True):
                 new = clone(old, lambda t: t.detach().clone())
-                correct(new, leaf, eps, len(index) / before, offset)
+                correct(new, leaf, eps, before / len(index), offset)
                 cut(new, keep)
                 if torch.allclose(new(zeroed[..., index]), target, rtol=1e-4, atol=1e-5):
                     return offset, eps

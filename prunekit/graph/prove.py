@@ -14,16 +14,12 @@ from prunekit.graph.apply import Masks, Recipe, bypass, follow, gone, shrink, to
 from prunekit.graph.groups import Candidate, Pattern
 from prunekit.graph.labels import trace
 from prunekit.graph.masked import Masked
-from prunekit.graph.structure import clone, drop_blocks, logits_of
+from prunekit.graph.structure import ERRORS, clone, drop_blocks, logits_of
 from prunekit.types import Group
 
 TOLERANCE = 1e-4
 MOVES = 1e-3
 """Relative: removal must match its reference to the first, and the reference must differ from the dense logits by the second."""
-
-
-ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ZeroDivisionError)
-"""What a model's own code raises when a size that it keeps in Python does not fit."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunekit.graph.labels import tensors
+
+ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ZeroDivisionError)
+"""What a model's own code raises when a size that it keeps in Python does not fit."""
 
 
 def block_lists(model: nn.Module) -> dict[str, int]:
@@ -117,6 +121,11 @@ def _alike(new: Tensor, old: Tensor) -> Tensor:
     return new
 
 
+def unpaged(t: Tensor) -> Tensor:
+    """Zeros of the shape and dtype of `t` on the CPU, from pages that the system hands out on the first write only."""
+    return torch.from_numpy(np.zeros(t.numel() * t.element_size(), dtype=np.uint8)).view(t.dtype).reshape(t.shape)
+
+
 def representatives(kinds: Sequence[int], each: int) -> list[int]:
     """For each block the one that stands for it: the first `each` of a kind stand for themselves, later ones for the first."""
     seen: dict[int, int] = defaultdict(int)
@@ -144,10 +153,10 @@ def skeleton(model: nn.Module, each: int = 1) -> tuple[nn.Module, dict[str, list
     fresh = {id(t) for _, t in tensors(model) if t.device.type != "cpu"}
 
     def copied(t: Tensor) -> Tensor:
-        if id(t) in dropped and not t.is_meta:
+        if id(t) in dropped:
             return t
         if id(t) in fresh:
-            return torch.zeros(t.shape, dtype=t.dtype)
+            return unpaged(t)
         return t if isinstance(t, nn.Parameter) else t.detach().clone()
 
     small = clone(model, copied).eval()

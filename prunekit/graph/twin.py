@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prunekit.graph.labels import tensors
-from prunekit.graph.structure import clone, inputs_for, logits_of, skeleton
+from prunekit.graph.structure import ERRORS, clone, inputs_for, logits_of, skeleton
 
 SMALL = 4_000_000
 """Parameters up to which a skeleton is its own small version."""
@@ -32,7 +32,7 @@ def small_version(model: nn.Module) -> nn.Module:
                 with torch.no_grad():
                     if count(small) <= SMALL and torch.isfinite(logits_of(small(**inputs_for(small)))).all():
                         return small
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError, ZeroDivisionError):
+            except ERRORS:
                 continue
     return randomised(own)
 
@@ -44,9 +44,10 @@ def twins(model: nn.Module) -> Iterator[nn.Module]:
         shrink_config(config, bold)
         try:
             with torch.device("meta"):
-                yield type(model)(config)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError, ZeroDivisionError):
+                twin = type(model)(config)
+        except ERRORS:
             continue
+        yield twin
 
 
 def shrink_config(config: Any, bold: bool) -> None:
