@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit import checkpoint, progress, provenance, results, track
+from prunekit import cache, checkpoint, progress, provenance, results, track
 from prunekit.meter import Stages
 from prunekit.preflight import Parts, check
 from prunekit.types import Pruned
@@ -28,6 +28,7 @@ class Job:
     parts: Parts
     stages: Stages
     found: dict[str, float]
+    cache: cache.Cache
 
 
 def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
@@ -36,16 +37,16 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     Everything that can be wrong with `cfg` raises ConfigError before a weight is read. `result.json` is written last and atomically:
     a folder without one is a run that did not finish.
     """
-    job = Job(cfg, Path(folder), check(cfg), Stages(), {})
+    job = Job(cfg, Path(folder), check(cfg), Stages(), {}, cache.open_cache(cfg))
     job.folder.mkdir(parents=True, exist_ok=True)
-    provenance.seed_everything(cfg["seed"])
     with track.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
         with stage(job, "load"):
             model, tokenizer = job.parts.model()
             tokens = job.parts.calib(tokenizer)
         measure(job, "dense", model, tokenizer, tracker)
         with stage(job, "prune"):
-            pruned = job.parts.pruner(model, tokens, job.parts.criterion, job.parts.ratio, job.parts.exclude)
+            criterion = job.parts.criterion and job.cache.scores(job.parts.criterion, job.stages)
+            pruned = job.parts.pruner(model, tokens, criterion, job.parts.ratio, job.parts.exclude)
         show_kept(pruned, tracker)
         measure(job, "pruned", pruned.model, tokenizer, tracker)
         if job.parts.recovery:
@@ -54,15 +55,16 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
             measure(job, "recovered", pruned.model, tokenizer, tracker)
         saved = save(job, pruned, tokenizer, tracker)
         record = results.record(cfg, job.found, job.stages.results, pruned, saved, provenance.collect(cfg, tokens))
-    results.write(job.folder / "result.json", record)
+    results.write(job.folder / "result.json", record | {"cached": job.cache.used})
     progress.note(job.folder, "finished")
     return record
 
 
 @contextmanager
 def stage(job: Job, name: str) -> Iterator[None]:
-    """Notes what the job does now, and what it cost."""
+    """Notes what the job does now, and what it cost. Each starts from the run's seed, whether or not those before came from the cache."""
     progress.note(job.folder, name)
+    provenance.seed_everything(job.cfg["seed"])
     with job.stages(name):
         yield
 
@@ -72,7 +74,8 @@ def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: trac
     for name, evaluate in job.parts.evals.items():
         log.info("%s: measuring %s", when, name)
         with stage(job, f"{when}/{name}"):
-            numbers = evaluate(model, tokenizer)
+            asked = (name, model, tokenizer, evaluate)
+            numbers = job.cache.measured(*asked) if when == "dense" else evaluate(model, tokenizer)
         job.found |= results.prefixed(when, numbers, job.found)
     tracker.log({k: v for k, v in job.found.items() if k.startswith(f"{when}/")})
 

@@ -18,7 +18,7 @@ Repeats = Annotated[int, Field(ge=2)]
 """At least two, for a spread to exist."""
 
 
-@evals.register()
+@evals.register(cached=False)
 def latency(
     model: nn.Module,
     tokenizer: Any,

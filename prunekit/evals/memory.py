@@ -15,7 +15,7 @@ from prunekit.meter import Peak
 from prunekit.registry import Positive, evals
 
 
-@evals.register()
+@evals.register(cached=False)
 def memory(model: nn.Module, tokenizer: Any, *, batch: Positive = 1, tokens: Positive = 128) -> dict[str, float]:
     """MiB of the loaded model, and of the peak while it reads `batch` x `tokens` ids (no gradients, no cache).
 
