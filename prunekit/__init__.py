@@ -1,0 +1,9 @@
+"""prunekit: pruning of large language models, every method in one place. The names below are the public interface."""
+
+# Imported eagerly on purpose: a submodule that is imported later would hide the function of the same name.
+from prunekit.checkpoint import load, save
+from prunekit.graph import discover, remove, zero
+from prunekit.run import run
+
+__all__ = ["discover", "load", "remove", "run", "save", "zero"]
+__version__ = "0.1.0"

@@ -16,7 +16,7 @@ COMMANDS = {
 
 USAGE = """prunekit [OVERRIDE ...]            one experiment: e.g. criterion=l2 ratio.target=0.3 recovery=lora
 prunekit -m [OVERRIDE ...]         a sweep: e.g. ratio.target=0.1,0.2,0.3 criterion=taylor,random
-prunekit --help-config             the composed configuration (Hydra's --cfg job)
+prunekit --cfg job [OVERRIDE ...]  the composed configuration, nothing run
 """
 
 
@@ -37,8 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args and args[0] in COMMANDS:
             return importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
-        if args and not args[0].startswith("-") and "=" not in args[0] and not args[0].startswith("~"):
-            raise ConfigError(f"no command {args[0]!r}; there are: {', '.join(COMMANDS)}, or overrides such as ratio.target=0.3")
+        for before, word in zip(["", *args], args):
+            # A flag of Hydra may be followed by its value: --cfg job.
+            if "=" not in word and not word.startswith(("-", "~")) and (not before.startswith("-") or before in ("-m", "--multirun")):
+                raise ConfigError(f"no command {word!r}; there are: {', '.join(COMMANDS)}, or overrides such as ratio.target=0.3")
         return launch(args)
     except ConfigError as e:
         print(f"prunekit: {e}", file=sys.stderr)
