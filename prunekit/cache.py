@@ -192,7 +192,7 @@ def strings(node: Any) -> Iterable[str]:
 
 
 def keep_within(top: Path, limit: int) -> None:
-    """Deletes the entries that were not used for longest until the rest fits into `limit` bytes. Another process may do it at the same time."""
+    """Deletes the entries that were not used for longest until the rest fits into `limit` bytes. Others may do so at the same time."""
     entries = []
     for path in top.rglob("*"):
         try:

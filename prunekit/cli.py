@@ -51,6 +51,7 @@ def launch(args: list[str]) -> int:
     """Hand the overrides to Hydra, after a look at their keys that gives better messages than Hydra's."""
     import hydra
     from hydra.core.plugins import Plugins
+
     from hydra_plugins.prunekit_sweeper.sweeper import TableSweeper
 
     known_keys(args)

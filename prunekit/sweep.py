@@ -82,7 +82,7 @@ def values(o: Override) -> list[str]:
     if not o.is_sweep_override():
         return [key if o.is_delete() else f"{key}={o.get_value_element_as_str()}"]
     if not o.is_discrete_sweep():
-        raise ConfigError(f"{key}: {o.get_value_element_as_str()} is no list of values; give a,b,c or range(...)")
+        raise ConfigError(f"{o.input_line} is no list of values; give a,b,c or range(...)")
     return [f"{key}={v}" for v in o.sweep_string_iterator()]
 
 

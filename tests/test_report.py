@@ -19,15 +19,17 @@ from prunekit.report.load import load
 from prunekit.report.paper import paper
 from prunekit.report.sheet import sheets
 
+LLAMA = {"name": "hf", "path": "huggyllama/llama-7b"}
+
 
 @pytest.fixture
 def table1(tmp_path: Path) -> Path:
     """Three rows of the paper's Table 1, two seeds each, one of them recovered, and a failed and a killed job."""
     for seed in (0, 1):
         for row, ppl in (("L2", 600.0), ("Random", 30.0)):
-            cfg = config(table="llm_pruner/table1", row=row, seed=seed, calib__seed=seed, model={"name": "hf", "path": "huggyllama/llama-7b"})
+            cfg = config(table="llm_pruner/table1", row=row, seed=seed, calib__seed=seed, model=LLAMA)
             result(tmp_path / f"{row}-{seed}", stages(12.6, ppl + seed), cfg)
-        cfg = config(table="llm_pruner/table1", row="Element1", seed=seed, model={"name": "hf", "path": "huggyllama/llama-7b"})
+        cfg = config(table="llm_pruner/table1", row="Element1", seed=seed, model=LLAMA)
         curve = {"recovery_curve": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "eval_loss": 2.5}]}
         result(tmp_path / f"Element1-{seed}", stages(12.6, 19.0 + seed, 17.0 + seed), cfg, notes=curve)
     (tmp_path / "broken").mkdir()

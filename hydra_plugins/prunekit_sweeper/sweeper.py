@@ -113,6 +113,6 @@ class TableSweeper(Sweeper):
         with nullcontext() if here else progress.watched([folder for folder, _ in todo]):
             try:
                 return list(launcher.launch([said for _, said in todo], initial_job_idx=0))
-            except Exception:  # noqa: BLE001 (a worker that was killed must not take the list of the others' ends along)
+            except Exception:  # a worker that was killed must not take the list of the others' ends along
                 log.exception("the launcher stopped; jobs that are not finished can be made up for by the same command")
                 return []

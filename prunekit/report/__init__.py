@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     """Prints the tables, and writes each `--to FILE` by its suffix (a folder gets all four). Status 1 if jobs failed or did not finish."""
     parser = argparse.ArgumentParser(prog="prunekit report", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folders with results, searched to the bottom")
-    parser.add_argument("--to", action="append", default=[], metavar="PATH", help="a .md, .tex, .csv or .html file, or a folder for all four")
+    parser.add_argument("--to", action="append", default=[], metavar="PATH", help="a .md, .tex, .csv or .html file, or a folder for all")
     parser.add_argument("--quiet", action="store_true", help="print nothing, only write the files")
     args = parser.parse_args(argv)
     targets = [file for to in args.to for file in outputs(Path(to))]

@@ -40,7 +40,8 @@ def remarks(sheet: Sheet) -> list[str]:
     elif any(c.spread for r in sheet.rows for c in r.cells.values()):
         lines.append("± is the metric's standard error; one seed.")
     if sheet.paper:
-        lines.append(f"Second line of a cell: {sheet.paper.title}, {sheet.paper.source}{', with ours less theirs' if sheet.comparable else ''}.")
+        how = ", with ours less theirs" if sheet.comparable else ""
+        lines.append(f"Second line of a cell: {sheet.paper.title}, {sheet.paper.source}{how}.")
         if not sheet.comparable:
             lines.append("The model is not the paper's: compare the order of the rows, not the numbers.")
         if sheet.orders:

@@ -44,7 +44,8 @@ def section(sheet: Sheet, index: int) -> str:
     rows = "\n".join(table_row(sheet, row) for row in sheet.rows)
     notes = "".join(f"<p>{escape(line)}</p>" for line in remarks(sheet))
     return (
-        f'<section><h2>{escape(sheet.title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n'
+        f'<section><h2>{escape(sheet.title)}</h2>\n'
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n'
         f'<div class="notes">{notes}</div><div class="plots" data-sheet="{index}"></div></section>'
     )
 

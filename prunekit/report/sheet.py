@@ -167,7 +167,8 @@ def agreement(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, tuple
     """For every column: how many pairs of rows, the dense one left out, stand in the same order here as in the paper."""
     out = {}
     for column in columns:
-        both = [(c.mean, c.paper) for r in rows if r.stage != "dense" and (c := r.cells[column.key]).mean is not None and c.paper is not None]
+        cells = [r.cells[column.key] for r in rows if r.stage != "dense"]
+        both = [(c.mean, c.paper) for c in cells if c.mean is not None and c.paper is not None]
         pairs = [(a, b) for i, a in enumerate(both) for b in both[i + 1 :]]
         if pairs:
             out[column.title] = (sum((a[0] < b[0]) == (a[1] < b[1]) for a, b in pairs), len(pairs))
