@@ -10,7 +10,7 @@ from torch import nn
 
 from prunekit.layout import clean_config, difference, rebuild, stock_class
 from prunekit.registry import ConfigError
-from prunekit.stock import built, edited, fit, fit_layers, layer_paths, mirrored, plain, rows, with_layers
+from prunekit.stock import acceptable, built, edited, fit, fit_layers, layer_paths, mirrored, plain, rows, with_layers
 
 
 class Description(NamedTuple):
@@ -41,14 +41,14 @@ def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
     base, kind = clean_config(model.config), stock_class(model)
     if built(kind, edited(base)) is not None and plain(model, base):
         yield base, {}
-    target = rows(model)
+    target, base = rows(model), acceptable(kind, base)
     found = fit(kind, base, target)
     if found.edits and plain(model, found.config):
         yield found.config, {}
     overrides = fit_layers(kind, found.config, target, layer_paths(model), found.inert)
     for config in _heterogeneous(model, kind, found.config, overrides):
-        for ignore in (mirrored(model, config), frozenset[str]()):
-            yield config, _remember(base, difference(model, config, ignore))
+        for ignore, own in ((mirrored(model, config), False), (mirrored(model, config), True), (frozenset[str](), True)):
+            yield config, _remember(base, difference(model, config, ignore, own))
     for config in _heterogeneous(model, kind, base, {}):
         yield config, _remember(base, difference(model, config))
 

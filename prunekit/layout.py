@@ -51,8 +51,11 @@ def fresh(kind: type, config: Any) -> nn.Module:
 
 
 def numbers(module: nn.Module) -> dict[str, Any]:
-    """The public numbers (and tuples of numbers) that a module keeps as attributes."""
-    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in IGNORED and _is_number(v)}
+    """The public numbers (and tuples of numbers) that a module keeps as attributes, without those that its weight tells."""
+    from prunekit.carry.modeling_pruned import DERIVED
+
+    told = {a for kind, attributes in DERIVED.items() if isinstance(module, kind) for a in attributes}
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in IGNORED and k not in told and _is_number(v)}
 
 
 def _is_number(value: Any) -> bool:
@@ -79,24 +82,27 @@ def loose_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def difference(model: nn.Module, config: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
+def difference(model: nn.Module, config: Any, ignore: frozenset[str] = frozenset(), own_configs: bool = True) -> dict[str, Any]:
     """The layout: what must be done to a fresh model of `config` to make it the shape of `model`; {} where nothing must.
 
-    `ignore` names attributes for which the fresh model's value is taken. Raises ConfigError where the two differ in something that a
-    layout cannot tell.
+    `ignore` names attributes for which the fresh model's value is taken; without `own_configs` all modules read the shared config.
+    Raises ConfigError where the two differ in something that a layout cannot tell.
     """
     from prunekit.carry import modeling_pruned as carry
 
     plain = fresh(stock_class(model), config)
     layout: dict[str, Any] = {"skipped": {n: m.outputs for n, m in model.named_modules() if type(m).__name__ == "Skipped"}}
     carry.skip(plain, layout["skipped"])
+    layout["rotated"] = {n.rpartition(".")[0]: m.source for n, m in model.named_modules() if type(m).__name__ == "Rotation"}
+    for path, source in layout["rotated"].items():
+        carry.rotate(plain, path, source)
     _compare_modules(model, plain)
     ours, theirs = tensors(model), tensors(plain)
     layout["absent"] = sorted(n for n in theirs if n not in ours)
     layout["shapes"] = {n: "x".join(map(str, t.shape)) for n, t in ours.items() if n not in theirs or t.shape != theirs[n].shape}
     carry.build(plain, layout)
     layout["attributes"] = _attributes(model, plain, ignore)
-    layout["configs"] = _configs(model, plain)
+    layout["configs"] = _configs(model, plain) if own_configs else {}
     layout["arguments"] = _arguments(model)
     carry.set_attributes(plain, layout["attributes"])
     carry.set_configs(plain, layout["configs"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -49,6 +49,22 @@ def edited(config: Any, **edits: Any) -> Any | None:
     return made
 
 
+def acceptable(kind: type, config: Any, reach: int = 256) -> Any:
+    """The config, or where its class refuses it the one with a single size raised by the least that the class accepts.
+
+    Removal writes the true sizes into the config, and `hidden_size` 47 with 6 heads is true but refused. Raises ConfigError where no
+    such change helps.
+    """
+    if built(kind, edited(config)) is not None:
+        return config
+    fields = {k: v for k, v in vars(config.get_text_config()).items() if type(v) is int and v > 1 and not k.startswith("_")}
+    for more, (field, value) in itertools.product(range(1, reach), fields.items()):
+        made = edited(config, **{field: value + more})
+        if made is not None and built(kind, made) is not None:
+            return made
+    raise ConfigError(f"{type(config).__name__} refuses the sizes of the pruned model, and raising one of them does not help")
+
+
 def built(kind: type, config: Any | None) -> Rows | None:
     """Rows of the model that class `kind` builds from the config; None where it refuses."""
     if config is None:
@@ -86,7 +102,7 @@ def stock_config(model: nn.Module) -> Any | None:
 def plain(model: nn.Module, config: Any) -> bool:
     """Whether transformers' own class builds the model from the config, up to numbers that only mirror a field of it."""
     try:
-        return not difference(model, config, mirrored(model, config))
+        return not difference(model, config, mirrored(model, config), own_configs=False)
     except ConfigError:
         return False
 
@@ -124,7 +140,7 @@ class Fit:
         self.kind, self.config, self.prefix = kind, config, prefix
         self.target = {k: v for k, v in target.items() if k[0].startswith(prefix)}
         self.edits: dict[str, int] = {}
-        self.inert = set() if inert is None else inert
+        self.inert = set(inert or ())
         self.rows = self.before = self._built(config) or {}
         self.wrong = self._wrong(self.rows)
 
@@ -165,11 +181,11 @@ class Fit:
         found = self._built(config)
         if found is None:
             return None
-        if found == self.rows and len(edits) == 1 and not self.prefix:
+        if found == self.rows and len(edits) == 1:
             self.inert |= set(edits)
         return self._wrong(found), config, found
 
-    def best(self, choices: Iterator[dict[str, int]] | list[dict[str, int]]) -> bool:
+    def best(self, choices: Iterable[dict[str, int]]) -> bool:
         """Take the choice that leaves the fewest rows wrong, if that is fewer than now."""
         won: tuple[tuple[int, int], Any, Rows] | None = None
         taken: dict[str, int] = {}
@@ -188,11 +204,10 @@ class Fit:
     def run(self, only: set[str] | None = None) -> Fit:
         """Edit one field at a time while that helps, then two at a time where only both together are accepted."""
         while self.wrong != (0, 0):
-            single = [{f: v} for f, v in self.proposals(only)]
-            if self.best(single):
+            if self.best({f: v} for f, v in self.proposals(only)):
                 continue
-            live = [e for e in single if not set(e) & self.inert][:12]
-            if not self.best([a | b for a, b in itertools.combinations(live, 2) if set(a) != set(b)]):
+            live = [{f: v} for f, v in self.proposals(only)][:12]
+            if not self.best(a | b for a, b in itertools.combinations(live, 2) if set(a) != set(b)):
                 break
         return self
 
@@ -203,18 +218,50 @@ def fit(kind: type, config: Any, target: Rows) -> Fit:
 
 
 def fit_layers(kind: type, config: Any, target: Rows, layers: list[str], inert: set[str]) -> dict[int, dict[str, int]]:
-    """Fields that differ by layer: index -> {field: value}, for the layers whose module paths are given."""
+    """Fields that differ by layer: index -> {field: value}, for the layers whose module paths are given.
+
+    The class is asked until it has shown which sizes follow a field; the other layers' values come from their sizes.
+    """
     found: dict[int, dict[str, int]] = {}
-    used: set[str] = set()
+    effects: dict[str, tuple[int, Rows]] = {}
+    start = built(kind, config) or {}
     for i, path in enumerate(layers):
-        one = Fit(kind, config, target, path + ".", inert)
-        one.run(used)
-        if one.wrong[0]:
-            one.run()
-        used |= set(one.edits)
-        if one.edits:
-            found[i] = one.edits
+        edits = explained(_within(start, path), _within(target, path), effects)
+        if edits is None:
+            one = Fit(kind, config, target, path + ".", inert).run()
+            edits = one.edits
+            for field in edits:
+                effects.setdefault(field, (_value(config, field), _effect(kind, config, field, edits[field], path, start)))
+        if edits:
+            found[i] = edits
     return found
+
+
+def explained(have: Rows, want: Rows, effects: dict[str, tuple[int, Rows]]) -> dict[str, int] | None:
+    """Values of the known fields that account for every size that is not as wanted; None where they do not."""
+    wrong = {k for k, v in want.items() if type(k[1]) is int and have.get(k) != v}
+    edits: dict[str, int] = {}
+    for field, (value, rows_of_field) in effects.items():
+        ratios = {Fraction(want[k], have[k]) for k in rows_of_field if k in want and have.get(k)}
+        if len(ratios) == 1 and (ratio := ratios.pop()) != 1 and (value * ratio).denominator == 1:
+            edits[field] = int(value * ratio)
+            wrong -= set(rows_of_field)
+    return None if wrong else edits
+
+
+def _within(found: Rows, path: str) -> Rows:
+    return {(name[len(path) :], place): v for (name, place), v in found.items() if name.startswith(path + ".")}
+
+
+def _value(config: Any, field: str) -> int:
+    return config.get_text_config()._getattr_without_heterogeneous_validation(field, 0)
+
+
+def _effect(kind: type, config: Any, field: str, value: int, path: str, start: Rows) -> Rows:
+    """The sizes of a layer that are in proportion to the field."""
+    before, after = _within(start, path), _within(built(kind, edited(config, **{field: value})) or {}, path)
+    ratio = Fraction(value, _value(config, field) or 1)
+    return {k: v for k, v in after.items() if type(k[1]) is int and v != before.get(k) and Fraction(v, before.get(k, 1)) == ratio}
 
 
 def layer_paths(model: nn.Module) -> list[str]:

@@ -16,12 +16,14 @@ from transformers.generation import GenerationMixin
 
 PREFIX = "Pruned"
 LAYOUT = "prunekit_layout"
-FIELDS = ("shapes", "absent", "attributes", "configs", "buffers", "arguments", "skipped", "native")
-# What the constructors of torch and of transformers' Conv1D derive from the shape of `weight`: attribute -> axis.
+FIELDS = ("shapes", "absent", "attributes", "configs", "buffers", "arguments", "skipped", "rotated", "native")
+# What the constructors of torch and of transformers' Conv1D derive from the shape of `weight`: attribute -> axis, None: see `follow_weight`.
 DERIVED = {
     nn.Linear: {"out_features": 0, "in_features": 1},
     nn.Embedding: {"num_embeddings": 0, "embedding_dim": 1},
     transformers.pytorch_utils.Conv1D: {"nx": 0, "nf": 1},
+    nn.Conv1d: {"out_channels": 0, "in_channels": None, "groups": None},
+    nn.LayerNorm: {"normalized_shape": None},
 }
 
 
@@ -35,6 +37,33 @@ class Skipped(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         nothing = torch.zeros_like(hidden_states)
         return nothing if self.outputs == 1 else (nothing, *[None] * (self.outputs - 1))
+
+
+class Rotation(nn.Module):
+    """Carries the residual stream from one basis to the next; it lives in the module whose input or output it changes.
+
+    Without `source` what enters the module is multiplied by `weight`. With it, `-(x @ weight) @ weight.T` is added to what leaves the
+    module, `x` being what entered `source`: in a block that computes `x + module(source(x))`, the sum's `x` becomes `x (I - w w^T)`.
+    """
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.source = source
+        self.weight = nn.Parameter(torch.zeros(1, 1))
+        self.held: torch.Tensor | None = None
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, object]):
+        if args:
+            return (args[0] @ self.weight, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] @ self.weight}
+
+    def hold(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        self.held = args[0] if args else kwargs["hidden_states"]
+
+    def leave(self, module: nn.Module, args: tuple, out):
+        x, self.held = self.held, None
+        change = (x @ self.weight) @ self.weight.T
+        return out - change if isinstance(out, torch.Tensor) else (out[0] - change, *out[1:])
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -55,10 +84,10 @@ def follow_weight(module: nn.Module) -> None:
     for kind, attributes in DERIVED.items():
         if isinstance(module, kind):
             for attribute, axis in attributes.items():
-                setattr(module, attribute, weight.shape[axis])
+                if axis is not None:
+                    setattr(module, attribute, weight.shape[axis])
     if isinstance(module, nn.Conv1d):
-        depthwise = module.groups == module.in_channels and weight.shape[1] == 1
-        module.out_channels = weight.shape[0]
+        depthwise = module.groups == module.in_channels and weight.shape[1] == 1  # one group a channel
         module.groups = weight.shape[0] if depthwise else module.groups
         module.in_channels = weight.shape[1] * module.groups
     if isinstance(module, nn.LayerNorm):
@@ -124,6 +153,19 @@ def skip(model: nn.Module, skipped: dict[str, int]) -> None:
         setattr(module, leaf, Skipped(int(outputs)))
 
 
+def rotate(model: nn.Module, path: str, source: str = "") -> Rotation:
+    """Give the module at `path` a rotation, whose weight `resize` or the caller sets."""
+    module = owner(model, f"{path}.rotation")[0]
+    like = next(module.parameters())
+    module.rotation = rotation = Rotation(source).to(device=like.device, dtype=like.dtype)
+    if source:
+        owner(model, f"{source}.weight")[0].register_forward_pre_hook(rotation.hold, with_kwargs=True)
+        module.register_forward_hook(rotation.leave)
+    else:
+        module.register_forward_pre_hook(rotation.enter, with_kwargs=True)
+    return rotation
+
+
 def select_arguments(model: nn.Module, arguments: list[dict[str, object]]) -> None:
     """Let modules see only some indices along one axis of an argument that is computed outside of them (ALiBi slopes)."""
     for entry in arguments:
@@ -164,6 +206,8 @@ def build(model: nn.Module, layout: dict[str, object]) -> None:
     if unknown:
         raise ValueError(f"config.json: {LAYOUT} has unknown fields {sorted(unknown)}; known are {list(FIELDS)}")
     skip(model, layout.get("skipped", {}))
+    for path, source in layout.get("rotated", {}).items():
+        rotate(model, path, source)
     for name in layout.get("absent", []):
         module, leaf = owner(model, name)
         module.register_parameter(leaf, None)
