@@ -47,7 +47,7 @@ def gradient_covariances(
         y = first_tensor(out)
         if not y.requires_grad:
             y.requires_grad_()  # no parameter trains: the graph starts at the first of these outputs
-        stream[0] = stream[0] + y.detach()
+        stream[0] = stream[0] + y.detach().reshape(stream[0].shape)  # OPT flattens samples and tokens
         size = scale(stream[0]).reshape(-1, 1)
         y.register_hook(lambda g: take(name, g.detach().reshape(-1, g.shape[-1]).float() * size))
 

@@ -144,7 +144,7 @@ def look(feed: Feed, module: nn.Module, block: int, batch: int, x: Tensor, names
     out = x
 
     def leave(name: str, y: Tensor) -> None:
-        seen.y[name] = y
+        seen.y[name] = y.reshape(*x.shape[:-1], -1)  # OPT flattens samples and tokens
         seen.after[name] = sum(seen.y.values(), x)
         if name == last:
             enough()
@@ -157,9 +157,7 @@ def look(feed: Feed, module: nn.Module, block: int, batch: int, x: Tensor, names
 # ---- costs on the dense model
 
 
-def _sensitivities(
-    model: nn.Module, blocks: tuple[str, ...], parts: list[list[Part]], run: WholeRun, bf16: bool
-) -> dict[str, Tensor]:
+def _sensitivities(model: nn.Module, blocks: tuple[str, ...], parts: list[list[Part]], run: WholeRun, bf16: bool) -> dict[str, Tensor]:
     """Reader name -> a matrix `L (C, C)` with `L L^T` the covariance of the gradient there, a tenth of its mean diagonal added."""
     chains = [(b, [p.reader.name for p in row]) for b, row in zip(blocks, parts, strict=True)]
     out = {}
