@@ -10,6 +10,7 @@ from typing import Any
 
 COMMANDS = {
     "list": ("prunekit.listing", "list [KIND]: every registered component, its options, one line each"),
+    "plan": ("prunekit.plan", "plan [OVERRIDE ...]: sizes, MACs and memory that a run would leave; no weights are read"),
     "report": ("prunekit.report", "report DIR... [--to FILE]: the results below DIR as tables and plots, the paper's numbers beside them"),
 }
 """command -> (module with `main(argv) -> int`, help line)."""

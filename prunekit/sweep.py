@@ -61,6 +61,13 @@ def expand(words: Sequence[str], rows: dict[str, dict[str, Any]] | None, scale: 
     return Plan(unique(jobs), key_of(constants, jobs))
 
 
+def scale_of(name: str, scales: dict[str, Any] | None) -> dict[str, Any]:
+    """The overrides of a scale; `full` has none. Raises ConfigError naming the scales there are."""
+    if name != "full" and name not in (scales or {}):
+        raise ConfigError(f"scale={name}: this experiment has {', '.join(['full', *(scales or {})])}")
+    return (scales or {}).get(name) or {}
+
+
 def chosen_rows(choice: Override | None, rows: dict[str, Any] | None) -> list[str | None]:
     """All rows, or those that the user names. Raises ConfigError naming the rows there are."""
     if rows is None:

@@ -48,7 +48,7 @@ class TableSweeper(Sweeper):
         typed = {o.get_key_element() for o in sweep.parse(arguments)}
         words = [*arguments, *[sweep.override(k, v) for k, v in self.params.items() if k not in typed]]
         rows, scales = (OmegaConf.to_container(config[k], resolve=True) if config.get(k) else None for k in ("rows", "scales"))
-        plan = sweep.expand(words, rows, self.scale(scales))
+        plan = sweep.expand(words, rows, sweep.scale_of(config.get("scale", "full"), scales))
         top = self.settle_folder(plan)
         jobs = [(top / name, [*said, *self.places(name)]) for name, said in plan.jobs]
         todo = [(folder, said) for folder, said in jobs if not resume.finished(folder, self.resolved(folder, said))]
@@ -56,14 +56,6 @@ class TableSweeper(Sweeper):
         result = self.launch(todo)
         failures += [f"prunekit: job {folder} {state}" for folder, _ in jobs if (state := sweep.state(folder)) != "finished"]
         return result
-
-    def scale(self, scales: dict[str, Any] | None) -> dict[str, Any]:
-        """The overrides of the chosen scale; `full` has none. Raises ConfigError naming the scales."""
-        assert self.config is not None
-        name = self.config.get("scale", "full")
-        if name != "full" and name not in (scales or {}):
-            raise ConfigError(f"scale={name}: this experiment has {', '.join(['full', *(scales or {})])}")
-        return (scales or {}).get(name) or {}
 
     def settle_folder(self, plan: sweep.Plan) -> Path:
         """The folder of all jobs: what the user says in hydra.sweep.dir, else a name that the same command finds again."""
