@@ -81,7 +81,7 @@ class Moments:
 @torch.no_grad()
 def moments(model: nn.Module, names: Iterable[str], run: Run) -> dict[str, Moments]:
     """Moments of the input channels of the modules named: one pass of the calibration tokens, none for what this run has seen."""
-    seen: dict[str, Moments] = run.seen  # type: ignore[attr-defined]
+    seen: dict[str, Moments] = getattr(run, "seen", {})
     names = list(names)
     missing = {name: Moments() for name in names if name not in seen}
     if missing:

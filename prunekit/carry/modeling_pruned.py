@@ -17,7 +17,7 @@ from transformers.generation import GenerationMixin
 PREFIX = "Pruned"
 LAYOUT = "prunekit_layout"
 FIELDS = ("shapes", "absent", "attributes", "configs", "buffers", "arguments", "skipped", "rotated", "native")
-# What the constructors of torch and of transformers' Conv1D derive from the shape of `weight`: attribute -> axis, None: see `follow_weight`.
+# What the constructors of torch and of transformers' Conv1D derive from the shape of `weight`: attribute -> axis; None: see `follow_weight`
 DERIVED = {
     nn.Linear: {"out_features": 0, "in_features": 1},
     nn.Embedding: {"num_embeddings": 0, "embedding_dim": 1},
