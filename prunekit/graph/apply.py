@@ -39,7 +39,7 @@ class Recipe:
 # ---- what was asked for
 
 
-def checked(groups: Sequence[Group], kept: Kept) -> list[tuple[Group, Masks]]:
+def checked(groups: Sequence[Group], kept: Kept, least: dict[str, int]) -> list[tuple[Group, Masks]]:
     """(group, (parameter, axis) -> bool mask over its units), for plain names and for split names `GROUP/PARAM:AXIS`.
 
     Raises ConfigError for an unknown name, a mask of the wrong shape, an emptied group, or split masks of unequal counts.
@@ -53,8 +53,8 @@ def checked(groups: Sequence[Group], kept: Kept) -> list[tuple[Group, Masks]]:
         group = by_name[stem]
         if mask.dtype != torch.bool or tuple(mask.shape) != group.shape:
             raise ConfigError(f"kept[{name!r}] must be a bool tensor of shape {group.shape}, got {mask.dtype} {tuple(mask.shape)}")
-        if not bool(mask.any()):
-            raise ConfigError(f"kept[{name!r}] removes all {group.units} units of {stem}; at least one must stay")
+        if int(mask.sum()) < least.get(stem, 1):
+            raise ConfigError(f"kept[{name!r}] keeps {int(mask.sum())} of {group.units} units of {stem}; at least {least.get(stem, 1)} must stay")
         places = {(m.param, m.axis): mask.cpu() for m in group.members}
         if place:
             param, _, axis = place.rpartition(":")
@@ -103,6 +103,15 @@ def zero_slices(model: nn.Module, asked: Iterable[tuple[Group, Masks]]) -> None:
                 t = tensor_of(model, m.param)
                 if isinstance(t, nn.Parameter):
                     t.index_fill_(m.axis, index.to(t.device), 0)
+            if group.modules and group.members:
+                for i in lost_modules(group, masks):
+                    for p in model.get_submodule(group.modules[i]).parameters():
+                        p.zero_()
+
+
+def lost_modules(group: Group, masks: Masks) -> list[int]:
+    """Numbers of the modules (experts in a ModuleList) that go."""
+    return (~next(iter(masks.values()))).nonzero()[:, 0].tolist() if group.modules else []
 
 
 def zero_block(model: nn.Module, path: str) -> None:
@@ -269,6 +278,12 @@ def config_sizes(model: nn.Module, everything: Sequence[Candidate], cuts: Sequen
     return out
 
 
+def keep_modules(model: nn.Module, path: str, keep: Sequence[int]) -> None:
+    parent, _, leaf = path.rpartition(".")
+    old = model.get_submodule(path)
+    setattr(model.get_submodule(parent), leaf, nn.ModuleList([old[i] for i in keep]))  # type: ignore[index]
+
+
 def slice_argument(argument: Argument, keep: Tensor) -> Callable[..., Any]:
     """A forward pre-hook that slices one argument; batches that were flattened into the dim repeat the pattern."""
 
@@ -295,7 +310,13 @@ def shrink(
     sizes = patches(model, cuts, recipes)
     follow_up = config_sizes(model, everything, cuts, recipes)
     cut(model, to_keep(model, [(c.group, masks) for c, masks in asked]))
-    edits: dict[str, dict[str, dict[str, Any]]] = {"attributes": {}, "configs": {}, "arguments": {}}
+    edits: dict[str, dict[str, dict[str, Any]]] = {"attributes": {}, "configs": {}, "arguments": {}, "lists": {}}
+    for c, masks in asked:
+        if c.group.modules:
+            path = c.group.modules[0].rpartition(".")[0]
+            lost = lost_modules(c.group, masks)
+            edits["lists"][path] = {"of": c.group.units, "keep": [i for i in range(c.group.units) if i not in lost]}
+            keep_modules(model, path, edits["lists"][path]["keep"])
     set_sizes(model, sizes, own=True)
     set_sizes(model, follow_up, own=False)
     for (path, attr), value in {**sizes, **follow_up}.items():

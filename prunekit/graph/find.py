@@ -9,11 +9,11 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from prunekit.graph.groups import Candidate, Pattern, candidates
-from prunekit.graph.kinds import type_families
+from prunekit.graph.kinds import Typed, type_families
 from prunekit.graph.labels import Labels, tensors, trace
 from prunekit.graph.prove import BLOCKS, Verdict, prove, prove_blocks
 from prunekit.graph.solve import Solution
-from prunekit.graph.structure import block_lists, inputs_for, skeleton
+from prunekit.graph.structure import block_lists, inputs_for, open_routing, skeleton
 from prunekit.graph.twin import small_version
 from prunekit.types import Group
 
@@ -33,6 +33,11 @@ class Discovery:
         return [c.group for c in self.candidates] + ([self.blocks] if self.blocks else [])
 
 
+    @property
+    def least(self) -> dict[str, int]:
+        return {c.group.name: c.least for c in self.candidates}
+
+
 _FOUND: WeakKeyDictionary[nn.Module, Discovery] = WeakKeyDictionary()
 _VERDICTS: WeakKeyDictionary[nn.Module, dict[Pattern, Verdict]] = WeakKeyDictionary()
 
@@ -45,13 +50,24 @@ def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
     skip = token_axes(labels)
     if skip:
         labels, _ = trace(small, inputs, Labels(small, skip))
-    solution = Solution(labels)
-    typed, refused = type_families(small, solution, solution.families())
+    typed, refused, solution = typed_families(small, labels)
+    routed = {t.block for t in typed if t.kind == "experts" and not t.modules}
+    if len(routed) < len({scope for scope, *_ in labels.picks}) and open_routing(small, labels.picks):
+        least = labels.least
+        labels, _ = trace(small, inputs, Labels(small, skip))
+        labels.least = least
+        typed, refused, solution = typed_families(small, labels)
     found = candidates(solution, typed, small, stands, model)
     dead = [n for n, p in tensors(small) if isinstance(p, nn.Parameter) and n not in labels.touched and p.numel() > 1]
     left = refused + [f"{n}: the traced run never touched it" for n in dead]
     blocks = blocks_of(model, [n for n in labels.touched if labels.touched[n]])
     return small, Discovery(found, {}, left, skip, blocks)
+
+
+def typed_families(small: nn.Module, labels: Labels) -> tuple[list[Typed], list[str], Solution]:
+    solution = Solution(labels)
+    typed, refused = type_families(small, solution, solution.families())
+    return typed, refused, solution
 
 
 def blocks_of(model: nn.Module, touched: Sequence[str]) -> Group | None:

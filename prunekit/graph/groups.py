@@ -42,6 +42,7 @@ class Candidate:
     extents: Extents
     norms: list[str]
     arguments: list[Argument]
+    least: int = 1
     spare: list[Candidate] = field(default_factory=list)
 
 
@@ -100,10 +101,10 @@ def _build(t, f: Family, solution: Solution, order, shrink, name: str, layer: in
     if layer is None:
         members = _by_block(members)
     extents = {real: sizes for scope, sizes in shrink(f).items() for real in rename(scope)}
-    group = Group(name, t.kind, layer, f.n, tuple(members))
+    group = Group(name, t.kind, layer, f.n, tuple(members), tuple(real for m in t.modules for real in rename(m)))
     norms = [real for scope in shrink.norms(f) for real in rename(scope)]
     arguments = [replace(a, module=real) for a in shrink.arguments(f) for real in rename(a.module)]
-    return Candidate(group, pattern_of(t.kind, f.names), extents, norms, arguments)
+    return Candidate(group, pattern_of(t.kind, f.names), extents, norms, arguments, shrink.least(f))
 
 
 def _by_block(members: list[Member]) -> list[Member]:
@@ -166,6 +167,11 @@ class Shrink:
         members = np.array(sorted({c for u in f.units for c in u}))
         hit = [scope for scope, labels in self.solution.lab.statistics if np.isin(self.solution.cls[labels], members).any()]
         return list(dict.fromkeys(hit))
+
+    def least(self, f: Family) -> int:
+        """How many units a top-k over them picks: so many must stay."""
+        members = np.array(sorted({c for u in f.units for c in u}))
+        return max((k for labels, k in self.solution.lab.least if np.isin(self.solution.cls[labels], members).any()), default=1)
 
     def arguments(self, f: Family) -> list[Argument]:
         """Constants that the units index, at the deepest module that gets them as an argument and owns slices of the units."""

@@ -20,11 +20,16 @@ class Typed:
     family: Family
     block: tuple[str, int] | None
     spare: Sequence[Family] = ()
+    modules: tuple[str, ...] = ()
 
 
-def parent(name: str) -> str:
-    """The module two levels above a parameter: `h.0.attn` for `h.0.attn.c_proj.weight`."""
-    return name.rsplit(".", 2)[0]
+def parent(model: nn.Module, name: str, block: tuple[str, int] | None) -> str:
+    """The module that a tensor works for: `h.0.attn` for `h.0.attn.c_proj.weight` and for `h.0.attn.scale`; never a whole block."""
+    path = name.rpartition(".")[0]
+    if any(True for _ in model.get_submodule(path).children()):
+        return path
+    above = path.rpartition(".")[0]
+    return path if block is not None and len(above) <= len(f"{block[0]}.{block[1]}") else above
 
 
 def type_families(model: nn.Module, solution: Solution, families: list[Family]) -> tuple[list[Typed], list[str]]:
@@ -41,21 +46,57 @@ def type_families(model: nn.Module, solution: Solution, families: list[Family]) 
     rest = [f for f in good if f is not hidden and len(f.names) > 1 and not any(set(u) & taken for u in f.units)]
     local = [f for f in rest if len(blocks[id(f)]) == 1 and None not in blocks[id(f)]]
     batch = solution.flagged.get("batch", set())
+    experts = find_experts(model, solution, families, lists, batch)
+    routed = [set(u) for t in experts for u in t.family.units]
+    local = [f for f in local if not any(set(f.units[0]) <= u for u in routed)]
     slabs = [f for f in local if all(set(u) & batch for u in f.units) and not _expert_axis(solution, f)]
     heads = _one_per_module(slabs)
-    owners = {parent(n) for f, _ in heads for n, _ in f.names} | {n for f, _ in heads for n, _ in f.names}
+    owners = {parent(model, n, block_of(n, lists)) for f, _ in heads for n, _ in f.names}
+    shared = {n for f, _ in heads for n, _ in f.names}
     out = [Typed("hidden", hidden, None)] if hidden else []
     out += [Typed("heads", f, next(iter(blocks[id(f)])), spare) for f, spare in heads]
     in_matrix = set(solution._in_matrix)
     channels = []
     for f in local:
-        inside = any(parent(n) in owners or n in owners for n, _ in f.names)
+        inside = any(n in shared or any(n.startswith(o + ".") for o in owners) for n, _ in f.names)
         crossed = any(set(u) & in_matrix for u in f.units) and (inside or not heads)
         if f not in slabs and not crossed and sum(rank[n] > 1 for n, _ in f.names) > 1:
             channels.append((f, inside))
     for f, inside in _minimal(channels):
         out.append(Typed("inner" if inside else "neurons", f, next(iter(blocks[id(f)]))))
-    return out, refused
+    return out + experts, refused
+
+
+def find_experts(
+    model: nn.Module, solution: Solution, families: list[Family], lists: dict[str, int], batch: set[int]
+) -> list[Typed]:
+    """Rows of a router, told by a top-k over them, joined with whatever comes in as many pieces near it: slabs of weights, or modules."""
+    order = solution.flagged.get("order", set())
+    out = []
+    for router in families:
+        block = block_of(router.names[0][0], lists)
+        if block is None or not all(set(u) & order for u in router.units):
+            continue
+        scope, root = router.names[0][0].rpartition(".")[0], f"{block[0]}.{block[1]}"
+        while scope.startswith(root):
+            near = [f for f in families if f is not router and f.n == router.n and all(n.startswith(scope + ".") for n, _ in f.names)]
+            slabs = [f for f in near if not any(set(u) & batch for u in f.units) and all(d == 0 for _, d in f.names)]
+            slabs = [f for f in slabs if not any(set(u) & order for u in f.units)]
+            listed = [n for n, m in model.named_modules() if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n]
+            if slabs or listed:
+                modules = tuple(f"{listed[0]}.{i}" for i in range(router.n)) if listed and not slabs else ()
+                out.append(Typed("experts", _joined([router, *slabs]), block, modules=modules))
+                break
+            scope = scope.rpartition(".")[0]
+    return out
+
+
+def _joined(families: list[Family]) -> Family:
+    """Unit u of each, together."""
+    units = [tuple(sorted(set().union(*(f.units[u] for f in families)))) for u in range(families[0].n)]
+    axes = {a: index for f in families for a, index in f.axes.items()}
+    names = tuple(n for f in families for n in f.names)
+    return Family(units, axes, frozenset().union(*(f.flags for f in families)), names)
 
 
 def _place(f: Family) -> str:

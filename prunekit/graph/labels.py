@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 NEUTRAL = {"t", "transpose", "permute", "expand", "detach", "alias", "unsqueeze", "squeeze", "_conj"}
 """Views that show no new extent."""
+CHOOSES = {"topk", "sort", "argsort", "argmax", "argmin", "multinomial", "nonzero"}
+"""Ops whose integer results depend on values."""
 PAIR = 1 << 31
 """Two labels in one int64: `a * PAIR + b`."""
 
@@ -122,6 +124,8 @@ class Labels(TorchDispatchMode):
         self.statistics: list[tuple[str, np.ndarray]] = []
         self.constants: list[tuple[int, int, int, np.ndarray, str]] = []
         self.arguments: dict[int, list[tuple[str, int | str, tuple[int, ...]]]] = defaultdict(list)
+        self.least: list[tuple[np.ndarray, int]] = []
+        self.picks: list[tuple[str, int, int]] = []
         self.opaque: set[str] = set()
         self.touched: dict[str, dict[int, np.ndarray]] = {}
         self.scope = [""]
@@ -133,6 +137,7 @@ class Labels(TorchDispatchMode):
         self._related: dict[bytes, str] = {}
         self._products: dict[bytes, np.ndarray] = {}
         self._alive: list[Tensor] = []
+        self._chosen: set[int] = set()
         for name, p in tensors(model):
             if p.is_floating_point() and p.numel() > 1:
                 self._own(name, p, skip)
@@ -407,6 +412,7 @@ class Labels(TorchDispatchMode):
         ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         self._alive += outs
+        self._note_chosen(base, ins, outs)
         if not outs or base in CREATES or not any(self.labelled(t) for t in ins):
             return out
         op = Op(base, func, args, kwargs, ins, outs, func._schema.is_mutable)
@@ -418,6 +424,15 @@ class Labels(TorchDispatchMode):
         else:
             apply(self, op)
         return out
+
+
+    def _note_chosen(self, name: str, ins: list[Tensor], outs: list[Tensor]) -> None:
+        """Integers that say what data chose (token ids, top-k, and what is computed from them): indexing by them follows no channel."""
+        if name in CHOOSES or any(t.untyped_storage()._cdata in self._chosen for t in ins):
+            self._chosen |= {t.untyped_storage()._cdata for t in outs if not t.is_floating_point()}
+
+    def chosen(self, index: Any) -> bool:
+        return any(isinstance(t, Tensor) and t.untyped_storage()._cdata in self._chosen for t in tree_leaves(index))
 
 
 def varying_values(t: Tensor) -> tuple[int, ...]:
@@ -446,6 +461,7 @@ def trace(model: nn.Module, inputs: dict[str, Any], labels: Labels | None = None
 
         hooks += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     try:
+        labels._chosen |= {t.untyped_storage()._cdata for t in inputs.values() if isinstance(t, Tensor)}
         with torch.no_grad(), labels:
             output = model(**inputs)
     finally:

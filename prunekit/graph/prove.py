@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph.apply import Masks, Recipe, bypass, follow, gone, shrink, to_keep, zero_block, zero_slices
+from prunekit.graph.apply import Masks, Recipe, bypass, follow, gone, lost_modules, shrink, to_keep, zero_block, zero_slices
 from prunekit.graph.groups import Candidate, Pattern
 from prunekit.graph.labels import trace
 from prunekit.graph.masked import Masked
@@ -51,7 +51,7 @@ def masked_logits(model: nn.Module, inputs: dict[str, Any], asked: Sequence[tupl
 def some_masks(candidate: Candidate, share: float, seed: int) -> Masks:
     """The same random units at every member."""
     n = candidate.group.units
-    lost = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: min(max(1, round(n * share)), n - 1)]
+    lost = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: min(max(1, round(n * share)), n - candidate.least)]
     mask = torch.ones(n, dtype=torch.bool)
     mask[lost] = False
     return {(m.param, m.axis): mask for m in candidate.group.members}
@@ -138,6 +138,8 @@ def count_after(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> i
         for axis, index in keep.get(name, {}).items():
             n = n // p.shape[axis] * len(index)
         total += n
+    for c, masks in asked:
+        total -= sum(p.numel() for i in lost_modules(c.group, masks) for p in model.get_submodule(c.group.modules[i]).parameters())
     return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -200,6 +201,9 @@ def along(lab: Labels, op: Op) -> None:
     for f in lab.fields(op.args[0]):
         hit = [d for d in dims if f.size(d) > 1]
         if hit:
+            if op.name == "topk":
+                lab.least.append((np.unique(lab.group(f, hit).numpy()), int(op.args[1])))
+                lab.picks.append((lab.scope[-1], int(op.args[1]), f.size(hit[0])))
             lab.flag("order" if order else "statistic" if "softmax" in op.name else "scan", lab.group(f, hit))
             if order:
                 left = [i for i in varying(f) if i not in hit]
@@ -307,10 +311,18 @@ def concatenate(lab: Labels, op: Op) -> None:
     "replication_pad1d split_with_sizes_copy rot90 _reshape_copy _reshape_alias slice_scatter select_scatter pixel_shuffle"
 )
 def move(lab: Labels, op: Op) -> None:
-    """Data movement: the same op moves the labels."""
+    """Data movement: the same op moves the labels; along dims where data picks the places they end."""
     x = op.args[0]
     results: list[list[Tensor]] = [[] for _ in op.outs]
+    picked = picked_dims(lab, op)
     for f in lab.fields(x):
+        lost = [d for d in picked if f.size(d) > 1]
+        if lost:
+            lab.flag("picked", lab.group(f, lost))
+            left = [i for i in varying(f) if i not in lost]
+            if not left:
+                continue
+            f = lab.group(f, left)
         if op.name in ("_to_copy", "clone", "contiguous", "lift_fresh_copy", "_conj_physical"):
             moved = [f]
         elif op.name == "constant_pad_nd":
@@ -326,6 +338,15 @@ def move(lab: Labels, op: Op) -> None:
         if op.name not in ("_to_copy", "clone", "contiguous"):
             for f in lab.fields(t):
                 lab.note(f)
+
+
+def picked_dims(lab: Labels, op: Op) -> list[int]:
+    """Dims of the first operand along which an index that depends on data picks."""
+    if op.name in ("index", "_unsafe_index"):
+        return [d for d, i in enumerate(op.args[1]) if i is not None and lab.chosen(i)]
+    if op.name in ("gather", "index_select") and lab.chosen(op.args[2]):
+        return [op.args[1] % op.args[0].dim()]
+    return []
 
 
 @rule("linalg_solve_triangular triangular_solve linalg_solve _linalg_solve_ex linalg_inv_ex linalg_cholesky_ex")

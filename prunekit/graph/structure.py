@@ -81,8 +81,11 @@ def drop_blocks(model: nn.Module, path: str, keep: Sequence[int]) -> None:
 def _shorten(holder: Any, old: int, keep: Sequence[int]) -> None:
     changes = {}
     for attr, value in vars(holder).items():
-        if isinstance(value, (list, tuple)) and len(value) == old and not hasattr(value, "_fields"):
+        per_layer = old > 8 or any(part in attr for part in ("layer", "block", "pattern", "type"))
+        if isinstance(value, (list, tuple)) and len(value) == old and per_layer and not hasattr(value, "_fields"):
             changes[attr] = type(value)(value[i] for i in keep)
+        elif isinstance(value, list) and _numbers(attr, value, old):
+            changes[attr] = [list(keep).index(i) for i in value if i in keep]
         elif isinstance(value, int) and value == old and "layer" in attr and not isinstance(value, bool):
             changes[attr] = len(keep)
     for attr, value in changes.items():
@@ -90,6 +93,12 @@ def _shorten(holder: Any, old: int, keep: Sequence[int]) -> None:
     mapped = getattr(holder, "attribute_map", {}).get("num_hidden_layers")
     if mapped and getattr(holder, mapped, None) == old:
         setattr(holder, mapped, len(keep))
+
+
+def _numbers(attr: str, value: list[Any], old: int) -> bool:
+    """Whether a list names some of the blocks, such as `attn_layer_indices`."""
+    named = any(part in attr for part in ("layer", "idx", "indices"))
+    return named and 0 < len(value) < old and all(type(i) is int and 0 <= i < old for i in value) and len(set(value)) == len(value)
 
 
 def block_kinds(model: nn.Module, path: str) -> list[int]:
@@ -175,14 +184,38 @@ def skeleton(model: nn.Module, each: int = 1) -> tuple[nn.Module, dict[str, list
 
 
 def quiet(model: nn.Module) -> None:
-    """Plain attention and expert code, no cache: what the tracer reads best. Modules that are not transformers' have no such switches."""
+    """Plain attention and expert code, no cache: what the tracer reads best. Modules that are not transformers' have no such switches.
+
+    A class whose plain attention does not run keeps its own.
+    """
+    before = [(c, c._attn_implementation) for _, c in configs(model) if hasattr(c, "_attn_implementation")]
     for _, config in configs(model):
-        if hasattr(config, "_attn_implementation"):
-            config._attn_implementation = "eager"
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"
         if hasattr(config, "use_cache"):
             config.use_cache = False
+    for config, _ in before:
+        config._attn_implementation = "eager"
+    try:
+        with torch.no_grad():
+            model(**inputs_for(model))
+    except ERRORS:
+        for config, own in before:
+            config._attn_implementation = own
+
+
+def open_routing(model: nn.Module, picks: Sequence[tuple[str, int, int]]) -> bool:
+    """Let every router pick all its experts, so that a trace meets each of them. `picks`: (module, k, of how many) of the top-k ops seen."""
+    changed = False
+    for scope, k, n in picks:
+        parts = scope.split(".")
+        holders = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts), 0, -1)]
+        for holder in [*holders, *(c for h in holders if hasattr(c := getattr(h, "config", None), "__dict__"))]:
+            for attr, value in list(vars(holder).items()):
+                if type(value) is int and value == k < n and any(part in attr for part in ("top", "per_tok")):
+                    setattr(holder, attr, n)
+                    changed = True
+    return changed
 
 
 def inputs_for(model: nn.Module, tokens: int = 13) -> dict[str, Tensor]:

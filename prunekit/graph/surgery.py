@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph.apply import Masks, bypass, checked, holders, replace, set_sizes, shrink, slice_argument, zero_block, zero_slices
+from prunekit.graph.apply import Masks, bypass, checked, holders, keep_modules, replace, set_sizes, shrink, slice_argument, zero_block, zero_slices
 from prunekit.graph.find import Discovery, discovery, forget
 from prunekit.graph.groups import Argument
 from prunekit.graph.norms import rescale_norms
@@ -20,6 +20,7 @@ from prunekit.registry import ConfigError
 from prunekit.types import Group, Kept, tensor_of
 
 Edits = dict[str, dict[str, Any]]
+KINDS = ("attributes", "configs", "arguments", "lists", "blocks")
 _EDITS: WeakKeyDictionary[nn.Module, Edits] = WeakKeyDictionary()
 
 
@@ -31,7 +32,7 @@ def zero(model: nn.Module, kept: Kept) -> nn.Module:
     Raises ConfigError for an unknown group, a wrong mask, or a group left empty.
     """
     found = discovery(model)
-    asked = checked(found.groups, kept)
+    asked = checked(found.groups, kept, found.least)
     zero_slices(model, [(g, masks) for g, masks in asked if g.members])
     for group, masks in asked:
         if group.kind == "blocks":
@@ -54,7 +55,7 @@ def remove(model: nn.Module, kept: Kept, norm: Literal["plain", "rescale"] = "pl
         raise ConfigError(f"norm={norm!r}; possible: plain, rescale")
     found = discovery(model)
     by_name = {c.group.name: c for c in found.candidates}
-    asked = [(g, masks) for g, masks in checked(found.groups, kept) if not all(bool(m.all()) for m in masks.values())]
+    asked = [(g, masks) for g, masks in checked(found.groups, kept, found.least) if not all(bool(m.all()) for m in masks.values())]
     cuts = [(by_name[g.name], masks) for g, masks in asked if g.members]
     recipes = {p: v.recipe for p, v in found.verdicts.items() if v.recipe is not None}
     if norm == "rescale":
@@ -69,10 +70,13 @@ def remove(model: nn.Module, kept: Kept, norm: Literal["plain", "rescale"] = "pl
 
 
 def _record(model: nn.Module, edits: Edits) -> None:
-    total = _EDITS.setdefault(model, {"attributes": {}, "configs": {}, "arguments": {}, "blocks": {}})
+    total = _EDITS.setdefault(model, {k: {} for k in KINDS})
     for kind in ("attributes", "configs"):
         for path, values in edits[kind].items():
             total[kind].setdefault(path, {}).update(values)
+    for path, now in edits["lists"].items():
+        before = total["lists"].get(path, {"of": now["of"], "keep": list(range(now["of"]))})
+        total["lists"][path] = {"of": before["of"], "keep": [before["keep"][i] for i in now["keep"]]}
     for path, hooks in edits["arguments"].items():
         total["arguments"].setdefault(path, []).extend({"argument": k, **v} for k, v in hooks.items())
 
@@ -84,7 +88,7 @@ def _drop(model: nn.Module, group: Group, keep: Sequence[int]) -> None:
     before = total["blocks"].get(path, {"of": group.units, "keep": list(range(group.units))})
     total["blocks"][path] = {"of": before["of"], "keep": [before["keep"][i] for i in keep]}
     renumbered = {i: n for n, i in enumerate(keep)}
-    for kind in ("attributes", "configs", "arguments"):
+    for kind in KINDS[:4]:
         total[kind] = {new: v for p, v in total[kind].items() if (new := _renamed(p, path, renumbered)) is not None}
 
 
@@ -100,9 +104,9 @@ def edits(model: nn.Module) -> Edits:
     """What all `remove`s did to the model beyond the tensors' shapes, as JSON-able data for `rebuild`.
 
     `attributes` and `configs`: module -> {attribute: value} (of the module, of its own config); `arguments`: module -> constants that
-    enter it sliced; `blocks`: list -> {of, keep}, original numbers. Module names are those after dropping blocks.
+    enter it sliced; `lists`, `blocks`: ModuleList -> {of, keep}, original numbers. Module names are those after dropping blocks.
     """
-    return _EDITS.get(model, {"attributes": {}, "configs": {}, "arguments": {}, "blocks": {}})
+    return _EDITS.get(model, {k: {} for k in KINDS})
 
 
 def rebuild(model: nn.Module, shapes: dict[str, Sequence[int]], edits: Edits) -> nn.Module:
@@ -113,6 +117,9 @@ def rebuild(model: nn.Module, shapes: dict[str, Sequence[int]], edits: Edits) ->
     for path, dropped in edits["blocks"].items():
         if len(model.get_submodule(path)) != len(dropped["keep"]):  # type: ignore[arg-type]
             drop_blocks(model, path, dropped["keep"])
+    for path, dropped in edits["lists"].items():
+        if len(model.get_submodule(path)) != len(dropped["keep"]):  # type: ignore[arg-type]
+            keep_modules(model, path, dropped["keep"])
     where = holders(model)
     for name, shape in shapes.items():
         old = tensor_of(model, name)
