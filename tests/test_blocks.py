@@ -42,7 +42,7 @@ def test_replay_equals_the_whole_model(tiny_archs, tokens, arch):
     assert hooks_on(model) == before
 
 
-@pytest.mark.parametrize("store, tolerance", [("disk", 1e-5), ("half", 5e-2)])
+@pytest.mark.parametrize(("store", "tolerance"), [("disk", 1e-5), ("half", 5e-2)])
 def test_activations_elsewhere(tiny_archs, tokens, store, tolerance):
     model = tiny_archs.tiny_model("llama", layers=3).eval()
     blocks = stack(discover(model, verify=False))
@@ -69,7 +69,8 @@ def test_only_the_first_batches_run_the_whole_model(tiny_archs, tokens):
     hook = model.get_submodule(blocks[1]).register_forward_hook(lambda *_: calls.append(1))
     capture(model, blocks, tokens, Feeding(1))
     hook.remove()
-    assert len(tokens) == 4 and len(calls) == 2
+    assert len(tokens) == 4
+    assert len(calls) == 2
 
 
 def test_an_error_inside_a_block_comes_out(tiny_archs, tokens):

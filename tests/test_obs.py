@@ -37,7 +37,8 @@ def text():
 def test_ratio_zero_changes_nothing(llama, tokens, options):
     before = copy.deepcopy(llama.state_dict())
     out = prune(llama, tokens, share=0.0, **options)
-    assert out.kept == {} and set(llama.state_dict()) == set(before)
+    assert out.kept == {}
+    assert set(llama.state_dict()) == set(before)
     assert all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
 
 
@@ -45,7 +46,8 @@ def test_counts_are_exact(llama, text):
     out = prune(llama, text, share=0.5, of="units", **PLAIN)
     assert out.notes["counts"] == {f"{kind}.{i}": n for i in range(3) for kind, n in (("heads", 1), ("neurons", 48))}
     for i, layer in enumerate(llama.model.layers):
-        assert layer.mlp.down_proj.weight.shape == (64, 48) and layer.mlp.down_proj.bias is None
+        assert layer.mlp.down_proj.weight.shape == (64, 48)
+        assert layer.mlp.down_proj.bias is None
         assert layer.self_attn.k_proj.out_features == 16
         assert int(out.kept[f"neurons.{i}"].sum()) == 48
 
@@ -95,7 +97,8 @@ def test_other_architectures(tiny_archs, text, arch):
     before = sum(p.numel() for p in model.parameters())
     out = prune(model, text, share=0.2, verify=True)
     assert sum(p.numel() for p in model.parameters()) < before
-    assert torch.isfinite(model(text).logits).all() and drift(model, text, dense) < 1
+    assert torch.isfinite(model(text).logits).all()
+    assert drift(model, text, dense) < 1
     apart = arch == "gemma2"  # a norm stands between the readers and the residual stream
     assert len(out.notes["own_targets"]) == (2 if apart else 0)
 
@@ -104,7 +107,8 @@ def test_excluded_blocks_stay_as_they_are(llama, text):
     before = copy.deepcopy(llama.model.layers[1].state_dict())
     prune(llama, text, exclude=lambda groups: [g for g in groups if g.layer != 1])
     after = llama.model.layers[1].state_dict()
-    assert set(after) == set(before) and all(torch.equal(v, before[k]) for k, v in after.items())
+    assert set(after) == set(before)
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
 
 
 @pytest.mark.parametrize("store", ["half", "disk"])

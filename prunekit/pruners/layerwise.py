@@ -17,7 +17,7 @@ from prunekit.blocks import Feeding, Store, inside, stack, walk
 from prunekit.calib import WholeRun
 from prunekit.compensate import add_biases, lost_means
 from prunekit.contest import of_kinds, spared
-from prunekit.registry import ConfigError, pruners
+from prunekit.registry import pruners
 from prunekit.stats import samples_at_once
 from prunekit.types import Counts, Group, Kept, Pruned, Scores
 

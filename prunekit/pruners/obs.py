@@ -12,8 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,28 +20,18 @@ from tqdm import tqdm
 
 from prunekit import graph
 from prunekit.allocate import cheapest
-from prunekit.blocks import Activations, Feed, Feeding, Store, capture, enough, stack, until_seen, walk
+from prunekit.blocks import Feeding, Store, capture, stack, walk
 from prunekit.calib import WholeRun
 from prunekit.compensate import add_biases
 from prunekit.contest import of_kinds, spared
 from prunekit.normal import Normal, problem
-from prunekit.readers import Reader, readers
 from prunekit.registry import ConfigError, Positive, pruners
-from prunekit.sensitivity import gradient_covariances, scale
+from prunekit.sensitivity import gradient_covariances
 from prunekit.sizes import Sizes
-from prunekit.stats import samples_at_once, watch
+from prunekit.stats import samples_at_once
+from prunekit.streams import Part, Streams, adds_up, look, parts_of, token_weights
 from prunekit.surgeon import removal
 from prunekit.types import Counts, Group, Kept, Pruned, Scores, tensor_of
-
-
-@dataclass(frozen=True)
-class Part:
-    """One module of a block that adds to the residual stream, and the group of units that it reads."""
-
-    group: Group
-    reader: Reader
-    inside: str
-    """Its name inside the block."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ def obs(
     everything = graph.discover(model, verify=verify)
     groups = spared(of_kinds(model, everything, kinds), exclude)
     blocks = stack(everything)
-    parts = [_parts(model, block, [g for g in everything if g.kind in ("heads", "neurons")]) for block in blocks]
+    parts = [parts_of(model, block, [g for g in everything if g.kind in ("heads", "neurons")]) for block in blocks]
     _check(groups, parts)
     run = WholeRun(model, tokens)
     counts = ratio(model, groups, run)
@@ -109,49 +98,12 @@ def obs(
     return Pruned(model, kept, groups, {}, {"counts": counts, **notes})
 
 
-# ---- what is there
-
-
-def _parts(model: nn.Module, block: str, groups: list[Group]) -> list[Part]:
-    order = {id(m): i for i, m in enumerate(model.get_submodule(block).modules())}
-    found = []
-    for g in groups:
-        inside = [r for r in readers(model, g) if r.name.startswith(block + ".")]
-        found += [Part(g, r, r.name[len(block) + 1 :]) for r in inside if len(inside) == 1]
-    return sorted(found, key=lambda p: order[id(p.reader.module)])
-
-
 def _check(groups: list[Group], parts: list[list[Part]]) -> None:
     served = {p.group.name for row in parts for p in row}
     lost = [g.name for g in groups if g.name not in served]
     if lost:
         more = f" and {len(lost) - 1} more groups" if len(lost) > 1 else ""
         raise ConfigError(f"obs needs one linear module in the block that reads the units; {lost[0]}{more} have none: narrow pruner.kinds")
-
-
-class Seen(NamedTuple):
-    """What one batch showed inside a block: each reader's input and output, the residual stream after it, and the block's output."""
-
-    x: dict[str, Tensor]
-    y: dict[str, Tensor]
-    after: dict[str, Tensor]
-    out: Tensor
-
-
-def look(feed: Feed, module: nn.Module, block: int, batch: int, x: Tensor, names: list[str], last: str | None = None) -> Seen:
-    """Run a block on the hidden state `x (n, T, C)`, no further than the reader `last`; readers stand in `names` in order."""
-    seen = Seen({}, {}, {}, x)
-    out = x
-
-    def leave(name: str, y: Tensor) -> None:
-        seen.y[name] = y.reshape(*x.shape[:-1], -1)  # OPT flattens samples and tokens
-        seen.after[name] = sum(seen.y.values(), x)
-        if name == last:
-            enough()
-
-    with until_seen(), watch(module, {n: partial(seen.x.__setitem__, n) for n in names}, {n: partial(leave, n) for n in names}):
-        out = feed.forward(module, block, batch, x)
-    return seen._replace(out=out)
 
 
 # ---- costs on the dense model
@@ -185,7 +137,7 @@ def _curves(
         for i, rows in enumerate(run.feed.rows):
             seen = look(run.feed, run.module, run.block, i, run.inputs[rows], list(stats))
             for p in row:
-                stats[p.inside].add(seen.x[p.inside], None, _token_weights(seen.after[p.inside], recipe))
+                stats[p.inside].add(seen.x[p.inside], None, token_weights(seen.after[p.inside], recipe.weigh))
         for p in row:
             if p.group.name in contest:
                 s = stats[p.inside]
@@ -198,10 +150,6 @@ def _curves(
 
 def _scaled(weight: Tensor, half: Tensor | None) -> Tensor:
     return weight.float() if half is None else half.T @ weight.float()
-
-
-def _token_weights(residual: Tensor, recipe: Recipe) -> Tensor | None:
-    return scale(residual).square().reciprocal() if recipe.weigh == "relative" else None
 
 
 # ---- the pass
@@ -227,64 +175,16 @@ def _prune(
         module = model.get_submodule(blocks[b])
         before = copy.deepcopy(module) if dense is not None else module
         names = [p.inside for p in row]
-        streams = Streams(feed, b, names, before, dense, own, _adds(feed, b, before, dense or own, names))
+        streams = Streams(feed, b, names, before, dense, own, adds_up(feed, b, before, dense or own, names))
         if not streams.adds:
             apart.append(blocks[b])
         for p in row:
             count = counts.get(p.group.name, -1)
             if count > 0 or (count == 0 and refit and dense is not None):
-                stats = streams.regression(module, p, recipe)
+                stats = streams.regression(module, p, recipe.weigh)
                 kept[p.group.name] = _operate(model, p, stats, count, weights.get(p.reader.name), recipe)
         streams.advance(module)
     return kept, {"own_targets": apart}
-
-
-def _adds(feed: Feed, b: int, module: nn.Module, inputs: Activations, names: list[str]) -> bool:
-    """Whether the block's output is its input plus what the modules `names` put out, seen on one batch.
-
-    False where a norm or a factor stands between (Gemma 2, Granite), or where experts add to it too.
-    """
-    x = inputs[feed.rows[0]]
-    seen = look(feed, module, b, 0, x, names)
-    added = seen.after[names[-1]] - x if names else torch.zeros_like(x)
-    moved = seen.out - x
-    return bool((moved - added).float().norm() <= 0.01 * moved.float().norm())
-
-
-@dataclass(frozen=True)
-class Streams:
-    """The network being pruned and the dense one, side by side at one block; see `obs` for the targets."""
-
-    feed: Feed
-    block: int
-    names: list[str]
-    before: nn.Module
-    dense: Activations | None
-    own: Activations
-    adds: bool
-
-    def regression(self, module: nn.Module, p: Part, recipe: Recipe) -> Normal:
-        """Sums for the regression of what the reader should give on what it gets in the network pruned so far."""
-        W = p.reader.weight
-        stats = Normal(W.shape[1], W.shape[0], W.device)
-        constant = getattr(p.reader.module, "bias", None)
-        for i, rows in enumerate(self.feed.rows):
-            mine = look(self.feed, module, self.block, i, self.own[rows], self.names, p.inside)
-            if self.dense is None:
-                y, after = mine.y[p.inside].float(), mine.after[p.inside]
-            else:
-                theirs = look(self.feed, self.before, self.block, i, self.dense[rows], self.names, p.inside)
-                after = theirs.after[p.inside]
-                y = after - (mine.after[p.inside] - mine.y[p.inside]) if self.adds else theirs.y[p.inside].float()
-            stats.add(mine.x[p.inside], y if constant is None else y - constant, _token_weights(after, recipe))
-        return stats
-
-    def advance(self, module: nn.Module) -> None:
-        """Bring both streams to the next block."""
-        for i, rows in enumerate(self.feed.rows):
-            self.own[rows] = self.feed.forward(module, self.block, i, self.own[rows])
-            if self.dense is not None:
-                self.dense[rows] = self.feed.forward(self.before, self.block, i, self.dense[rows])
 
 
 def _operate(model: nn.Module, p: Part, stats: Normal, count: int, half: Tensor | None, recipe: Recipe) -> Tensor:

@@ -1,0 +1,119 @@
+"""The network being pruned and the dense one side by side at one block: what the readers inside get, and what they should give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.blocks import Activations, Feed, enough, until_seen
+from prunekit.normal import Normal
+from prunekit.readers import Reader, readers
+from prunekit.sensitivity import scale
+from prunekit.stats import watch
+from prunekit.types import Group
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a block that adds to the residual stream, and the group of units that it reads."""
+
+    group: Group
+    reader: Reader
+    inside: str
+    """Its name inside the block."""
+
+
+def parts_of(model: nn.Module, block: str, groups: list[Group]) -> list[Part]:
+    """The parts of a block, in the order of its modules; groups with no single reader in it are left out."""
+    order = {id(m): i for i, m in enumerate(model.get_submodule(block).modules())}
+    found = []
+    for g in groups:
+        inside = [r for r in readers(model, g) if r.name.startswith(block + ".")]
+        found += [Part(g, r, r.name[len(block) + 1 :]) for r in inside if len(inside) == 1]
+    return sorted(found, key=lambda p: order[id(p.reader.module)])
+
+
+class Seen(NamedTuple):
+    """What one batch showed inside a block: each reader's input and output, the residual stream after it, and the block's output."""
+
+    x: dict[str, Tensor]
+    y: dict[str, Tensor]
+    after: dict[str, Tensor]
+    out: Tensor
+
+
+def look(feed: Feed, module: nn.Module, block: int, batch: int, x: Tensor, names: list[str], last: str | None = None) -> Seen:
+    """Run a block on the hidden state `x (n, T, C)`, no further than the reader `last`; readers stand in `names` in order."""
+    seen = Seen({}, {}, {}, x)
+    out = x
+
+    def leave(name: str, y: Tensor) -> None:
+        seen.y[name] = y.reshape(*x.shape[:-1], -1)  # OPT flattens samples and tokens
+        seen.after[name] = sum((v.float() for v in seen.y.values()), x.float())
+        if name == last:
+            enough()
+
+    with until_seen(), watch(module, {n: partial(seen.x.__setitem__, n) for n in names}, {n: partial(leave, n) for n in names}):
+        out = feed.forward(module, block, batch, x)
+    return seen._replace(out=out)
+
+
+def token_weights(residual: Tensor, weigh: str) -> Tensor | None:
+    """How much each token's error counts: `relative` to the size of its residual stream, which the next norm divides by, or not."""
+    return scale(residual).square().reciprocal() if weigh == "relative" else None
+
+
+def adds_up(feed: Feed, b: int, module: nn.Module, inputs: Activations, names: list[str]) -> bool:
+    """Whether the block's output is its input plus what the modules `names` put out, seen on one batch.
+
+    False where a norm or a factor stands between (Gemma 2, Granite), or where experts add to it too.
+    """
+    x = inputs[feed.rows[0]]
+    seen = look(feed, module, b, 0, x, names)
+    added = seen.after[names[-1]] - x if names else torch.zeros_like(x)
+    moved = seen.out - x
+    return bool((moved - added).float().norm() <= 0.01 * moved.float().norm())
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The network being pruned and the dense one, side by side at one block.
+
+    With `adds`, a reader should give what brings the network's residual stream to the dense one's after it; without, its dense output.
+    `dense=None`: what it gives now.
+    """
+
+    feed: Feed
+    block: int
+    names: list[str]
+    before: nn.Module
+    dense: Activations | None
+    own: Activations
+    adds: bool
+
+    def regression(self, module: nn.Module, p: Part, weigh: str) -> Normal:
+        """Sums for the regression of what the reader should give on what it gets in the network pruned so far."""
+        W = p.reader.weight
+        stats = Normal(W.shape[1], W.shape[0], W.device)
+        constant = getattr(p.reader.module, "bias", None)
+        for i, rows in enumerate(self.feed.rows):
+            mine = look(self.feed, module, self.block, i, self.own[rows], self.names, p.inside)
+            if self.dense is None:
+                y, after = mine.y[p.inside].float(), mine.after[p.inside]
+            else:
+                theirs = look(self.feed, self.before, self.block, i, self.dense[rows], self.names, p.inside)
+                after = theirs.after[p.inside]
+                y = after - (mine.after[p.inside] - mine.y[p.inside]) if self.adds else theirs.y[p.inside].float()
+            stats.add(mine.x[p.inside], y if constant is None else y - constant, token_weights(after, weigh))
+        return stats
+
+    def advance(self, module: nn.Module) -> None:
+        """Bring both streams to the next block."""
+        for i, rows in enumerate(self.feed.rows):
+            self.own[rows] = self.feed.forward(module, self.block, i, self.own[rows])
+            if self.dense is not None:
+                self.dense[rows] = self.feed.forward(self.before, self.block, i, self.dense[rows])
