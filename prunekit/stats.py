@@ -79,16 +79,23 @@ class Moments:
 
 
 @torch.no_grad()
-def moments(model: nn.Module, names: Iterable[str], run: Run) -> dict[str, Moments]:
-    """Moments of the input channels of the modules named: one pass of the calibration tokens, none for what this run has seen."""
+def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> dict[str, Moments]:
+    """Moments of the input channels of the modules named: one pass of the calibration tokens, none for what this run has seen.
+
+    `skip` leaves out that many tokens at the start of each sample.
+    """
     seen: dict[str, Moments] = getattr(run, "seen", {})
     names = list(names)
     missing = {name: Moments() for name in names if name not in seen}
     if missing:
-        with watch(model, inputs={name: m.add for name, m in missing.items()}):
+        with watch(model, inputs={name: partial(_add, m, skip) for name, m in missing.items()}):
             drain(run, "activations")
         seen.update(missing)
     return {name: seen[name] for name in names}
+
+
+def _add(found: Moments, skip: int, x: Tensor) -> None:
+    found.add(x[:, skip:] if skip else x)  # a module inside an expert sees a flat list of tokens, which has no beginning to skip
 
 
 TOKENS = 4096

@@ -73,6 +73,17 @@ def test_wanda_sp_is_wanda_summed_over_columns(model, tokens):
         torch.testing.assert_close(got[g.name] / got[g.name].sum(), want / want.sum(), rtol=1e-4, atol=1e-7)
 
 
+def test_skipped_tokens_take_no_part(model, tokens):
+    groups = llama_groups(model, UNITS)
+    got = flap(model, groups, WholeRun(model, tokens), skip=2)
+    x = inputs(model, tokens, [reader_of(g) for g in groups])
+    for g in groups:
+        z = x[reader_of(g)].unflatten(0, tokens.shape)[:, 2:].flatten(0, 1)
+        s = z.var(0, unbiased=False) * model.get_submodule(reader_of(g)).weight.detach().square().sum(0)
+        want = ((s - s.mean()) / s.std()).view(g.units, -1).mean(1)
+        torch.testing.assert_close(got[g.name], want, rtol=1e-4, atol=1e-5)
+
+
 def choice(groups):
     """Half of the units of every group, drawn."""
     rng = torch.Generator().manual_seed(3)

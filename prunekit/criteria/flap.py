@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.readers import Reader, readers
-from prunekit.registry import ConfigError, criteria
+from prunekit.registry import ConfigError, Natural, criteria
 from prunekit.stats import Moments, moments
 from prunekit.types import Group, Run, Scores
 
@@ -21,29 +21,32 @@ KINDS = ("heads", "neurons", "inner")
 
 
 @criteria.register(paper="arXiv 2312.11983", year=2023, needs="data", kinds=KINDS)
-def flap(model: nn.Module, groups: list[Group], run: Run, *, metric: Metric = "WIFV", standardize: bool = True) -> Scores:
+def flap(
+    model: nn.Module, groups: list[Group], run: Run, *, metric: Metric = "WIFV", standardize: bool = True, skip: Natural = 0
+) -> Scores:
     """How much a unit's output varies, weighted by the weights that read it; the mean over a unit's channels.
 
     Channel j: `WIFV` var(x_j) sum_i W_ij^2, `IFV` var(x_j), `WIFN` mean_i |W_ij| rms(x_j). The variance is exact, over all tokens.
-    `standardize` makes channels comparable across layers: minus their mean, by their standard deviation, within each group.
+    `standardize` makes channels comparable across layers: minus their mean, by their standard deviation, within each group. `skip` leaves
+    that many tokens at the start of each sample out of the statistics (of the bias too): the first one often carries huge activations.
     """
-    return reader_scores(model, groups, run, metric, standardize)
+    return reader_scores(model, groups, run, metric, standardize, skip)
 
 
 @criteria.register(paper="arXiv 2306.11695, 2312.11983", year=2023, needs="data", kinds=KINDS)
 def wanda_sp(model: nn.Module, groups: list[Group], run: Run) -> Scores:
     """Wanda's |w| * norm of the input, summed over the columns of a unit: the structured Wanda that FLAP compares with."""
-    return reader_scores(model, groups, run, "WIFN", False)
+    return reader_scores(model, groups, run, "WIFN", False, 0)
 
 
 @torch.no_grad()
-def reader_scores(model: nn.Module, groups: list[Group], run: Run, metric: Metric, standardize: bool) -> Scores:
+def reader_scores(model: nn.Module, groups: list[Group], run: Run, metric: Metric, standardize: bool, skip: int) -> Scores:
     """Channel values at the readers of each group, averaged over a unit's channels and over readers."""
     found = {g.name: readers(model, g) for g in groups}
     for name, rs in found.items():
         if not rs:
             raise ConfigError(f"no linear module reads the units of {name}: FLAP and Wanda-sp need one (o_proj, down_proj)")
-    seen = moments(model, dict.fromkeys(r.name for rs in found.values() for r in rs), run)
+    seen = moments(model, dict.fromkeys(r.name for rs in found.values() for r in rs), run, skip)
     scores = {}
     for name, rs in found.items():
         parts = []

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from prunekit import graph, select
 from prunekit.calib import WholeRun
 from prunekit.compensate import add_biases, lost_means
-from prunekit.registry import ConfigError, Positive, pruners
+from prunekit.contest import of_kinds, spared
+from prunekit.registry import Positive, pruners
 from prunekit.sizes import Sizes
 from prunekit.types import Counts, Group, Kept, Pruned, Scores
 
@@ -47,14 +48,14 @@ def oneshot(
     """
     kept: Kept = {}
     first: Scores = {}
-    whole = now = found(model, kinds, verify)
-    dense = groups = left(now, exclude)
+    whole = now = of_kinds(model, graph.discover(model, verify=verify), kinds)
+    dense = groups = spared(now, exclude)
     counts = ratio(model, groups, WholeRun(model, tokens))
     total = max(1, *counts.values()) if steps == "each" else steps
     for step in range(1, total + 1):
         if step > 1 and compress:
-            now = found(model, kinds, verify=False)
-            groups = [select.survivors(g, whole, dense, kept) if g.modules else g for g in left(now, exclude)]
+            now = of_kinds(model, graph.discover(model, verify=False), kinds)
+            groups = [select.survivors(g, whole, dense, kept) if g.modules else g for g in spared(now, exclude)]
         goals = {g.name: counts[g.name] * step // total - ((dense_units(dense, g) - g.units) if compress else 0) for g in groups}
         contest, goals = split(groups, goals) if grouping == "none" else (groups, goals)
         run = WholeRun(model, tokens, goals)
@@ -76,24 +77,6 @@ def oneshot(
 def dense_units(dense: list[Group], group: Group) -> int:
     """How many units `group` had at the start."""
     return next(g.units for g in dense if g.name == group.name)
-
-
-def found(model: nn.Module, kinds: list[Any], verify: bool) -> list[Group]:
-    """All groups of these kinds. Raises ConfigError naming the kinds that the model has."""
-    everything = graph.discover(model, verify=verify)
-    missing = set(kinds) - {g.kind for g in everything}
-    if missing:
-        have = sorted({g.kind for g in everything})
-        raise ConfigError(f"{type(model).__name__} has no units of kind {sorted(missing)}; it has {have}")
-    return [g for g in everything if g.kind in kinds]
-
-
-def left(groups: list[Group], exclude: Callable[[list[Group]], list[Group]]) -> list[Group]:
-    """The groups in the contest. Raises ConfigError when the exclusion leaves nothing."""
-    remaining = exclude(groups)
-    if not remaining:
-        raise ConfigError(f"the exclusion leaves nothing of {len(groups)} groups ({groups[0].name} .. {groups[-1].name})")
-    return remaining
 
 
 def split(groups: list[Group], counts: Counts) -> tuple[list[Group], Counts]:

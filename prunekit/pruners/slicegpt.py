@@ -88,7 +88,7 @@ def narrowed(model: nn.Module, chain: Stream, hidden: Group, wanted: int, depth:
     sizes = {w: removed(model, chain, depth, w) for w in widths}
     most = max(sizes.values())
     if most < goal:
-        raise ConfigError(f"slicegpt: {goal} parameters cannot be removed, at most {most} (embeddings keep their width); lower ratio.target")
+        raise ConfigError(f"slicegpt: {goal} parameters cannot be removed, at most {most} (embeddings keep theirs); lower ratio.target")
     return min(widths, key=lambda w: (abs(sizes[w] - goal), -w))
 
 
