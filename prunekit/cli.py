@@ -98,7 +98,12 @@ def known_keys(args: list[str]) -> None:
     first = [f"{o.key_or_group}={next(iter(o.sweep_string_iterator())) if o.is_sweep_override() else o.value()}" for o in choices]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = OmegaConf.to_container(compose("config", overrides=first), resolve=False)
+            cfg: Any = OmegaConf.to_container(compose("config", overrides=first), resolve=False)
+            chosen = {o.key_or_group for o in choices}
+            # An experiment's own choices count as if they were typed.
+            own = [f"{k}={v}" for k, v in (cfg["base"] or {}).items() if k in groups and k not in chosen]
+            if own:
+                cfg = OmegaConf.to_container(compose("config", overrides=[*first, *own]), resolve=False)
     except HydraException as e:
         raise ConfigError(str(e).split("\n\n")[0] if "Could not find" not in str(e) else not_found(e)) from None
     for o in overrides:

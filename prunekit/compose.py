@@ -22,8 +22,8 @@ def composed(words: Sequence[str]) -> Iterator[dict[str, Any]]:
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             first = compose("config", overrides=[sweep.values(o)[0] for o in sweep.parse(words) if o.get_key_element() != "row"])
-            rows, scales = (OmegaConf.to_container(first[k], resolve=True) if first[k] else None for k in ("rows", "scales"))
-            plan = sweep.expand(words, rows, sweep.scale_of(first.scale, scales))  # type: ignore[arg-type]
+            base, rows, scales = (OmegaConf.to_container(first[k]) if first[k] else None for k in ("base", "rows", "scales"))
+            plan = sweep.expand(words, rows, base, sweep.scale_of(first.scale, scales))  # type: ignore[arg-type]
             for name, said in plan.jobs:
                 cfg = compose("config", overrides=said)
                 with open_dict(cfg):

@@ -45,7 +45,7 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
 def settled(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as a plain dict, without what only the sweep needs."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    return {k: v for k, v in plain.items() if k not in ("rows", "scales")}
+    return {k: v for k, v in plain.items() if k not in ("base", "rows", "scales")}
 
 
 def named(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -33,32 +33,40 @@ def parse(words: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(words))
 
 
-def expand(words: Sequence[str], rows: dict[str, dict[str, Any]] | None, scale: dict[str, Any] | None) -> Plan:
+def expand(words: Sequence[str], rows: dict[str, dict[str, Any] | None] | None, *below: dict[str, Any] | None) -> Plan:
     """Every combination of the values in `words`, for each row of the table.
 
-    A row is a mapping of overrides, `scale` another one that holds for all rows; where they say the same key, `words` win over rows,
-    rows over the scale. `scale["rows"]` replaces what single rows say. `row=NAME,...` in `words` chooses rows. Raises ConfigError.
+    A row is a mapping of overrides; the mappings `below`, of which a later one wins, hold for all rows. What is typed wins over the row,
+    the row over what is below it. An entry `rows` below replaces what single rows say. `row=NAME,...` in `words` chooses rows.
+    Raises ConfigError.
     """
     given = {o.get_key_element(): o for o in parse(words)}
-    chosen = chosen_rows(given.pop("row", None), rows)
-    scale = dict(scale or {})
-    rescaled = scale.pop("rows", None) or {}
+    names = chosen_rows(given.pop("row", None), rows)
+    rescaled = stacked(*[(layer or {}).get("rows") for layer in below])
+    lower = [{k: v for k, v in (layer or {}).items() if k != "rows"} for layer in below]
     jobs: list[tuple[str, list[str]]] = []
     constants: dict[str, str] = {}
-    for name in chosen:
-        layers = scale | ((rows or {}).get(name) or {}) | (rescaled.get(name) or {}) if name is not None else scale
-        own = {o.get_key_element(): o for o in parse([override(k, v) for k, v in layers.items()])}
-        # Hydra refuses a group that is chosen twice, so the loser must go; a group's choice also ends what lower layers said of its keys.
-        kept = {k: o for k, o in own.items() if k not in given}
-        axes = {k: values(o) for k, o in (kept | given).items()}
+    for name in names:
+        own = stacked(*lower, (rows or {}).get(name or ""), rescaled.get(name or ""), dict.fromkeys(given, ""))
+        told = {o.get_key_element(): o for o in parse([override(k, v) for k, v in own.items() if k not in given])}
+        axes = {k: values(o) for k, o in (given | told).items()}
         swept = {k for k, v in axes.items() if len(v) > 1}
         constants |= {k: v[0] for k, v in axes.items() if k in given and k not in swept}
+        row = [f"row={quoted(name)}"] if name is not None else []
         for combination in itertools.product(*axes.values()):
-            told = [w for k, w in zip(axes, combination, strict=True) if k in swept]
             label = [name] if name is not None else []
-            row = [f"row={quoted(name)}"] if name is not None else []
-            jobs.append((slug([*label, *told]), [*combination, *row]))
+            label += [w for k, w in zip(axes, combination, strict=True) if k in swept]
+            jobs.append((slug(label), [*combination, *row]))
     return Plan(unique(jobs), key_of(constants, jobs))
+
+
+def stacked(*layers: dict[str, Any] | None) -> dict[str, Any]:
+    """Mappings of overrides on top of each other. Choosing a component ends what lower ones said of its options: they may not exist in it."""
+    out: dict[str, Any] = {}
+    for layer in layers:
+        out = {k: v for k, v in out.items() if k.partition(".")[0] not in (layer or {}) or k in (layer or {})}
+        out |= layer or {}
+    return out
 
 
 def scale_of(name: str, scales: dict[str, Any] | None) -> dict[str, Any]:

@@ -32,8 +32,17 @@ def test_every_row_meets_every_value():
 
 def test_what_is_typed_wins_over_the_row_and_the_row_over_the_scale():
     scale = {"pruner": "oneshot", "eval": "quick", "exclude": "ends"}
-    plan = sweep.expand(["exclude=range"], ROWS, scale)
-    assert words_of(plan)[1] == {"exclude=range", "pruner=channel", "eval=quick", "row='Channel (all)'"}
+    plan = sweep.expand(["exclude=range"], ROWS, {"seed": 1, "eval": "paper"}, scale)
+    assert words_of(plan)[1] == {"exclude=range", "pruner=channel", "eval=quick", "seed=1", "row='Channel (all)'"}
+
+
+def test_choosing_a_component_ends_what_was_said_of_another_ones_options():
+    base = {"exclude": "range", "exclude.heads": [4, 30], "ratio.target": 0.25}
+    plan = sweep.expand([], ROWS, base)
+    assert "exclude.heads=[4,30]" in plan.jobs[0][1]
+    assert words_of(plan)[1] == {"exclude=none", "pruner=channel", "ratio.target=0.25", "row='Channel (all)'"}
+    typed = sweep.expand(["exclude=ends", "ratio.target=0.5"], {"a": {}}, base)
+    assert words_of(typed)[0] == {"exclude=ends", "ratio.target=0.5", "row='a'"}
 
 
 def test_a_scale_can_replace_what_one_row_says():

@@ -47,8 +47,9 @@ class TableSweeper(Sweeper):
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
         typed = {o.get_key_element() for o in sweep.parse(arguments)}
         words = [*arguments, *[sweep.override(k, v) for k, v in self.params.items() if k not in typed]]
-        rows, scales = (OmegaConf.to_container(config[k], resolve=True) if config.get(k) else None for k in ("rows", "scales"))
-        plan = sweep.expand(words, rows, sweep.scale_of(config.get("scale", "full"), scales))
+        # Unresolved: an interpolation such as ${seed} is for each job to fill in.
+        base, rows, scales = (OmegaConf.to_container(config[k]) if config.get(k) else None for k in ("base", "rows", "scales"))
+        plan = sweep.expand(words, rows, base, sweep.scale_of(config.get("scale", "full"), scales))  # type: ignore[arg-type]
         top = self.settle_folder(plan)
         jobs = [(top / name, [*said, *self.places(name)]) for name, said in plan.jobs]
         todo = [(folder, said) for folder, said in jobs if not resume.finished(folder, self.resolved(folder, said))]
