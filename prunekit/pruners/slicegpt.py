@@ -50,13 +50,15 @@ def slicegpt(
     weighting: Weighting = "signal",
     last: Literal["whole", "sliced"] = "whole",
     store: Store = "memory",
+    precision: Literal["model", "bf16"] = "model",
     verify: bool = True,
 ) -> Pruned:
     """Narrows the residual stream to its principal directions, sub-layer by sub-layer, each on the output of the narrowed ones.
 
     `budget=units`: the ratio is a share of the d channels (the paper's slicing); else d' is chosen so that as many parameters go as the
     ratio asked for, the added matrices counted. `multiple` rounds d'. `weighting=direction` gives every token the same weight. `last=whole`
-    leaves the last block and the output matrix at full width, `sliced` narrows up to the last norm. `store` says where activations wait.
+    leaves the last block and the output matrix at full width, `sliced` narrows up to the last norm. `store` says where activations wait,
+    `precision=bf16` runs the forwards in bfloat16; sums are float32 or finer either way.
     Tied embeddings stay tied.
     Raises ConfigError for a model whose blocks are no chain of RMSNorm, sub-layer and sum.
     """
@@ -70,7 +72,8 @@ def slicegpt(
     wanted = ratio(model, [hidden], run)[hidden.name]
     width = narrowed(model, chain, hidden, wanted, depth, budget, multiple)
     rests = forms(model, chain, tokens)
-    inputs, feed = capture(model, chain.blocks, tokens, Feeding(samples_at_once(run), store))
+    # Small batches: capturing runs the whole model on two of them.
+    inputs, feed = capture(model, chain.blocks, tokens, Feeding(max(1, samples_at_once(run) // 4), store, precision == "bf16"))
     bases = list(turned(principal(model, chain, feed, inputs, depth, width, weighting, rests)))
     before = Sizes(model, [hidden]).total
     assemble(model, chain, bases, depth)
@@ -167,7 +170,7 @@ def same(model: nn.Module, chain: Stream, tokens: Tensor, inputs: Activations, f
         next(WholeRun(model, tokens[rows])(head=False))
     want = inputs[rows].float()
     far = float((seen[0].float() - want).norm() / want.norm())
-    if far > (1e-2 if want.dtype == inputs[rows].dtype else 0.1):
+    if far > (1e-2 if inputs[rows].dtype in (torch.float32, torch.float64) and not feed.bf16 else 0.2):
         name = type(model).__name__
         raise ConfigError(
             f"slicegpt: the rotated {name} does not compute the projected one ({far:.2g} apart): its blocks do more than add sub-layers"
