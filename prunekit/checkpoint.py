@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from prunekit.describe import describe
-from prunekit.integrity import MANIFEST, VERSION, CheckpointError, check_manifest, digest, read_header, read_json, seal
+from prunekit.integrity import MANIFEST, VERSION, CheckpointError, check_index, check_manifest, digest, read_header, read_json, seal
 from prunekit.layout import fresh, stock_class, tensors
 from prunekit.registry import ConfigError
+from prunekit.stock import REFUSALS
 from prunekit.types import Group, Kept
 
 STRUCTURAL = ("neurons", "heads", "hidden", "experts", "blocks", "inner")
@@ -150,6 +151,7 @@ def _publish(part: Path, folder: Path) -> None:
 def _config_and_class(folder: Path) -> tuple[Any, type]:
     """The config and the model class, from names that transformers itself registers; no remote code is looked at."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, PreTrainedModel
 
     from prunekit.carry import modeling_pruned as carry
@@ -167,7 +169,7 @@ def _config_and_class(folder: Path) -> tuple[Any, type]:
         raise CheckpointError(f"{name}: architectures names {names[0]!r}, which is not a model class of transformers")
     try:
         config = CONFIG_MAPPING[raw["model_type"]].from_pretrained(folder, local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
+    except (*REFUSALS, StrictDataclassError, OSError) as error:
         raise CheckpointError(f"{name}: {error}") from None
     if base.__name__ not in _classes_of(config) and not isinstance(config, base.config_class or ()):
         raise CheckpointError(f"{name}: architectures names {names[0]!r}, whose model_type is not {raw['model_type']!r}")
@@ -183,15 +185,22 @@ def _classes_of(config: Any) -> tuple[str, ...]:
 
 
 def _check_headers(folder: Path, manifest: dict[str, Any], config: Any, kind: type) -> None:
-    """Compare the shapes in the safetensors headers with those of the model that config.json asks for."""
+    """Compare names, shapes and places in the safetensors headers with the model that config.json asks for, and with the index."""
+    from huggingface_hub.errors import StrictDataclassError
+
     name = folder / "config.json"
+    layers, files = config.get_text_config().num_hidden_layers, [f for f in manifest["files"] if f.endswith(".safetensors")]
+    if not isinstance(layers, int) or layers > sum(len(read_header(folder / f)) for f in files):
+        raise CheckpointError(f"{name}: num_hidden_layers is {layers!r}, more than there are tensors")
     try:
         expected = tensors(fresh(kind, config))
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
+    except (*REFUSALS, StrictDataclassError) as error:
         raise CheckpointError(f"{name}: no model can be built from it: {error}") from None
-    for file in manifest["files"]:
-        if file.endswith(".safetensors"):
-            for tensor, shape in read_header(folder / file).items():
-                if tensor in expected and tuple(expected[tensor].shape) != shape:
-                    want = tuple(expected[tensor].shape)
-                    raise CheckpointError(f"{folder / file}: {tensor} has shape {shape}, {name} asks for {want}")
+    held: dict[str, str] = {}
+    for file in files:
+        for tensor, shape in read_header(folder / file).items():
+            held[tensor] = file
+            if tensor in expected and tuple(expected[tensor].shape) != shape:
+                want = tuple(expected[tensor].shape)
+                raise CheckpointError(f"{folder / file}: {tensor} has shape {shape}, {name} asks for {want}")
+    check_index(folder, held)

@@ -122,6 +122,22 @@ def check_groups(groups: Any, name: str) -> None:
             raise CheckpointError(f"{field}.kept must ascend without repeats")
 
 
+def check_index(folder: Path, held: dict[str, str]) -> None:
+    """Compare the index of a sharded checkpoint with where the tensors are (`held`: tensor -> file)."""
+    files = sorted(set(held.values()))
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if files != ["model.safetensors"]:
+            raise CheckpointError(f"{index.name} is missing in {folder}, which holds {', '.join(files)}")
+        return
+    told = read_json(index).get("weight_map")
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{index}: weight_map must be an object")
+    for tensor in sorted(told.keys() | held.keys()):
+        if told.get(tensor) != held.get(tensor):
+            raise CheckpointError(f"{index}: weight_map[{tensor!r}] is {told.get(tensor)!r}, the tensor is in {held.get(tensor)}")
+
+
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a safetensors file, from its header alone. Raises CheckpointError naming file and tensor."""
     size = path.stat().st_size

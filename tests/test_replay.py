@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_checkpoint import llama
 from torch import nn
 
 from prunekit import graph
@@ -14,7 +15,6 @@ from prunekit.checkpoint import load, save
 from prunekit.integrity import CheckpointError
 from prunekit.registry import ConfigError
 from prunekit.replay import replay
-from tests.test_checkpoint import llama
 
 
 def pruned(folder: Path, kinds: tuple[str, ...], norm: str = "plain") -> nn.Module:
