@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from prunekit.alike import alike
 from prunekit.registry import ConfigError, Positive, Share, ratios
 from prunekit.sizes import Sizes
 from prunekit.types import Counts, Group, Run
@@ -25,20 +26,36 @@ def uniform(
     of: Literal["units", "prunable", "model"] = "model",
     multiple: Positive = 1,
     by_kind: dict[str, Share] | None = None,
+    loadable: Literal["any", "stock"] = "any",
 ) -> Counts:
     """Removes the share `target` of every group's units, of the prunable parameters, or of the whole model's parameters.
 
     `units` follows LLM-Pruner's floor rule on channels: kept = floor(channels * (1 - target)), whole heads only. `prunable` and `model`
     solve for the share of units that removes `target` of those parameters, to within one unit. `multiple` rounds kept neurons and
     residual channels to a multiple. `by_kind` gives kinds of units a share of their own, of units. No group is emptied.
+    `loadable=stock` takes the same counts in every layer, the nearest ones that transformers' own class can build.
     Raises ConfigError when the target cannot be reached.
     """
+    if loadable == "stock" and not all(g.kind == "blocks" for g in groups):
+        return stock_counts(model, groups, target, of, multiple, by_kind or {})
     if of == "units":
         return {g.name: rounded(g, units_removed(g, (by_kind or {}).get(g.kind, target)), multiple) for g in groups}
     if by_kind:
         raise ConfigError(f"ratio.by_kind={by_kind} counts units: give ratio.of=units (got {of})")
     sizes = Sizes(model, groups)
     return solve(groups, sizes, target * (sizes.total if of == "model" else sizes.prunable()), multiple, f"{target} of {of}")
+
+
+def stock_counts(model: nn.Module, groups: list[Group], target: float, of: str, multiple: int, by_kind: dict[str, float]) -> Counts:
+    """Counts for `loadable=stock`: proposed by the ordinary rules, settled by what the architecture's class accepts."""
+    if of == "units":
+        proposal = {g.kind: units_removed(g, by_kind.get(g.kind, target)) / g.units for g in groups}
+        return alike(model, groups, proposal, lambda g, n: rounded(g, n, multiple), None)
+    sizes = Sizes(model, groups)
+    budget = target * (sizes.total if of == "model" else sizes.prunable())
+    counts = solve(groups, sizes, budget, 1, f"{target} of {of}")
+    share = {g.kind: counts[g.name] / g.units for g in groups}
+    return alike(model, groups, share, lambda g, n: rounded(g, n, multiple), budget)
 
 
 def units_removed(group: Group, share: float) -> int:
