@@ -13,7 +13,7 @@ from prunekit.graph.kinds import Typed, type_families
 from prunekit.graph.labels import Labels, tensors, trace
 from prunekit.graph.prove import BLOCKS, Verdict, prove, prove_blocks
 from prunekit.graph.solve import Solution
-from prunekit.graph.structure import block_lists, inputs_for, open_routing, skeleton
+from prunekit.graph.structure import block_lists, configs, inputs_for, open_routing, skeleton
 from prunekit.graph.twin import small_version
 from prunekit.types import Group
 
@@ -39,7 +39,8 @@ class Discovery:
 
 
 _FOUND: WeakKeyDictionary[nn.Module, Discovery] = WeakKeyDictionary()
-_VERDICTS: WeakKeyDictionary[nn.Module, dict[Pattern, Verdict]] = WeakKeyDictionary()
+_VERDICTS: dict[int, dict[Pattern, Verdict]] = {}
+"""Proofs by what they depend on: the model's classes, shapes and settings, not its weights."""
 
 
 def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
@@ -102,13 +103,20 @@ def discovery(model: nn.Module, verify: bool = True) -> Discovery:
     """The cached knowledge about a model; `remove` makes it stale."""
     if model not in _FOUND:
         small, found = survey(model)
-        known = _VERDICTS.setdefault(model, {})
+        known = _VERDICTS.setdefault(fingerprint(model), {})
         if verify:
             if not all(c.pattern in known for c in found.candidates):
                 known |= verdicts_for(model)
             found = settle(found, known)
         _FOUND[model] = found
     return _FOUND[model]
+
+
+def fingerprint(model: nn.Module) -> int:
+    """Equal for models of the same classes, shapes and configs."""
+    classes = tuple(type(m).__qualname__ for m in model.modules())
+    shapes = tuple((n, tuple(t.shape)) for n, t in tensors(model))
+    return hash((classes, shapes, *(repr(c) for _, c in configs(model))))
 
 
 def verdicts_for(model: nn.Module) -> dict[Pattern, Verdict]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.graph.apply import Keep, Masks, cut, to_keep
 from prunekit.graph.groups import Candidate
@@ -33,7 +33,7 @@ def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> 
         before = tensor_shape(module, gain)[0]
         key = (type(module).__qualname__, (before, len(index)))
         if key not in styles:
-            styles[key] = style_of(module, leaf, index)
+            styles[key] = style_of(module, leaf, {n.rpartition('.')[2]: axes for n, axes in own.items()})
         offset, eps = styles[key]
         correct(module, leaf, eps, before / len(index), offset)
 
@@ -50,16 +50,15 @@ def correct(module: nn.Module, leaf: str, eps: str, growth: float, offset: bool)
     setattr(module, eps, getattr(module, eps) * growth)
 
 
-def style_of(module: nn.Module, leaf: str, index: Tensor) -> tuple[bool, str]:
+def style_of(module: nn.Module, leaf: str, keep: Keep) -> tuple[bool, str]:
     """Whether the gain is `1 + w`, and the name of eps, by trying both on a copy of the norm with random gains."""
-    draw = torch.Generator().manual_seed(0)
+    index, draw = keep[leaf][0], torch.Generator().manual_seed(0)
     before = getattr(module, leaf).shape[0]
     zeroed = torch.randn(3, 5, before, generator=draw)
     gone = torch.ones(before, dtype=torch.bool)
     gone[index] = False
     zeroed[..., gone] = 0
     old = clone(module, lambda t: torch.rand(t.shape, generator=draw)).float()
-    keep: Keep = {leaf: {0: index}}
     with torch.no_grad():
         target = old(zeroed)[..., index]
         for eps in [k for k, v in vars(module).items() if "eps" in k and isinstance(v, float)]:

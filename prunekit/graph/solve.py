@@ -174,7 +174,7 @@ class Solution:
             signature = int(self.signature[list(unit)].sum())
             if signature and (len(unit) > 1 or not found[signature] or next(iter(unit)) not in alone):
                 found[signature].append(tuple(sorted(unit)))
-        return [units for units in found.values() if units]
+        return [part for units in found.values() for part in _disjoint(units)]
 
     def _seeds(self, coupled: set[int]) -> Iterable[tuple[int, ...]]:
         for c in coupled:
@@ -189,3 +189,18 @@ class Solution:
 
     def axis(self, number: int) -> Axis:
         return self.lab.axes[number]
+
+
+def _disjoint(units: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Units that overlap are no units of one family: where heads are as many as channels per head, both look alike."""
+    if len({c for u in units for c in u}) == sum(map(len, units)):
+        return [units] if units else []
+    parts: list[tuple[set[int], list[tuple[int, ...]]]] = []
+    for u in units:
+        part = next((p for p in parts if not p[0] & set(u)), None)
+        if part is None:
+            parts.append((set(u), [u]))
+        else:
+            part[0].update(u)
+            part[1].append(u)
+    return [members for _, members in parts]
