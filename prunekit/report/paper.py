@@ -20,7 +20,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Paper:
-    """One table of a paper: (method, tuned) -> {column title: number}."""
+    """One table of a paper: (method, tuned) -> {column title: number}. A method that stands at two ratios is `Block 20%`, `Block 50%`."""
 
     title: str
     source: str
@@ -31,7 +31,7 @@ class Paper:
         """The row that `label` names, or the dense row for `dense`; empty where the paper has none."""
         if label == "dense":
             dense = [v for (method, _), v in self.rows.items() if method.startswith("dense")]
-            return dense[-1] if dense else {}
+            return dense[0 if len(dense) == 1 else 1] if dense else {}
         return self.rows.get((label, tuned), {})
 
 
@@ -49,7 +49,11 @@ def paper(table: str | None) -> Paper | None:
     if not path.is_file():
         return None
     content: dict[str, Any] = json.loads(path.read_text())
-    rows = {(r["method"], r["tuned"]): {PAPER_UNITS.get(c, c): v for c, v in r["values"].items()} for r in content["rows"]}
+    pairs = [(r["method"], r["tuned"]) for r in content["rows"]]
+    rows = {}
+    for r, pair in zip(content["rows"], pairs, strict=True):
+        method = r["method"] if pairs.count(pair) == 1 else f"{r['method']} {r['ratio']:.0%}"
+        rows[method, r["tuned"]] = {PAPER_UNITS.get(c, c): v for c, v in r["values"].items()}
     models = {r["model"] for r in content["rows"]}
     return Paper(content["table"], f"{content['paper']} ({content['read_from']})", models.pop() if len(models) == 1 else "", rows)
 
