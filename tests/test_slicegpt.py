@@ -159,3 +159,21 @@ def test_layer_norms_are_refused(tokens):
     model = OPTForCausalLM(OPTConfig(**sizes))
     with pytest.raises(ConfigError):
         cut(model.eval(), tokens, 8)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma", "phi3", "granite", "smollm3"])
+def test_architectures_of_the_llama_form(name, tiny_archs, tokens):
+    """Biases, query norms, gains of 1 + w, fused matrices, scaled sums: nothing of it is told to the pruner."""
+    model = tiny_archs.tiny_model(name).eval()
+    want = logits(model, tokens)
+    width = model.config.hidden_size
+    torch.testing.assert_close(logits(cut(copy.deepcopy(model), tokens, 0).model, tokens), want, rtol=0, atol=1e-3)
+    less = cut(copy.deepcopy(model), tokens, width // 4).model
+    assert sum(p.numel() for p in less.model.layers[0].parameters()) < sum(p.numel() for p in model.model.layers[0].parameters())
+    assert (logits(less, tokens) - want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "words"), [("gemma2", "no chain of norm"), ("gpt_neox", "RMSNorm"), ("cohere", "no chain"), ("mpt", "RMSNorm")])
+def test_other_forms_are_refused(name, words, tiny_archs, tokens):
+    with pytest.raises(ConfigError, match=words):
+        cut(tiny_archs.tiny_model(name).eval(), tokens, 8)

@@ -25,7 +25,7 @@ from prunekit.calib import WholeRun
 from prunekit.contest import of_kinds, spared
 from prunekit.depth import returning
 from prunekit.registry import ConfigError, Positive, pruners
-from prunekit.residual import Stream, Sublayer, stream, weight_of
+from prunekit.residual import Stream, Sublayer, gain_and_eps, stream, weight_of
 from prunekit.rotate import Basis, assemble, removed, turned
 from prunekit.sizes import Sizes
 from prunekit.stats import samples_at_once, watch
@@ -71,6 +71,8 @@ def slicegpt(
     run = WholeRun(model, tokens)
     wanted = ratio(model, [hidden], run)[hidden.name]
     width = narrowed(model, chain, hidden, wanted, depth, budget, multiple)
+    for part in (part for parts in chain.sublayers for part in parts):
+        gain_and_eps(model.get_submodule(part.norm))  # refuses other norms before the long pass
     rests = forms(model, chain, tokens)
     # Small batches: capturing runs the whole model on two of them.
     inputs, feed = capture(model, chain.blocks, tokens, Feeding(max(1, samples_at_once(run) // 4), store, precision == "bf16"))
