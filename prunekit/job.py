@@ -38,7 +38,8 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
         if not isinstance(e, ConfigError):
             log.error("%s", traceback.format_exc())
         return None
-    show(record, folder)
+    if progress.first_process():
+        show(record, folder)
     return objective(record, cfg["objective"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,15 @@ log = logging.getLogger("prunekit")
 FILE = "stage.txt"
 
 
+def first_process() -> bool:
+    """Under torchrun or accelerate launch every process runs the whole job, and only the first one writes what it found."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def note(folder: Path, text: str) -> None:
     """Leave `text` as what this job is doing."""
+    if not first_process():
+        return
     aside = folder / f".{FILE}"
     aside.write_text(text)
     aside.replace(folder / FILE)

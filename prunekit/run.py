@@ -35,7 +35,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     """One experiment from a plain config; writes into `folder` and returns what `result.json` holds.
 
     Everything that can be wrong with `cfg` raises ConfigError before a weight is read. `result.json` is written last and atomically:
-    a folder without one is a run that did not finish.
+    a folder without one is a run that did not finish. Of several processes (torchrun, accelerate launch) the first one writes.
     """
     job = Job(cfg, Path(folder), check(cfg), Stages(), {}, cache.open_cache(cfg))
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,8 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
             measure(job, "recovered", pruned.model, tokenizer, tracker)
         saved = save(job, pruned, tokenizer, tracker)
         record = results.record(cfg, job.found, job.stages.results, pruned, saved, provenance.collect(cfg, tokens))
-    results.write(job.folder / "result.json", record | {"cached": job.cache.used})
+    if progress.first_process():
+        results.write(job.folder / "result.json", record | {"cached": job.cache.used})
     progress.note(job.folder, "finished")
     return record
 
@@ -87,7 +88,7 @@ def show_kept(pruned: Pruned, tracker: track.Track) -> None:
 
 def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: track.Track) -> str | None:
     """The checkpoint folder, unless `save=false`; its metadata goes to the tracker, the weights stay here."""
-    if not job.cfg["save"]:
+    if not job.cfg["save"] or not progress.first_process():
         return None
     folder = job.folder / "checkpoint"
     with stage(job, "save"):
