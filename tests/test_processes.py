@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["model=tiny_llama", "exclude=none", "eval=quick", "track=silent", "save=false", "cache=off", "recovery=lora_text"]
 # Dropout draws differently in each process; without it the steps are the same sums.
-WORDS += ["recovery.dropout=0", "recovery.max_steps=5", "recovery.batch=8", "recovery.micro_batch=2", "recovery.log_every=1", "recovery.cutoff=64"]
+WORDS += [f"recovery.{o}" for o in ("dropout=0", "max_steps=5", "batch=8", "micro_batch=2", "log_every=1", "cutoff=64")]
 
 
 def train(folder: Path, *launcher: str) -> dict:
