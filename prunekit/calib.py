@@ -24,7 +24,7 @@ class WholeRun:
         self.model = model
         self.tokens = tokens
         self.counts = counts or {}
-        self.seen: dict[str, Any] = {}
+        self.seen: dict[Any, Any] = {}
 
     def __call__(self, labels: bool = False, batch: int | None = None, head: bool = True) -> Iterator[Any]:
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]

@@ -21,13 +21,13 @@ Biases = dict[str, Tensor]
 
 
 @torch.no_grad()
-def lost_means(model: nn.Module, groups: Iterable[Group], kept: Kept, run: Run) -> Biases:
+def lost_means(model: nn.Module, groups: Iterable[Group], kept: Kept, run: Run, skip: int = 0) -> Biases:
     """What each reader's output will lack on average once the units go; measured on the model that still has them.
 
-    Raises ConfigError for units that no linear module reads.
+    `skip` leaves out that many tokens at the start of each sample. Raises ConfigError for units that no linear module reads.
     """
     touched = [(g, r) for g in groups if g.name in kept and not kept[g.name].all() for r in _readers(model, g)]
-    found = moments(model, dict.fromkeys(r.name for _, r in touched), run)
+    found = moments(model, dict.fromkeys(r.name for _, r in touched), run, skip)
     lost: Biases = {}
     for g, r in touched:
         if found[r.name].count:  # an expert that no token reached has nothing to make up for

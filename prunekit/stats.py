@@ -84,14 +84,14 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
 
     `skip` leaves out that many tokens at the start of each sample.
     """
-    seen: dict[str, Moments] = getattr(run, "seen", {})
+    seen: dict[Any, Moments] = getattr(run, "seen", {})
     names = list(names)
-    missing = {name: Moments() for name in names if name not in seen}
+    missing = {name: Moments() for name in names if (name, skip) not in seen}
     if missing:
         with watch(model, inputs={name: partial(_add, m, skip) for name, m in missing.items()}):
             drain(run, "activations")
-        seen.update(missing)
-    return {name: seen[name] for name in names}
+        seen.update({(name, skip): m for name, m in missing.items()})
+    return {name: seen[name, skip] for name in names}
 
 
 def _add(found: Moments, skip: int, x: Tensor) -> None:

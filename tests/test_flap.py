@@ -121,6 +121,23 @@ def test_the_bias_takes_exactly_the_mean_off_the_error(model, tokens, kind):
     torch.testing.assert_close(small.get_submodule(reader_of(group)).bias.detach(), lost[reader_of(group)])
 
 
+@pytest.mark.parametrize("skip", [0, 2])
+def test_the_bias_does_not_depend_on_what_the_criterion_looked_at(model, tokens, skip):
+    """Scores may come from the cache: then the criterion has left nothing on the run."""
+    groups = llama_groups(model, UNITS)
+    kept = choice(groups)
+    run = WholeRun(model, tokens)
+    flap(model, groups, run, skip=2)
+    used, fresh = lost_means(model, groups, kept, run, skip), lost_means(model, groups, kept, WholeRun(model, tokens), skip)
+    x = inputs(model, tokens, list(used))
+    for name, bias in used.items():
+        assert torch.equal(bias, fresh[name])
+        [group] = [g for g in groups if reader_of(g) == name]
+        gone = group.members[-1].index[~kept[group.name]].flatten()
+        mean = x[name].unflatten(0, tokens.shape)[:, skip:].mean((0, 1))
+        torch.testing.assert_close(bias, model.get_submodule(name).weight.detach()[:, gone] @ mean[gone], rtol=1e-4, atol=1e-6)
+
+
 def test_a_bias_that_is_there_is_added_to(tokens):
     model = tiny_llama(attention_bias=True, mlp_bias=True)
     groups = llama_groups(model, UNITS)

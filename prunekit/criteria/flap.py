@@ -28,7 +28,7 @@ def flap(
 
     Channel j: `WIFV` var(x_j) sum_i W_ij^2, `IFV` var(x_j), `WIFN` mean_i |W_ij| rms(x_j). The variance is exact, over all tokens.
     `standardize` makes channels comparable across layers: minus their mean, by their standard deviation, within each group. `skip` leaves
-    that many tokens at the start of each sample out of the statistics (of the bias too): the first one often carries huge activations.
+    that many tokens at the start of each sample out (the bias has `pruner.skip`): the first one often carries huge activations.
     """
     return reader_scores(model, groups, run, metric, standardize, skip)
 

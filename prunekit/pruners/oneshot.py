@@ -12,7 +12,7 @@ from prunekit import graph, select
 from prunekit.calib import WholeRun
 from prunekit.compensate import add_biases, lost_means
 from prunekit.contest import of_kinds, spared
-from prunekit.registry import Positive, pruners
+from prunekit.registry import Natural, Positive, pruners
 from prunekit.sizes import Sizes
 from prunekit.types import Counts, Group, Kept, Pruned, Scores
 
@@ -33,6 +33,7 @@ def oneshot(
     budget: Literal["units", "prunable", "model"] = "model",
     steps: Positive | Literal["each"] = 1,
     compensate: Literal["none", "bias"] = "none",
+    skip: Natural = 0,
     norm: Literal["plain", "rescale"] = "plain",
     compress: bool = True,
     verify: bool = True,
@@ -42,9 +43,9 @@ def oneshot(
     `kinds` heads + neurons is the paper's Block strategy, hidden its Channel strategy, blocks drops whole layers. `grouping=none` lets
     every matrix choose its own units (the paper's Table 6: no dependency). `ranking=global` pools all groups, `kind` those of one kind;
     `budget` says in what the pool is counted (follows ratio.of). `steps=each` takes one unit of a group at a time. `compensate=bias`
-    leaves the mean output of what goes as a bias (FLAP). `norm=rescale` corrects RMSNorm for removed residual channels.
-    `compress=false` zeroes instead of removing. `verify` proves on a small twin that removing equals zeroing.
-    Raises ConfigError when nothing is left to prune.
+    leaves the mean output of what goes as a bias (FLAP), over all but the first `skip` tokens of a sample. `norm=rescale` corrects
+    RMSNorm for removed residual channels. `compress=false` zeroes instead of removing. `verify` proves on a small twin that removing
+    equals zeroing. Raises ConfigError when nothing is left to prune.
     """
     kept: Kept = {}
     first: Scores = {}
@@ -61,7 +62,7 @@ def oneshot(
         run = WholeRun(model, tokens, goals)
         scores = criterion(model, contest, run)
         mask = select.widened(choose(model, contest, scores, goals, ranking, budget), contest, now)
-        lost = lost_means(model, contest, mask, run) if compensate == "bias" else {}
+        lost = lost_means(model, contest, mask, run, skip) if compensate == "bias" else {}
         if compress:
             graph.remove(model, mask, norm=norm)
             kept = {n: select.within(kept[n], m) if n in kept else m for n, m in mask.items()}
