@@ -3,7 +3,8 @@
 # Imported eagerly on purpose: a submodule that is imported later would hide the function of the same name.
 from prunekit.checkpoint import load, save
 from prunekit.graph import discover, remove, zero
+from prunekit.replay import replay
 from prunekit.run import run
 
-__all__ = ["discover", "load", "remove", "run", "save", "zero"]
+__all__ = ["discover", "load", "remove", "replay", "run", "save", "zero"]
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 COMMANDS = {
+    "export": ("prunekit.export", "export PATH --gguf FILE [--type f32|f16|q8_0]: a stock checkpoint as one GGUF file"),
     "list": ("prunekit.listing", "list [KIND]: every registered component, its options, one line each"),
     "plan": ("prunekit.plan", "plan [OVERRIDE ...]: sizes, MACs and memory that a run would leave; no weights are read"),
     "report": ("prunekit.report", "report DIR... [--to FILE]: the results below DIR as tables and plots, the paper's numbers beside them"),
