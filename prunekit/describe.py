@@ -53,12 +53,16 @@ def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield config, _remember(base, difference(model, config))
 
 
-def _heterogeneous(model: nn.Module, kind: type, config: Any, overrides: dict[int, dict[str, int]]) -> Iterator[Any]:
+def _heterogeneous(model: nn.Module, kind: type, config: Any, overrides: dict[int, dict[str, Any]]) -> Iterator[Any]:
     """The config with what differs by layer in `per_layer_config`; readable as a whole too, unless its class builds layers from that."""
     given = config.get_text_config().to_dict().get("per_layer_config") or {}
     layers = {int(i): dict(one) for i, one in given.items()}
     for i, one in overrides.items():
         layers[i] = {**layers.get(i, {}), **one}
+    for i, path in enumerate(layer_paths(model)):
+        gone = [n for n, m in model.get_submodule(path).named_modules() if type(m).__name__ == "Skipped"]
+        if gone:
+            layers.setdefault(i, {})["skip"] = gone
     if layers:
         native = with_layers(config, layers, lambda made: built(kind, made) is not None, readable=False)
         if native is not None and plain(model, native):

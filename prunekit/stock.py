@@ -67,10 +67,13 @@ def acceptable(kind: type, config: Any, reach: int = 256) -> Any:
 
 def built(kind: type, config: Any | None) -> Rows | None:
     """Rows of the model that class `kind` builds from the config; None where it refuses."""
+    from transformers.initialization import no_init_weights
+
     if config is None:
         return None
     try:
-        return rows(fresh(kind, config))
+        with no_init_weights():  # half of the time, even on the meta device
+            return rows(fresh(kind, config))
     except REFUSALS:
         return None
 
@@ -273,7 +276,7 @@ def layer_paths(model: nn.Module) -> list[str]:
     return [f"{path}.{i}" for i in range(len(modules))]
 
 
-def with_layers(config: Any, layers: dict[int, dict[str, int]], allowed: Callable[[Any], bool], readable: bool = True) -> Any | None:
+def with_layers(config: Any, layers: dict[int, dict[str, Any]], allowed: Callable[[Any], bool], readable: bool = True) -> Any | None:
     """The config with `per_layer_config` added, without the fields that its class refuses; None where nothing remains.
 
     `readable` lets code that knows nothing of layers read the fields from the config as a whole.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -12,10 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
+from prunekit import graph
+from prunekit.carry.modeling_pruned import Skipped
 from prunekit.checkpoint import load, save
 from prunekit.integrity import CheckpointError
 from prunekit.registry import ConfigError
+from prunekit.stock import accepts, stock_config
 from prunekit.types import Group, Member
 
 
@@ -117,6 +122,80 @@ def test_changed_buffer_travels(tmp_path: Path, tokens: torch.Tensor) -> None:
     again = load(tmp_path / "out")[0]
     assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     same(model, again, tokens)
+
+
+def test_skipped_sublayers_travel(tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = llama()
+    model.model.layers[1].self_attn = Skipped(outputs=2)
+    model.model.layers[2].mlp = Skipped()
+    save(model, None, tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["per_layer_config"]
+    assert told == {"1": {"skip": ["self_attn"]}, "2": {"skip": ["mlp"]}}
+    again = load(tmp_path / "out")[0]
+    same(model, again, tokens)
+    save(again, None, tmp_path / "twice")
+    same(model, load(tmp_path / "twice")[0], tokens)
+    out = [again.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*out)
+
+
+def test_what_differs_by_layer_stands_in_per_layer_config(tmp_path: Path) -> None:
+    model = uneven(llama())
+    save(model, None, tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert [layer.intermediate_size for layer in config.per_layer_config] == [55, 46, 37]
+    assert [layer.num_key_value_heads for layer in config.per_layer_config] == [3, 2, 3]
+    assert [layer.num_attention_heads for layer in config.per_layer_config] == [6, 4, 6]
+
+
+def test_sizes_that_the_class_refuses(tmp_path: Path, tokens: torch.Tensor) -> None:
+    """48 channels, of which 47 stay, are no multiple of 6 heads: the config says the next size that is, the layout the true one."""
+    model = llama()
+    graph.remove(model, {"hidden": torch.arange(48) != 5})
+    save(model, None, tmp_path / "out")
+    same(model, load(tmp_path / "out")[0], tokens)
+    assert AutoConfig.from_pretrained(tmp_path / "out").hidden_size == 48
+
+
+def test_positions_computed_outside_travel(tmp_path: Path, tokens: torch.Tensor) -> None:
+    """BLOOM's ALiBi slopes enter each layer as an argument, of which a layer with fewer heads must see a part."""
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=48, n_layer=2, n_head=6, pad_token_id=0)).eval()
+    graph.remove(model, {"heads.0": torch.arange(6) != 2, "heads.1": torch.arange(6) > 2})
+    save(model, None, tmp_path / "one")
+    once = load(tmp_path / "one")[0]
+    same(model, once, tokens)
+    save(once, None, tmp_path / "two")
+    same(model, load(tmp_path / "two")[0], tokens)
+
+
+def test_stock_where_the_class_can_build_it(tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = llama()
+    kept = {g.name: torch.arange(g.units) % 3 != 0 for g in graph.discover(model) if g.kind in ("neurons", "heads")}
+    graph.remove(model, kept)
+    assert stock_config(model).num_key_value_heads == 2
+    save(model, None, tmp_path / "out")
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.py")) == []
+    same(model, LlamaForCausalLM.from_pretrained(tmp_path / "out"), tokens)
+    assert accepts(LlamaForCausalLM, model.config, num_attention_heads=5) is None
+    assert accepts(LlamaForCausalLM, model.config, intermediate_size=7)["model.layers.0.mlp.up_proj.weight"] == (7, 48)
+
+
+@pytest.mark.slow
+def test_real_model(smollm2, tmp_path: Path) -> None:
+    """Half of a trained model, uneven: the same numbers to the bit, the same text with and without cache."""
+    model, tokenizer = smollm2
+    model = copy.deepcopy(model)
+    groups = graph.discover(model)
+    kept = {g.name: torch.arange(g.units) % (3 + g.layer % 3) != 0 for g in groups if g.kind == "neurons"}
+    graph.remove(model, kept)
+    save(model, tokenizer, tmp_path / "out", kept=kept, groups=groups)
+    again, words = load(tmp_path / "out")
+    asked = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert words("The capital of France is").input_ids == asked[0].tolist()
+    same(model, again, asked)
+    out = [again.generate(asked, max_new_tokens=16, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*out)
 
 
 def test_what_no_config_tells_is_refused(tmp_path: Path) -> None:
