@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.stats import first_tensor, watch
+from prunekit.graph.apply import bypass
+from prunekit.stats import watch
 from prunekit.types import Run
 
 
@@ -51,7 +52,7 @@ def losses_without(model: nn.Module, names: Sequence[str], run: Run, batch: int,
                         for b in blocks[: place + 1]:
                             stack.enter_context(returning(b, entered[name], rests[name]))
                     else:
-                        stack.enter_context(passing(blocks[place]))
+                        stack.callback(bypass(blocks[place]).remove)
                     loss = next(part(labels=True)).loss
                 total[i] += float(loss) * len(part.tokens) / len(run.tokens)  # type: ignore[attr-defined]
                 bar.update()
@@ -74,18 +75,3 @@ def entering(model: nn.Module, names: Sequence[str], run: Run) -> tuple[dict[str
         for h in hooks:
             h.remove()
     return entered, rests
-
-
-@contextmanager
-def passing(block: nn.Module) -> Iterator[None]:
-    """Inside, the block hands on its input."""
-
-    def skip(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        given = first_tensor(args, kwargs)
-        return given if isinstance(out, Tensor) else (given, *out[1:])
-
-    hook = block.register_forward_hook(skip, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()

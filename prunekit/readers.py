@@ -9,6 +9,17 @@ from torch import Tensor, nn
 from prunekit.types import Group, Member
 
 
+def is_linear(module: nn.Module) -> bool:
+    """transformers' Conv1D counts: it is a linear module that stores its weight transposed."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """(out, in) weight of a linear module, whichever way it stores it."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
 class Reader(NamedTuple):
     """A linear module (`o_proj`, `down_proj`) whose input channels belong to the units as `member` says."""
 
@@ -18,18 +29,15 @@ class Reader(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """`(out, in)`, whichever way the module stores it."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight if isinstance(self.module, nn.Linear) else weight.T
+        return weight_of(self.module)
 
 
 def readers(model: nn.Module, group: Group) -> list[Reader]:
-    """The readers of a group, in the order of the forward pass; transformers' Conv1D counts as linear."""
+    """The readers of a group, in the order of the forward pass."""
     found = []
     for m in group.members:
         name, _, leaf = m.param.rpartition(".")
         module = model.get_submodule(name)
-        input_axis = 1 if isinstance(module, nn.Linear) else 0 if type(module).__name__ == "Conv1D" else None
-        if leaf == "weight" and m.axis == input_axis:
+        if leaf == "weight" and is_linear(module) and m.axis == int(isinstance(module, nn.Linear)):
             found.append(Reader(name, module, m))
     return found

@@ -11,6 +11,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
+from prunekit.readers import is_linear
 from prunekit.registry import ConfigError
 from prunekit.types import Group, Member, tensor_of
 
@@ -33,16 +34,6 @@ class Stream:
     blocks: tuple[str, ...]
     sublayers: tuple[tuple[Sublayer, ...], ...]
     norm: str
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """(out, in), whichever way the module stores it."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight if isinstance(module, nn.Linear) else weight.T
 
 
 def stream(model: nn.Module, hidden: Group, blocks: tuple[str, ...]) -> Stream:
@@ -94,9 +85,8 @@ def gain_and_eps(norm: nn.Module) -> tuple[Tensor, float, str, float]:
     """
     weight: Tensor = norm.weight  # type: ignore[assignment]
     names = [k for k, v in vars(norm).items() if "eps" in k and isinstance(v, float)]
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device).sign_() * torch.tensor(
-        [[1.0], [2.0], [0.5], [4.0]], device=weight.device
-    )
+    signs = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).sign()
+    x = (signs * torch.tensor([[1.0], [2.0], [0.5], [4.0]])).to(weight.device)
     for name in names:
         eps = getattr(norm, name)
         seen = norm(x.to(weight.dtype)).float() / (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))

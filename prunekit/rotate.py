@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from prunekit.graph.apply import fit
 from prunekit.graph.find import forget
-from prunekit.residual import Stream, Sublayer, gain_and_eps, weight_of
+from prunekit.readers import weight_of
+from prunekit.residual import Stream, Sublayer, gain_and_eps
 
 Basis = Tensor
 """(C, width) float64 with orthonormal columns."""

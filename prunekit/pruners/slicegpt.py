@@ -24,8 +24,9 @@ from prunekit.blocks import Activations, Feed, Feeding, Store, capture, stack
 from prunekit.calib import WholeRun
 from prunekit.contest import of_kinds, spared
 from prunekit.depth import returning
+from prunekit.readers import weight_of
 from prunekit.registry import ConfigError, Positive, pruners
-from prunekit.residual import Stream, Sublayer, gain_and_eps, stream, weight_of
+from prunekit.residual import Stream, Sublayer, gain_and_eps, stream
 from prunekit.rotate import Basis, assemble, removed, turned
 from prunekit.sizes import Sizes
 from prunekit.stats import samples_at_once, watch
