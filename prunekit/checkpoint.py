@@ -62,6 +62,7 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
 
     `dtype` default: as saved. Raises CheckpointError naming file and field for anything that does not fit, before a weight is read.
     """
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     folder = Path(path)
@@ -69,9 +70,12 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     config, kind = _config_and_class(folder)
     _check_headers(folder, manifest, config, kind)
     placed = {} if device is None else {"device_map": {"": torch.device(device)}}
-    model, info = kind.from_pretrained(
-        folder, config=config, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True, **placed
-    )
+    try:
+        model, info = kind.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True, **placed
+        )
+    except (*REFUSALS, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the safetensors do not fit config.json: {error}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             raise CheckpointError(f"{folder}: {what.replace('_', ' ')} in the safetensors: {sorted(map(str, info[what]))[:5]}")
@@ -148,7 +152,7 @@ def _publish(part: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _config_and_class(folder: Path) -> tuple[Any, type]:
+def _config_and_class(folder: Path) -> tuple[Any, Any]:
     """The config and the model class, from names that transformers itself registers; no remote code is looked at."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError

@@ -18,7 +18,7 @@ class Description(NamedTuple):
 
     config: Any
     layout: dict[str, Any]
-    copy: nn.Module
+    copy: Any
 
 
 def describe(model: nn.Module, check: bool = True) -> Description:
@@ -100,7 +100,7 @@ def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
 
 
 @torch.no_grad()
-def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
+def cache_shapes(model: Any) -> list[tuple[int, int]]:
     """(heads, head size) of each layer's keys, seen by running a few tokens; [] where layers keep something else, or on meta."""
     device = next(model.parameters()).device
     if device.type == "meta":
@@ -111,7 +111,7 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     finally:
         model.train(was)
     layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-    keys = [getattr(layer, "keys", None) for layer in layers]
+    keys: list[Any] = [getattr(layer, "keys", None) for layer in layers]
     if not all(isinstance(k, torch.Tensor) and k.dim() == 4 for k in keys):
         return []
     return [(k.shape[1], k.shape[3]) for k in keys]
@@ -124,7 +124,7 @@ def _remember(base: Any, layout: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def logit_gap(model: nn.Module, copy: nn.Module) -> float:
+def logit_gap(model: Any, copy: nn.Module) -> float:
     """Largest difference between the logits of two models on eight tokens; 0 on the meta device, infinite for different shapes."""
     device = next(model.parameters()).device
     if device.type == "meta":

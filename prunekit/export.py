@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from prunekit.layout import clean_config, difference
@@ -47,7 +47,7 @@ def export_gguf(path: str | Path, out: str | Path, *, type: Type = "f16") -> Pat
     return write_gguf(model, tokenizer, out, type=type)
 
 
-def write_gguf(model: nn.Module, tokenizer: Any, out: str | Path, *, type: Type = "f16") -> Path:
+def write_gguf(model: Any, tokenizer: Any, out: str | Path, *, type: Type = "f16") -> Path:
     """`export_gguf` for a model in memory; without tokenizer the file holds none."""
     out = Path(out)
     if type not in ("f32", "f16", "q8_0"):
@@ -67,7 +67,7 @@ def write_gguf(model: nn.Module, tokenizer: Any, out: str | Path, *, type: Type 
     return out
 
 
-def _family(model: nn.Module) -> str:
+def _family(model: Any) -> str:
     from prunekit.carry.modeling_pruned import LAYOUT
 
     kind = model.config.model_type
@@ -80,7 +80,7 @@ def _family(model: nn.Module) -> str:
     return kind
 
 
-def _check_config(model: nn.Module, trial: Path) -> None:
+def _check_config(model: Any, trial: Path) -> None:
     """Raises ConfigError naming what the config that transformers reads from the file would build differently."""
     from transformers import AutoConfig
 
@@ -91,6 +91,8 @@ def _check_config(model: nn.Module, trial: Path) -> None:
     floats = {k: v for k, v in vars(mine).items() if isinstance(v, float) and isinstance(getattr(read, k, None), float)}
     rounded = {k: v for k, v in floats.items() if np.float32(v) == np.float32(getattr(read, k))}  # GGUF holds float32
     read = edited(read, tie_word_embeddings=mine.tie_word_embeddings, **rounded)  # the trial has no tensors to tell tied ones from
+    if read is None:
+        raise ConfigError(f"GGUF reads as a {mine.model_type} whose sizes its config class refuses")
     read._attn_implementation = mine._attn_implementation
     left = difference(model, read, mirrored(model, read), own_configs=False)
     if left:
@@ -101,7 +103,7 @@ def _check_config(model: nn.Module, trial: Path) -> None:
 # ---- tensors
 
 
-def _tensors(model: nn.Module, family: str) -> list[tuple[str, torch.Size, Callable[[], Tensor]]]:
+def _tensors(model: Any, family: str) -> list[tuple[str, torch.Size, Callable[[], Tensor]]]:
     """(name in GGUF, shape, how to get the tensor); raises ConfigError for a tensor that the format has no name for."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -143,7 +145,7 @@ def _coding(shape: torch.Size, type: Type) -> Any:
     return Q.Q8_0 if type == "q8_0" and shape[-1] % BLOCK == 0 else Q.F16
 
 
-def _write(file: Path, model: nn.Module, tokenizer: Any, family: str, split: str, type: Type | None) -> None:
+def _write(file: Path, model: Any, tokenizer: Any, family: str, split: str, type: Type | None) -> None:
     """Metadata, and with `type` the tensors, one after another."""
     from gguf import GGMLQuantizationType as Q
     from gguf import GGUFWriter, quant_shape_to_byte_shape
@@ -173,7 +175,7 @@ def _write(file: Path, model: nn.Module, tokenizer: Any, family: str, split: str
     writer.close()
 
 
-def _metadata(writer: Any, model: nn.Module, type: Type | None) -> None:
+def _metadata(writer: Any, model: Any, type: Type | None) -> None:
     from gguf import LlamaFileType as F
 
     config = model.config
@@ -232,7 +234,7 @@ def _tokenizer(writer: Any, tokenizer: Any, rows: int, split: str) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _settle_tokenizer(model: nn.Module, tokenizer: Any, family: str, trial: Path) -> str:
+def _settle_tokenizer(model: Any, tokenizer: Any, family: str, trial: Path) -> str:
     """The name of the text splitting with which transformers reads the same tokenizer from the file. Raises ConfigError if none does."""
     from transformers import AutoTokenizer
 

@@ -43,7 +43,7 @@ def clean_config(config: Any) -> Any:
     return config
 
 
-def fresh(kind: type, config: Any) -> nn.Module:
+def fresh(kind: Any, config: Any) -> nn.Module:
     """A model of class `kind` on the meta device: no weights are allocated."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
@@ -67,7 +67,7 @@ def _is_number(value: Any) -> bool:
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and persistent buffer under every one of its names."""
     loose = {name for name, _ in loose_buffers(model)}
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update((n, b) for n, b in model.named_buffers(remove_duplicate=False) if n not in loose)
     return named
 
@@ -179,7 +179,7 @@ def _buffers(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
     return found
 
 
-def materialise(model: nn.Module, device: torch.device | str) -> None:
+def materialise(model: Any, device: torch.device | str) -> None:
     """Give the loose buffers of a model on the meta device their values, the way `from_pretrained` does."""
     for module in model.modules():
         for leaf in module._non_persistent_buffers_set:
@@ -206,7 +206,7 @@ def rebuild(model: nn.Module, config: Any, layout: dict[str, Any]) -> nn.Module:
     if layout:
         setattr(config, carry.LAYOUT, layout)
         kind = getattr(carry, carry.PREFIX + kind.__name__)
-    made = fresh(kind, config)
+    made: Any = fresh(kind, config)
     made.load_state_dict(model.state_dict(), assign=True, strict=True)
     made.tie_weights()
     materialise(made, next(model.parameters()).device)

@@ -40,7 +40,7 @@ def replay(dense: nn.Module, source: str | Path | dict[str, Any], *, zeroed: boo
 
 def kept_masks(manifest: dict[str, Any], name: str) -> Kept:
     """Group -> bool mask over its units. Raises CheckpointError naming file and field for a damaged manifest."""
-    groups = manifest.get("groups")
+    groups: Any = manifest.get("groups")
     check_groups(groups, name)
     masks = {}
     for group, entry in groups.items():

@@ -8,6 +8,7 @@ where prunekit is not installed. `PrunedXyzForCausalLM` is transformers' `XyzFor
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +19,7 @@ PREFIX = "Pruned"
 LAYOUT = "prunekit_layout"
 FIELDS = ("shapes", "absent", "attributes", "configs", "buffers", "arguments", "skipped", "rotated", "native")
 # What the constructors of torch and of transformers' Conv1D derive from the shape of `weight`: attribute -> axis; None: see `follow_weight`
-DERIVED = {
+DERIVED: dict[type, dict[str, int | None]] = {
     nn.Linear: {"out_features": 0, "in_features": 1},
     nn.Embedding: {"num_embeddings": 0, "embedding_dim": 1},
     transformers.pytorch_utils.Conv1D: {"nx": 0, "nf": 1},
@@ -50,23 +51,23 @@ class Rotation(nn.Module):
         super().__init__()
         self.source = source
         self.weight = nn.Parameter(torch.zeros(1, 1))
-        self.held: torch.Tensor | None = None
+        self.held: Any = None
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, object]):
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         if args:
             return (args[0] @ self.weight, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"] @ self.weight}
 
-    def hold(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+    def hold(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.held = args[0] if args else kwargs["hidden_states"]
 
-    def leave(self, module: nn.Module, args: tuple, out):
+    def leave(self, module: nn.Module, args: tuple, out: Any) -> Any:
         x, self.held = self.held, None
         change = (x @ self.weight) @ self.weight.T
         return out - change if isinstance(out, torch.Tensor) else (out[0] - change, *out[1:])
 
 
-def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner(model: nn.Module, name: str) -> tuple[Any, str]:
     """The module that holds what the dotted `name` names, and its last part. Raises ValueError where there is none."""
     path, _, leaf = name.rpartition(".")
     try:
@@ -76,7 +77,7 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, leaf
 
 
-def follow_weight(module: nn.Module) -> None:
+def follow_weight(module: Any) -> None:
     """Bring the integers that a torch module keeps about its weight in line with the weight's shape."""
     weight = getattr(module, "weight", None)
     if weight is None:
@@ -118,7 +119,7 @@ def resize(model: nn.Module, shapes: dict[str, str]) -> None:
         follow_weight(module)
 
 
-def set_attributes(model: nn.Module, attributes: dict[str, object]) -> None:
+def set_attributes(model: nn.Module, attributes: dict[str, Any]) -> None:
     """Set numbers that modules keep as attributes. Only attributes that exist, and only to numbers, are accepted."""
     for name, value in attributes.items():
         module, leaf = owner(model, name)
@@ -128,9 +129,9 @@ def set_attributes(model: nn.Module, attributes: dict[str, object]) -> None:
         setattr(module, leaf, tuple(value) if isinstance(value, list) else value)
 
 
-def set_configs(model: nn.Module, configs: dict[str, dict[str, object]]) -> None:
+def set_configs(model: nn.Module, configs: dict[str, dict[str, Any]]) -> None:
     """Give the modules named a config of their own, with some numbers changed; all others keep the shared one."""
-    copies: dict[tuple[int, str], object] = {}
+    copies: dict[tuple[int, str], Any] = {}
     for path, changes in configs.items():
         module, _ = owner(model, path + ".config")
         shared = module.config
@@ -166,15 +167,15 @@ def rotate(model: nn.Module, path: str, source: str = "") -> Rotation:
     return rotation
 
 
-def select_arguments(model: nn.Module, arguments: list[dict[str, object]]) -> None:
+def select_arguments(model: nn.Module, arguments: list[dict[str, Any]]) -> None:
     """Let modules see only some indices along one axis of an argument that is computed outside of them (ALiBi slopes)."""
     for entry in arguments:
         module = owner(model, f"{entry['module']}.forward")[0]
         module.register_forward_pre_hook(_selector(entry["argument"], entry["axis"], entry["size"], entry["keep"]), with_kwargs=True)
 
 
-def _selector(argument, axis: int, size: int, keep: list[int]):
-    def pick(module, args, kwargs):
+def _selector(argument: Any, axis: int, size: int, keep: list[int]) -> Any:
+    def pick(module: Any, args: Any, kwargs: Any) -> Any:
         tensor = (args[argument] if argument < len(args) else None) if isinstance(argument, int) else kwargs.get(argument)
         if not isinstance(tensor, torch.Tensor) or tensor.shape[axis] % size:
             return None
@@ -185,11 +186,16 @@ def _selector(argument, axis: int, size: int, keep: list[int]):
             return (*args[:argument], tensor, *args[argument + 1 :]), kwargs
         return args, {**kwargs, argument: tensor}
 
-    pick.prunekit_argument = {"argument": argument, "axis": axis, "size": size, "keep": keep}
+    pick.prunekit_argument = {  # type: ignore[attr-defined]
+        "argument": argument,
+        "axis": axis,
+        "size": size,
+        "keep": keep,
+    }
     return pick
 
 
-def fill_buffers(model: nn.Module, buffers: dict[str, dict[str, object]]) -> None:
+def fill_buffers(model: nn.Module, buffers: dict[str, dict[str, Any]]) -> None:
     """Write the values of buffers that are not among the weights (rotary frequencies, embedding scale)."""
     for name, entry in buffers.items():
         module, leaf = owner(model, name)
@@ -200,7 +206,7 @@ def fill_buffers(model: nn.Module, buffers: dict[str, dict[str, object]]) -> Non
             module._buffers[leaf]._is_hf_initialized = True
 
 
-def build(model: nn.Module, layout: dict[str, object]) -> None:
+def build(model: nn.Module, layout: dict[str, Any]) -> None:
     """Turn a model fresh from its own class into the pruned one. Raises ValueError for anything that does not fit it."""
     unknown = set(layout) - set(FIELDS)
     if unknown:
@@ -218,7 +224,7 @@ def build(model: nn.Module, layout: dict[str, object]) -> None:
     fill_buffers(model, layout.get("buffers", {}))
 
 
-def pruned_class(base: type) -> type:
+def pruned_class(base: Any) -> type:
     """The subclass of a transformers model class that `build`s itself from its config."""
 
     def __init__(self, config, *args, **kwargs):
@@ -234,7 +240,7 @@ def pruned_class(base: type) -> type:
     name = PREFIX + base.__name__
     body = {"__init__": __init__, "initialize_weights": initialize_weights, "__module__": __name__, "__qualname__": name}
     bases = (base, GenerationMixin) if issubclass(base, GenerationMixin) else (base,)
-    made = type(name, bases, body)
+    made: Any = type(name, bases, body)
     made._auto_class = "AutoModelForCausalLM"  # saving such a model again copies this file along
     return made
 
