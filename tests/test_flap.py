@@ -213,3 +213,15 @@ def test_the_checkpoint_carries_the_biases(model, tokens, tmp_path):
     again, _ = checkpoint.load(folder)
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, pruned.model(tokens).logits)
+
+
+def test_kinds_with_shares_of_their_own(model):
+    """FLAP's UL-MM: heads and neurons are given their numbers apart."""
+    from prunekit.ratios.uniform import uniform
+
+    groups = llama_groups(model, UNITS)
+    counts = uniform(model, groups, None, target=0.25, of="units", by_kind={"heads": 0.4})
+    assert {n: c for n, c in counts.items() if n.startswith("heads")} == {"heads.0": 1, "heads.1": 1}
+    assert {n: c for n, c in counts.items() if n.startswith("neurons")} == {"neurons.0": 5, "neurons.1": 5}
+    with pytest.raises(ConfigError, match=r"ratio.of=units"):
+        uniform(model, groups, None, target=0.25, by_kind={"heads": 0.4})
