@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,7 +42,7 @@ def cheapest(curves: dict[str, Tensor], sizes: dict[str, int], budget: float) ->
     for name, curve in curves.items():
         costs = [0.0, *curve[:-1].tolist()]
         corners = hull(costs)
-        steps += [Step((costs[b] - costs[a]) / ((b - a) * sizes[name]), name, b - a) for a, b in zip(corners, corners[1:])]
+        steps += [Step((costs[b] - costs[a]) / ((b - a) * sizes[name]), name, b - a) for a, b in itertools.pairwise(corners)]
     counts = dict.fromkeys(curves, 0)
     left, closed = budget, set()
     for step in sorted(steps, key=lambda s: s.price):
