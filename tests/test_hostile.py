@@ -270,18 +270,17 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
 
 def test_a_killed_write_never_looks_complete(tmp_path: Path) -> None:
     code = """
-import sys, os
+import sys, os, time
 from prunekit import checkpoint
 from test_checkpoint import llama
-real = os.fsync
 def slow(handle):
     print("writing", flush=True)
-    import time; time.sleep(60)
+    time.sleep(60)
 os.fsync = slow
 checkpoint.save(llama(), None, sys.argv[1])
 """
     root = Path(__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": str(root)}
+    env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
     run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert run.stdout is not None
     assert run.stdout.readline().strip() == b"writing"
