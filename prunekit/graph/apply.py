@@ -204,7 +204,8 @@ def follow(candidate: Candidate, removed: int, model: nn.Module) -> dict[tuple[s
     units = candidate.group.units
     for path, extents in candidate.extents.items():
         module = modules.get(path)
-        if module is None or candidate.group.layer is not None and "." not in path:
+        block = candidate.block
+        if module is None or block is not None and path != block and not path.startswith(block + "."):
             continue
         own = {k: v for k, v in vars(module).items() if not k.startswith("_") and sized(v)}
         if type(module).__module__.startswith("torch.nn"):
@@ -257,6 +258,12 @@ def patches(model: nn.Module, cuts: Sequence[Cut], recipes: dict[Pattern, Recipe
     return out
 
 
+def standard(config: Any, name: str) -> int | None:
+    """A size under transformers' standard name, read past the guards of configs whose layers differ."""
+    value = vars(config).get(getattr(config, "attribute_map", {}).get(name, name))
+    return value if type(value) is int else None
+
+
 def config_sizes(model: nn.Module, everything: Sequence[Candidate], cuts: Sequence[Cut], recipes: dict[Pattern, Recipe]) -> Sizes:
     """Sizes under transformers' standard names, where every layer ends up with the same one; head_dim is made explicit."""
     removed = {c.group.name: n for c, n in cuts}
@@ -266,12 +273,12 @@ def config_sizes(model: nn.Module, everything: Sequence[Candidate], cuts: Sequen
         for kind in free & set(STANDARD):
             groups = [c.group for c in everything if c.group.kind == kind]
             if kind in ("heads", "hidden"):
-                heads, hidden = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
-                if type(heads) is type(hidden) is int and heads and hidden % heads == 0 and getattr(config, "head_dim", None) is None:
+                heads, hidden = standard(config, "num_attention_heads"), standard(config, "hidden_size")
+                if heads and hidden and hidden % heads == 0 and standard(config, "head_dim") is None:
                     out[path, "config.head_dim"] = hidden // heads
             for name in STANDARD[kind]:
-                old = getattr(config, name, None)
-                same = [g for g in groups if type(old) is int and old % g.units == 0 and (kind == "heads" or old == g.units)]
+                old = standard(config, name)
+                same = [g for g in groups if old and old % g.units == 0 and (kind == "heads" or old == g.units)]
                 new = {old // g.units * (g.units - removed.get(g.name, 0)) for g in same}
                 if len(new) == 1 and (kind != "heads" or len(same) == len(groups)) and new != {old}:
                     out[path, f"config.{name}"] = new.pop()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -38,9 +38,9 @@ class Discovery:
         return {c.group.name: c.least for c in self.candidates}
 
 
-_FOUND: WeakKeyDictionary[nn.Module, Discovery] = WeakKeyDictionary()
-_VERDICTS: dict[int, dict[Pattern, Verdict]] = {}
-"""Proofs by what they depend on: the model's classes, shapes and settings, not its weights."""
+_FOUND: dict[tuple[str, bool], Discovery] = {}
+REMEMBERED = 16
+"""How many discoveries are kept, by what they depend on: a model's classes, shapes and settings, not its weights."""
 
 
 def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
@@ -61,7 +61,10 @@ def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
     found = candidates(solution, typed, small, stands, model)
     dead = [n for n, p in tensors(small) if isinstance(p, nn.Parameter) and n not in labels.touched and p.numel() > 1]
     left = refused + [f"{n}: the traced run never touched it" for n in dead]
-    blocks = blocks_of(model, [n for n in labels.touched if labels.touched[n]])
+    used = [path for path in block_lists(model) if any(n.startswith(path + ".") for n in labels.touched)]
+    blocks = blocks_of(model, used)
+    if blocks is None:
+        left.append(f"blocks: the blocks that ran are in {len(used)} lists ({', '.join(used[:4])}), not in one of two or more")
     return small, Discovery(found, {}, left, skip, blocks)
 
 
@@ -71,9 +74,8 @@ def typed_families(small: nn.Module, labels: Labels) -> tuple[list[Typed], list[
     return typed, refused, solution
 
 
-def blocks_of(model: nn.Module, touched: Sequence[str]) -> Group | None:
+def blocks_of(model: nn.Module, used: Sequence[str]) -> Group | None:
     """The blocks as units, where all that ran are in one list."""
-    used = [path for path in block_lists(model) if any(n.startswith(path + ".") for n in touched)]
     if len(used) != 1 or block_lists(model)[used[0]] < 2:
         return None
     n = block_lists(model)[used[0]]
@@ -100,23 +102,29 @@ def discover(model: nn.Module, verify: bool = True) -> list[Group]:
 
 
 def discovery(model: nn.Module, verify: bool = True) -> Discovery:
-    """The cached knowledge about a model; `remove` makes it stale."""
-    if model not in _FOUND:
-        small, found = survey(model)
-        known = _VERDICTS.setdefault(fingerprint(model), {})
+    """What is known about a model, from memory where one of the same classes, shapes and settings was discovered before."""
+    key = (fingerprint(model), verify)
+    if key not in _FOUND:
+        found = survey(model)[1]
         if verify:
-            if not all(c.pattern in known for c in found.candidates):
-                known |= verdicts_for(model)
-            found = settle(found, known)
-        _FOUND[model] = found
-    return _FOUND[model]
+            found = settle(found, verdicts_for(model))
+        while len(_FOUND) >= REMEMBERED:
+            del _FOUND[next(iter(_FOUND))]
+        _FOUND[key] = found
+    return _FOUND[key]
 
 
-def fingerprint(model: nn.Module) -> int:
-    """Equal for models of the same classes, shapes and configs."""
-    classes = tuple(type(m).__qualname__ for m in model.modules())
-    shapes = tuple((n, tuple(t.shape)) for n, t in tensors(model))
-    return hash((classes, shapes, *(repr(c) for _, c in configs(model))))
+def fingerprint(model: nn.Module) -> str:
+    """Equal for models of the same classes, shapes, dtypes and settings."""
+    digest = hashlib.blake2b()
+    for path, m in model.named_modules():
+        settings = [(k, v) for k, v in vars(m).items() if isinstance(v, (int, str, tuple)) and not k.startswith("_")]
+        digest.update(repr((path, type(m).__qualname__, settings, len(m._forward_pre_hooks))).encode())
+    for name, t in tensors(model):
+        digest.update(repr((name, tuple(t.shape), t.dtype)).encode())
+    for _, config in configs(model):
+        digest.update(repr(config).encode())
+    return digest.hexdigest()
 
 
 def verdicts_for(model: nn.Module) -> dict[Pattern, Verdict]:
@@ -146,8 +154,9 @@ def settle(found: Discovery, verdicts: dict[Pattern, Verdict]) -> Discovery:
 
 
 def forget(model: nn.Module) -> None:
-    """Drop what is known about a model that changed; proofs stay, they are about its code."""
-    _FOUND.pop(model, None)
+    """Drop what is known about models built like this one."""
+    for verify in (False, True):
+        _FOUND.pop((fingerprint(model), verify), None)
 
 
 def report(model: nn.Module) -> list[str]:

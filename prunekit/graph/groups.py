@@ -43,6 +43,7 @@ class Candidate:
     norms: list[str]
     arguments: list[Argument]
     least: int = 1
+    block: str | None = None
     spare: list[Candidate] = field(default_factory=list)
 
 
@@ -59,11 +60,16 @@ def candidates(solution: Solution, typed: list[Typed], small: nn.Module, stands:
     used = {t.block[0] for t in typed if t.block}
     if len(used) == 1:
         shown = {place: place[1] for place in places}
+    sizes = {id(t): _size(t.family, solution) for t in typed}
     order = {name: i for i, name in enumerate(solution.lab.touched)}
     shrink = Shrink(solution)
     out, names = [], Counter[str]()
     for t in [t for t in typed if t.block is None]:
-        out.append(_build(t, t.family, solution, order, shrink, t.kind, None, lambda n: _everywhere(n, small, stands)))
+        names[t.kind] += 1
+        name = t.kind if names[t.kind] == 1 else f"{t.kind}_{names[t.kind] - 1}"
+        made = [_build(t, f, solution, order, shrink, name, None, lambda n: _everywhere(n, small, stands)) for f in [t.family, *t.spare]]
+        made[0].spare = made[1:]
+        out.append(made[0])
     local = sorted((t for t in typed if t.block), key=lambda t: min(order[n] for n, _ in t.family.names))
     for path, kinds in stands.items():
         for i, standin in enumerate(kinds):
@@ -71,9 +77,8 @@ def candidates(solution: Solution, typed: list[Typed], small: nn.Module, stands:
                 if t.block != (path, standin):
                     continue
                 layer = shown[path, i]
-                stem = f"{t.kind}.{layer}"
-                names[stem] += 1
-                name = stem if names[stem] == 1 else f"{stem}.{names[stem] - 1}"
+                same = sorted((o for o in local if (o.kind, o.block) == (t.kind, t.block)), key=lambda o: -sizes[id(o)])
+                name = f"{t.kind}.{layer}" + (f".{same.index(t)}" if t is not same[0] else "")
                 here, there = f"{path}.{standin}.", f"{path}.{i}."
 
                 def rename(n: str, here: str = here, there: str = there) -> list[str]:
@@ -81,8 +86,18 @@ def candidates(solution: Solution, typed: list[Typed], small: nn.Module, stands:
 
                 made = [_build(t, f, solution, order, shrink, name, layer, rename) for f in [t.family, *t.spare]]
                 made[0].spare = made[1:]
+                for candidate in made:
+                    candidate.block = there[:-1]
                 out.append(made[0])
     return out
+
+
+def _size(f: Family, solution: Solution) -> int:
+    """Elements that a family's units own, in matrices of which the other sides are counted as labelled."""
+    sides: dict[str, int] = defaultdict(lambda: 1)
+    for axis in solution.lab.axes:
+        sides[axis.name] *= axis.size
+    return sum(sides[solution.axis(a).name] * v.size // solution.axis(a).size for a, v in f.axes.items())
 
 
 def _everywhere(name: str, small: nn.Module, stands: dict[str, list[int]]) -> list[str]:
@@ -100,11 +115,12 @@ def _build(t, f: Family, solution: Solution, order, shrink, name: str, layer: in
     members = [Member(real, dim, torch.from_numpy(index.copy())) for (n, dim), index in keys for real in rename(n)]
     if layer is None:
         members = _by_block(members)
-    extents = {real: sizes for scope, sizes in shrink(f).items() for real in rename(scope)}
+    facts = shrink(f)
+    extents = {real: sizes for scope, sizes in facts.extents.items() for real in rename(scope)}
     group = Group(name, t.kind, layer, f.n, tuple(members), tuple(real for m in t.modules for real in rename(m)))
-    norms = [real for scope in shrink.norms(f) for real in rename(scope)]
-    arguments = [replace(a, module=real) for a in shrink.arguments(f) for real in rename(a.module)]
-    return Candidate(group, pattern_of(t.kind, f.names), extents, norms, arguments, shrink.least(f))
+    norms = [real for scope in facts.norms for real in rename(scope)]
+    arguments = [replace(a, module=real) for a in facts.arguments for real in rename(a.module)]
+    return Candidate(group, pattern_of(t.kind, f.names), extents, norms, arguments, facts.least)
 
 
 def _by_block(members: list[Member]) -> list[Member]:
@@ -119,11 +135,22 @@ def _by_block(members: list[Member]) -> list[Member]:
     return head + sorted((members[i] for i in numbered), key=lambda m: int(re.findall(r"\.(\d+)\.", m.param)[0])) + tail
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What removal has to know about a family, in the skeleton's names."""
+
+    extents: Extents
+    norms: list[str]
+    arguments: list[Argument]
+    least: int
+
+
 class Shrink:
     """How much the extents seen inside each module shrink when one unit of a family goes."""
 
     def __init__(self, solution: Solution):
         self.solution = solution
+        self._known: dict[int, Facts] = {}
         self.scopes: dict[str, set[bytes]] = defaultdict(set)
         for scope, keys in solution.lab.seen.items():
             for outer in _outer(scope):
@@ -133,17 +160,24 @@ class Shrink:
             for outer in _outer(axis.name.rpartition(".")[0]):
                 self.axes[outer].append(i)
 
-    def __call__(self, f: Family) -> Extents:
+    def __call__(self, f: Family) -> Facts:
+        """Everything about a family that its replicas share; worked out once."""
+        if id(f) not in self._known:
+            self._known[id(f)] = Facts(self.extents(f), self.norms(f), self.arguments(f), self.least(f))
+        return self._known[id(f)]
+
+    def extents(self, f: Family) -> Extents:
         unit = np.array(sorted(f.units[0]))
-        memo: dict[bytes, list[tuple[int, int]]] = {}
         owned = {a: v.shape[1] for a, v in f.axes.items()}
+        memo = {key: self._shrinks(m, unit) for key, m in self.solution.lab.matrices.items()}
         touched = {outer for a in f.axes for outer in _outer(self.solution.axis(a).name.rpartition(".")[0])}
+        for scope, keys in self.solution.lab.seen.items():
+            if any(by for key in keys for _, by in memo[key]):
+                touched |= set(_outer(scope))
         out: Extents = {}
         for scope in touched:
             sizes: dict[int, Counter[int]] = defaultdict(Counter)
             for key in self.scopes.get(scope, ()):
-                if key not in memo:
-                    memo[key] = self._shrinks(self.solution.lab.matrices[key], unit)
                 for extent, by in memo[key]:
                     sizes[extent][by] += 1
             for a in self.axes.get(scope, ()):

@@ -49,12 +49,13 @@ def type_families(model: nn.Module, solution: Solution, families: list[Family]) 
     experts = find_experts(model, solution, families, lists, batch)
     routed = [set(u) for t in experts for u in t.family.units]
     local = [f for f in local if not any(set(f.units[0]) <= u for u in routed)]
-    slabs = [f for f in local if all(set(u) & batch for u in f.units) and not _expert_axis(solution, f)]
+    slabs = [f for f in rest if all(set(u) & batch for u in f.units) and not _expert_axis(solution, f)]
     heads = _one_per_module(slabs)
-    owners = {parent(model, n, block_of(n, lists)) for f, _ in heads for n, _ in f.names}
+    mixers = [f for f, _ in heads] + [f for f in local if "convolved" in f.flags]
+    owners = {parent(model, n, block_of(n, lists)) for f in mixers for n, _ in f.names if block_of(n, lists)}
     shared = {n for f, _ in heads for n, _ in f.names}
     out = [Typed("hidden", hidden, None)] if hidden else []
-    out += [Typed("heads", f, next(iter(blocks[id(f)])), spare) for f, spare in heads]
+    out += [Typed("heads", f, next(iter(blocks[id(f)])) if len(blocks[id(f)]) == 1 else None, spare) for f, spare in heads]
     in_matrix = set(solution._in_matrix)
     channels = []
     for f in local:
@@ -63,7 +64,8 @@ def type_families(model: nn.Module, solution: Solution, families: list[Family]) 
         if f not in slabs and not crossed and sum(rank[n] > 1 for n, _ in f.names) > 1:
             channels.append((f, inside))
     for f, inside in _minimal(channels):
-        out.append(Typed("inner" if inside else "neurons", f, next(iter(blocks[id(f)]))))
+        neurons = "activated" in f.flags and not inside
+        out.append(Typed("neurons" if neurons else "inner", f, next(iter(blocks[id(f)]))))
     return out + experts, refused
 
 
@@ -80,10 +82,10 @@ def find_experts(
         scope, root = router.names[0][0].rpartition(".")[0], f"{block[0]}.{block[1]}"
         while scope.startswith(root):
             near = [f for f in families if f is not router and f.n == router.n and all(n.startswith(scope + ".") for n, _ in f.names)]
-            slabs = [f for f in near if not any(set(u) & batch for u in f.units) and all(d == 0 for _, d in f.names)]
-            slabs = [f for f in slabs if not any(set(u) & order for u in f.units)]
+            slabs = [f for f in near if all(d == 0 for _, d in f.names) and not any(set(u) & order for u in f.units)]
+            slabs = [f for f in slabs if _expert_axis(solution, f) or not any(set(u) & batch for u in f.units)]
             listed = [n for n, m in model.named_modules() if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n]
-            if slabs or listed:
+            if slabs or listed or _expert_axis(solution, router):
                 modules = tuple(f"{listed[0]}.{i}" for i in range(router.n)) if listed and not slabs else ()
                 out.append(Typed("experts", _joined([router, *slabs]), block, modules=modules))
                 break

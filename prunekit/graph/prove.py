@@ -20,6 +20,7 @@ from prunekit.types import Group
 TOLERANCE = 1e-4
 MOVES = 1e-3
 """Relative: removal must match its reference to the first, and the reference must differ from the dense logits by the second."""
+UNMOVED = "removing units does not move the logits, so nothing would be proven"
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,21 @@ class Case:
     skip: frozenset[tuple[str, int]]
 
 
-def prove_pattern(case: Case, same: Sequence[Candidate], share: float) -> Verdict:
-    """Widths that differ from layer to layer decide what must follow; equal widths, whether the shared config may follow as well."""
-    uneven = [(c, some_masks(c, share if i % 2 else share / 2, i)) for i, c in enumerate(same)]
-    if len({int(next(iter(m.values())).sum()) for _, m in uneven}) == 1 and len(same) > 1:
-        uneven = [(c, some_masks(c, 0.5 if i % 2 else share / 2, i)) for i, c in enumerate(same)]
-    verdict = prove_one(case, uneven, list(recipes(case.model, uneven)))
+def prove_pattern(case: Case, same: Sequence[Candidate], share: float, draws: int = 4) -> Verdict:
+    """Widths that differ from layer to layer decide what must follow; equal widths, whether the shared config may follow as well.
+
+    Units that do not matter for this input (experts that no token took) prove nothing: others are drawn.
+    """
+    verdict = Verdict(None, "every draw removed nothing")
+    for seed in range(0, 100 * draws, 100):
+        shares = [share, 0.5] if seed % 200 == 0 else [share / 2, share]
+        uneven = [(c, some_masks(c, shares[i % 2], seed + i)) for i, c in enumerate(same)]
+        verdict = prove_one(case, uneven, list(recipes(case.model, uneven)))
+        if verdict.reason != UNMOVED:
+            break
     if verdict.recipe is None:
         return verdict
-    even = [(c, some_masks(c, share, i)) for i, c in enumerate(same)]
+    even = [(c, some_masks(c, share, seed + i)) for i, c in enumerate(same)]
     found = verdict.recipe.attributes
     return prove_one(case, even, [Recipe(found, config=True), Recipe(found, config=False)])
 
@@ -110,7 +117,7 @@ def prove_one(case: Case, asked: Sequence[tuple[Candidate, Masks]], options: Seq
     if not torch.isfinite(reference).all():
         return Verdict(None, "the reference is not finite")
     if float((reference - dense).abs().max()) < MOVES * scale:
-        return Verdict(None, "removing units does not move the logits, so nothing would be proven")
+        return Verdict(None, UNMOVED)
     expected = count_after(model, asked)
     pattern = asked[0][0].pattern
     reason = ""

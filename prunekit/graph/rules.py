@@ -20,6 +20,7 @@ POINTWISE = frozenset(
     "masked_fill where clamp dropout native_dropout gelu silu addcmul addcdiv lerp nan_to_num bernoulli softplus hardtanh leaky_relu elu mish "
     "log_sigmoid_forward threshold relu logical_not round fmod remainder prelu _prelu_kernel relu6 hardswish polar complex".split()
 )
+ACTIVATIONS = frozenset("gelu silu relu relu6 leaky_relu elu mish sigmoid tanh hardswish hardsigmoid softplus exp expm1 erf hardtanh clamp_min".split())
 RULES: dict[str, Callable[[Labels, Op], None]] = {}
 
 
@@ -60,6 +61,8 @@ def elementwise(lab: Labels, op: Op) -> None:
     for t in operands:
         if not lab.fields(t):
             lab.note_constant(t, rank, fields)
+    for f in fields if op.name in ACTIVATIONS else ():
+        lab.flag("activated", f)
     for t in op.outs:
         lab.write(t, fields)
 
@@ -168,7 +171,8 @@ def reduction(lab: Labels, op: Op) -> None:
         elementwise(lab, op)
         return
     keepdim = op.outs[0].dim() == x.dim()
-    fields = reduce_fields(lab, lab.fields(x), dims, "sum" if op.name in ("sum", "nansum") else "statistic", keepdim)
+    flag = "sum" if op.name in ("sum", "nansum") else "order" if op.name in ("max", "argmax") else "statistic"
+    fields = reduce_fields(lab, lab.fields(x), dims, flag, keepdim)
     for t in op.outs:
         lab.write(t, [f for f in fields if f.dim() == t.dim()])
 
@@ -255,6 +259,7 @@ def convolution(lab: Labels, op: Op) -> None:
         if f.size(1) == 1:
             continue
         c = lab.group(f, [1]).reshape(-1)
+        lab.flag("convolved", c)
         if depthwise:
             channels.append(c)
         elif groups == 1:

@@ -145,18 +145,31 @@ class Solution:
         """All sets of at least two closed, equal-sized, rectangular units; vocabulary rows are left out."""
         out = []
         for units in self._candidates():
-            slices = [self.slices(u) for u in units]
-            if any(len(v) >= self.lab.axes[a].size for a, v in slices[0].items()):
+            if len(units) < 2:
                 continue
-            if len(units) < 2 or not all(self.rectangular(frozenset(u)) for u in units):
+            first = self.slices(units[0])
+            if not first or any(len(v) >= self.lab.axes[a].size for a, v in first.items()):
                 continue
-            axes = {a: np.stack([s[a] for s in slices]) for a in slices[0]}
-            first = next(iter(axes))
-            order = np.argsort(axes[first][:, 0], kind="stable")
+            if not all(self.rectangular(frozenset(u)) for u in units):
+                continue
+            axes = self._stacked(units)
+            order = np.argsort(next(iter(axes.values()))[:, 0], kind="stable")
             members = set().union(*map(set, units))
             flags = frozenset(name for name, classes in self.flagged.items() if classes & members)
             out.append(Family([units[i] for i in order], {a: v[order] for a, v in axes.items()}, flags))
         return out
+
+    def _stacked(self, units: list[tuple[int, ...]]) -> dict[int, np.ndarray]:
+        """axis number -> (unit, width) indices; units of a single class are looked up all at once."""
+        if any(len(u) > 1 for u in units):
+            slices = [self.slices(u) for u in units]
+            return {a: np.stack([s[a] for s in slices]) for a in slices[0]}
+        classes = np.array([u[0] for u in units])
+        start = np.searchsorted(self._sorted, classes, "left")
+        width = int(np.searchsorted(self._sorted, classes[0], "right") - start[0])
+        rows = start[:, None] + np.arange(width)
+        owner, index = self._owner[rows], self._index[rows]
+        return {int(a): index[:, owner[0] == a] for a in np.unique(owner[0])}
 
     def _candidates(self) -> list[list[tuple[int, ...]]]:
         rows = self.flagged.get("row", set())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.graph.apply import Masks, bypass, checked, holders, keep_modules, replace, set_sizes, shrink, slice_argument, zero_block, zero_slices
-from prunekit.graph.find import Discovery, discovery, forget
+from prunekit.graph.find import Discovery, discovery
 from prunekit.graph.groups import Argument
 from prunekit.graph.norms import rescale_norms
 from prunekit.graph.prove import BLOCKS
@@ -65,7 +65,6 @@ def remove(model: nn.Module, kept: Kept, norm: Literal["plain", "rescale"] = "pl
     for group, masks in asked:
         if group.kind == "blocks":
             _drop(model, group, masks["", -1].nonzero()[:, 0].tolist())
-    forget(model)
     return model
 
 

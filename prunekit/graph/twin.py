@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.graph.apply import standard
 from prunekit.graph.labels import tensors
 from prunekit.graph.structure import ERRORS, clone, inputs_for, logits_of, skeleton
 
@@ -55,11 +56,11 @@ def shrink_config(config: Any, bold: bool) -> None:
     for value in vars(config).values():
         if hasattr(value, "to_dict"):
             shrink_config(value, bold)
-    if type(getattr(config, "hidden_size", None)) is not int or type(getattr(config, "num_attention_heads", None)) is not int:
+    hidden, heads = standard(config, "hidden_size"), standard(config, "num_attention_heads")
+    if not hidden or not heads:
         return
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    kv, inner = getattr(config, "num_key_value_heads", None), getattr(config, "intermediate_size", None)
-    head = getattr(config, "head_dim", None) or hidden // heads
+    kv, inner = standard(config, "num_key_value_heads"), standard(config, "intermediate_size")
+    head = standard(config, "head_dim") or hidden // heads
     small_kv = KV if kv and kv < heads else HEADS
     small_kv = 1 if kv == 1 else small_kv
     known = {hidden: HIDDEN, inner: INNER, head: HEAD, heads * head: HEADS * HEAD, 4 * hidden: 4 * HIDDEN, 3 * hidden: 3 * HIDDEN}
@@ -78,7 +79,7 @@ def shrink_config(config: Any, bold: bool) -> None:
             changes[attr] = max(8, value * HIDDEN // hidden // 4 * 4)
     for attr, value in named.items():
         name = getattr(config, "attribute_map", {}).get(attr, attr)
-        if type(getattr(config, name, None)) is int:
+        if standard(config, attr):
             changes[name] = value
     for attr, value in changes.items():
         setattr(config, attr, value)
