@@ -62,7 +62,7 @@ def title(cfg: dict[str, Any]) -> str:
 
 def forecast(cfg: dict[str, Any]) -> Forecast:
     """The same discovery and the same counts as the run, on the meta device. Raises ConfigError where only weights or data can tell."""
-    parts = preflight.check(cfg)
+    parts = preflight.built(cfg)
     options = parts.pruner.keywords
     kinds = preflight.pruned_kinds(cfg["pruner"]["name"], options)
     if not kinds:

@@ -30,7 +30,14 @@ class Parts:
 
 
 def check(cfg: dict[str, Any]) -> Parts:
-    """Builds every part, and asks whether they can work together. Raises ConfigError with what was given and what is possible."""
+    """Builds every part, and asks whether they can work together on this model. Raises ConfigError."""
+    parts = built(cfg)
+    leaves_something(parts, cfg)
+    return parts
+
+
+def built(cfg: dict[str, Any]) -> Parts:
+    """Every part with checked options, as far as no model is needed. Raises ConfigError with what was given and what is possible."""
     missing = {"model", "calib", "criterion", "ratio", "exclude", "pruner", "recovery", "eval", "track", "seed", "save"} - cfg.keys()
     if missing:
         raise ConfigError(f"the config lacks {', '.join(sorted(missing))}")
@@ -45,7 +52,6 @@ def check(cfg: dict[str, Any]) -> Parts:
         {name: registry.evals.build(node) for name, node in (cfg["eval"] or {}).items() if node},
     )
     fitting(cfg["criterion"]["name"] if parts.criterion else "none", cfg["pruner"]["name"], parts.pruner.keywords)
-    leaves_something(parts, cfg)
     return parts
 
 
