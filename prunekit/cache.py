@@ -80,8 +80,10 @@ class Cache:
         def asked(model: nn.Module, groups: list[Group], run: Run) -> Scores:
             with timed("score"):
                 provenance.seed_everything(self.cfg["seed"])
-                storable = self.on and type(run) is WholeRun and all(g.kind != "weights" for g in groups) and at_hand(model)
-                found = stored(model, groups, Witness(run)) if storable else criterion(model, groups, run)
+                if self.on and type(run) is WholeRun and all(g.kind != "weights" for g in groups) and at_hand(model):
+                    found = stored(model, groups, Witness(run))
+                else:
+                    found = criterion(model, groups, run)
             provenance.seed_everything(self.cfg["seed"])
             return found
 
@@ -145,7 +147,7 @@ def at_hand(model: nn.Module) -> bool:
 def model_print(model: nn.Module) -> str:
     """Hash of the weights, their names and places, and the configuration. Memory is read once: 0.1 s for 135M parameters."""
     hasher = xxhash.xxh3_128()
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     hasher.update(f"{type(model).__name__}{config.to_json_string() if hasattr(config, 'to_json_string') else config}".encode())
     for name, tensor in model.state_dict().items():
         hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device.type}".encode())

@@ -117,7 +117,7 @@ def figures(model: nn.Module) -> Figures:
 
 def rotary_tables(model: nn.Module) -> int:
     """Bytes of the cosines and sines that LLM-Pruner's transformers kept in every layer: 32 MiB for LLaMA-7B, part of its Memory column."""
-    config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[operator]
+    config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[operator,union-attr]
     positions, depth = (getattr(config, n, 0) or 0 for n in ("max_position_embeddings", "num_hidden_layers"))
     if not any("rotary" in type(m).__name__.lower() for m in model.modules()):
         return 0

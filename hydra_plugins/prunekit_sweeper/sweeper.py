@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from prunekit import progress, resume, sweep
 from prunekit.registry import ConfigError
+from prunekit.sweep import Plan
 
 log = logging.getLogger("prunekit")
 
@@ -58,7 +59,7 @@ class TableSweeper(Sweeper):
         failures += [f"prunekit: job {folder} {state}" for folder, _ in jobs if (state := sweep.state(folder)) != "finished"]
         return result
 
-    def settle_folder(self, plan: sweep.Plan) -> Path:
+    def settle_folder(self, plan: Plan) -> Path:
         """The folder of all jobs: what the user says in hydra.sweep.dir, else a name that the same command finds again."""
         config = self.config
         assert config is not None
