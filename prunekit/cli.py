@@ -18,6 +18,7 @@ COMMANDS = {
 
 USAGE = """prunekit [OVERRIDE ...]            one experiment: e.g. criterion=l2 ratio.target=0.3 recovery=lora
 prunekit -m [OVERRIDE ...]         a sweep: e.g. ratio.target=0.1,0.2,0.3 criterion=taylor,random
+prunekit experiment=llm_pruner/table6   all rows of a paper's table; scale=small: in little; a,b: one table after the other
 prunekit --cfg job [OVERRIDE ...]  the composed configuration, nothing run
 """
 
@@ -43,10 +44,19 @@ def main(argv: list[str] | None = None) -> int:
             # A flag of Hydra may be followed by its value: --cfg job.
             if "=" not in word and not word.startswith(("-", "~")) and (not before.startswith("-") or before in ("-m", "--multirun")):
                 raise ConfigError(f"no command {word!r}; there are: {', '.join(COMMANDS)}, or overrides such as ratio.target=0.3")
-        return launch(args)
+        return max([launch(words) for words in one_experiment_each(args)])
     except ConfigError as e:
         print(f"prunekit: {e}", file=sys.stderr)
         return 2
+
+
+def one_experiment_each(args: list[str]) -> list[list[str]]:
+    """`experiment=a,b` is two tables, each with rows and a folder of its own: a list of arguments for each."""
+    for i, word in enumerate(args):
+        key, _, value = word.partition("=")
+        if key == "experiment" and "," in value:
+            return [[*args[:i], f"experiment={v.strip()}", *args[i + 1 :]] for v in value.split(",")]
+    return [args]
 
 
 def launch(args: list[str]) -> int:

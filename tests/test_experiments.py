@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prunekit.cli import conf_dir
+from prunekit.cli import conf_dir, one_experiment_each
 from prunekit.compose import composed
 from prunekit.preflight import check
 from prunekit.report.paper import paper
@@ -65,3 +65,8 @@ def test_a_layer_at_a_time_is_one_job_a_layer():
     jobs = list(composed(["experiment=llm_pruner/layer_sensitivity", "scale=small"]))
     assert [cfg["exclude"]["neurons"] for cfg in jobs] == [[i, i + 1] for i in range(30)]
     assert all(cfg["exclude"]["heads"] == cfg["exclude"]["neurons"] for cfg in jobs)
+
+
+def test_several_experiments_are_several_tables():
+    assert one_experiment_each(["experiment=a,b", "scale=small"]) == [["experiment=a", "scale=small"], ["experiment=b", "scale=small"]]
+    assert one_experiment_each(["-m", "seed=0,1"]) == [["-m", "seed=0,1"]]
