@@ -285,6 +285,15 @@ def config_sizes(model: nn.Module, everything: Sequence[Candidate], cuts: Sequen
     return out
 
 
+def plain_experts(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> Sizes:
+    """Where stacked expert weights no longer start at multiples of 16 bytes, transformers' grouped kernels refuse them: use its plain loop."""
+    stacked = {m.param for c, _ in asked for m in c.group.members if tensor_of(model, m.param).dim() == 3}
+    rows = [tensor_of(model, n) for n in stacked]
+    if all(t.shape[d] * t.element_size() % 16 == 0 for t in rows for d in (1, 2)):
+        return {}
+    return {(p, "config._experts_implementation"): "eager" for p, c in configs(model) if hasattr(c, "_experts_implementation")}
+
+
 def keep_modules(model: nn.Module, path: str, keep: Sequence[int]) -> None:
     parent, _, leaf = path.rpartition(".")
     old = model.get_submodule(path)
@@ -324,6 +333,7 @@ def shrink(
             lost = lost_modules(c.group, masks)
             edits["lists"][path] = {"of": c.group.units, "keep": [i for i in range(c.group.units) if i not in lost]}
             keep_modules(model, path, edits["lists"][path]["keep"])
+    follow_up |= plain_experts(model, asked)
     set_sizes(model, sizes, own=True)
     set_sizes(model, follow_up, own=False)
     for (path, attr), value in {**sizes, **follow_up}.items():

@@ -108,8 +108,8 @@ def _place(f: Family) -> str:
 
 def _hidden(good: list[Family], blocks: dict[int, set[tuple[str, int] | None]]) -> Family | None:
     """The family that reaches the most blocks, then the most tensors."""
-    wide = [f for f in good if len(f.names) > 2 and ("embedding" in f.flags or len(blocks[id(f)] - {None}) > 1)]
-    return max(wide, key=lambda f: (len(blocks[id(f)] - {None}), "embedding" in f.flags, len(f.names), f.n), default=None)
+    wide = [f for f in good if len(f.names) > 2 and ("embedding" in f.flags or len(blocks[id(f)]) > 1)]
+    return max(wide, key=lambda f: (len(blocks[id(f)] - {None}), len(f.names), "embedding" in f.flags, f.n), default=None)
 
 
 def _expert_axis(solution: Solution, f: Family) -> bool:

@@ -1,0 +1,269 @@
+"""Coverage of discovery: every causal LM architecture of transformers, tiny and random, kind by kind; writes docs/coverage.md.
+
+    python benchmarks/coverage.py                  all architectures (about half an hour on two cores), then the table
+    python benchmarks/coverage.py llama mixtral    only these, merged into the results so far
+    python benchmarks/coverage.py --table          only write the table from the results so far
+
+For each kind of unit every group of the model loses a random share of its units at once, differently in each, and the logits after removal
+are compared with those of zeroing (statistics over the kept channels). The masks, the weights and the inputs are not those of discovery's
+own proof. Results are kept in outputs/coverage.json. Needs `tiny_archs.py` of the shared tools (PRUNEKIT_SHARED).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("PRUNEKIT_SHARED", ROOT.parent / "shared"))
+RESULTS, TABLE = ROOT / "outputs" / "coverage.json", ROOT / "docs" / "coverage.md"
+KINDS = ("neurons", "heads", "hidden", "experts", "blocks", "inner")
+SIZES = ({"hidden": 48, "inter": 60, "heads": 6, "kv": 3}, {"hidden": 64, "inter": 96, "heads": 8, "kv": 4}, {})
+NO_HEADS = {"mamba", "falcon_mamba", "rwkv"}
+NO_FFN = {"mamba", "mamba2", "falcon_mamba"}
+
+
+def tools() -> Any:
+    spec = importlib.util.spec_from_file_location("tiny_archs", SHARED / "tools" / "tiny_archs.py")
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+def build(tiny: Any, name: str) -> tuple[Any, Any]:
+    """The tiny model and inputs of 2 samples; the first sizes that its config class accepts."""
+    import torch
+
+    errors = []
+    for sizes in SIZES:
+        try:
+            model = tiny.tiny_model(name, **sizes)
+            inputs = tiny.example_inputs(name, model, batch=1, seq=16, seed=5)
+            with torch.no_grad():
+                model(**inputs)
+            return model, inputs
+        except Exception as e:  # a tiny config that its own class refuses is not this benchmark's subject
+            errors.append(f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80]}")
+    raise SystemExit(json.dumps({"build": errors[-1]}))
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Discovery and, kind by kind, the property on one architecture."""
+    import torch
+
+    from prunekit.graph.find import discovery
+    from prunekit.graph.structure import logits_of
+
+    torch.set_num_threads(1)
+    tiny = tools()
+    model, inputs = build(tiny, name)
+    out: dict[str, Any] = {"category": tiny.CATEGORY(name), "parameters": sum(p.numel() for p in model.parameters())}
+    start = time.perf_counter()
+    found = discovery(model)
+    out["seconds"] = time.perf_counter() - start
+    out["left"] = found.left
+    out["moe"] = any("experts" in n and "shared" not in n for n, _ in model.named_parameters())
+    with torch.no_grad():
+        dense = logits_of(model(**inputs)).float()
+    out["kinds"] = {}
+    for kind in KINDS:
+        if any(g.kind == kind for g in found.groups):
+            out["kinds"][kind] = check(model, inputs, found, kind, dense)
+    out["generate"] = generates(model, inputs, found)
+    return out
+
+
+def random_masks(found: Any, kind: str, seed: int = 11) -> dict[str, Any]:
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    kept = {}
+    for i, g in enumerate(g for g in found.groups if g.kind == kind):
+        lost = min(max(1, round(g.units * (0.2, 0.4)[i % 2])), g.units - found.least.get(g.name, 1))
+        if lost > 0:
+            kept[g.name] = torch.ones(g.units, dtype=torch.bool)
+            kept[g.name][torch.randperm(g.units, generator=draw)[:lost]] = False
+    return kept
+
+
+def check(model: Any, inputs: Any, found: Any, kind: str, dense: Any) -> dict[str, Any]:
+    import torch
+
+    from prunekit.graph import remove, zero
+    from prunekit.graph.prove import count_after, masked_logits
+    from prunekit.graph.structure import logits_of
+
+    kept = random_masks(found, kind)
+    asked = [(c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members}) for c in found.candidates if c.group.name in kept]
+    removed = remove(copy.deepcopy(model), kept)
+    with torch.no_grad():
+        after = logits_of(removed(**inputs)).float()
+        if kind == "blocks":
+            reference = logits_of(zero(copy.deepcopy(model), kept)(**inputs)).float()
+        else:
+            reference = masked_logits(model, inputs, asked, found.skip)
+    parameters = sum(p.numel() for p in removed.parameters())
+    exact = kind == "blocks" or parameters == count_after(model, asked)
+    scale = max(1.0, float(reference.abs().max()))
+    ties = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (model, removed) if m.get_output_embeddings() is not None]
+    return {
+        "groups": sum(g.kind == kind for g in found.groups),
+        "off": float((after - reference).abs().max()) / scale,
+        "moved": float((dense - reference).abs().max()) / scale,
+        "exact": bool(exact),
+        "tied": len(set(ties)) < 2,
+    }
+
+
+def generates(model: Any, inputs: Any, found: Any) -> str:
+    """Whether the model pruned in all kinds at once generates the same with and without a cache."""
+    import torch
+
+    from prunekit.graph import remove
+
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    ids = inputs["input_ids"][:, :8]
+    extra = {k: v[:, :8] for k, v in inputs.items() if k != "input_ids"}
+    try:
+        with torch.no_grad():
+            dense = [model.generate(ids, use_cache=c, **extra, **options) for c in (True, False)]
+    except Exception as e:  # some classes cannot generate by themselves
+        return f"n/a ({type(e).__name__} before pruning)"
+    if not torch.equal(*dense):
+        return "n/a (differs before pruning)"
+    kept = {n: m for kind in ("neurons", "heads", "hidden", "experts") for n, m in random_masks(found, kind).items()}
+    pruned = remove(copy.deepcopy(model), kept)
+    try:
+        with torch.no_grad():
+            after = [pruned.generate(ids, use_cache=c, **extra, **options) for c in (True, False)]
+    except Exception as e:  # this is the finding
+        return f"fails: {type(e).__name__}: {str(e).strip().splitlines()[0][:80]}"
+    return "same" if torch.equal(*after) else "differs"
+
+
+# ---- the table
+
+
+def lacking(result: dict[str, Any], kind: str) -> list[str]:
+    """Reasons why units of a kind were left alone."""
+    return [line for line in result["left"] if line.split(":")[0].split(".")[0].split("_")[0] == kind]
+
+
+def right(result: dict[str, Any], kind: str) -> bool:
+    c = result["kinds"].get(kind)
+    return bool(c) and c["off"] < 1e-4 and c["moved"] > 1e-3 and c["exact"] and c["tied"] and not lacking(result, kind)
+
+
+def expected(name: str, result: dict[str, Any], kind: str) -> bool:
+    if kind == "experts":
+        return result["moe"]
+    return not (kind == "heads" and name in NO_HEADS or kind == "neurons" and name in NO_FFN)
+
+
+def cell(name: str, result: dict[str, Any], kind: str) -> str:
+    c = result["kinds"].get(kind)
+    if kind == "inner" and not c:
+        return ""
+    if not expected(name, result, kind):
+        return "-"
+    if right(result, kind):
+        return f"proven ({c['groups']})"
+    if c and not (c["off"] < 1e-4 and c["exact"] and c["tied"]):
+        return f"**wrong** ({c['off']:.1e})"
+    if c and c["moved"] <= 1e-3:
+        return f"vacuous here ({c['groups']})"
+    reason = next(iter(lacking(result, kind)), "not found").split(": ", 1)[-1][:90].replace("|", "/")
+    return (f"proven ({c['groups']}), in part " if c else "") + f"left alone: {reason}"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    built = {n: r for n, r in sorted(results.items()) if "kinds" in r}
+    broken = {n: r for n, r in sorted(results.items()) if "kinds" not in r and "build" not in r}
+    decoders = {n: r for n, r in built.items() if r["category"] == "decoder"}
+    three = ("neurons", "heads", "hidden")
+
+    def good(r: dict[str, Any], n: str) -> bool:
+        return all(right(r, k) or not expected(n, r, k) for k in three)
+
+    def share(some: dict[str, dict[str, Any]], kind: str) -> str:
+        has = [n for n in some if expected(n, some[n], kind)]
+        return f"{sum(right(some[n], kind) for n in has)} of {len(has)}"
+
+    lines = ["# Coverage of discovery", "", "Made by `python benchmarks/coverage.py`; do not edit by hand.", ""]
+    lines += ["| | decoder-only | all that can be built tiny |", "|---|---|---|"]
+    lines += [f"| architectures | {len(decoders)} | {len(built)} |"]
+    lines += [f"| {k} | {share(decoders, k)} | {share(built, k)} |" for k in KINDS[:5]]
+    both = [sum(good(r, n) for n, r in some.items()) for some in (decoders, built)]
+    lines += [f"| neurons, heads and hidden all right | {both[0]} of {len(decoders)} | {both[1]} of {len(built)} |"]
+    same = [sum(r["generate"] == "same" for r in some.values()) for some in (decoders, built)]
+    able = [sum(not r["generate"].startswith("n/a") for r in some.values()) for some in (decoders, built)]
+    lines += [f"| same text with and without cache, pruned in all kinds | {same[0]} of {able[0]} | {same[1]} of {able[1]} |", ""]
+    lines += ["*proven (n)*: n groups, and removing random units of all of them at once gives the logits of zeroing them to 1e-4, with the exact number", ""]
+    lines[-2] += " of parameters and ties kept. *left alone*: reported by `report(model)` with that reason, not pruned. *-*: the architecture has none."
+    lines += ["| architecture | class | " + " | ".join(KINDS) + " | generate | s |", "|" + "---|" * (len(KINDS) + 4)]
+    for n, r in built.items():
+        cells = [cell(n, r, k) for k in KINDS]
+        lines.append(f"| {n} | {r['category']} | {' | '.join(cells)} | {r['generate']} | {r['seconds']:.1f} |")
+    lines += ["", "## Not covered", ""]
+    for n, r in built.items():
+        for k in KINDS[:5]:
+            if expected(n, r, k) and not right(r, k):
+                lines.append(f"- {n}, {k}: {cell(n, r, k)}")
+        if not r["generate"].startswith(("same", "n/a")):
+            lines.append(f"- {n}, generation with a cache after pruning: {r['generate']}")
+    lines += [f"- {n}, everything: {r['error'][:200]}" for n, r in broken.items()]
+    dead = [n for n, r in built.items() if any("never touched" in x for x in r["left"])]
+    lines += ["", f"Parameters that a text-only run never touches (cross-attention, towers) are reported and left alone in: {', '.join(dead)}.", ""]
+    lines += ["Not built tiny: " + "; ".join(f"{n} ({r['build']})" for n, r in sorted(results.items()) if "build" in r) + ".", ""]
+    slow = sorted(built, key=lambda n: -built[n]["seconds"])[:5]
+    lines += ["Slowest: " + ", ".join(f"{n} {built[n]['seconds']:.0f} s" for n in slow) + " (discovery with proof, one core of a shared machine).", ""]
+    return "\n".join(lines)
+
+
+def one(name: str, limit: int) -> dict[str, Any]:
+    """Measure in a process of its own, so that a hang or a crash is one line of the table."""
+    command = [sys.executable, "-W", "ignore", __file__, "--worker", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    except subprocess.TimeoutExpired:
+        return {"error": f"no result within {limit} s"}
+    lines = [x for x in (done.stdout + "\n" + done.stderr).splitlines() if x.startswith("{")]
+    return json.loads(lines[-1]) if lines else {"error": done.stderr.strip().splitlines()[-1][:300] if done.stderr.strip() else "no output"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--worker", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=300, help="seconds for one architecture")
+    args = parser.parse_args()
+    if args.worker:
+        sys.path.insert(0, str(ROOT))
+        sys.stdout.write(json.dumps(measure(args.names[0])) + "\n")
+        return
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.parent.mkdir(exist_ok=True)
+    names = [] if args.table else args.names or tools().ARCHS
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for name, result in zip(names, pool.map(lambda n: one(n, args.limit), names), strict=True):
+            results[name] = result
+            RESULTS.write_text(json.dumps(results, indent=1))
+            done = {k: cell(name, result, k) for k in KINDS} if "kinds" in result else result
+            sys.stderr.write(f"{name}: {done} {result.get('generate', '')}\n")
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()
