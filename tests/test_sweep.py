@@ -207,3 +207,23 @@ def kill_a_worker(pid: int, launcher: str) -> bool:
     except psutil.Error:
         return False
     return False
+
+
+def test_the_slurm_yaml_asks_for_what_a_7b_job_needs(tmp_path, monkeypatch):
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from prunekit.cli import conf_dir
+
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")  # submitit looks for srun before it writes a script
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", overrides=["hydra/launcher=slurm", "hydra.launcher.partition=gpu"], return_hydra_config=True)
+    OmegaConf.set_readonly(cfg, False)
+    cfg.hydra.launcher.submitit_folder, cfg.hydra.launcher.name = str(tmp_path / "logs"), "prunekit"
+    executor = instantiate(cfg.hydra.launcher).executor()
+    script = executor._executor._make_submission_file_text("command", "1")
+    for line in ("--partition=gpu", "--gpus-per-node=1", "--mem=48GB", "--cpus-per-task=8", "--time=480"):
+        assert f"#SBATCH {line}" in script
