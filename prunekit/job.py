@@ -20,7 +20,7 @@ log = logging.getLogger("prunekit")
 
 
 def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
-    """The objective of one job. A failure is written to `failed.txt` in its folder; a single job also notes it in `failures`."""
+    """The objective of one job. A failure is written to `failed.txt` in its folder; and noted in `failures`."""
     folder = Path(cfg["out"])
     (folder / "failed.txt").unlink(missing_ok=True)
     try:
@@ -31,10 +31,8 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "failed.txt").write_text(traceback.format_exc())
         kind = "ConfigError: " if isinstance(e, ConfigError) else f"{type(e).__name__}: "
-        if sweeping():
-            progress.note(folder, f"failed: {kind}{e}")
-        else:
-            failures.append(f"prunekit: {kind}{e}")
+        progress.note(folder, f"failed: {kind}{e}")
+        failures.append(f"prunekit: {'job ' + str(folder) + ' failed: ' if sweeping() else ''}{kind}{e}")
         if not isinstance(e, ConfigError):
             log.error("%s", traceback.format_exc())
         return None

@@ -90,9 +90,10 @@ def test_jobs_without_an_experiment_are_named_by_what_differs(tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_no_number(tmp_path):
-    result(tmp_path / "a", stages(10, 20) | {"pruned/ppl_wikitext2_128": None}, config())
+    result(tmp_path / "a", stages(10, 20) | {"pruned/ppl_wikitext2_128": None}, config(), not_finite=["pruned/ppl_wikitext2_128"])
     cell = next(r for r in sheet_of(tmp_path).rows if r.stage == "pruned").cells["ppl_wikitext2_128"]
     assert cell.mean is None
+    assert "not finite" in report.FORMS[".md"]([], load([tmp_path]))
 
 
 def test_failed_and_unfinished_jobs_are_named_and_make_the_status(table1, capsys):

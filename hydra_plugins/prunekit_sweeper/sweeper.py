@@ -56,7 +56,8 @@ class TableSweeper(Sweeper):
         todo = [(folder, said) for folder, said in jobs if not resume.finished(folder, self.resolved(folder, said))]
         log.info("%s: %d jobs, %d finished before", top, len(jobs), len(jobs) - len(todo))
         result = self.launch(todo)
-        failures += [f"prunekit: job {folder} {state}" for folder, _ in jobs if (state := sweep.state(folder)) != "finished"]
+        # Jobs in this process noted their failures themselves; the folders know those of all.
+        failures[:] = [f"prunekit: job {folder} {state}" for folder, _ in jobs if (state := sweep.state(folder)) != "finished"]
         return result
 
     def settle_folder(self, plan: Plan) -> Path:
