@@ -20,7 +20,7 @@ log = logging.getLogger("prunekit")
 
 
 def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
-    """The objective of one job. A failure is written to `failed.txt` in its folder; and noted in `failures`."""
+    """The objective of one job. A failure is written to `failed.txt` in its folder and noted in `failures`."""
     folder = Path(cfg["out"])
     (folder / "failed.txt").unlink(missing_ok=True)
     try:
