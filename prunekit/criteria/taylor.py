@@ -14,8 +14,9 @@ from prunekit.registry import Positive, criteria
 from prunekit.types import STRUCTURES, Group, Run, Scores, block_modules
 
 Mode = Literal["vectorize", "param_first", "param_second", "param_mix"]
-_CHUNK = 2**21
-"""Elements folded at a time: the float32 temporaries of one fold stay at some 10 MiB."""
+_CHUNK = {"cpu": 2**18}
+"""Elements folded at a time: on a CPU a MiB of float32, which stays in cache between the operations on it."""
+_CHUNK_ELSEWHERE = 2**24
 
 
 @criteria.register(paper="arXiv 2305.11627", year=2023, needs="gradients", kinds=STRUCTURES)
@@ -57,26 +58,42 @@ def taylor(
 
 
 def channel_importance(w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode, axes: Iterable[int]) -> dict[int, Tensor]:
-    """Importance of each index of each axis in `axes` of weight `w`, in float32 on `w`'s device. Norm weights (1-D): per element."""
-    rows = max(1, _CHUNK // max(1, w[0].numel()))
-    sums: dict[int, Tensor] = {a: torch.zeros(w.shape[a], dtype=torch.float32, device=w.device) for a in axes}
-    for start in range(0, w.shape[0], rows):
-        part = slice(start, start + rows)
-        s = element_importance(w[part].float(), g[part].float(), None if squares is None else squares[part], mode)
+    """Importance of each index of each axis in `axes` of weight `w`, in float32 on `w`'s device. Norm weights (1-D): per element.
+
+    A stretch of rows at a time, in one buffer that stays in the processor's cache: a fold costs little more than reading `w` and `g`.
+    """
+    shape = w.shape
+    matrix = (shape[0], -1) if w.dim() < 3 else shape  # a vector is a matrix of one column
+    w, g = w.reshape(matrix), g.reshape(matrix)
+    rows = min(len(w), max(1, _CHUNK.get(w.device.type, _CHUNK_ELSEWHERE) // max(1, w[0].numel())))
+    sums = {a: torch.zeros(shape[a], dtype=torch.float32, device=w.device) for a in axes}
+    buffer = torch.empty((rows, *w.shape[1:]), dtype=torch.float32, device=w.device)
+    across, down = buffer.new_ones(w.shape[-1]), buffer.new_ones(rows)
+    parts = zip(w.split(rows), g.split(rows), [None] * len(w) if squares is None else squares.reshape(matrix).split(rows))
+    for i, (w_part, g_part, f_part) in enumerate(parts):
+        s = buffer[: len(w_part)]
+        element_importance(s, w_part, g_part, f_part, mode)
         for a, total in sums.items():
-            if a == 0:
-                total[part] = channel_sum(s, 0)
+            if s.dim() > 2:  # fused experts
+                where = slice(i * rows, i * rows + len(s)) if a == 0 else slice(None)
+                total[where] += channel_sum(s, a)
+            elif a == 0:  # products with ones: several times faster than sum() along the first dimension
+                torch.mv(s, across, out=total[i * rows : i * rows + len(s)])
             else:
-                total += channel_sum(s, a)
-    return {a: total.abs() for a, total in sums.items()}
+                total.addmv_(s.T, down[: len(s)])
+    return {a: total.abs_() for a, total in sums.items()}
 
 
-def element_importance(w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode) -> Tensor:
-    """Signed for `vectorize` (the sum over a channel is taken before the absolute value), else non-negative."""
-    if mode == "vectorize":
-        return w * g
-    if mode == "param_first":
-        return (w * g).abs()
+def element_importance(out: Tensor, w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode) -> None:
+    """Into `out`: signed for `vectorize` (the sum over a channel is taken before the absolute value), else non-negative."""
+    out.copy_(w)
+    if mode in ("vectorize", "param_first"):
+        out.mul_(g)
+        if mode == "param_first":
+            out.abs_()
+        return
     assert squares is not None
-    second = w * squares * w
-    return second if mode == "param_second" else (w * g - 0.5 * second).abs()
+    if mode == "param_second":
+        out.square_().mul_(squares)
+    else:
+        torch.sub(w.float() * g, 0.5 * out.square_().mul_(squares), out=out).abs_()

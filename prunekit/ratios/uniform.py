@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from prunekit.alike import alike
+from prunekit.alike import alike, every_layer
 from prunekit.registry import ConfigError, Positive, Share, ratios
 from prunekit.sizes import Sizes
 from prunekit.types import Counts, Group, Run
@@ -48,6 +48,7 @@ def uniform(
 
 def stock_counts(model: nn.Module, groups: list[Group], target: float, of: str, multiple: int, by_kind: dict[str, float]) -> Counts:
     """Counts for `loadable=stock`: proposed by the ordinary rules, settled by what the architecture's class accepts."""
+    every_layer(model, groups)  # says what to do before anything is solved
     if of == "units":
         proposal = {g.kind: units_removed(g, by_kind.get(g.kind, target)) / g.units for g in groups}
         return alike(model, groups, proposal, lambda g, n: rounded(g, n, multiple), None)
