@@ -127,7 +127,8 @@ def check_path(cfg: Any, path: str) -> None:
     """Raises ConfigError at the first step of `path` that `cfg` lacks."""
     from prunekit.registry import ConfigError
 
-    node, walked = cfg, []
+    node: Any = cfg
+    walked: list[str] = []
     for step in path.split("."):
         if not isinstance(node, dict) or step not in node:
             where = ".".join(walked) or "the config"

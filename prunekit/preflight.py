@@ -63,8 +63,8 @@ def optional(kind: registry.Registry, node: Any) -> partial[Any] | None:
 def pruned_kinds(pruner: str, options: dict[str, Any]) -> tuple[str, ...]:
     """The kinds of units that a pruner asks its criterion to score; empty if it chooses by itself."""
     entry = registry.pruners.entry(pruner)
-    kinds = entry.meta.get("kinds", ())
-    return tuple(options.get("kinds", entry.defaults.get("kinds"))) if kinds == "option" else tuple(kinds)
+    kinds: Any = entry.meta.get("kinds", ())
+    return tuple(options.get("kinds") or entry.defaults["kinds"]) if kinds == "option" else tuple(kinds)
 
 
 def fitting(criterion: str, pruner: str, options: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from prunekit.registry import ConfigError
 from prunekit.run import run
 
-TINY = ["model=tiny_llama", "calib=pydocs", "calib.samples=4", "calib.length=16", "track=silent", "eval=quick", "ratio.target=0.2", "exclude=none"]
+TINY = ["model=tiny_llama", "calib=pydocs", "calib.samples=4", "calib.length=16", "exclude=none", "ratio.target=0.2"]
+TINY += ["track=silent", "eval=quick"]
 
 
 def config(*overrides: str) -> dict:
