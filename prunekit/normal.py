@@ -43,20 +43,21 @@ class Normal:
 
 @dataclass(frozen=True)
 class Problem:
-    """The ridge regression `min_A sum_t w_t |y_t - A x_t - b|^2 + damp |A - anchor|^2`, in float64; see `problem`."""
+    """Least squares with the map `best (outputs, inputs)` as its solution: `min_A tr((A - best) gram (A - best)^T)`, in float64.
+
+    `gram` is damped. With `affine`, maps have a bias that makes the mean output `mean_y`; sums are centred then.
+    """
 
     gram: Tensor
-    cross: Tensor
+    best: Tensor
     mean_x: Tensor
     mean_y: Tensor
     affine: bool
 
-    def solve(self, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Weights `(outputs, kept inputs)` and bias of the best map from the inputs `kept` (indices; default all) alone."""
-        H, C = (self.gram, self.cross) if kept is None else (self.gram[kept][:, kept], self.cross[kept])
-        A = torch.cholesky_solve(C, factor(H)).T
-        mean_x = self.mean_x if kept is None else self.mean_x[kept]
-        return A, self.mean_y - A @ mean_x if self.affine else None
+    def solve(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights `(outputs, kept inputs)` and bias of the best map from the inputs `kept` (indices) alone."""
+        A = torch.cholesky_solve(self.gram[kept] @ self.best.T, factor(self.gram[kept][:, kept])).T
+        return A, self.mean_y - A @ self.mean_x[kept] if self.affine else None
 
     def inverse(self) -> Tensor:
         """Inverse of the damped gram matrix."""
@@ -71,17 +72,21 @@ def factor(H: Tensor) -> Tensor:
     return L
 
 
-def problem(stats: Normal, anchor: Tensor, damp: float, affine: bool, follow: bool = True) -> Problem:
-    """The regression whose ridge pulls towards the weights `anchor (outputs, inputs)`; `damp` is in units of the gram's mean diagonal.
+def problem(stats: Normal, weight: Tensor, damp: float, affine: bool, repair: float = 1.0) -> Problem:
+    """The regression around a module's weights `(outputs, inputs)`: what they put out, plus the `y` of the sums, if those were taken.
 
-    `affine` also fits a bias, which amounts to centring both sides. `follow=False` puts `anchor`'s own outputs in place of the targets.
+    `damp` and `repair` are ridges in units of the gram's mean diagonal: `damp` for the map as a whole; `repair` for what is fitted to
+    `y`, which says how far the output should move from where it is, and has noise in it where the rest has none.
     """
-    H, anchor = stats.gram.double(), anchor.double()
+    H, best = stats.gram.double(), weight.double()
     mean_x = stats.sum_x.double() / stats.weight
-    C, mean_y = (stats.cross.double(), stats.sum_y.double() / stats.weight) if follow else (H @ anchor.T, anchor @ mean_x)
+    mean_y = best @ mean_x
     if affine:
-        C = C - stats.weight * torch.outer(mean_x, mean_y)
         H = H - stats.weight * torch.outer(mean_x, mean_x)
-    ridge = damp * H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    H = H + ridge * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return Problem(H, C + ridge * anchor.T, mean_x, mean_y, affine)
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device) * H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    if stats.cross.shape[1]:
+        C, shift = stats.cross.double(), stats.sum_y.double() / stats.weight
+        C = C - stats.weight * torch.outer(mean_x, shift) if affine else C
+        best = best + torch.cholesky_solve(C, factor(H + repair * eye)).T
+        mean_y = mean_y + shift
+    return Problem(H + damp * eye, best, mean_x, mean_y, affine)

@@ -52,8 +52,8 @@ def look(feed: Feed, module: nn.Module, block: int, batch: int, x: Tensor, names
     out = x
 
     def leave(name: str, y: Tensor) -> None:
-        seen.y[name] = y.reshape(*x.shape[:-1], -1)  # OPT flattens samples and tokens
-        seen.after[name] = sum((v.float() for v in seen.y.values()), x.float())
+        seen.y[name] = y.float().reshape(*x.shape[:-1], -1)  # OPT flattens samples and tokens
+        seen.after[name] = sum(seen.y.values(), x.float())
         if name == last:
             enough()
 
@@ -83,8 +83,8 @@ def adds_up(feed: Feed, b: int, module: nn.Module, inputs: Activations, names: l
 class Streams:
     """The network being pruned and the dense one, side by side at one block.
 
-    With `adds`, a reader should give what brings the network's residual stream to the dense one's after it; without, its dense output.
-    `dense=None`: what it gives now.
+    With `adds`, a reader's output should move so that the network's residual stream after it becomes the dense one's; without, so that
+    it becomes its own dense output. `dense=None`: it should stay.
     """
 
     feed: Feed
@@ -96,19 +96,17 @@ class Streams:
     adds: bool
 
     def regression(self, module: nn.Module, p: Part, weigh: str) -> Normal:
-        """Sums for the regression of what the reader should give on what it gets in the network pruned so far."""
-        W = p.reader.weight
-        stats = Normal(W.shape[1], W.shape[0], W.device)
-        constant = getattr(p.reader.module, "bias", None)
+        """Sums over what a reader gets in the network pruned so far and, beside the dense one, how far its output should move."""
+        outputs, inputs = p.reader.weight.shape
+        stats = Normal(inputs, 0 if self.dense is None else outputs, p.reader.weight.device)
         for i, rows in enumerate(self.feed.rows):
             mine = look(self.feed, module, self.block, i, self.own[rows], self.names, p.inside)
-            if self.dense is None:
-                y, after = mine.y[p.inside].float(), mine.after[p.inside]
-            else:
+            after, move = mine.after[p.inside], None
+            if self.dense is not None:
                 theirs = look(self.feed, self.before, self.block, i, self.dense[rows], self.names, p.inside)
                 after = theirs.after[p.inside]
-                y = after - (mine.after[p.inside] - mine.y[p.inside]) if self.adds else theirs.y[p.inside].float()
-            stats.add(mine.x[p.inside], y if constant is None else y - constant, token_weights(after, weigh))
+                move = after - mine.after[p.inside] if self.adds else theirs.y[p.inside] - mine.y[p.inside]
+            stats.add(mine.x[p.inside], move, token_weights(after, weigh))
         return stats
 
     def advance(self, module: nn.Module) -> None:

@@ -69,8 +69,8 @@ def test_all_units_of_a_large_matrix_go_in_panels():
 def test_error_after_the_update_is_the_sum_of_costs(width, affine):
     x, W = data()
     y = x @ W.T + 1.5 + 0.3 * torch.randn(len(x), 7, generator=torch.Generator().manual_seed(1))
-    task = problem(gathered(x, y), W, damp=1e-9, affine=affine)
-    full, b0 = task.solve()
+    task = problem(gathered(x, y - x @ W.T), W, damp=1e-9, affine=affine, repair=1e-9)
+    full, b0 = task.solve(torch.arange(24))
     units = torch.arange(24).view(-1, width)
     order, costs = removal(full.float(), task.inverse(), units, 12 // width)
     kept = torch.ones(len(units), dtype=torch.bool)
@@ -92,7 +92,7 @@ def test_kept_weights_are_the_least_squares_map(weighted):
     y = x @ W.T
     w = torch.rand(len(x), generator=torch.Generator().manual_seed(2)) if weighted else None
     columns = torch.arange(0, 24, 2)
-    A, b = problem(gathered(x, y, w), W, damp=1e-10, affine=True).solve(columns)
+    A, b = problem(gathered(x, y - x @ W.T, w), W, damp=1e-10, affine=True).solve(columns)
     root = (w if weighted else torch.ones(len(x))).double().sqrt()[:, None]
     ones = torch.cat([x.double()[:, columns], torch.ones(len(x), 1, dtype=torch.double)], 1)
     expected = torch.linalg.lstsq(ones * root, y.double() * root).solution
@@ -100,18 +100,27 @@ def test_kept_weights_are_the_least_squares_map(weighted):
     torch.testing.assert_close(b, expected[-1], rtol=1e-3, atol=1e-3)
 
 
-def test_without_targets_the_anchor_is_the_solution():
+def test_without_targets_the_weights_are_the_solution():
     x, W = data()
-    A, b = problem(gathered(x, x @ W.T), W, damp=0.01, affine=False, follow=False).solve()
+    stats = Normal(24)
+    stats.add(x)
+    A, b = problem(stats, W, damp=0.01, affine=False).solve(torch.arange(24))
     torch.testing.assert_close(A, W.double(), rtol=1e-6, atol=1e-6)
     assert b is None
+
+
+def test_a_strong_ridge_keeps_the_repair_small():
+    x, W = data()
+    y = x @ torch.randn(7, 24, generator=torch.Generator().manual_seed(3)).T
+    moved = [float((problem(gathered(x, y), W, 0.01, True, repair=r).best - W).norm()) for r in (1e-6, 1.0, 100.0)]
+    assert moved[0] > moved[1] > moved[2]
 
 
 def test_a_singular_gram_is_refused_with_a_hint():
     stats = Normal(3)
     stats.add(torch.tensor([[1.0, 1.0, 1.0]]))
     with pytest.raises(ConfigError, match="damp"):
-        problem(stats, torch.ones(2, 3), damp=0.0, affine=False, follow=False).inverse()
+        problem(stats, torch.ones(2, 3), damp=0.0, affine=False).inverse()
 
 
 def test_hull_keeps_the_corners_only():

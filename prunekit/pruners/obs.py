@@ -42,6 +42,7 @@ class Recipe:
     bias: bool
     weigh: str
     damp: float
+    repair: float
 
 
 @pruners.register(paper="arXiv 2302.04089, 2412.18110", year=2024, needs="data", out="self-contained", kinds="heads, neurons")
@@ -61,6 +62,7 @@ def obs(
     refit: bool = True,
     weigh: Literal["relative", "equal"] = "relative",
     damp: float = 0.01,
+    repair: float = 1.0,
     scout: Positive = 24,
     fisher: Positive = 16,
     store: Store = "memory",
@@ -86,7 +88,7 @@ def obs(
     counts = ratio(model, groups, run)
     if not any(counts.values()):
         return Pruned(model, {}, groups, {}, {"counts": counts})
-    recipe = Recipe(target, bias, weigh, damp)
+    recipe = Recipe(target, bias, weigh, damp, repair)
     feeding = Feeding(samples_at_once(run), store, precision == "bf16")
     weights = _sensitivities(model, blocks, parts, WholeRun(model, tokens[:fisher]), feeding.bf16) if sensitivity == "fisher" else {}
     if allocation == "cost":
@@ -142,7 +144,7 @@ def _curves(
             if p.group.name in contest:
                 s = stats[p.inside]
                 W = p.reader.weight
-                inverse = problem(s, W, recipe.damp, recipe.bias, follow=False).inverse()
+                inverse = problem(s, W, recipe.damp, recipe.bias).inverse()
                 _, costs = removal(_scaled(W, weights.get(p.reader.name)), inverse, p.reader.member.index, p.group.units)
                 curves[p.group.name] = torch.tensor(costs).cumsum(0) / s.tokens
     return curves
@@ -190,10 +192,10 @@ def _prune(
 def _operate(model: nn.Module, p: Part, stats: Normal, count: int, half: Tensor | None, recipe: Recipe) -> Tensor:
     """Zero `count` units and refit the reader to the others, in place. Returns the mask of the units that stay."""
     reader, units = p.reader, p.reader.member.index
-    task = problem(stats, reader.weight, recipe.damp, recipe.bias)
+    task = problem(stats, reader.weight, recipe.damp, recipe.bias, recipe.repair)
     mask = torch.ones(p.group.units, dtype=torch.bool)
     if count:
-        order, _ = removal(_scaled(task.solve()[0].float(), half), task.inverse(), units, count)
+        order, _ = removal(_scaled(task.best, half), task.inverse(), units, count)
         mask[order] = False
     stays = torch.ones(len(task.gram), dtype=torch.bool)
     stays[units[~mask].flatten()] = False
