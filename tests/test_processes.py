@@ -33,3 +33,21 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert one["results"]["recovered/ppl_pydocs_32"] == pytest.approx(two["results"]["recovered/ppl_pydocs_32"], rel=1e-3)
     assert len(list(tmp_path.rglob("two/**/result.json"))) == 1
+
+
+@pytest.mark.slow
+def test_a_model_spread_by_accelerate_gives_the_same_numbers(tmp_path):
+    from prunekit import registry
+    from prunekit.compose import composed
+    from prunekit.run import run
+
+    model, tokenizer = registry.models.build({"name": "tiny_llama", "layers": 2, "device": "cpu"})()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["model=hf", f"model.path={tmp_path / 'model'}", "exclude=none", "eval=quick", "track=silent", "save=false", "cache=off"]
+    found = {}
+    for name, place in (("plain", "model.device=cpu"), ("spread", "model.device_map={model:cpu,lm_head:cpu}")):
+        (cfg,) = composed([*words, place, "recovery=lora_text", "recovery.max_steps=2", "recovery.cutoff=32"])
+        found[name] = run(cfg, tmp_path / name)
+    assert found["plain"]["results"] == found["spread"]["results"]
+    assert found["plain"]["kept"] == found["spread"]["kept"]
