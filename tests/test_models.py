@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from paths import ROOT
 
 from prunekit.models import smollm2 as smollm2_module
 from prunekit.registry import ConfigError, models
-from tests.conftest import ROOT
 
 SIZES = {
     "llama_7b": 6_738_415_616,

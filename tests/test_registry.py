@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 import yaml
-from conftest import ROOT
+from paths import ROOT
 
 from prunekit.registry import REGISTRIES, ConfigError, Registry, Share
 

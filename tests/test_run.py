@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from paths import ROOT
 
 from prunekit.registry import ConfigError
 from prunekit.run import run
