@@ -16,10 +16,11 @@ import copy
 import importlib.util
 import json
 import os
-import subprocess
+import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ SHARED = Path(os.environ.get("PRUNEKIT_SHARED", ROOT.parent / "shared"))
 RESULTS, TABLE = ROOT / "outputs" / "coverage.json", ROOT / "docs" / "coverage.md"
 KINDS = ("neurons", "heads", "hidden", "experts", "blocks", "inner")
 SIZES = ({"hidden": 48, "inter": 60, "heads": 6, "kv": 3}, {"hidden": 64, "inter": 96, "heads": 8, "kv": 4}, {})
+WRONG = {"groups": 0, "off": float("inf"), "moved": 0.0, "exact": False, "tied": True}
 NO_HEADS = {"mamba", "falcon_mamba", "rwkv"}
 NO_FFN = {"mamba", "mamba2", "falcon_mamba"}
+
+
+class NotBuilt(Exception):
+    """The config class accepts none of the tiny sizes."""
 
 
 def tools() -> Any:
@@ -53,7 +59,7 @@ def build(tiny: Any, name: str) -> tuple[Any, Any]:
             return model, inputs
         except Exception as e:  # a tiny config that its own class refuses is not this benchmark's subject
             errors.append(f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80]}")
-    raise SystemExit(json.dumps({"build": errors[-1]}))
+    raise NotBuilt(errors[-1])
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -61,9 +67,10 @@ def measure(name: str) -> dict[str, Any]:
     import torch
 
     from prunekit.graph.find import discovery
-    from prunekit.graph.structure import logits_of
+    from prunekit.graph.structure import configs, logits_of
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
     tiny = tools()
     model, inputs = build(tiny, name)
     out: dict[str, Any] = {"category": tiny.CATEGORY(name), "parameters": sum(p.numel() for p in model.parameters())}
@@ -72,12 +79,18 @@ def measure(name: str) -> dict[str, Any]:
     out["seconds"] = time.perf_counter() - start
     out["left"] = found.left
     out["moe"] = any("experts" in n and "shared" not in n for n, _ in model.named_parameters())
+    for _, config in configs(model):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # a hybrid that lost its only attention block has no cache to ask for a length
     with torch.no_grad():
         dense = logits_of(model(**inputs)).float()
     out["kinds"] = {}
     for kind in KINDS:
         if any(g.kind == kind for g in found.groups):
-            out["kinds"][kind] = check(model, inputs, found, kind, dense)
+            try:
+                out["kinds"][kind] = check(model, inputs, found, kind, dense)
+            except Exception as e:  # a pruned model that does not run is the finding
+                out["kinds"][kind] = {**WRONG, "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}"}
     out["generate"] = generates(model, inputs, found)
     return out
 
@@ -141,8 +154,8 @@ def generates(model: Any, inputs: Any, found: Any) -> str:
     if not torch.equal(*dense):
         return "n/a (differs before pruning)"
     kept = {n: m for kind in ("neurons", "heads", "hidden", "experts") for n, m in random_masks(found, kind).items()}
-    pruned = remove(copy.deepcopy(model), kept)
     try:
+        pruned = remove(copy.deepcopy(model), kept)
         with torch.no_grad():
             after = [pruned.generate(ids, use_cache=c, **extra, **options) for c in (True, False)]
     except Exception as e:  # this is the finding
@@ -178,7 +191,7 @@ def cell(name: str, result: dict[str, Any], kind: str) -> str:
     if right(result, kind):
         return f"proven ({c['groups']})"
     if c and not (c["off"] < 1e-4 and c["exact"] and c["tied"]):
-        return f"**wrong** ({c['off']:.1e})"
+        return f"**wrong** ({c.get('error') or format(c['off'], '.1e')})"
     if c and c["moved"] <= 1e-3:
         return f"vacuous here ({c['groups']})"
     reason = next(iter(lacking(result, kind)), "not found").split(": ", 1)[-1][:90].replace("|", "/")
@@ -229,34 +242,39 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def one(name: str, limit: int) -> dict[str, Any]:
-    """Measure in a process of its own, so that a hang or a crash is one line of the table."""
-    command = [sys.executable, "-W", "ignore", __file__, "--worker", name]
+def one(job: tuple[str, int]) -> tuple[str, dict[str, Any]]:
+    """One architecture within its time: whatever stops it is its line of the table."""
+    name, limit = job
+    sys.path.insert(0, str(ROOT))
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"no result within {limit} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(limit)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    except subprocess.TimeoutExpired:
-        return {"error": f"no result within {limit} s"}
-    lines = [x for x in (done.stdout + "\n" + done.stderr).splitlines() if x.startswith("{")]
-    return json.loads(lines[-1]) if lines else {"error": done.stderr.strip().splitlines()[-1][:300] if done.stderr.strip() else "no output"}
+        return name, measure(name)
+    except NotBuilt as e:
+        return name, {"build": str(e)}
+    except Exception as e:  # the finding
+        return name, {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}", "category": tools().CATEGORY(name)}
+    finally:
+        signal.alarm(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--worker", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=300, help="seconds for one architecture")
     args = parser.parse_args()
-    if args.worker:
-        sys.path.insert(0, str(ROOT))
-        sys.stdout.write(json.dumps(measure(args.names[0])) + "\n")
-        return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.parent.mkdir(exist_ok=True)
     names = [] if args.table else args.names or tools().ARCHS
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for name, result in zip(names, pool.map(lambda n: one(n, args.limit), names), strict=True):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with get_context("spawn").Pool(args.jobs, maxtasksperchild=25) as pool:
+        for name, result in pool.imap_unordered(one, [(n, args.limit) for n in names]):
             results[name] = result
             RESULTS.write_text(json.dumps(results, indent=1))
             done = {k: cell(name, result, k) for k in KINDS} if "kinds" in result else result

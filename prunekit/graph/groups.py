@@ -79,10 +79,12 @@ def candidates(solution: Solution, typed: list[Typed], small: nn.Module, stands:
                 layer = shown[path, i]
                 same = sorted((o for o in local if (o.kind, o.block) == (t.kind, t.block)), key=lambda o: -sizes[id(o)])
                 name = f"{t.kind}.{layer}" + (f".{same.index(t)}" if t is not same[0] else "")
+                expert = next((k for o in local if o.block == t.block for k, m in enumerate(o.modules) if t.family.names[0][0].startswith(m + ".")), None)
+                name = name if expert is None else f"{t.kind}.{layer}.e{expert}"
                 here, there = f"{path}.{standin}.", f"{path}.{i}."
 
                 def rename(n: str, here: str = here, there: str = there) -> list[str]:
-                    return [there + n[len(here) :] if n.startswith(here) else n]
+                    return [(there + (n + ".")[len(here) :])[:-1] if (n + ".").startswith(here) else n]
 
                 made = [_build(t, f, solution, order, shrink, name, layer, rename) for f in [t.family, *t.spare]]
                 made[0].spare = made[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,6 +35,9 @@ def block_of(name: str, lists: dict[str, int]) -> tuple[str, int] | None:
         if name.startswith(path + ".") and number.isdigit():
             return path, int(number)
     return None
+
+
+IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
 def configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -188,20 +192,32 @@ def quiet(model: nn.Module) -> None:
 
     A class whose plain attention does not run keeps its own.
     """
-    before = [(c, c._attn_implementation) for _, c in configs(model) if hasattr(c, "_attn_implementation")]
     for _, config in configs(model):
-        if hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "eager"
         if hasattr(config, "use_cache"):
             config.use_cache = False
-    for config, _ in before:
-        config._attn_implementation = "eager"
+    if all(getattr(c, k, "eager") == "eager" for _, c in configs(model) for k in IMPLEMENTATIONS):
+        return
+    own = {}
+    for _, config in configs(model):
+        own[id(config)] = {k: getattr(config, k) for k in IMPLEMENTATIONS if hasattr(config, k)}
+        vars(config)["_own_implementations"] = own[id(config)]
+        for k in own[id(config)]:
+            setattr(config, k, "eager")
     try:
         with torch.no_grad():
             model(**inputs_for(model))
     except ERRORS:
-        for config, own in before:
-            config._attn_implementation = own
+        natural(model)
+
+
+def natural(model: nn.Module) -> bool:
+    """Undo `quiet`'s choice of attention and expert code; False where there was none to undo."""
+    changed = False
+    for _, config in configs(model):
+        for k, value in vars(config).pop("_own_implementations", {}).items():
+            changed = changed or getattr(config, k) != value
+            setattr(config, k, value)
+    return changed
 
 
 def open_routing(model: nn.Module, picks: Sequence[tuple[str, int, int]]) -> bool:
@@ -222,7 +238,9 @@ def inputs_for(model: nn.Module, tokens: int = 13) -> dict[str, Tensor]:
     """One short sample of token ids that every vocabulary has."""
     rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     top = min(max(rows, default=64), 100)
-    return {"input_ids": torch.arange(tokens)[None] * 7 % max(top - 8, 1) + 8 % top}
+    accepted = list(inspect.signature(model.forward).parameters)
+    name = "input_ids" if "input_ids" in accepted or not accepted else accepted[0]
+    return {name: torch.arange(tokens)[None] * 7 % max(top - 8, 1) + 8 % top}
 
 
 def logits_of(output: Any) -> Tensor:
