@@ -10,7 +10,7 @@ from torch import nn
 
 from prunekit.layout import clean_config, difference, rebuild, stock_class
 from prunekit.registry import ConfigError
-from prunekit.stock import acceptable, built, edited, fit, fit_layers, layer_paths, mirrored, plain, rows, with_layers
+from prunekit.stock import REFUSALS, acceptable, built, edited, fit, fit_layers, layer_paths, mirrored, plain, rows, with_layers
 
 
 class Description(NamedTuple):
@@ -101,13 +101,15 @@ def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
 
 @torch.no_grad()
 def cache_shapes(model: Any) -> list[tuple[int, int]]:
-    """(heads, head size) of each layer's keys, seen by running a few tokens; [] where layers keep something else, or on meta."""
+    """(heads, head size) of each layer's keys, seen by running a few tokens; [] where layers keep something else, on meta, or where it fails."""
     device = next(model.parameters()).device
     if device.type == "meta":
         return []
     was = model.training
     try:
         output = model.eval()(input_ids=torch.arange(4, device=device)[None], use_cache=True)
+    except (RuntimeError, ValueError):  # `logit_gap` says why
+        return []
     finally:
         model.train(was)
     layers = getattr(getattr(output, "past_key_values", None), "layers", [])
@@ -125,7 +127,10 @@ def _remember(base: Any, layout: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def logit_gap(model: Any, copy: nn.Module) -> float:
-    """Largest difference between the logits of two models on eight tokens; 0 on the meta device, infinite for different shapes."""
+    """Largest difference between the logits of two models on eight tokens; 0 on the meta device, infinite where only `copy` cannot run.
+
+    Raises ConfigError where the model itself cannot: expert widths, for one, that its matrix kernel does not take.
+    """
     device = next(model.parameters()).device
     if device.type == "meta":
         return 0.0
@@ -133,10 +138,17 @@ def logit_gap(model: Any, copy: nn.Module) -> float:
     ids = (torch.arange(8, device=device) * 7919 % vocabulary)[None]
     was = model.training
     try:
-        ours, theirs = (m.eval()(input_ids=ids, use_cache=False).logits.float().nan_to_num() for m in (model, copy))
-    except (RuntimeError, ValueError, AttributeError, TypeError):
-        return float("inf")
+        ours = model.eval()(input_ids=ids, use_cache=False).logits.float().nan_to_num()
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the model cannot run, so its checkpoint cannot be checked (check=False saves it all the same): {error}"
+        ) from error
     finally:
         model.train(was)
+    try:
+        theirs = copy.eval()(input_ids=ids, use_cache=False).logits.float().nan_to_num()
+    except REFUSALS:
+        return float("inf")
+    finally:
         copy.train(was)
     return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")

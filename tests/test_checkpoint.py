@@ -251,3 +251,11 @@ def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / name).write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError, match=name):
         load(tmp_path / "out")
+
+
+def test_a_model_that_cannot_run_says_so(tmp_path: Path) -> None:
+    model = llama()
+    narrow(model.model.layers[0].mlp.up_proj, 0, torch.arange(50))
+    with pytest.raises(ConfigError, match="the model cannot run"):
+        save(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
