@@ -53,6 +53,6 @@ def remarks(sheet: Sheet) -> list[str]:
 def troubles(found: Found) -> list[str]:
     """One line for each job that failed, did not finish, or measured something that is not a number."""
     odd = [(r.folder, r.record.get("not_finite") or []) for r in found.results]
-    return [f"not finite: {folder}: {', '.join(keys)}" for folder, keys in odd if keys] + [f"failed: {folder}: {why}" for folder, why in found.failed.items()] + [
-        f"unfinished: {folder}: no result and no failure (killed, or still running)" for folder in found.unfinished
-    ]
+    lines = [f"not finite: {folder}: {', '.join(keys)}" for folder, keys in odd if keys]
+    lines += [f"failed: {folder}: {why}" for folder, why in found.failed.items()]
+    return lines + [f"unfinished: {folder}: no result and no failure (killed, or still running)" for folder in found.unfinished]
