@@ -33,6 +33,8 @@ class Sizes:
             for m in group.members:
                 if m.param in self.shapes:  # buffers are not parameters
                     cut[m.param][m.axis] += n * m.width
+            if group.kind == "weights":
+                gone += n
             if group.modules:
                 gone += n * sum(self._modules[x] for x in group.modules) / len(group.modules)
         for param, axes in cut.items():

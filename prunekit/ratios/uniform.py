@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from prunekit.alike import alike, every_layer
+from prunekit.patterns import share as elements
 from prunekit.registry import ConfigError, Positive, Share, ratios
 from prunekit.sizes import Sizes
 from prunekit.types import Counts, Group, Run
@@ -36,7 +37,7 @@ def uniform(
     `loadable=stock` takes the same counts in every layer, the nearest ones that transformers' own class can build.
     Raises ConfigError when the target cannot be reached.
     """
-    if loadable == "stock" and not all(g.kind == "blocks" for g in groups):
+    if loadable == "stock" and not all(g.kind in ("blocks", "weights") for g in groups):
         return stock_counts(model, groups, target, of, multiple, by_kind or {})
     if of == "units":
         return {g.name: rounded(g, units_removed(g, (by_kind or {}).get(g.kind, target)), multiple) for g in groups}
@@ -60,7 +61,12 @@ def stock_counts(model: nn.Module, groups: list[Group], target: float, of: str, 
 
 
 def units_removed(group: Group, share: float) -> int:
-    """LLM-Pruner's rule: kept channels are floored, then only whole units of `width` channels go; one unit always stays."""
+    """LLM-Pruner's rule: kept channels are floored, then only whole units of `width` channels go; one unit always stays.
+
+    Of single weights the removed ones are floored, as in the papers that prune them.
+    """
+    if group.kind == "weights":
+        return elements(group.units, share)
     channels = group.units * group.width
     # 1e-9 keeps an exact product such as 100 * (1 - 0.9) from falling below its integer.
     kept = int(channels * (1 - share) + 1e-9)

@@ -1,0 +1,18 @@
+"""Wanda (Sun et al., ICLR 2024, arXiv 2306.11695): a weight matters as much as it is large and as what it reads is large."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from prunekit.matrices import input_norms, matrix, upright, wanda_score
+from prunekit.registry import criteria
+from prunekit.types import Group, Run, Scores
+
+
+@criteria.register(paper="arXiv 2306.11695", year=2023, needs="data", kinds=("weights",))
+@torch.no_grad()
+def wanda(model: nn.Module, groups: list[Group], run: Run) -> Scores:
+    """|w_ij| times the norm of input j over the calibration text; the paper compares within rows (pruner.scope=row, or alpha)."""
+    norms = input_norms(model, groups, run)
+    return {g.name: upright(model, g, wanda_score(matrix(model, g), norms[g.name])) for g in groups}
