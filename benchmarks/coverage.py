@@ -127,7 +127,11 @@ def check(model: Any, inputs: Any, found: Any, kind: str, dense: Any) -> dict[st
     parameters = sum(p.numel() for p in removed.parameters())
     exact = kind == "blocks" or parameters == count_after(model, asked)
     scale = max(1.0, float(reference.abs().max()))
-    ties = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (model, removed) if m.get_output_embeddings() is not None]
+    ties = [
+        m.get_input_embeddings().weight is m.get_output_embeddings().weight
+        for m in (model, removed)
+        if m.get_output_embeddings() is not None
+    ]
     return {
         "groups": sum(g.kind == kind for g in found.groups),
         "off": float((after - reference).abs().max()) / scale,
@@ -220,8 +224,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     same = [sum(r["generate"] == "same" for r in some.values()) for some in (decoders, built)]
     able = [sum(not r["generate"].startswith("n/a") for r in some.values()) for some in (decoders, built)]
     lines += [f"| same text with and without cache, pruned in all kinds | {same[0]} of {able[0]} | {same[1]} of {able[1]} |", ""]
-    lines += ["*proven (n)*: n groups, and removing random units of all of them at once gives the logits of zeroing them to 1e-4, with the exact number", ""]
-    lines[-2] += " of parameters and ties kept. *left alone*: reported by `report(model)` with that reason, not pruned. *-*: the architecture has none."
+    lines += [
+        "*proven (n)*: n groups, and removing random units of all of them at once gives the logits of zeroing them to 1e-4, with the exact number",
+        "",
+    ]
+    lines[-2] += (
+        " of parameters and ties kept. *left alone*: reported by `report(model)` with that reason, not pruned. *-*: the architecture has none."
+    )
     lines += ["| architecture | class | " + " | ".join(KINDS) + " | generate | s |", "|" + "---|" * (len(KINDS) + 4)]
     for n, r in built.items():
         cells = [cell(n, r, k) for k in KINDS]
@@ -235,10 +244,19 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"- {n}, generation with a cache after pruning: {r['generate']}")
     lines += [f"- {n}, everything: {r['error'][:200]}" for n, r in broken.items()]
     dead = [n for n, r in built.items() if any("never touched" in x for x in r["left"])]
-    lines += ["", f"Parameters that a text-only run never touches (cross-attention, towers) are reported and left alone in: {', '.join(dead)}.", ""]
+    lines += [
+        "",
+        f"Parameters that a text-only run never touches (cross-attention, towers) are reported and left alone in: {', '.join(dead)}.",
+        "",
+    ]
     lines += ["Not built tiny: " + "; ".join(f"{n} ({r['build']})" for n, r in sorted(results.items()) if "build" in r) + ".", ""]
     slow = sorted(built, key=lambda n: -built[n]["seconds"])[:5]
-    lines += ["Slowest: " + ", ".join(f"{n} {built[n]['seconds']:.0f} s" for n in slow) + " (discovery with proof, one core of a shared machine).", ""]
+    lines += [
+        "Slowest: "
+        + ", ".join(f"{n} {built[n]['seconds']:.0f} s" for n in slow)
+        + " (discovery with proof, one core of a shared machine).",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -257,7 +275,10 @@ def one(job: tuple[str, int]) -> tuple[str, dict[str, Any]]:
     except NotBuilt as e:
         return name, {"build": str(e)}
     except Exception as e:  # the finding
-        return name, {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}", "category": tools().CATEGORY(name)}
+        return name, {
+            "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}",
+            "category": tools().CATEGORY(name),
+        }
     finally:
         signal.alarm(0)
 

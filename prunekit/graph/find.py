@@ -10,10 +10,11 @@ from torch import nn
 
 from prunekit.graph.groups import Candidate, Pattern, candidates
 from prunekit.graph.kinds import Typed, type_families
-from prunekit.graph.labels import Labels, tensors, trace
+from prunekit.graph.labels import Labels, tensors
 from prunekit.graph.prove import BLOCKS, Verdict, prove, prove_blocks
 from prunekit.graph.solve import Solution
 from prunekit.graph.structure import block_lists, configs, inputs_for, open_routing, skeleton
+from prunekit.graph.trace import Trace, trace
 from prunekit.graph.twin import small_version
 from prunekit.types import Group
 
@@ -32,7 +33,6 @@ class Discovery:
     def groups(self) -> list[Group]:
         return [c.group for c in self.candidates] + ([self.blocks] if self.blocks else [])
 
-
     @property
     def least(self) -> dict[str, int]:
         return {c.group.name: c.least for c in self.candidates}
@@ -50,12 +50,12 @@ def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
     labels, _ = trace(small, inputs)
     skip = token_axes(labels)
     if skip:
-        labels, _ = trace(small, inputs, Labels(small, skip))
+        labels, _ = trace(small, inputs, Trace(small, skip))
     typed, refused, solution = typed_families(small, labels)
     routed = {t.block for t in typed if t.kind == "experts" and not t.modules}
     if len(routed) < len({scope for scope, *_ in labels.picks}) and open_routing(small, labels.picks):
         least = labels.least
-        labels, _ = trace(small, inputs, Labels(small, skip))
+        labels, _ = trace(small, inputs, Trace(small, skip))
         labels.least = least
         typed, refused, solution = typed_families(small, labels)
     found = candidates(solution, typed, small, stands, model)

@@ -79,7 +79,10 @@ def candidates(solution: Solution, typed: list[Typed], small: nn.Module, stands:
                 layer = shown[path, i]
                 same = sorted((o for o in local if (o.kind, o.block) == (t.kind, t.block)), key=lambda o: -sizes[id(o)])
                 name = f"{t.kind}.{layer}" + (f".{same.index(t)}" if t is not same[0] else "")
-                expert = next((k for o in local if o.block == t.block for k, m in enumerate(o.modules) if t.family.names[0][0].startswith(m + ".")), None)
+                expert = next(
+                    (k for o in local if o.block == t.block for k, m in enumerate(o.modules) if t.family.names[0][0].startswith(m + ".")),
+                    None,
+                )
                 name = name if expert is None else f"{t.kind}.{layer}.e{expert}"
                 here, there = f"{path}.{standin}.", f"{path}.{i}."
 
@@ -196,7 +199,6 @@ class Shrink:
             others = tuple(j for j in range(m.ndim) if j != d)
             out.append((n, int(((gone | (m == 0)).all(axis=others) & (m > 0).any(axis=others)).sum())))
         return out
-
 
     def norms(self, f: Family) -> list[str]:
         """Modules that take a statistic over the units."""

@@ -69,9 +69,7 @@ def type_families(model: nn.Module, solution: Solution, families: list[Family]) 
     return out + experts, refused
 
 
-def find_experts(
-    model: nn.Module, solution: Solution, families: list[Family], lists: dict[str, int], batch: set[int]
-) -> list[Typed]:
+def find_experts(model: nn.Module, solution: Solution, families: list[Family], lists: dict[str, int], batch: set[int]) -> list[Typed]:
     """Rows of a router, told by a top-k over them, joined with whatever comes in as many pieces near it: slabs of weights, or modules."""
     order = solution.flagged.get("order", set())
     out = []
@@ -84,7 +82,9 @@ def find_experts(
             near = [f for f in families if f is not router and f.n == router.n and all(n.startswith(scope + ".") for n, _ in f.names)]
             slabs = [f for f in near if all(d == 0 for _, d in f.names) and not any(set(u) & order for u in f.units)]
             slabs = [f for f in slabs if _expert_axis(solution, f) or not any(set(u) & batch for u in f.units)]
-            listed = [n for n, m in model.named_modules() if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n]
+            listed = [
+                n for n, m in model.named_modules() if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n
+            ]
             if slabs or listed or _expert_axis(solution, router):
                 modules = tuple(f"{listed[0]}.{i}" for i in range(router.n)) if listed and not slabs else ()
                 out.append(Typed("experts", _joined([router, *slabs]), block, modules=modules))

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph.labels import Labels, Op
+from prunekit.graph.labels import Op
 from prunekit.graph.rules import reduced_dims
+from prunekit.graph.trace import Trace
 
 STATISTICS = frozenset(
     "mean var std var_mean native_layer_norm _fused_rms_norm native_group_norm amax max amin min _softmax _log_softmax softmax _safe_softmax "
@@ -18,7 +19,7 @@ STATISTICS = frozenset(
 )
 
 
-class Masked(Labels):
+class Masked(Trace):
     """Labels that know which of them are removed: `gone` lists `(tensor name, dim, indices)`."""
 
     def __init__(self, model: nn.Module, skip: frozenset[tuple[str, int]], gone: Iterable[tuple[str, int, Tensor]]):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from prunekit.graph.apply import Keep, Masks, cut, to_keep
+from prunekit.graph.apply import cut
+from prunekit.graph.asked import Keep, Masks, to_keep
 from prunekit.graph.groups import Candidate
 from prunekit.graph.structure import clone
 from prunekit.registry import ConfigError
@@ -33,7 +34,7 @@ def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> 
         before = tensor_shape(module, gain)[0]
         key = (type(module).__qualname__, (before, len(index)))
         if key not in styles:
-            styles[key] = style_of(module, leaf, {n.rpartition('.')[2]: axes for n, axes in own.items()})
+            styles[key] = style_of(module, leaf, {n.rpartition(".")[2]: axes for n, axes in own.items()})
         offset, eps = styles[key]
         correct(module, leaf, eps, before / len(index), offset)
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph.apply import Masks, Recipe, bypass, follow, gone, lost_modules, plain_experts, set_sizes, shrink, to_keep, zero_block, zero_slices
+from prunekit.graph.apply import Recipe, follow, plain_experts, set_sizes, shrink
+from prunekit.graph.asked import Masks, bypass, gone, lost_modules, to_keep, zero_block, zero_slices
 from prunekit.graph.groups import Candidate, Pattern
-from prunekit.graph.labels import trace
 from prunekit.graph.masked import Masked
 from prunekit.graph.structure import ERRORS, clone, drop_blocks, logits_of, natural, quiet
+from prunekit.graph.trace import trace
 from prunekit.types import Group
 
 TOLERANCE = 1e-4
@@ -41,7 +42,9 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         return logits_of(model(**inputs)).float()
 
 
-def masked_logits(model: nn.Module, inputs: dict[str, Any], asked: Sequence[tuple[Candidate, Masks]], skip: frozenset[tuple[str, int]]) -> Tensor:
+def masked_logits(
+    model: nn.Module, inputs: dict[str, Any], asked: Sequence[tuple[Candidate, Masks]], skip: frozenset[tuple[str, int]]
+) -> Tensor:
     """Logits with the units' slices zeroed and statistics over the kept channels: what removal must reproduce."""
     zeroed = duplicate(model)
     quiet(zeroed)

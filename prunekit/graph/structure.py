@@ -116,7 +116,9 @@ def block_kinds(model: nn.Module, path: str) -> list[int]:
         parts: list[Any] = [repr(v[i]) for v in lists]
         for sub, module in block.named_modules():
             settings = [(k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (int, str, bool, type(None)))]
-            parts.append((sub, type(module).__qualname__, tuple((k, v) for k, v in settings if (sub, k) not in numbered and k != "training")))
+            parts.append(
+                (sub, type(module).__qualname__, tuple((k, v) for k, v in settings if (sub, k) not in numbered and k != "training"))
+            )
         parts += [(n, tuple(p.shape)) for n, p in tensors(block)]
         out.append(first.setdefault(repr(parts), i))
     return out

@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph.apply import Masks, bypass, checked, holders, keep_modules, replace, set_sizes, shrink, slice_argument, zero_block, zero_slices
+from prunekit.graph.apply import holders, keep_modules, replace, set_sizes, shrink, slice_argument
+from prunekit.graph.asked import Masks, bypass, checked, zero_block, zero_slices
 from prunekit.graph.find import Discovery, discovery
 from prunekit.graph.groups import Argument
 from prunekit.graph.norms import rescale_norms

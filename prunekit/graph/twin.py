@@ -64,7 +64,13 @@ def shrink_config(config: Any, bold: bool) -> None:
     small_kv = KV if kv and kv < heads else HEADS
     small_kv = 1 if kv == 1 else small_kv
     known = {hidden: HIDDEN, inner: INNER, head: HEAD, heads * head: HEADS * HEAD, 4 * hidden: 4 * HIDDEN, 3 * hidden: 3 * HIDDEN}
-    named = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": HEADS, "num_key_value_heads": small_kv, "head_dim": HEAD}
+    named = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": small_kv,
+        "head_dim": HEAD,
+    }
     changes = {}
     for attr, value in vars(config).items():
         if type(value) is not int or attr.endswith("token_id") or "layer" in attr or attr.startswith("_"):

@@ -8,7 +8,14 @@ from torch import nn
 
 from prunekit.graph.twin import randomised
 
-LLAMA = {"hidden_size": 48, "intermediate_size": 88, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3, "vocab_size": 128}
+LLAMA = {
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 3,
+    "vocab_size": 128,
+}
 BIG = {**LLAMA, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
 OLD = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 3, "vocab_size": 128, "max_position_embeddings": 64}
 ARCHITECTURES = {

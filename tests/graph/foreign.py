@@ -29,7 +29,7 @@ class NanoAttention(nn.Module):
         self.register_buffer("bias", torch.tril(torch.ones(config.block_size, config.block_size))[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.size()
+        B, T, _ = x.size()
         q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
@@ -41,7 +41,9 @@ class NanoBlock(nn.Module):
     def __init__(self, config: SimpleNamespace):
         super().__init__()
         self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(config.n_embd), NanoAttention(config), nn.LayerNorm(config.n_embd)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(config.n_embd, 4 * config.n_embd), "c_proj": nn.Linear(4 * config.n_embd, config.n_embd)})
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(config.n_embd, 4 * config.n_embd), "c_proj": nn.Linear(4 * config.n_embd, config.n_embd)}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -232,7 +234,11 @@ class Bloom(nn.Module):
 class Expert(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.w1, self.w2, self.w3 = nn.Linear(WIDTH, INNER, bias=False), nn.Linear(INNER, WIDTH, bias=False), nn.Linear(WIDTH, INNER, bias=False)
+        self.w1, self.w2, self.w3 = (
+            nn.Linear(WIDTH, INNER, bias=False),
+            nn.Linear(INNER, WIDTH, bias=False),
+            nn.Linear(WIDTH, INNER, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
