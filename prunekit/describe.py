@@ -108,7 +108,7 @@ def cache_shapes(model: Any) -> list[tuple[int, int]]:
     was = model.training
     try:
         output = model.eval()(input_ids=torch.arange(4, device=device)[None], use_cache=True)
-    except (RuntimeError, ValueError):  # `logit_gap` says why
+    except REFUSALS:  # where it cannot run at all `logit_gap` says why
         return []
     finally:
         model.train(was)
