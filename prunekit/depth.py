@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.graph.apply import bypass
+from prunekit.graph.asked import bypass
 from prunekit.stats import watch
 from prunekit.types import Run
 
