@@ -13,7 +13,8 @@ from prunekit.registry import ConfigError
 class Normal:
     """Sums over tokens of a module's inputs `x (inputs)` and of the outputs `y (outputs)` it should give, float32 on the inputs' device.
 
-    Tokens may have weights. `square` is the (weighted) sum of |y|^2, `weight` that of the weights, `tokens` their number.
+    Tokens may have weights; `weight` is their sum, `tokens` the number of tokens. `level` is the gram's mean diagonal over those tokens
+    that are not sinks: the unit of ridges, since a few huge tokens can make up most of the gram.
     """
 
     def __init__(self, inputs: int, outputs: int = 0, device: torch.device | str = "cpu"):
@@ -21,11 +22,11 @@ class Normal:
         self.cross = torch.zeros(inputs, outputs, device=device)
         self.sum_x = torch.zeros(inputs, device=device)
         self.sum_y = torch.zeros(outputs, device=device)
-        self.square = self.weight = 0.0
+        self.level = self.weight = 0.0
         self.tokens = 0
 
-    def add(self, x: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> None:
-        """Take in `x (..., inputs)`, `y (..., outputs)` and weights `w (...)`."""
+    def add(self, x: Tensor, y: Tensor | None = None, w: Tensor | None = None, sinks: Tensor | None = None) -> None:
+        """Take in `x (..., inputs)`, `y (..., outputs)`, weights `w (...)` and which tokens are sinks `(...)`."""
         x = x.reshape(-1, x.shape[-1]).float()
         w = torch.ones(len(x), device=x.device) if w is None else w.reshape(-1).float()
         root = w.sqrt()[:, None]
@@ -36,7 +37,8 @@ class Normal:
             yw = y.reshape(-1, y.shape[-1]).float() * root
             self.cross.addmm_(xw.T, yw)
             self.sum_y += yw.T @ root[:, 0]
-            self.square += float(yw.double().square().sum())
+        ordinary = xw if sinks is None else xw[~sinks.flatten()]
+        self.level += float(ordinary.square().sum()) / x.shape[1]
         self.weight += float(w.double().sum())
         self.tokens += len(x)
 
@@ -75,7 +77,7 @@ def factor(H: Tensor) -> Tensor:
 def problem(stats: Normal, weight: Tensor, damp: float, affine: bool, repair: float = 1.0) -> Problem:
     """The regression around a module's weights `(outputs, inputs)`: what they put out, plus the `y` of the sums, if those were taken.
 
-    `damp` and `repair` are ridges in units of the gram's mean diagonal: `damp` for the map as a whole; `repair` for what is fitted to
+    `damp` and `repair` are ridges in units of the gram's mean diagonal over ordinary tokens: `damp` for the map as a whole; `repair` for what is fitted to
     `y`, which says how far the output should move from where it is, and has noise in it where the rest has none.
     """
     H, best = stats.gram.double(), weight.double()
@@ -83,7 +85,8 @@ def problem(stats: Normal, weight: Tensor, damp: float, affine: bool, repair: fl
     mean_y = best @ mean_x
     if affine:
         H = H - stats.weight * torch.outer(mean_x, mean_x)
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device) * H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    unit = H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny, max=max(stats.level, torch.finfo(torch.float32).tiny))
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device) * unit
     if stats.cross.shape[1]:
         C, shift = stats.cross.double(), stats.sum_y.double() / stats.weight
         C = C - stats.weight * torch.outer(mean_x, shift) if affine else C

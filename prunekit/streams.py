@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunekit.blocks import Activations, Feed, enough, until_seen
 from prunekit.normal import Normal
 from prunekit.readers import Reader, readers
-from prunekit.sensitivity import scale
+from prunekit.sensitivity import HUGE, Sensitivity, scale
 from prunekit.stats import watch
 from prunekit.types import Group
 
@@ -62,9 +62,24 @@ def look(feed: Feed, module: nn.Module, block: int, batch: int, x: Tensor, names
     return seen._replace(out=out)
 
 
-def token_weights(residual: Tensor, weigh: str) -> Tensor | None:
-    """How much each token's error counts: `relative` to the size of its residual stream, which the next norm divides by, or not."""
-    return scale(residual).square().reciprocal() if weigh == "relative" else None
+class Weigher(NamedTuple):
+    """How much each token's error counts at a place of the residual stream.
+
+    `loss`: by the mean squared gradient of tokens of its kind (`place`). `relative`: relative to its size, which the next norm divides
+    by. `equal`: all errors alike.
+    """
+
+    weigh: str
+    place: Sensitivity | None = None
+
+    def __call__(self, residual: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Weights `(...)` (None: all one) for a residual stream `(..., C)`, and which of its tokens are sinks."""
+        size = scale(residual)
+        typical = float(size.median()) if self.place is None else self.place.typical
+        sinks = size > HUGE * typical
+        if self.weigh == "loss" and self.place is not None:
+            return self.place.weights(size), sinks
+        return (size.square().reciprocal() if self.weigh == "relative" else None), sinks
 
 
 def adds_up(feed: Feed, b: int, module: nn.Module, inputs: Activations, names: list[str]) -> bool:
@@ -95,7 +110,7 @@ class Streams:
     own: Activations
     adds: bool
 
-    def regression(self, module: nn.Module, p: Part, weigh: str) -> Normal:
+    def regression(self, module: nn.Module, p: Part, weigher: Weigher) -> Normal:
         """Sums over what a reader gets in the network pruned so far and, beside the dense one, how far its output should move."""
         outputs, inputs = p.reader.weight.shape
         stats = Normal(inputs, 0 if self.dense is None else outputs, p.reader.weight.device)
@@ -106,7 +121,7 @@ class Streams:
                 theirs = look(self.feed, self.before, self.block, i, self.dense[rows], self.names, p.inside)
                 after = theirs.after[p.inside]
                 move = after - mine.after[p.inside] if self.adds else theirs.y[p.inside] - mine.y[p.inside]
-            stats.add(mine.x[p.inside], move, token_weights(after, weigh))
+            stats.add(mine.x[p.inside], move, *weigher(after))
         return stats
 
     def advance(self, module: nn.Module) -> None:

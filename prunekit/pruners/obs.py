@@ -26,12 +26,15 @@ from prunekit.compensate import add_biases
 from prunekit.contest import of_kinds, spared
 from prunekit.normal import Normal, problem
 from prunekit.registry import ConfigError, Positive, pruners
-from prunekit.sensitivity import gradient_covariances
+from prunekit.sensitivity import Sensitivity, sensitivities
 from prunekit.sizes import Sizes
 from prunekit.stats import samples_at_once
-from prunekit.streams import Part, Streams, adds_up, look, parts_of, token_weights
+from prunekit.streams import Part, Streams, Weigher, adds_up, look, parts_of
 from prunekit.surgeon import removal
 from prunekit.types import Counts, Group, Kept, Pruned, Scores, tensor_of
+
+Places = dict[str, Sensitivity]
+"""Reader name -> how much the loss minds errors in the residual stream after it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,15 @@ class Recipe:
     weigh: str
     damp: float
     repair: float
+    sensitivity: str
+
+    def weigher(self, p: Part, places: Places) -> Weigher:
+        """How tokens count after this part."""
+        return Weigher(self.weigh, places.get(p.reader.name))
+
+    def scaled(self, weight: Tensor, p: Part, places: Places) -> Tensor:
+        """`weight (C, inputs)` with the directions of the residual stream that the loss minds made longer."""
+        return places[p.reader.name].half().T @ weight.float() if self.sensitivity == "fisher" else weight.float()
 
 
 @pruners.register(paper="arXiv 2302.04089, 2412.18110", year=2024, needs="data", out="self-contained", kinds="heads, neurons")
@@ -57,27 +69,28 @@ def obs(
     kinds: list[Literal["heads", "neurons"]] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states the same)
     allocation: Literal["cost", "ratio"] = "cost",
     sensitivity: Literal["fisher", "none"] = "fisher",
-    target: Literal["dense", "own"] = "dense",
+    target: Literal["own", "dense"] = "own",
     bias: bool = True,
     refit: bool = True,
-    weigh: Literal["relative", "equal"] = "relative",
+    weigh: Literal["loss", "relative", "equal"] = "loss",
     damp: float = 0.01,
     repair: float = 1.0,
-    scout: Positive = 24,
-    fisher: Positive = 16,
+    scout: Positive = 16384,
+    fisher: Positive = 8192,
     store: Store = "memory",
     precision: Literal["bf16", "model"] = "bf16",
     verify: bool = True,
 ) -> Pruned:
     """Removes heads and neurons by their exact quadratic cost and refits the modules that read them in closed form, block by block.
 
-    `allocation=cost` spends the parameters that `ratio` would remove wherever they cost least (by costs measured on the dense model with
-    the first `scout` samples); `ratio` keeps the ratio's counts. `sensitivity=fisher` weighs errors by the loss's gradients over the
-    first `fisher` samples. `target=dense` aims at the dense network's residual stream, `own` at the module's output on its own inputs.
-    `bias` gives the readers a bias. `refit` also refits readers that lose nothing. `weigh=relative` counts a token's error relative to its
-    residual stream. `damp` is the ridge in units of the mean diagonal. `store` says where activations wait: memory, half (bf16) or disk.
-    `precision=bf16` runs the forwards in bfloat16; sums are float32 and solutions float64 either way. Nothing is changed where the ratio
-    removes nothing. Raises ConfigError for units that no linear module of a block reads.
+    `allocation=cost` spends the parameters that `ratio` would remove wherever they cost least, by costs on the dense model over the
+    first `scout` tokens; `ratio` keeps the ratio's counts. `sensitivity=fisher` weighs directions of the residual stream by the loss's
+    gradients over the first `fisher` tokens. `weigh` says how much a token's error counts: by the loss's gradients there (`loss`),
+    relative to the token's size, or equally. `target=own` keeps the readers' outputs where they are; `dense` moves the residual stream
+    back to the dense network's, with the ridge `repair`, and then `refit` does so too where nothing is removed: use it with much text.
+    `bias` gives the readers a bias. `damp` is the ridge of the refit in units of the gram's mean diagonal. `store`: where activations
+    wait. `precision=bf16`: forwards in bfloat16; sums are float32, solutions float64 either way. Nothing changes where the ratio removes
+    nothing. Raises ConfigError for units that no linear module of a block reads.
     """
     everything = graph.discover(model, verify=verify)
     groups = spared(of_kinds(model, everything, kinds), exclude)
@@ -88,16 +101,24 @@ def obs(
     counts = ratio(model, groups, run)
     if not any(counts.values()):
         return Pruned(model, {}, groups, {}, {"counts": counts})
-    recipe = Recipe(target, bias, weigh, damp, repair)
+    recipe = Recipe(target, bias, weigh, damp, repair, sensitivity)
     feeding = Feeding(samples_at_once(run), store, precision == "bf16")
-    weights = _sensitivities(model, blocks, parts, WholeRun(model, tokens[:fisher]), feeding.bf16) if sensitivity == "fisher" else {}
+    places: Places = {}
+    if sensitivity == "fisher" or weigh == "loss":
+        chains = [(b, [p.reader.name for p in row]) for b, row in zip(blocks, parts, strict=True)]
+        places = sensitivities(model, chains, WholeRun(model, _first(tokens, fisher)), 2, feeding.bf16)
     if allocation == "cost":
         sizes = Sizes(model, groups)
-        curves = _curves(model, blocks, parts, set(counts), tokens[:scout], weights, recipe, feeding)
+        curves = _curves(model, blocks, parts, set(counts), _first(tokens, scout), places, recipe, feeding)
         counts = cheapest(curves, {g.name: sizes.removed({g.name: 1}) for g in groups}, sizes.removed(counts))
-    kept, notes = _prune(model, blocks, parts, tokens, counts, weights, recipe, refit, feeding)
+    kept, notes = _prune(model, blocks, parts, tokens, counts, places, recipe, refit, feeding)
     graph.remove(model, kept)
     return Pruned(model, kept, groups, {}, {"counts": counts, **notes})
+
+
+def _first(tokens: Tensor, count: int) -> Tensor:
+    """The first samples that hold `count` tokens, at least one."""
+    return tokens[: max(1, count // tokens.shape[1])]
 
 
 def _check(groups: list[Group], parts: list[list[Part]]) -> None:
@@ -111,24 +132,13 @@ def _check(groups: list[Group], parts: list[list[Part]]) -> None:
 # ---- costs on the dense model
 
 
-def _sensitivities(model: nn.Module, blocks: tuple[str, ...], parts: list[list[Part]], run: WholeRun, bf16: bool) -> dict[str, Tensor]:
-    """Reader name -> a matrix `L (C, C)` with `L L^T` the covariance of the gradient there, a tenth of its mean diagonal added."""
-    chains = [(b, [p.reader.name for p in row]) for b, row in zip(blocks, parts, strict=True)]
-    out = {}
-    for name, G in gradient_covariances(model, chains, run, 2, bf16).items():
-        G = G.double()
-        G = G + 0.1 * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
-        out[name] = torch.linalg.cholesky(G).float()
-    return out
-
-
 def _curves(
     model: nn.Module,
     blocks: tuple[str, ...],
     parts: list[list[Part]],
     contest: set[str],
     tokens: Tensor,
-    weights: dict[str, Tensor],
+    places: Places,
     recipe: Recipe,
     feeding: Feeding,
 ) -> dict[str, Tensor]:
@@ -139,19 +149,15 @@ def _curves(
         for i, rows in enumerate(run.feed.rows):
             seen = look(run.feed, run.module, run.block, i, run.inputs[rows], list(stats))
             for p in row:
-                stats[p.inside].add(seen.x[p.inside], None, token_weights(seen.after[p.inside], recipe.weigh))
+                stats[p.inside].add(seen.x[p.inside], None, *recipe.weigher(p, places)(seen.after[p.inside]))
         for p in row:
             if p.group.name in contest:
                 s = stats[p.inside]
                 W = p.reader.weight
                 inverse = problem(s, W, recipe.damp, recipe.bias).inverse()
-                _, costs = removal(_scaled(W, weights.get(p.reader.name)), inverse, p.reader.member.index, p.group.units)
+                _, costs = removal(recipe.scaled(W, p, places), inverse, p.reader.member.index, p.group.units)
                 curves[p.group.name] = torch.tensor(costs).cumsum(0) / s.tokens
     return curves
-
-
-def _scaled(weight: Tensor, half: Tensor | None) -> Tensor:
-    return weight.float() if half is None else half.T @ weight.float()
 
 
 # ---- the pass
@@ -163,7 +169,7 @@ def _prune(
     parts: list[list[Part]],
     tokens: Tensor,
     counts: Counts,
-    weights: dict[str, Tensor],
+    places: Places,
     recipe: Recipe,
     refit: bool,
     feeding: Feeding,
@@ -183,19 +189,19 @@ def _prune(
         for p in row:
             count = counts.get(p.group.name, -1)
             if count > 0 or (count == 0 and refit and dense is not None):
-                stats = streams.regression(module, p, recipe.weigh)
-                kept[p.group.name] = _operate(model, p, stats, count, weights.get(p.reader.name), recipe)
+                stats = streams.regression(module, p, recipe.weigher(p, places))
+                kept[p.group.name] = _operate(model, p, stats, count, places, recipe)
         streams.advance(module)
-    return kept, {"own_targets": apart}
+    return kept, {"apart": apart}
 
 
-def _operate(model: nn.Module, p: Part, stats: Normal, count: int, half: Tensor | None, recipe: Recipe) -> Tensor:
+def _operate(model: nn.Module, p: Part, stats: Normal, count: int, places: Places, recipe: Recipe) -> Tensor:
     """Zero `count` units and refit the reader to the others, in place. Returns the mask of the units that stay."""
     reader, units = p.reader, p.reader.member.index
     task = problem(stats, reader.weight, recipe.damp, recipe.bias, recipe.repair)
     mask = torch.ones(p.group.units, dtype=torch.bool)
     if count:
-        order, _ = removal(_scaled(task.best, half), task.inverse(), units, count)
+        order, _ = removal(recipe.scaled(task.best, p, places), task.inverse(), units, count)
         mask[order] = False
     stays = torch.ones(len(task.gram), dtype=torch.bool)
     stays[units[~mask].flatten()] = False
