@@ -95,12 +95,22 @@ class TableSweeper(Sweeper):
             composed.out = str(folder)
         return settled(composed)
 
+    def be_patient(self) -> None:
+        """submitit's own launchers give up at the first killed job; ours take their place, with the same options."""
+        assert self.config is not None
+        target = self.config.hydra.launcher.get("_target_", "")
+        if target.startswith("hydra_plugins.hydra_submitit_launcher."):
+            OmegaConf.set_readonly(self.config, False)
+            ours = "PatientSlurm" if target.endswith("SlurmLauncher") else "PatientLocal"
+            self.config.hydra.launcher["_target_"] = f"hydra_plugins.prunekit_sweeper.launchers.{ours}"
+
     def launch(self, todo: Sequence[tuple[Path, list[str]]]) -> list[Any]:
         """Hand the jobs to the launcher. What a launcher raises does not hide what its jobs left behind."""
         if not todo:
             return []
         for folder, _ in todo:
             (folder / "failed.txt").unlink(missing_ok=True)
+        self.be_patient()
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.context, task_function=self.task, config=self.config  # type: ignore[arg-type]
         )
