@@ -294,7 +294,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     names = [] if args.table else args.names or tools().ARCHS
     os.environ["OMP_NUM_THREADS"] = "1"
-    with get_context("spawn").Pool(args.jobs, maxtasksperchild=25) as pool:
+    with get_context("spawn").Pool(args.jobs, initializer=os.setsid, maxtasksperchild=25) as pool:
         for name, result in pool.imap_unordered(one, [(n, args.limit) for n in names]):
             results[name] = result
             RESULTS.write_text(json.dumps(results, indent=1))

@@ -174,7 +174,8 @@ def config_sizes(model: nn.Module, everything: Sequence[Candidate], cuts: Sequen
             groups = [c.group for c in everything if c.group.kind == kind]
             if kind in ("heads", "hidden"):
                 heads, hidden = standard(config, "num_attention_heads"), standard(config, "hidden_size")
-                if heads and hidden and hidden % heads == 0 and standard(config, "head_dim") is None:
+                fixed = isinstance(getattr(type(config), "head_dim", None), property)
+                if heads and hidden and hidden % heads == 0 and standard(config, "head_dim") is None and not fixed:
                     out[path, "config.head_dim"] = hidden // heads
             for name in STANDARD[kind]:
                 old = standard(config, name)

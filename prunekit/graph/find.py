@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from prunekit.graph.kinds import Typed, type_families
 from prunekit.graph.labels import Labels, tensors
 from prunekit.graph.prove import BLOCKS, Verdict, prove, prove_blocks
 from prunekit.graph.solve import Solution
-from prunekit.graph.structure import block_lists, configs, inputs_for, open_routing, skeleton
+from prunekit.graph.structure import ERRORS, TOKENS, block_lists, block_of, configs, inputs_for, open_routing, skeleton
 from prunekit.graph.trace import Trace, trace
 from prunekit.graph.twin import small_version
 from prunekit.types import Group
@@ -52,12 +53,7 @@ def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
     if skip:
         labels, _ = trace(small, inputs, Trace(small, skip))
     typed, refused, solution = typed_families(small, labels)
-    routed = {t.block for t in typed if t.kind == "experts" and not t.modules}
-    if len(routed) < len({scope for scope, *_ in labels.picks}) and open_routing(small, labels.picks):
-        least = labels.least
-        labels, _ = trace(small, inputs, Trace(small, skip))
-        labels.least = least
-        typed, refused, solution = typed_families(small, labels)
+    typed, refused, solution, labels = meet_experts(small, inputs, skip, (typed, refused, solution, labels))
     found = candidates(solution, typed, small, stands, model)
     dead = [n for n, p in tensors(small) if isinstance(p, nn.Parameter) and n not in labels.touched and p.numel() > 1]
     left = refused + [f"{n}: the traced run never touched it" for n in dead]
@@ -66,6 +62,25 @@ def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
     if blocks is None:
         left.append(f"blocks: the blocks that ran are in {len(used)} lists ({', '.join(used[:4])}), not in one of two or more")
     return small, Discovery(found, {}, left, skip, blocks)
+
+
+Typing = tuple[list[Typed], list[str], Solution, Trace]
+
+
+def meet_experts(small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: Typing) -> Typing:
+    """Where a top-k did not lead to experts in stacked weights, trace again with all experts picked: one that no token took has no labels."""
+    typed, _, _, labels = first
+    routed = {t.block for t in typed if t.kind == "experts" and not t.modules}
+    picks = [p for p in labels.picks if block_of(p[0], block_lists(small)) not in routed]
+    if not picks or not open_routing(small, picks):
+        return first
+    try:
+        again, _ = trace(small, inputs, Trace(small, skip))
+    except ERRORS:
+        return first
+    again.least = labels.least
+    second = (*typed_families(small, again), again)
+    return second if sum(t.kind == "experts" for t in second[0]) >= sum(t.kind == "experts" for t in typed) else first
 
 
 def typed_families(small: nn.Module, labels: Labels) -> tuple[list[Typed], list[str], Solution]:
@@ -83,12 +98,12 @@ def blocks_of(model: nn.Module, used: Sequence[str]) -> Group | None:
 
 
 def token_axes(labels: Labels) -> frozenset[tuple[str, int]]:
-    """Axes of which the run read a first part only: they are indexed by position, not by channel."""
+    """Axes of which the run read as many as there were tokens (or differences of positions): they are indexed by position, not by channel."""
     out = set()
     for name, axes in labels.touched.items():
         for dim, hit in axes.items():
             n = int(hit.sum())
-            if 0 < n < len(hit) and hit[:n].all() and n <= 4 * 13:
+            if n in (TOKENS, 2 * TOKENS - 1) and n < len(hit) and hit[:n].all():
                 out.add((name, dim))
     return frozenset(out)
 

@@ -37,6 +37,8 @@ def block_of(name: str, lists: dict[str, int]) -> tuple[str, int] | None:
     return None
 
 
+TOKENS = 13
+"""Length of the traced sample: a prime, so that few sizes of a model equal it."""
 IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
@@ -236,7 +238,7 @@ def open_routing(model: nn.Module, picks: Sequence[tuple[str, int, int]]) -> boo
     return changed
 
 
-def inputs_for(model: nn.Module, tokens: int = 13) -> dict[str, Tensor]:
+def inputs_for(model: nn.Module, tokens: int = TOKENS) -> dict[str, Tensor]:
     """One short sample of token ids that every vocabulary has."""
     rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     top = min(max(rows, default=64), 100)

@@ -15,7 +15,7 @@ from prunekit.graph.rules import CREATES, apply
 
 NEUTRAL = {"t", "transpose", "permute", "expand", "detach", "alias", "unsqueeze", "squeeze", "_conj"}
 """Views that show no new extent."""
-CHOOSES = {"topk", "sort", "argsort", "argmax", "argmin", "multinomial", "nonzero"}
+CHOOSES = {"max", "min", "topk", "sort", "argsort", "argmax", "argmin", "multinomial", "nonzero"}
 """Ops whose integer results depend on values."""
 
 
