@@ -273,3 +273,32 @@ def test_owl_composes_with_all(words, tmp_path):
     record = run(config(*words, "ratio=owl", "ratio.target=0.6", "ratio.outlier=2", "save=false"), tmp_path)
     kept, units = map(sum, zip(*record["kept"].values(), strict=True))
     assert kept / units == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("words", [ROWS[0], ROWS[6]], ids=" ".join)
+def test_zeros_survive_recovery(words, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a pruned model learns again what it can, and the zeros stay zeros. " * 40)
+    short = [
+        "recovery=lora_text",
+        "recovery.dataset=text",
+        f"recovery.path={text}",
+        "recovery.cutoff=32",
+        "recovery.holdout=0",
+        "recovery.max_steps=2",
+    ]
+    short += ["recovery.lr=0.01", "recovery.warmup_steps=0", "recovery.batch=4", "recovery.micro_batch=4"]
+    record = run(config(*words, *HALF, *short), tmp_path / "run")
+    found = record["results"]
+    assert found["recovered/ppl_pydocs_32"] != found["pruned/ppl_pydocs_32"]
+    model, _ = load(tmp_path / "run" / "checkpoint")
+    zeros = {g.name: int((matrix(model, g) == 0).sum()) for g in matrices(model)}
+    assert zeros == {name: units - kept for name, (kept, units) in record["kept"].items()}
+
+
+def test_a_plan_needs_no_weights():
+    from prunekit.plan import forecast
+
+    found = forecast(config("criterion=wanda", "pruner=weights", *HALF))
+    assert found.pruned == found.dense
+    assert {2 * kept for kept, _ in found.widths.values()} == {units for _, units in found.widths.values()}
