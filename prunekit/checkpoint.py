@@ -48,6 +48,8 @@ def save(
     part.mkdir(parents=True)
     try:
         told.copy.save_pretrained(part, max_shard_size=max_shard_size)
+        if told.config._experts_implementation == "eager":
+            _tell_experts(part / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         _write_manifest(part, _manifest(part, kept or {}, groups or [], config or {}, counts or {}, told.layout))
@@ -101,6 +103,11 @@ def _check_model(model: nn.Module) -> None:
     if len(dtypes) > 1:
         names = sorted(str(d).removeprefix("torch.") for d in dtypes)
         raise ConfigError(f"the model mixes {' and '.join(names)}, and transformers loads one type; cast it first: model.to(torch.float32)")
+
+
+def _tell_experts(file: Path) -> None:
+    """Write how experts are run, which transformers reads from config.json but does not write there."""
+    file.write_text(json.dumps({**read_json(file), "experts_implementation": "eager"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _manifest(part: Path, kept: Kept, groups: list[Group], config: dict, counts: dict, layout: dict) -> dict[str, Any]:

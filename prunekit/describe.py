@@ -39,6 +39,8 @@ def describe(model: nn.Module, check: bool = True) -> Description:
 def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(config, layout) from the plainest to the most literal."""
     base, kind = clean_config(model.config), stock_class(model)
+    if plain_experts(model):
+        base._experts_implementation = "eager"
     if built(kind, edited(base)) is not None and plain(model, base):
         yield base, {}
     target, base = rows(model), acceptable(kind, base)
@@ -51,6 +53,11 @@ def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield config, _remember(base, difference(model, config, ignore, own))
     for config in _heterogeneous(model, kind, base, {}):
         yield config, _remember(base, difference(model, config))
+
+
+def plain_experts(model: nn.Module) -> bool:
+    """Whether removal made experts run one by one: their widths suit no grouped kernel, and a loader must know."""
+    return any(getattr(getattr(m, "config", None), "_experts_implementation", None) == "eager" for m in model.modules())
 
 
 def _heterogeneous(model: nn.Module, kind: type, config: Any, overrides: dict[int, dict[str, Any]]) -> Iterator[Any]:

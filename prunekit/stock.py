@@ -45,7 +45,7 @@ def edited(config: Any, **edits: Any) -> Any | None:
         made = type(config).from_dict(plain)
     except (*REFUSALS, StrictDataclassError):
         return None
-    made._attn_implementation = config._attn_implementation
+    made._attn_implementation, made._experts_implementation = config._attn_implementation, config._experts_implementation
     return made
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, BloomConfig, BloomForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, BloomConfig, BloomForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from prunekit import graph
 from prunekit.carry.modeling_pruned import Skipped
@@ -169,6 +169,21 @@ def test_positions_computed_outside_travel(tmp_path: Path, tokens: torch.Tensor)
     same(model, load(tmp_path / "two")[0], tokens)
 
 
+def test_expert_widths_that_no_grouped_kernel_takes(tmp_path: Path, tokens: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, vocab_size=100, pad_token_id=0)).eval()
+    graph.remove(model, {g.name: torch.arange(g.units) > 1 for g in graph.discover(model) if g.kind == "neurons"})
+    widths = {e.down_proj.shape[-1] * 4 % 16 for e in (layer.mlp.experts for layer in model.model.layers)}
+    save(model, None, tmp_path / "one")
+    once = load(tmp_path / "one")[0]
+    same(model, once, tokens)
+    save(once, None, tmp_path / "two")
+    same(model, load(tmp_path / "two")[0], tokens)
+    assert widths == {8}
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["experts_implementation"] == "eager"
+
+
 def test_stock_where_the_class_can_build_it(tmp_path: Path, tokens: torch.Tensor) -> None:
     model = llama()
     kept = {g.name: torch.arange(g.units) % 3 != 0 for g in graph.discover(model) if g.kind in ("neurons", "heads")}
@@ -213,20 +228,23 @@ def test_what_no_config_tells_is_refused(tmp_path: Path) -> None:
 
 
 def test_loads_where_prunekit_cannot_be_imported(tmp_path: Path, tokens: torch.Tensor) -> None:
-    model = uneven(llama())
-    save(model, None, tmp_path / "out")
-    with torch.no_grad():
-        save_file({"tokens": tokens, "logits": model(tokens).logits}, tmp_path / "expected.safetensors")
+    plain = llama()
+    graph.remove(plain, {g.name: torch.arange(g.units) % 3 != 0 for g in graph.discover(plain) if g.kind in ("neurons", "heads")})
+    for name, model in (("code", uneven(llama())), ("stock", plain)):
+        save(model, None, tmp_path / name)
+        with torch.no_grad():
+            save_file({"tokens": tokens, "logits": model(tokens).logits}, tmp_path / f"{name}.safetensors")
     code = """
 import sys
 sys.modules["prunekit"] = None
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/out", trust_remote_code=True)
-seen = load_file(sys.argv[1] + "/expected.safetensors")
-with torch.no_grad():
-    assert torch.equal(model(seen["tokens"]).logits, seen["logits"])
+for name, flags in (("stock", {}), ("code", {"trust_remote_code": True})):
+    model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/{name}", **flags)
+    seen = load_file(f"{sys.argv[1]}/{name}.safetensors")
+    with torch.no_grad():
+        assert torch.equal(model(seen["tokens"]).logits, seen["logits"]), name
 """
     env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     env.pop("PYTHONPATH", None)
