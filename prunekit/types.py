@@ -102,4 +102,5 @@ def block_modules(model: nn.Module) -> list[nn.Module]:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no nn.ModuleList: its blocks cannot be told apart")
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+    found: nn.ModuleList = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+    return list(found)
