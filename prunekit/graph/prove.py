@@ -109,8 +109,25 @@ def prove_pattern(case: Case, same: Sequence[Candidate], share: float, draws: in
     if verdict.recipe is None:
         return verdict
     even = [(c, some_masks(c, share, seed + i)) for i, c in enumerate(same)]
-    found = verdict.recipe.attributes
+    found = needed(case, uneven, verdict.recipe.attributes)
     return prove_one(case, even, [Recipe(found, config=True), Recipe(found, config=False)])
+
+
+def needed(case: Case, asked: Sequence[tuple[Candidate, Masks]], found: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+    """The recipe without the doubtful sizes that it does not need: a kernel width may equal a rank by chance."""
+    for attribute in sorted(found & frozenset(k for k, doubtful in sizes_in(case.model, asked).items() if doubtful)):
+        if prove_one(case, asked, [Recipe(found - {attribute}, config=False)]).recipe is not None:
+            found -= {attribute}
+    return found
+
+
+def sizes_in(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> dict[tuple[str, str], bool]:
+    """(module class, attribute) of every size that may have to follow -> whether that is doubtful."""
+    sizes: dict[tuple[str, str], bool] = {}
+    for c, _ in asked:
+        for (_, attr), (cls, _, _, doubtful) in follow(c, 1, model).items():
+            sizes[cls, attr] = sizes.get((cls, attr), False) or doubtful
+    return sizes
 
 
 def prove_one(case: Case, asked: Sequence[tuple[Candidate, Masks]], options: Sequence[Recipe], tries: int = 150) -> Verdict:
@@ -159,10 +176,7 @@ def count_after(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> i
 
 def recipes(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> Iterator[Recipe]:
     """Which sizes follow: first all that are certain, then none, then with configs, then the doubtful, then up to three exceptions."""
-    sizes: dict[tuple[str, str], bool] = {}
-    for c, _ in asked:
-        for (_, attr), (cls, _, _, doubtful) in follow(c, 1, model).items():
-            sizes[cls, attr] = sizes.get((cls, attr), False) or doubtful
+    sizes = sizes_in(model, asked)
     plain = frozenset(k for k, doubtful in sizes.items() if not k[1].startswith("config.") and not doubtful)
     modules = frozenset(k for k in sizes if not k[1].startswith("config."))
     certain = frozenset(k for k, doubtful in sizes.items() if not doubtful)

@@ -1,0 +1,79 @@
+"""A sample of transformers' architectures: what discovery must find in each, and that removing it equals zeroing it.
+
+The whole list is measured by `python benchmarks/coverage.py`; this keeps one of each sort of difficulty under test.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunekit.graph import remove
+from prunekit.graph.find import Discovery, discovery
+from prunekit.graph.prove import count_after, masked_logits
+from prunekit.graph.structure import logits_of
+
+SIZES = {"hidden": 48, "inter": 60, "heads": 6, "kv": 3}
+OTHER = {"codegen": {"hidden": 64, "inter": 96, "heads": 8, "kv": 4}}  # its heads come in fours
+USUAL = "neurons heads hidden blocks"
+SAMPLE = {
+    "mistral": USUAL,
+    "gemma2": USUAL,
+    "falcon": USUAL,
+    "gpt_bigcode": USUAL,
+    "codegen": USUAL,
+    "gptj": USUAL,
+    "mpt": USUAL,
+    "olmo": USUAL,
+    "olmo2": USUAL,
+    "phi": USUAL,
+    "stablelm": USUAL,
+    "rembert": USUAL,
+    "xlnet": USUAL,
+    "cpmant": USUAL,
+    "minicpm3": USUAL + " inner",
+    "mamba": "hidden blocks inner",
+    "mamba2": "heads hidden blocks",
+    "bamba": USUAL,
+    "mixtral": USUAL + " experts",
+    "gpt_oss": USUAL + " experts",
+    "dbrx": USUAL + " experts",
+    "llama4_text": USUAL + " experts",
+    "deepseek_v3": USUAL + " experts inner",
+    "phimoe": USUAL + " experts",
+    "beam": USUAL + " experts",
+}
+
+
+def masks(found: Discovery, kind: str) -> dict[str, Tensor]:
+    kept, draw = {}, torch.Generator().manual_seed(7)
+    for i, g in enumerate(g for g in found.groups if g.kind == kind):
+        lost = min(1 + i % 2 * (g.units // 4), g.units - found.least.get(g.name, 1))
+        kept[g.name] = torch.ones(g.units, dtype=torch.bool)
+        kept[g.name][torch.randperm(g.units, generator=draw)[:lost]] = False
+    return kept
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return logits_of(model(**inputs))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_kinds_of_an_architecture(name: str, tiny_archs: ModuleType) -> None:
+    model = tiny_archs.tiny_model(name, **OTHER.get(name, SIZES))
+    model.config.use_cache = False
+    inputs = tiny_archs.example_inputs(name, model, batch=1, seq=16)
+    found = discovery(model)
+    assert {g.kind for g in found.groups} == set(SAMPLE[name].split())
+    for kind in set(SAMPLE[name].split()) - {"blocks"}:
+        kept = masks(found, kind)
+        asked = [(c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members}) for c in found.candidates if c.group.name in kept]
+        reference = masked_logits(model, inputs, asked, found.skip)
+        removed = remove(copy.deepcopy(model), kept)
+        assert float((logits(removed, inputs) - reference).abs().max() / reference.abs().max()) < 1e-4
+        assert sum(p.numel() for p in removed.parameters()) == count_after(model, asked)
