@@ -13,6 +13,6 @@ from prunekit.types import Group, Run, Scores
 @criteria.register(paper="arXiv 2306.11695", year=2023, needs="data", kinds=("weights",))
 @torch.no_grad()
 def wanda(model: nn.Module, groups: list[Group], run: Run) -> Scores:
-    """|w_ij| times the norm of input j over the calibration text; the paper compares within rows (pruner.scope=row, or alpha)."""
+    """A weight's size times the norm of its input over the calibration text; the paper compares within rows (pruner.scope=row, or alpha)."""
     norms = input_norms(model, groups, run)
     return {g.name: upright(model, g, wanda_score(matrix(model, g), norms[g.name])) for g in groups}

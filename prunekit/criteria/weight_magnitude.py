@@ -12,5 +12,5 @@ from prunekit.types import Group, Run, Scores, tensor_of
 @criteria.register(paper="arXiv 1506.02626", year=2015, needs="-", kinds=("weights",))
 @torch.no_grad()
 def weight_magnitude(model: nn.Module, groups: list[Group], run: Run) -> Scores:
-    """|w| of each element of a matrix."""
+    """The size of each single weight."""
     return {g.name: tensor_of(model, g.members[0].param).detach().float().abs() for g in groups}
