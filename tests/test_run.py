@@ -38,7 +38,7 @@ def test_result_file_has_every_documented_part(tmp_path):
     assert on_disk["stages"]["prune"]["peak_memory_mib"] > 0
     assert on_disk["provenance"]["calibration"]["shape"] == [4, 16]
     assert len(on_disk["provenance"]["calibration"]["sha256"]) == 64
-    assert on_disk["provenance"]["seed"] == 0
+    assert on_disk["provenance"]["seed"] == 42
     assert all(kept <= of for kept, of in on_disk["kept"].values())
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -183,4 +183,4 @@ def test_threads_do_not_leak_into_the_global_generator(tmp_path):
     with_dense = run(config("criterion=random"), tmp_path / "a")["kept"]
     without = run(config("criterion=random") | {"eval": {}}, tmp_path / "b")["kept"]
     assert with_dense == without
-    assert torch.initial_seed() == 0
+    assert torch.initial_seed() == 42
