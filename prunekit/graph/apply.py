@@ -75,9 +75,8 @@ def fit(module: nn.Module, leaf: str, old: Sequence[int]) -> None:
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, nn.Conv1d):
-        depthwise = module.groups == old[0]
         module.out_channels = weight.shape[0]
-        module.groups = weight.shape[0] if depthwise else module.groups
+        module.groups = module.groups if module.groups == 1 else module.groups * weight.shape[0] // old[0]
         module.in_channels = weight.shape[1] * module.groups
     elif type(module).__name__ == "Conv1D":
         module.nx, module.nf = weight.shape

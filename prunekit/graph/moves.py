@@ -26,7 +26,7 @@ def embedding(lab: Labels, op: Op) -> None:
 
 @rule("convolution _convolution conv1d mkldnn_convolution")
 def convolution(lab: Labels, op: Op) -> None:
-    """Depthwise: channel by channel; one group: a contraction over channels; anything between is refused."""
+    """Depthwise: channel by channel; one group: a contraction over channels; between the two: group by group."""
     x, w = op.args[:2]
     out, groups = op.outs[0], op.args[8] if len(op.args) > 8 else op.get(6, "groups", 1)
     depthwise = groups == x.size(1) == out.size(1)
@@ -45,8 +45,20 @@ def convolution(lab: Labels, op: Op) -> None:
                 if varying(g) == (1,):
                     lab.relate(c, g.reshape(-1))
         else:
-            lab.flag("opaque", c)
+            _by_group(lab, c.reshape(groups, -1), [f for f in channels if f.numel() == out.size(1)], lab.fields(w))
     lab.write(out, lab.merge([f.reshape((1, -1) + (1,) * (out.dim() - 2)) for f in channels]))
+
+
+def _by_group(lab: Labels, x: Tensor, outs: list[Tensor], weight: list[Tensor]) -> None:
+    """A grouped convolution: group by group the channels in `x` (groups, width) and the channels out go together."""
+    lab.note(x)
+    for f in outs:
+        f = f.reshape(x.size(0), -1)
+        lab.note(f)
+        lab.relate(lab.group(x, [0]), lab.group(f, [0]))
+    for f in weight:
+        if varying(f) == (1,):
+            lab.relate(x, f.reshape(1, -1))
 
 
 @rule("index_put _index_put_impl _unsafe_index_put index_add index_copy scatter scatter_add scatter_reduce masked_scatter")

@@ -199,19 +199,18 @@ def quiet(model: nn.Module) -> None:
     for _, config in configs(model):
         if hasattr(config, "use_cache"):
             config.use_cache = False
-    if all(getattr(c, k, "eager") == "eager" for _, c in configs(model) for k in IMPLEMENTATIONS):
-        return
-    own = {}
-    for _, config in configs(model):
-        own[id(config)] = {k: getattr(config, k) for k in IMPLEMENTATIONS if hasattr(config, k)}
-        vars(config)["_own_implementations"] = own[id(config)]
-        for k in own[id(config)]:
+    for k in IMPLEMENTATIONS:
+        own = [(c, getattr(c, k)) for _, c in configs(model) if getattr(c, k, "eager") != "eager"]
+        for config, value in own:
+            vars(config).setdefault("_own_implementations", {})[k] = value
             setattr(config, k, "eager")
-    try:
-        with torch.no_grad():
-            model(**inputs_for(model))
-    except ERRORS:
-        natural(model)
+        try:
+            with torch.no_grad():
+                _ = model(**inputs_for(model)) if own else None
+        except ERRORS:
+            for config, value in own:
+                del vars(config)["_own_implementations"][k]
+                setattr(config, k, value)
 
 
 def natural(model: nn.Module) -> bool:
