@@ -45,5 +45,6 @@ def methods_table() -> str:
             entry = REGISTRIES[kind].entry(name)
             if name != "none":
                 source = f"{entry.meta.get('paper', '-')}, {entry.meta['year']}" if entry.meta.get("paper", "-") != "-" else "-"
-                lines.append(f"| `{kind}={name}` | {entry.summary} | {source} | {entry.meta.get('needs', '-')} | {entry.meta.get('out', '-')} |")
+                summary = entry.summary.replace("|", "\\|")
+                lines.append(f"| `{kind}={name}` | {summary} | {source} | {entry.meta.get('needs', '-')} | {entry.meta.get('out', '-')} |")
     return "\n".join(lines) + "\n"
