@@ -57,7 +57,7 @@ class Recipe:
         return places[p.reader.name].half().T @ weight.float() if self.sensitivity == "fisher" else weight.float()
 
 
-@pruners.register(paper="arXiv 2302.04089, 2412.18110", year=2024, needs="data", out="self-contained", kinds="heads, neurons")
+@pruners.register(paper="arXiv 2302.04089, 2412.18110", year=2024, needs="data", out="self-contained", kinds=())
 @torch.no_grad()
 def obs(
     model: nn.Module,
