@@ -37,12 +37,13 @@ def expand(words: Sequence[str], rows: dict[str, dict[str, Any] | None] | None, 
     """Every combination of the values in `words`, for each row of the table.
 
     A row is a mapping of overrides; the mappings `below`, of which a later one wins, hold for all rows. What is typed wins over the row,
-    the row over what is below it. An entry `rows` below replaces what single rows say. `row=NAME,...` in `words` chooses rows.
-    Raises ConfigError.
+    the row over what is below it. An entry `rows` below replaces what single rows say, and leaves out those that it sets to null.
+    `row=NAME,...` in `words` chooses rows, of all that there are. Raises ConfigError.
     """
     given = {o.get_key_element(): o for o in parse(words)}
-    names = chosen_rows(given.pop("row", None), rows)
     rescaled = stacked(*[(layer or {}).get("rows") for layer in below])
+    asked = given.pop("row", None)
+    names = [n for n in chosen_rows(asked, rows) if asked is not None or rescaled.get(n or "", {}) is not None]
     lower = [{k: v for k, v in (layer or {}).items() if k != "rows"} for layer in below]
     jobs: list[tuple[str, list[str]]] = []
     constants: dict[str, str] = {}

@@ -50,6 +50,12 @@ def test_a_scale_can_replace_what_one_row_says():
     assert words_of(plan) == [{"ratio.target=0.3", "row='a'"}, {"row='b'"}]
 
 
+def test_a_scale_can_leave_a_row_out_unless_it_is_asked_for():
+    scale = {"rows": {"a": None}}
+    assert words_of(sweep.expand([], {"a": {"seed": 1}, "b": {}}, scale)) == [{"row='b'"}]
+    assert words_of(sweep.expand(["row=a"], {"a": {"seed": 1}, "b": {}}, scale)) == [{"seed=1", "row='a'"}]
+
+
 def test_a_row_can_hold_a_list_of_values():
     plan = sweep.expand([], {"layer": {"exclude.heads": "[0,1],[1,2]", "exclude.neurons": [0, 0]}}, None)
     assert len(plan.jobs) == 2
