@@ -37,8 +37,11 @@ def remarks(sheet: Sheet) -> list[str]:
     if max(seeds, default=0) > 1:
         counts = "/".join(map(str, sorted(seeds)))
         lines.append(f"± is the standard deviation over {counts} seeds (with one seed: the metric's standard error).")
-    elif any(c.spread for r in sheet.rows for c in r.cells.values()):
+    elif any(c.spread and c.n == 1 for r in sheet.rows for c in r.cells.values()):
         lines.append("± is the metric's standard error; one seed.")
+    again = max((c.n for r in sheet.rows for c in r.cells.values() if r.stage == "dense"), default=0)
+    if again > 1:
+        lines.append(f"The dense model was measured up to {again} times: its ± is the standard deviation over the numbers that differ.")
     if sheet.paper:
         how = ", with ours less theirs" if sheet.comparable else ""
         lines.append(f"Second line of a cell: {sheet.paper.title}, {sheet.paper.source}{how}.")
