@@ -6,8 +6,19 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from prunekit import graph
+from prunekit.matrices import matrices
 from prunekit.registry import ConfigError
 from prunekit.types import Group
+
+
+def entered(
+    model: nn.Module, kinds: Sequence[str], exclude: Callable[[list[Group]], list[Group]], targets: list[str] | None = None
+) -> list[Group]:
+    """The groups that a run would prune, found without a proof; `targets` narrows matrices of single weights. Raises ConfigError."""
+    if set(kinds) == {"weights"}:
+        return spared(matrices(model, targets), exclude)
+    return spared(of_kinds(model, graph.discover(model, verify=False), kinds), exclude)
 
 
 def of_kinds(model: nn.Module, everything: Sequence[Group], kinds: Sequence[str]) -> list[Group]:

@@ -12,8 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from prunekit import graph, preflight
+from prunekit.contest import entered
 from prunekit.evals.macs import macs
-from prunekit.matrices import matrices
 from prunekit.registry import ConfigError, criteria
 from prunekit.types import Counts, Group, Kept, block_modules
 
@@ -70,7 +70,7 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
         raise ConfigError(f"plan: what pruner={cfg['pruner']['name']} removes depends on the weights; plan knows pruners that take a ratio")
     model, _ = parts.model(meta=True)
     dense = figures(model)
-    groups = contest(model, kinds, parts.exclude, options.get("targets"))
+    groups = entered(model, kinds, parts.exclude, options.get("targets"))
     counts = parts.ratio(model, groups, no_data(cfg["ratio"]["name"]))
     scoring = scoring_peak(model, cfg)
     remarks = []
@@ -81,15 +81,6 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     widths = {g.name: (g.units - counts.get(g.name, 0), g.units) for g in groups}
     recovery = recovery_peak(model, cfg) if parts.recovery else None
     return Forecast(dense, figures(model), widths, scoring, recovery, remarks)
-
-
-def contest(model: nn.Module, kinds: Sequence[str], exclude: Any, targets: list[str] | None = None) -> list[Group]:
-    """The groups that a run would prune; `targets` narrows matrices of single weights. Raises ConfigError when there are none."""
-    whole = set(kinds) == {"weights"}
-    groups = exclude(matrices(model, targets) if whole else [g for g in graph.discover(model, verify=False) if g.kind in kinds])
-    if not groups:
-        raise ConfigError(f"plan: the exclusion leaves nothing of the model's {', '.join(kinds)}")
-    return groups
 
 
 def no_data(ratio: str) -> Any:

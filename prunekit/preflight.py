@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from prunekit import registry
+from prunekit.contest import entered
 from prunekit.registry import ConfigError
 from prunekit.types import Group
 
@@ -32,7 +35,9 @@ class Parts:
 def check(cfg: dict[str, Any]) -> Parts:
     """Builds every part, and asks whether they can work together on this model. Raises ConfigError."""
     parts = built(cfg)
-    leaves_something(parts, cfg)
+    model, _ = parts.model(meta=True)
+    leaves_something(parts, cfg, model)
+    within_reach(parts, cfg, model)
     return parts
 
 
@@ -84,9 +89,20 @@ def fitting(criterion: str, pruner: str, options: dict[str, Any]) -> None:
         )
 
 
-def leaves_something(parts: Parts, cfg: dict[str, Any]) -> None:
+def within_reach(parts: Parts, cfg: dict[str, Any], model: nn.Module) -> None:
+    """Raises ConfigError when the model lacks a kind of unit or the ratio cannot be met, as far as shapes decide.
+
+    Half a second for a model of any size. Pruners that choose by themselves and ratios that need data are left to the run.
+    """
+    kinds = pruned_kinds(cfg["pruner"]["name"], parts.pruner.keywords)
+    if kinds and registry.ratios.entry(cfg["ratio"]["name"]).meta.get("needs", "-") == "-":
+        groups = entered(model, kinds, parts.exclude, parts.pruner.keywords.get("targets"))
+        parts.ratio(model, groups, None)
+
+
+def leaves_something(parts: Parts, cfg: dict[str, Any], model: nn.Module) -> None:
     """Raises ConfigError when the exclusion leaves nothing, judged on an outline of the model made from its config alone."""
-    config = parts.model(meta=True)[0].config
+    config: Any = model.config
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     if depth is None:
         return  # an unusual config: the pruner checks again on the real groups

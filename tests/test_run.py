@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from paths import ROOT
 
+from prunekit import registry
 from prunekit.registry import ConfigError
 from prunekit.run import run
 
@@ -107,6 +108,28 @@ def test_what_is_wrong_is_said_before_a_weight_is_read(node, value, says, tmp_pa
 def test_an_exclusion_that_leaves_nothing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="leaves nothing"):
         run(config("exclude=ends", "exclude.first=50"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["ratio.target=0.99"], "cannot be removed from"),
+        (["pruner.kinds=[experts]", "criterion=random"], "no units of kind"),
+        (["pruner=weights", "criterion=weight_magnitude", "exclude=none", "ratio.target=0.99"], "cannot be removed from"),
+    ],
+)
+def test_what_shapes_make_impossible_is_said_before_a_weight_is_read(words, says, tmp_path, monkeypatch):
+    asked: list[bool] = []
+    build = registry.models.build
+
+    def watched(node):
+        made = build(node)
+        return lambda meta=False: (asked.append(meta), made(meta=meta))[1]
+
+    monkeypatch.setattr(registry.models, "build", watched)
+    with pytest.raises(ConfigError, match=says):
+        run(config(*words), tmp_path)
+    assert asked == [True]
 
 
 def test_a_criterion_that_the_pruner_cannot_use_is_refused(tmp_path):
