@@ -12,7 +12,7 @@ HEADS = ("method", "ratio", "tuned")
 def ours(cell: Cell, column: Column, plus_minus: str = " ± ") -> str:
     """`19.31 ± 0.20`."""
     text = column.text(cell.mean)
-    return text if cell.mean is None or not cell.spread else f"{text}{plus_minus}{column.text(cell.spread)}"
+    return text if cell.mean is None or not cell.spread else f"{text}{plus_minus}{column.text(cell.spread, cell.mean)}"
 
 
 def theirs(cell: Cell, column: Column, comparable: bool) -> str:

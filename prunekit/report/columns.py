@@ -38,14 +38,15 @@ class Column:
     form: str
     better: int
 
-    def text(self, shown: float | None) -> str:
-        """A value that is already scaled; `-` where there is none."""
+    def text(self, shown: float | None, beside: float | None = None) -> str:
+        """A value that is already scaled; `-` where there is none. A spread is written as the mean that it stands `beside`."""
         if shown is None:
             return "-"
-        if self.key.startswith("ppl_") and abs(shown) >= 1e5:
+        size = abs(shown if beside is None else beside)
+        if self.key.startswith("ppl_") and size >= 1e5:
             return f"{shown:.2e}"
         if self.key == "params":
-            return f"{shown:.2f}B" if shown >= 1 else f"{shown * 1000:.1f}M"
+            return f"{shown:.2f}B" if size >= 1 else f"{shown * 1000:.1f}M"
         return self.form.format(shown)
 
 
