@@ -1,12 +1,14 @@
-"""`prunekit list [KIND]`: every registered component with one line and its options; `--markdown` prints the README's table of methods."""
+"""`prunekit list [KIND]`: every component and every YAML of options for one, a line each; `--markdown` prints the README's table of methods."""
 
 from __future__ import annotations
 
 import inspect
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from prunekit.cli import conf_dir
 from prunekit.registry import REGISTRIES, ConfigError, Entry
 
 METHOD_KINDS = ("criterion", "ratio", "pruner", "recovery")
@@ -28,6 +30,8 @@ def main(argv: list[str]) -> int:
         for name in REGISTRIES[kind].names():
             entry = REGISTRIES[kind].entry(name)
             table.add_row(name, entry.summary, options(entry))
+        for name, summary, said in presets(kind):
+            table.add_row(name, summary, said)
         console.print(table, "")
     return 0
 
@@ -35,6 +39,19 @@ def main(argv: list[str]) -> int:
 def options(entry: Entry) -> str:
     """`mode=param_first, reduce=sum`; an option without default stands alone."""
     return ", ".join(k if v is inspect.Parameter.empty else f"{k}={v}" for k, v in entry.defaults.items() if k != "meta")
+
+
+def presets(kind: str) -> list[tuple[str, str, str]]:
+    """(name, its first comment, the options that it sets) of every YAML that is no component of its own, such as model=llama_7b."""
+    found = []
+    for path in sorted((conf_dir() / kind).glob("*.yaml")):
+        if path.stem not in REGISTRIES[kind].names():
+            text = path.read_text(encoding="utf-8")
+            node = yaml.safe_load(text)
+            own = {k: v for k, v in node.items() if k != "defaults" and not isinstance(v, dict)} if isinstance(node, dict) else {}
+            comment = text.partition("\n")[0].removeprefix("#").strip() if text.startswith("#") else ""
+            found.append((path.stem, comment, ", ".join(f"{k}={v}" for k, v in own.items())))
+    return found
 
 
 def methods_table() -> str:

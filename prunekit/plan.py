@@ -178,7 +178,8 @@ def widest(model: nn.Module) -> int:
 def show(found: Forecast, heading: str, console: Console | None = None) -> None:
     """The forecast as a table, the widths below it."""
     console = console or Console()
-    table = Table(title=heading, title_justify="left")
+    console.print(heading, style="italic", highlight=False, soft_wrap=True)
+    table = Table()
     for i, name in enumerate(("", "dense", "pruned", "left")):
         table.add_column(name, justify="right" if i else "left")
     lines: list[tuple[str, str, float]] = [

@@ -25,14 +25,17 @@ def show(record: dict[str, Any], folder: Path, console: Console | None = None) -
     console = console or Console()
     results = record["results"]
     stages = [s for s in STAGES if any(k.startswith(f"{s}/") for k in results)]
-    table = Table(title=title(record["config"]), title_justify="left")
+    # Not the table's own title, which is broken at the table's width.
+    console.print(title(record["config"]), style="italic", highlight=False, soft_wrap=True)
+    table = Table()
     table.add_column("")
     for stage in stages:
         table.add_column(stage, justify="right")
     keys = list(dict.fromkeys(k.split("/", 1)[1] for k in results))
-    for key in [*[k for k in ROWS if k in keys], *[k for k in keys if k.startswith(("ppl_", "acc_")) and not k.endswith("_stderr")]]:
+    shown = [*[k for k in ROWS if k in keys], *[k for k in keys if k.startswith(("ppl_", "acc_")) and not k.endswith("_stderr")]]
+    for key in shown:
         table.add_row(ROWS.get(key, (label(key),))[0], *[cell(results, stage, key) for stage in stages])
-    console.print(table)
+    console.print(table if shown else "nothing was measured that this table shows")
     if record["checkpoint"]:
         console.print(f"checkpoint  {record['checkpoint']}", soft_wrap=True)
     console.print(f"log         {folder / 'run.log'}", soft_wrap=True)
@@ -40,11 +43,12 @@ def show(record: dict[str, Any], folder: Path, console: Console | None = None) -
 
 
 def title(config: dict[str, Any]) -> str:
-    """What was run, in one line."""
+    """What was run, in one line: the model, the pruner unless it is the usual one, the criterion, the share, the recovery."""
     ratio = config["ratio"]
     share = f"{ratio['target']:.0%} of {ratio.get('of', 'units')}" if "target" in ratio else ratio["name"]
-    recovery = (config["recovery"] or {}).get("name", "none")
-    return f"{config['model'].get('path') or config['model']['name']}, {config['criterion']['name']}, {share}, recovery {recovery}"
+    pruner, criterion, recovery = (((config[kind] or {}).get("name") or "none") for kind in ("pruner", "criterion", "recovery"))
+    parts = [config["model"].get("path") or config["model"]["name"], pruner if pruner != "oneshot" else "none", criterion, share]
+    return ", ".join([p for p in parts if p != "none"] + ([f"recovery {recovery}"] if recovery != "none" else []))
 
 
 def label(key: str) -> str:
