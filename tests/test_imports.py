@@ -42,6 +42,8 @@ def test_imports_follow_the_table(path):
         assert not names & RUNNER
         heavy = [n for n in at_top(tree) if n.split(".")[0] in HEAVY]
         assert not heavy, f"imported at start-up by every command: {heavy}"
+    if package == "inventory":
+        assert not names & (RUNNER - {"prunekit.preflight"} | {"prunekit.checkpoint"}), "looks at a model's shapes; it runs and loads nothing"
     if package in ("report",):
         assert not [n for n in names if n.split(".")[0] in ("torch", "transformers")], "reports read results on disk only"
 

@@ -1,0 +1,242 @@
+"""The drawing itself: rows and lanes placed from top to bottom, written as SVG that follows the reader's light or dark scheme."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+from xml.etree import ElementTree as ET
+
+from prunekit.inventory.facts import Part
+from prunekit.inventory.fold import Alike
+from prunekit.inventory.rule import in_words
+
+TEXT, SMALL, CHAR = 12, 11, 0.602
+"""Font sizes in pixels, and the width of a character of a monospaced font as a share of its size."""
+LARGEST, SMALLEST, THIN = 76, 16, 8
+"""Sides of boxes in pixels: of the largest axis, of the smallest, and across a vector."""
+MARGIN, HEAD, GAP = 20, 92, 10
+STYLE = """
+svg { --paper: #ffffff; --ink: #1f2328; --faint: #656d76; --rule: #d8dee4; --band: #f6f8fa; --box: #e7ebef;
+  --c0: #0969da; --c1: #bc4c00; --c2: #1a7f37; --c3: #8250df; --c4: #bf3989; --c5: #1b7c83; --c6: #9a6700 }
+@media (prefers-color-scheme: dark) { svg { --paper: #0d1117; --ink: #e6edf3; --faint: #9198a1; --rule: #30363d; --band: #161b22; --box: #2d333b;
+  --c0: #58a6ff; --c1: #f0883e; --c2: #3fb950; --c3: #bc8cff; --c4: #f778ba; --c5: #39c5cf; --c6: #d29922 } }
+text { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace; fill: var(--ink) }
+.faint { fill: var(--faint) } .bold { font-weight: 600 }
+"""
+COLOURS = 7
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor (or several alike), and for each lane that it is on its axes with their rules."""
+
+    name: str
+    part: Part
+    lanes: dict[int, list[Part]]
+
+
+class Band(NamedTuple):
+    """A module's rows, each with its top and height, under the module's name where there are several."""
+
+    module: str
+    top: float
+    rows: list[tuple[Row, float, float]]
+
+
+def unit_shown(units: int) -> int:
+    """A unit inside, so that what it owns does not lie at the edge of the box."""
+    return units // 3
+
+
+class Drawing:
+    """Places everything from top to bottom and writes it."""
+
+    def __init__(self, title: str, path: str, lanes: Sequence[Alike], rows: Sequence[Row]):
+        self.lanes, self.rows, self.path = lanes, rows, path
+        self.title = f"{path} of {title}: what goes together"
+        self.largest = max(n for r in rows for n in r.part.shape)
+        bands, _ = self.bands()
+        told = [r.name.removeprefix(b.module + ".") if b.module else r.name for b in bands for r, _, _ in b.rows]
+        longest = max(map(len, [*told, *(" x ".join(map(str, r.part.shape)) for r in rows)]))
+        self.box_x = MARGIN + 4 + longest * TEXT * CHAR + 22
+        self.lane_x = [self.box_x + LARGEST + 46]
+        for i in range(len(lanes)):
+            self.lane_x.append(self.lane_x[-1] + self.lane_width(i))
+        self.width = max(self.lane_x[-1], MARGIN * 2 + len(self.title) * 15 * CHAR, 560)
+        self.root = ET.Element("svg", xmlns="http://www.w3.org/2000/svg")
+
+    def lane_width(self, i: int) -> float:
+        told = [cell for r in self.rows for cell in self.cells(r, i)]
+        return max(max(map(len, [*told, *self.heading(i)[1:]])) * SMALL * CHAR + 44, len(self.heading(i)[0]) * TEXT * CHAR + 44)
+
+    def heading(self, i: int) -> tuple[str, str, str]:
+        e = self.lanes[i].first
+        each = f"{e.each[0]:,}" if len(e.each) == 1 else f"about {round(sum(e.each) / len(e.each)):,}"
+        return self.lanes[i].name, f"{e.group.units} units", f"{each} parameters each"
+
+    def cells(self, row: Row, i: int) -> list[str]:
+        return [f"axis {p.axis}: {in_words(p.rule)}" for p in row.lanes.get(i, [])]
+
+    def legend(self) -> list[str]:
+        """What dots, lines and boxes mean, in lines that fit."""
+        shown = ", ".join(f"{unit_shown(a.first.group.units)} of {a.name}" for a in self.lanes)
+        told = (
+            "A dot: unit u of the group owns these indices of that axis. Removing a unit takes its slices away at all dots of the line.",
+            f"Boxes: axis 0 downwards, axis 1 to the right, not to scale; the colour of an edge is that of its group. Filled in: unit {shown}.",
+        )
+        wide = int((self.width - 2 * MARGIN) / (SMALL * CHAR))
+        return [line for sentence in told for line in textwrap.wrap(sentence, wide)]
+
+    # ---- the whole
+
+    def text(self) -> str:
+        bands, y = self.bands()
+        bottom, legend = y + GAP, self.legend()
+        self.add("style").text = STYLE
+        height = bottom + 34 + 18 * len(legend)
+        self.root.set("viewBox", f"0 0 {self.width:.0f} {height:.0f}")
+        self.root.set("width", f"{self.width:.0f}")
+        self.root.set("height", f"{height:.0f}")
+        self.add("title").text = self.title
+        self.add("rect", width=self.width, height=height, rx=8, style="fill: var(--paper)")
+        self.write(MARGIN, MARGIN + 14, self.title, "bold", size=15)
+        for band in bands:
+            self.band(band.module, band.top, band.rows[-1][1] + band.rows[-1][2] + 4)
+        self.lines([(row, top + high / 2) for band in bands for row, top, high in band.rows], bottom)
+        for band in bands:
+            for row, top, high in band.rows:
+                self.row(row, row.name.removeprefix(band.module + ".") if band.module else row.name, top, high)
+        for k, line in enumerate(legend):
+            self.write(MARGIN, bottom + 34 + 18 * k, line, "faint", size=SMALL)
+        ET.indent(self.root)
+        return ET.tostring(self.root, encoding="unicode") + "\n"
+
+    def bands(self) -> tuple[list[Band], float]:
+        """The rows by the module that they lie in, from top to bottom, and where they end. A module of one tensor needs no heading."""
+        modules = [row.name.partition(".")[0] if "." in row.name else "" for row in self.rows]
+        out: list[Band] = []
+        y = float(HEAD + MARGIN)
+        for module, of in groupby(zip(modules, self.rows, strict=True), key=lambda pair: pair[0]):
+            inside = [row for _, row in of]
+            headed = module if len(inside) > 1 else ""
+            y += GAP
+            out.append(Band(headed, y, []))
+            y += 24 if headed else 4
+            for row in inside:
+                lines = max(2, *(len(self.cells(row, i)) for i in range(len(self.lanes))))
+                high = max(self.box(row.part)[1] + 16, 15 * lines + 8)
+                out[-1].rows.append((row, y, high))
+                y += high
+            y += 4
+        return out, y
+
+    def band(self, module: str, top: float, bottom: float) -> None:
+        self.add("rect", x=MARGIN - 8, y=top, width=self.width - 2 * MARGIN + 16, height=bottom - top, rx=6, style="fill: var(--band)")
+        if module:
+            self.write(MARGIN, top + 16, module, "bold")
+
+    def lines(self, middles: Sequence[tuple[Row, float]], bottom: float) -> None:
+        """Each group's line from its first dot to its last; a group of the whole network comes from above and goes on below."""
+        for i, x in enumerate(self.lane_x[:-1]):
+            name, units, each = self.heading(i)
+            top = MARGIN + 44
+            self.write(x - 6, top, name, "bold", lane=i)
+            self.write(x - 6, top + 16, units, "faint", size=SMALL)
+            self.write(x - 6, top + 31, each, "faint", size=SMALL)
+            at = [y for row, y in middles if i in row.lanes]
+            stroke = f"stroke: {colour(i)}; stroke-width: 2.5; stroke-linecap: round"
+            self.add("line", x1=x, x2=x, y1=at[0], y2=at[-1], style=stroke)
+            if self.lanes[i].first.block is None:
+                for y1, y2 in ((HEAD + MARGIN - 8, at[0]), (at[-1], bottom)):
+                    self.add("line", x1=x, x2=x, y1=y1, y2=y2, style=stroke + "; stroke-dasharray: 2 5")
+                elsewhere = len(self.lanes[i].first.parts) - sum(map(len, (r.lanes.get(i, []) for r in self.rows)))
+                self.write(x + 10, bottom + 4, f"+ {elsewhere} axes elsewhere", "faint", size=SMALL)
+
+    def row(self, row: Row, name: str, top: float, high: float) -> None:
+        middle = top + high / 2
+        self.write(MARGIN + 4, middle - 3, name)
+        owner = {p.axis: i for i, parts in row.lanes.items() for p in parts}
+        line = self.write(MARGIN + 4, middle + 12, "", "faint", size=SMALL)
+        for axis, n in enumerate(row.part.shape):
+            line.text, last = "", line[-1] if len(line) else None
+            if last is not None:
+                last.tail = " x "
+            span = ET.SubElement(line, "tspan", {"style": f"fill: {colour(owner[axis])}; font-weight: 600"} if axis in owner else {})
+            span.text = str(n)
+        self.draw_box(row, middle)
+        for i, parts in row.lanes.items():
+            x, cells = self.lane_x[i], self.cells(row, i)
+            self.add("circle", cx=x, cy=middle, r=5, style=f"fill: {colour(i)}; stroke: var(--band); stroke-width: 1.5")
+            for k, cell in enumerate(cells):
+                self.write(x + 11, middle + 4 + 15 * (k - (len(parts) - 1) / 2), cell, size=SMALL)
+
+    # ---- boxes
+
+    def side(self, n: int) -> float:
+        return max(SMALLEST, LARGEST * (n / self.largest) ** 0.5)
+
+    def faces(self, part: Part) -> tuple[int, int | None, int | None]:
+        """Which axes run down, to the right and into the page: a stack of matrices has its first axis in depth, a kernel is a matrix."""
+        if len(part.shape) == 1:
+            return 0, None, None
+        return (1, 2, 0) if len(part.shape) == 3 and part.shape[2] > 8 else (0, 1, None)
+
+    def box(self, part: Part) -> tuple[float, float]:
+        """Width and height."""
+        down, right, depth = self.faces(part)
+        back = 12 if depth is not None else 0
+        return (THIN if right is None else self.side(part.shape[right])) + back, self.side(part.shape[down]) + back
+
+    def draw_box(self, row: Row, middle: float) -> None:
+        part = row.part
+        down, right, depth = self.faces(part)
+        width, height = self.box(part)
+        back = 12 if depth is not None else 0
+        x, y, w, h = self.box_x, middle - height / 2 + back, width - back, height - back
+        units = {p.axis: (i, p, unit_shown(self.lanes[i].first.group.units)) for i, parts in row.lanes.items() for p in parts}
+        for k in range(3, 0, -1) if back else ():
+            lit = depth in units and k == 2
+            fill = f"fill: {colour(units[depth][0])}" if lit and depth is not None else "fill: var(--box)"
+            self.add("rect", x=x + 4 * k, y=y - 4 * k, width=w, height=h, style=f"{fill}; stroke: var(--paper)")
+        self.add("rect", x=x, y=y, width=w, height=h, style="fill: var(--box); stroke: var(--paper)" if back else "fill: var(--box)")
+        for axis in (down, right):
+            if axis is None or axis not in units:
+                continue
+            i, p, unit = units[axis]
+            long = h if axis == down else w
+            for first, count in stretches(p.rule.of(unit)):
+                a, b = first / part.shape[axis] * long, max(2.0, count / part.shape[axis] * long)
+                place = {"x": x, "y": y + a, "width": w, "height": b} if axis == down else {"x": x + a, "y": y, "width": b, "height": h}
+                self.add("rect", **place, style=f"fill: {colour(i)}; fill-opacity: 0.55")
+            edge = {"x": x - 4, "y": y, "width": 3, "height": h} if axis == down else {"x": x, "y": y - 4, "width": w, "height": 3}
+            self.add("rect", **edge, style=f"fill: {colour(i)}")
+
+    # ---- elements
+
+    def add(self, tag: str, **values: float | str) -> ET.Element:
+        given = {k: f"{v:.1f}".removesuffix(".0") if isinstance(v, float) else str(v) for k, v in values.items()}
+        return ET.SubElement(self.root, tag, given)
+
+    def write(self, x: float, y: float, text: str, kind: str = "", size: int = TEXT, lane: int | None = None) -> ET.Element:
+        style = {} if lane is None else {"style": f"fill: {colour(lane)}"}
+        element = self.add("text", x=x, y=y, **{"font-size": size}, **({"class": kind} if kind else {}), **style)
+        element.text = text
+        return element
+
+
+def colour(lane: int) -> str:
+    return f"var(--c{lane % COLOURS})"
+
+
+def stretches(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, how many) of each run of neighbours."""
+    out: list[tuple[int, int]] = []
+    for i in indices:
+        if out and i == sum(out[-1]):
+            out[-1] = (out[-1][0], out[-1][1] + 1)
+        else:
+            out.append((i, 1))
+    return out
