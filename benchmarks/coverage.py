@@ -1,12 +1,12 @@
 """Coverage of discovery: every causal LM architecture of transformers, tiny and random, kind by kind; writes docs/coverage.md.
 
-    python benchmarks/coverage.py                  all architectures (about half an hour on two cores), then the table
+    python benchmarks/coverage.py                  all architectures (about half an hour on one core), then the table
     python benchmarks/coverage.py llama mixtral    only these, merged into the results so far
     python benchmarks/coverage.py --table          only write the table from the results so far
 
 For each kind of unit every group of the model loses a random share of its units at once, differently in each, and the logits after removal
-are compared with those of zeroing (statistics over the kept channels). The masks, the weights and the inputs are not those of discovery's
-own proof. Results are kept in outputs/coverage.json. Needs `tiny_archs.py` of the shared tools (PRUNEKIT_SHARED).
+are compared with those of zeroing (statistics over the kept channels); then the same with several kinds at once. The masks, the weights and
+the inputs are not those of discovery's own proof. Results are kept in outputs/coverage.json. Needs `tiny_archs.py` of the shared tools (PRUNEKIT_SHARED).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("PRUNEKIT_SHARED", ROOT.parent / "shared"))
 RESULTS, TABLE = ROOT / "outputs" / "coverage.json", ROOT / "docs" / "coverage.md"
 KINDS = ("neurons", "heads", "hidden", "experts", "blocks", "inner")
+TOGETHER = ("neurons", "heads", "hidden", "experts")
 SIZES = ({"hidden": 48, "inter": 60, "heads": 6, "kv": 3}, {"hidden": 64, "inter": 96, "heads": 8, "kv": 4}, {})
 WRONG = {"groups": 0, "off": float("inf"), "moved": 0.0, "exact": False, "tied": True}
 NO_HEADS = {"mamba", "falcon_mamba", "rwkv"}
@@ -77,7 +79,7 @@ def measure(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     found = discovery(model)
     out["seconds"] = time.perf_counter() - start
-    out["left"] = found.left
+    out["left"], out["uncached"] = found.left, found.uncached
     out["moe"] = any("experts" in n and "shared" not in n for n, _ in model.named_parameters())
     for _, config in configs(model):
         if hasattr(config, "use_cache"):
@@ -88,10 +90,15 @@ def measure(name: str) -> dict[str, Any]:
     for kind in KINDS:
         if any(g.kind == kind for g in found.groups):
             try:
-                out["kinds"][kind] = check(model, inputs, found, kind, dense)
+                out["kinds"][kind] = check(model, inputs, found, kind, random_masks(found, kind), dense)
             except Exception as e:  # a pruned model that does not run is the finding
                 out["kinds"][kind] = {**WRONG, "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}"}
-    out["generate"] = generates(model, inputs, found)
+    together = {n: m for kind in TOGETHER for n, m in random_masks(found, kind).items()}
+    try:
+        out["together"] = check(model, inputs, found, "together", together, dense)
+    except Exception as e:  # likewise
+        out["together"] = {**WRONG, "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}"}
+    out["generate"] = generates(model, inputs, together)
     return out
 
 
@@ -108,14 +115,13 @@ def random_masks(found: Any, kind: str, seed: int = 11) -> dict[str, Any]:
     return kept
 
 
-def check(model: Any, inputs: Any, found: Any, kind: str, dense: Any) -> dict[str, Any]:
+def check(model: Any, inputs: Any, found: Any, kind: str, kept: dict[str, Any], dense: Any) -> dict[str, Any]:
     import torch
 
     from prunekit.graph import remove, zero
     from prunekit.graph.prove import count_after, masked_logits
     from prunekit.graph.structure import logits_of
 
-    kept = random_masks(found, kind)
     asked = [(c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members}) for c in found.candidates if c.group.name in kept]
     removed = remove(copy.deepcopy(model), kept)
     with torch.no_grad():
@@ -141,8 +147,8 @@ def check(model: Any, inputs: Any, found: Any, kind: str, dense: Any) -> dict[st
     }
 
 
-def generates(model: Any, inputs: Any, found: Any) -> str:
-    """Whether the model pruned in all kinds at once generates the same with and without a cache."""
+def generates(model: Any, inputs: Any, kept: dict[str, Any]) -> str:
+    """Whether the model pruned in several kinds at once generates the same with and without a cache."""
     import torch
 
     from prunekit.graph import remove
@@ -157,7 +163,6 @@ def generates(model: Any, inputs: Any, found: Any) -> str:
         return f"n/a ({type(e).__name__} before pruning)"
     if not torch.equal(*dense):
         return "n/a (differs before pruning)"
-    kept = {n: m for kind in ("neurons", "heads", "hidden", "experts") for n, m in random_masks(found, kind).items()}
     try:
         pruned = remove(copy.deepcopy(model), kept)
         with torch.no_grad():
@@ -175,9 +180,12 @@ def lacking(result: dict[str, Any], kind: str) -> list[str]:
     return [line for line in result["left"] if line.split(":")[0].split(".")[0].split("_")[0] == kind]
 
 
+def correct(c: dict[str, Any]) -> bool:
+    return bool(c["off"] < 1e-4 and c["moved"] > 1e-3 and c["exact"] and c["tied"])
+
+
 def right(result: dict[str, Any], kind: str) -> bool:
-    c = result["kinds"].get(kind)
-    return bool(c) and c["off"] < 1e-4 and c["moved"] > 1e-3 and c["exact"] and c["tied"] and not lacking(result, kind)
+    return kind in result["kinds"] and correct(result["kinds"][kind]) and not lacking(result, kind)
 
 
 def expected(name: str, result: dict[str, Any], kind: str) -> bool:
@@ -223,7 +231,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines += [f"| neurons, heads and hidden all right | {both[0]} of {len(decoders)} | {both[1]} of {len(built)} |"]
     same = [sum(r["generate"] == "same" for r in some.values()) for some in (decoders, built)]
     able = [sum(not r["generate"].startswith("n/a") for r in some.values()) for some in (decoders, built)]
-    lines += [f"| same text with and without cache, pruned in all kinds | {same[0]} of {able[0]} | {same[1]} of {able[1]} |", ""]
+    joint = [sum(correct(r["together"]) for r in some.values()) for some in (decoders, built)]
+    lines += [f"| {', '.join(TOGETHER)}: those proven, removed together | {joint[0]} of {len(decoders)} | {joint[1]} of {len(built)} |"]
+    lines += [f"| the same text with and without a cache after that | {same[0]} of {able[0]} | {same[1]} of {able[1]} |", ""]
+    lines += [f"Code: {', '.join(sorted({r.get('code', 'unknown') for r in results.values()}))} (last commit of prunekit/graph).", ""]
     lines += [
         "*proven (n)*: n groups, and removing random units of all of them at once gives the logits of zeroing them to 1e-4, with the exact number",
         "",
@@ -240,6 +251,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for k in KINDS[:5]:
             if expected(n, r, k) and not right(r, k):
                 lines.append(f"- {n}, {k}: {cell(n, r, k)}")
+        if r["kinds"] and not correct(r["together"]):
+            why = r["together"].get("error") or f"off by {r['together']['off']:.1e}, parameters exact: {r['together']['exact']}"
+            lines.append(f"- {n}, kinds together: {why}")
         if not r["generate"].startswith(("same", "n/a")):
             lines.append(f"- {n}, generation with a cache after pruning: {r['generate']}")
     lines += [f"- {n}, everything: {r['error'][:200]}" for n, r in broken.items()]
@@ -283,20 +297,30 @@ def one(job: tuple[str, int]) -> tuple[str, dict[str, Any]]:
         signal.alarm(0)
 
 
+def state() -> str:
+    """The last commit that changed discovery; `+` where the working tree differs from it."""
+    last, changed = (
+        subprocess.run(["git", *command, "--", "prunekit/graph"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        for command in (["log", "-1", "--format=%h"], ["status", "--porcelain"])
+    )
+    return last + ("+" if changed else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--limit", type=int, default=300, help="seconds for one architecture")
+    parser.add_argument("--limit", type=int, default=900, help="seconds for one architecture")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.parent.mkdir(exist_ok=True)
     names = [] if args.table else args.names or tools().ARCHS
+    code = state()
     os.environ["OMP_NUM_THREADS"] = "1"
     with get_context("spawn").Pool(args.jobs, initializer=os.setsid, maxtasksperchild=25) as pool:
         for name, result in pool.imap_unordered(one, [(n, args.limit) for n in names]):
-            results[name] = result
+            results[name] = {**result, "code": code}
             RESULTS.write_text(json.dumps(results, indent=1))
             done = {k: cell(name, result, k) for k in KINDS} if "kinds" in result else result
             sys.stderr.write(f"{name}: {done} {result.get('generate', '')}\n")

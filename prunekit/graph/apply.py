@@ -113,6 +113,8 @@ def follow(candidate: Candidate, removed: int, model: nn.Module) -> dict[tuple[s
         if config is not None and hasattr(config, "__dict__"):
             own |= {f"config.{k}": v for k, v in vars(config).items() if not k.startswith("_") and not k.endswith("token_id") and sized(v)}
         for attr, old in own.items():
+            if (path, attr) in candidate.numbers:
+                continue
             values = list(old) if isinstance(old, (tuple, list)) else [old]
             if not any(v in extents for v in values):
                 continue

@@ -110,6 +110,8 @@ def bypass(block: nn.Module) -> Any:
 
     def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor))
-        return given if isinstance(output, Tensor) else (given, *output[1:])
+        if isinstance(output, Tensor):
+            return given
+        return output._replace(**{output._fields[0]: given}) if hasattr(output, "_fields") else (given, *output[1:])
 
     return block.register_forward_hook(skip, with_kwargs=True)

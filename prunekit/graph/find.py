@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.graph.groups import Candidate, Pattern, candidates
 from prunekit.graph.kinds import Typed, type_families
 from prunekit.graph.labels import Labels, tensors
-from prunekit.graph.prove import BLOCKS, Verdict, prove, prove_blocks
+from prunekit.graph.prove import BLOCKS, Verdict, disagreement, prove, prove_blocks
 from prunekit.graph.solve import Solution
 from prunekit.graph.structure import ERRORS, TOKENS, block_lists, block_of, configs, inputs_for, open_routing, skeleton
 from prunekit.graph.trace import Trace, trace
@@ -22,13 +22,17 @@ from prunekit.types import Group
 
 @dataclass
 class Discovery:
-    """What is known about a model: proven candidates, recipes for removing them, and in words what was left alone."""
+    """What is known about a model: proven candidates, recipes for removing them, and in words what was left alone.
+
+    `uncached`: why generation with a cache is no part of the proofs (the unpruned model cannot do it either); empty where it is.
+    """
 
     candidates: list[Candidate]
     verdicts: dict[Pattern, Verdict]
     left: list[str]
     skip: frozenset[tuple[str, int]] = frozenset()
     blocks: Group | None = None
+    uncached: str = ""
 
     @property
     def groups(self) -> list[Group]:
@@ -52,16 +56,34 @@ def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
     skip = token_axes(labels)
     if skip:
         labels, _ = trace(small, inputs, Trace(small, skip))
+    labels = meet_generation(small, inputs, skip, labels)
     typed, refused, solution = typed_families(small, labels)
     typed, refused, solution, labels = meet_experts(small, inputs, skip, (typed, refused, solution, labels))
     found = candidates(solution, typed, small, stands, model)
-    dead = [n for n, p in tensors(small) if isinstance(p, nn.Parameter) and n not in labels.touched and p.numel() > 1]
-    left = refused + [f"{n}: the traced run never touched it" for n in dead]
+    left = refused + [f"{n}: the traced run never touched it" for n in untouched(small, labels)]
     used = [path for path in block_lists(model) if any(n.startswith(path + ".") for n in labels.touched)]
     blocks = blocks_of(model, used)
     if blocks is None:
         left.append(f"blocks: the blocks that ran are in {len(used)} lists ({', '.join(used[:4])}), not in one of two or more")
     return small, Discovery(found, {}, left, skip, blocks)
+
+
+def untouched(small: nn.Module, labels: Labels) -> list[str]:
+    return [n for n, p in tensors(small) if isinstance(p, nn.Parameter) and n not in labels.touched and p.numel() > 1]
+
+
+def meet_generation(small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: Trace) -> Trace:
+    """Where a plain run leaves parameters untouched, follow a step of generation too: XLNet asks for the next token by a stream of its own."""
+    prepare, (ids, *others) = getattr(small, "prepare_inputs_for_generation", None), inputs.values()
+    if prepare is None or others or not untouched(small, first):
+        return first
+    try:
+        step = {k: v for k, v in prepare(ids, use_cache=False).items() if isinstance(v, Tensor)}
+        both, _ = trace(small, inputs, Trace(small, skip))
+        trace(small, step, both)
+    except ERRORS:
+        return first
+    return both if len(untouched(small, both)) < len(untouched(small, first)) else first
 
 
 Typing = tuple[list[Typed], list[str], Solution, Trace]
@@ -122,7 +144,7 @@ def discovery(model: nn.Module, verify: bool = True) -> Discovery:
     if key not in _FOUND:
         found = survey(model)[1]
         if verify:
-            found = settle(found, verdicts_for(model))
+            found = settle(found, *verdicts_for(model))
         while len(_FOUND) >= REMEMBERED:
             del _FOUND[next(iter(_FOUND))]
         _FOUND[key] = found
@@ -142,17 +164,19 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def verdicts_for(model: nn.Module) -> dict[Pattern, Verdict]:
-    """Proofs on a small version of the model with random weights and two blocks of each kind."""
+def verdicts_for(model: nn.Module) -> tuple[dict[Pattern, Verdict], str]:
+    """Proofs on a small version of the model with random weights and two blocks of each kind; why they leave out the cache, if they do."""
     twin = small_version(model)
+    inputs = inputs_for(twin)
     _, known = survey(twin, each=2)
-    verdicts = prove(twin, inputs_for(twin), known.candidates, known.skip)
+    uncached = disagreement(twin, inputs)
+    verdicts = prove(twin, inputs, known.candidates, known.skip, caches=not uncached)
     if known.blocks:
-        verdicts[BLOCKS] = prove_blocks(twin, inputs_for(twin), known.blocks)
-    return verdicts
+        verdicts[BLOCKS] = prove_blocks(twin, inputs, known.blocks, caches=not uncached)
+    return verdicts, uncached
 
 
-def settle(found: Discovery, verdicts: dict[Pattern, Verdict]) -> Discovery:
+def settle(found: Discovery, verdicts: dict[Pattern, Verdict], uncached: str) -> Discovery:
     """Keep for each place the first candidate that is proven; say why the others are not."""
     kept, left = [], list(found.left)
     for c in found.candidates:
@@ -165,7 +189,7 @@ def settle(found: Discovery, verdicts: dict[Pattern, Verdict]) -> Discovery:
     if blocks and verdicts[BLOCKS].recipe is None:
         blocks = None
         left.append(f"blocks: {verdicts[BLOCKS].reason}")
-    return Discovery(kept, verdicts, left, found.skip, blocks)
+    return Discovery(kept, verdicts, left, found.skip, blocks, uncached)
 
 
 def verify(model: nn.Module, groups: Sequence[Group]) -> list[tuple[str, bool, str]]:

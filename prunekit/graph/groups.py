@@ -13,7 +13,7 @@ from torch import nn
 
 from prunekit.graph.kinds import Typed
 from prunekit.graph.solve import Family, Solution
-from prunekit.graph.structure import block_lists, block_of
+from prunekit.graph.structure import block_lists, block_of, numbers
 from prunekit.types import Group, Member
 
 Extents = dict[str, dict[int, Counter[int]]]
@@ -35,7 +35,7 @@ class Argument:
 
 @dataclass
 class Candidate:
-    """A group together with what removal has to know; `spare` are other families for the same place."""
+    """A group together with what removal has to know; `numbers`: attributes that are not sizes; `spare`: other families for its place."""
 
     group: Group
     pattern: Pattern
@@ -44,6 +44,7 @@ class Candidate:
     arguments: list[Argument]
     least: int = 1
     block: str | None = None
+    numbers: frozenset[tuple[str, str]] = frozenset()
     spare: list[Candidate] = field(default_factory=list)
 
 
@@ -94,6 +95,9 @@ def candidates(solution: Solution, typed: list[Typed], small: nn.Module, stands:
                 for candidate in made:
                     candidate.block = there[:-1]
                 out.append(made[0])
+    not_sizes = numbers(real)
+    for candidate in [o for c in out for o in (c, *c.spare)]:
+        candidate.numbers = not_sizes
     return out
 
 

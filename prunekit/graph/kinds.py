@@ -79,7 +79,8 @@ def find_experts(model: nn.Module, solution: Solution, families: list[Family], l
             continue
         scope, root = router.names[0][0].rpartition(".")[0], f"{block[0]}.{block[1]}"
         while scope.startswith(root):
-            near = [f for f in families if f is not router and f.n == router.n and all(n.startswith(scope + ".") for n, _ in f.names)]
+            inside = [f for f in families if f is not router and all(n.startswith(scope + ".") for n, _ in f.names)]
+            near = [f for f in inside if f.n == router.n]
             slabs = [f for f in near if all(d == 0 for _, d in f.names) and not any(set(u) & order for u in f.units)]
             slabs = [f for f in slabs if _expert_axis(solution, f) or not any(set(u) & batch for u in f.units)]
             listed = [
@@ -87,16 +88,18 @@ def find_experts(model: nn.Module, solution: Solution, families: list[Family], l
             ]
             if slabs or listed or _expert_axis(solution, router):
                 modules = tuple(f"{listed[0]}.{i}" for i in range(router.n)) if listed and not slabs else ()
-                out.append(Typed("experts", _joined([router, *slabs]), block, modules=modules))
+                short = [f for f in inside if 1 < f.n < router.n and _expert_axis(solution, f)] if slabs else []
+                out.append(Typed("experts", _joined([router, *slabs, *short]), block, modules=modules))
                 break
             scope = scope.rpartition(".")[0]
     return out
 
 
 def _joined(families: list[Family]) -> Family:
-    """Unit u of each, together."""
-    units = [tuple(sorted(set().union(*(f.units[u] for f in families)))) for u in range(families[0].n)]
-    axes = {a: index for f in families for a, index in f.axes.items()}
+    """Unit u of each, together; where some have fewer units (experts with weights, which come before those without), so many."""
+    n = min(f.n for f in families)
+    units = [tuple(sorted(set().union(*(f.units[u] for f in families)))) for u in range(n)]
+    axes = {a: index[:n] for f in families for a, index in f.axes.items()}
     names = tuple(n for f in families for n in f.names)
     return Family(units, axes, frozenset().union(*(f.flags for f in families)), names)
 

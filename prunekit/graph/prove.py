@@ -12,15 +12,19 @@ from torch import Tensor, nn
 
 from prunekit.graph.apply import Recipe, follow, plain_experts, set_sizes, shrink
 from prunekit.graph.asked import Masks, bypass, gone, lost_modules, to_keep, zero_block, zero_slices
+from prunekit.graph.cached import same_with_cache
 from prunekit.graph.groups import Candidate, Pattern
 from prunekit.graph.masked import Masked
-from prunekit.graph.structure import ERRORS, clone, drop_blocks, logits_of, natural, quiet
+from prunekit.graph.structure import ERRORS, block_kinds, clone, drop_blocks, logits_of, natural, quiet
 from prunekit.graph.trace import trace
 from prunekit.types import Group
 
 TOLERANCE = 1e-4
 MOVES = 1e-3
 """Relative: removal must match its reference to the first, and the reference must differ from the dense logits by the second."""
+STALE = 20
+"""After so many recipes with which only the cache fails, none is expected to mend it."""
+RANDOM = "two runs on the same input give different logits, so nothing can be compared"
 UNMOVED = "removing units does not move the logits, so nothing would be proven"
 
 
@@ -67,17 +71,19 @@ def prove(
     inputs: dict[str, Any],
     everything: Sequence[Candidate],
     skip: frozenset[tuple[str, int]] = frozenset(),
+    caches: bool = False,
     share: float = 0.3,
 ) -> dict[Pattern, Verdict]:
     """A verdict for every pattern among the candidates and their spares; a spare is tried only where what it stands in for fails."""
-    dense = run(model, inputs)
+    case = Case(model, inputs, everything, run(model, inputs), skip, caches)
+    if not torch.allclose(run(model, inputs), case.dense):
+        return {o.pattern: Verdict(None, RANDOM) for c in everything for o in (c, *c.spare)}
     verdicts: dict[Pattern, Verdict] = {}
     level = list(everything)
     while level:
         for pattern in dict.fromkeys(c.pattern for c in level):
             if pattern not in verdicts:
                 same = [c for c in level if c.pattern == pattern]
-                case = Case(model, inputs, everything, dense, skip)
                 verdicts[pattern] = prove_pattern(case, same, share)
         level = [c.spare[0] for c in level if c.spare and verdicts[c.pattern].recipe is None]
     return verdicts
@@ -92,6 +98,15 @@ class Case:
     everything: Sequence[Candidate]
     dense: Tensor
     skip: frozenset[tuple[str, int]]
+    caches: bool
+    """Whether the unpruned model generates the same with a cache as without; what is removed must leave it so."""
+
+
+def disagreement(model: nn.Module, inputs: dict[str, Any]) -> str:
+    """Why the unpruned model cannot show that its cache survives pruning; nothing if it can."""
+    dense = duplicate(model)
+    natural(dense)
+    return same_with_cache(dense, inputs)
 
 
 def prove_pattern(case: Case, same: Sequence[Candidate], share: float, draws: int = 4) -> Verdict:
@@ -141,7 +156,7 @@ def prove_one(case: Case, asked: Sequence[tuple[Candidate, Masks]], options: Seq
         return Verdict(None, UNMOVED)
     expected = count_after(model, asked)
     pattern = asked[0][0].pattern
-    reason = ""
+    reason, stale = "", []
     for recipe in options[:tries]:
         small = duplicate(model)
         shrink(small, everything, asked, {pattern: recipe})
@@ -155,10 +170,15 @@ def prove_one(case: Case, asked: Sequence[tuple[Candidate, Masks]], options: Seq
         except ERRORS as e:
             reason = reason or f"{type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''}"
             continue
-        if off < TOLERANCE:
+        if not off < TOLERANCE:
+            reason = f"removal differs from zeroing by {off:.1e}"
+            continue
+        stale.append(same_with_cache(small, inputs) if case.caches else "")
+        if not stale[-1]:
             return Verdict(recipe)
-        reason = f"removal differs from zeroing by {off:.1e}"
-    return Verdict(None, reason)
+        if len(stale) == STALE:
+            break
+    return Verdict(None, f"removal equals zeroing, but not when generating with a cache: {stale[0]}" if stale else reason)
 
 
 def count_after(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> int:
@@ -195,26 +215,35 @@ def recipes(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> Itera
 BLOCKS: Pattern = ("blocks", frozenset())
 
 
-def prove_blocks(model: nn.Module, inputs: dict[str, Any], blocks: Group) -> Verdict:
-    """Dropping any one block must equal zeroing all its parameters; or, where that is not the identity, handing on its input."""
+def prove_blocks(model: nn.Module, inputs: dict[str, Any], blocks: Group, caches: bool = False) -> Verdict:
+    """Dropping any one block must equal zeroing all its parameters; or, where that is not the identity, handing on its input.
+
+    With `caches` it must generate the same with a cache as without as well, unless the block is the last of its kind: classes may
+    refuse a cache where, say, no attention is left.
+    """
     dense = run(model, inputs)
     path = blocks.modules[0].rpartition(".")[0]
+    kinds = block_kinds(model, path)
+    if not torch.allclose(run(model, inputs), dense):
+        return Verdict(None, RANDOM)
     by_zeros = True
     for i in range(blocks.units):
-        small = duplicate(model)
+        small, skipped, zeroed = (duplicate(model) for _ in range(3))
         drop_blocks(small, path, [j for j in range(blocks.units) if j != i])
+        bypass(skipped.get_submodule(blocks.modules[i]))
+        zero_block(zeroed, blocks.modules[i])
         try:
-            removed = run(small, inputs)
+            removed, passed, silent = (run(m, inputs) for m in (small, skipped, zeroed))
         except ERRORS as e:
             return Verdict(None, f"without block {i}: {type(e).__name__}: {str(e)[:100]}")
         scale = max(1.0, float(removed.abs().max()))
-        skipped, zeroed = duplicate(model), duplicate(model)
-        bypass(skipped.get_submodule(blocks.modules[i]))
-        zero_block(zeroed, blocks.modules[i])
-        by_zeros = by_zeros and float((run(zeroed, inputs) - removed).abs().max()) < TOLERANCE * scale
-        off = float((run(skipped, inputs) - removed).abs().max()) / scale
+        by_zeros = by_zeros and float((silent - removed).abs().max()) < TOLERANCE * scale
+        off = float((passed - removed).abs().max()) / scale
         if not off < TOLERANCE and not by_zeros:
             return Verdict(None, f"dropping block {i} differs from handing on its input by {off:.1e}")
         if float((removed - dense).abs().max()) < MOVES * scale:
             return Verdict(None, f"dropping block {i} does not move the logits, so nothing would be proven")
+        stale = same_with_cache(small, inputs) if caches and kinds.count(kinds[i]) > 1 else ""
+        if stale:
+            return Verdict(None, f"without block {i} generation with a cache is not the same: {stale}")
     return Verdict(Recipe(), bypass=not by_zeros)

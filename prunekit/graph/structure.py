@@ -39,6 +39,8 @@ def block_of(name: str, lists: dict[str, int]) -> tuple[str, int] | None:
 
 TOKENS = 13
 """Length of the traced sample: a prime, so that few sizes of a model equal it."""
+PROMPT = 8
+"""How much of it a generated text starts from."""
 IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
@@ -53,14 +55,31 @@ def configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _numbered(blocks: nn.ModuleList) -> list[tuple[str, str, int]]:
-    """(submodule, attribute, offset) that hold the block's own number, e.g. `self_attn.layer_idx`."""
-    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    """(submodule, attribute, offset) that hold the block's own number, e.g. `self_attn.layer_idx`.
+
+    A number is told by running along with the blocks wherever an attribute of that name is (hybrids: under other submodules in other
+    blocks), else wherever it is under that submodule; seen in two blocks at least.
+    """
+    named: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    placed: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
     for i, block in enumerate(blocks):
         for path, module in block.named_modules():
             for attr, value in vars(module).items():
                 if isinstance(value, int) and not isinstance(value, bool):
-                    found[path, attr].append(value - i)
-    return [(*key, v[0]) for key, v in found.items() if len(v) == len(blocks) > 1 and len(set(v)) == 1]
+                    named[attr].add((i, value - i))
+                    placed[path, attr].add((i, value - i))
+
+    def along(seen: set[tuple[int, int]]) -> bool:
+        return len({i for i, _ in seen}) > 1 and len({offset for _, offset in seen}) == 1
+
+    return [(*key, next(iter(seen))[1]) for key, seen in placed.items() if along(named[key[1]]) or along(seen)]
+
+
+def numbers(model: nn.Module) -> frozenset[tuple[str, str]]:
+    """(module path, attribute) of every number that a block or a part of it bears: not a size, whatever it equals."""
+    lists = {path: model.get_submodule(path) for path in block_lists(model)}
+    found = {path: _numbered(blocks) for path, blocks in lists.items()}  # type: ignore[arg-type]
+    return frozenset((f"{p}.{i}.{sub}".rstrip("."), attr) for p in lists for i in range(len(lists[p])) for sub, attr, _ in found[p])  # type: ignore[arg-type]
 
 
 def drop_blocks(model: nn.Module, path: str, keep: Sequence[int]) -> None:
@@ -72,11 +91,13 @@ def drop_blocks(model: nn.Module, path: str, keep: Sequence[int]) -> None:
     if not isinstance(blocks, nn.ModuleList):
         raise TypeError(f"{path} is not a ModuleList")
     old = len(blocks)
-    numbers = _numbered(blocks)
+    held = _numbered(blocks)
     kept = nn.ModuleList([blocks[i] for i in keep])
     for new, block in enumerate(kept):
-        for sub, attr, offset in numbers:
-            setattr(block.get_submodule(sub), attr, new + offset)
+        parts = dict(block.named_modules())
+        for sub, attr, offset in held:
+            if sub in parts and attr in vars(parts[sub]):
+                setattr(parts[sub], attr, new + offset)
     parent, _, leaf = path.rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, leaf, kept)

@@ -46,6 +46,8 @@ SAMPLE = {
     "deepseek_v3": USUAL + " experts inner",
     "phimoe": USUAL + " experts",
     "beam": USUAL + " experts",
+    "longcat_flash": USUAL + " experts inner",
+    "zaya": "neurons heads hidden",
 }
 
 
