@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,8 @@ from torch import Tensor
 
 from prunekit.integrity import CheckpointError
 
+ENDING = ".bitmask.safetensors"
+"""Packed files have a name of their own, so that a loader that does not know them finds no weights rather than wrong ones."""
 BITS, VALUES = ".bitmask", ".values"
 SHAPES = "prunekit_bitmask"
 """Key of the metadata: tensor name -> shape, for those that are packed."""
@@ -54,6 +59,34 @@ def read(path: str | Path) -> dict[str, Tensor]:
                 raise CheckpointError(f"{path}: {name}{VALUES} has {values.numel()} elements, its mask says {int(held.sum())}")
             out[name] = torch.zeros(count, dtype=values.dtype).masked_scatter_(held, values).view(shape)
     return out
+
+
+def pack(folder: Path) -> None:
+    """Replace every safetensors file of a checkpoint folder by its packed form, file by file."""
+    from safetensors.torch import load_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        write(load_file(file), file.with_name(file.name.removesuffix(".safetensors") + ENDING))
+        file.unlink()
+
+
+@contextmanager
+def unpacked(folder: Path, files: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
+    """The folder and its `files` as transformers reads them: themselves where nothing is packed, else copies that live inside the `with`."""
+    from safetensors.torch import save_file
+
+    if not any(f.endswith(ENDING) for f in files):
+        yield folder, list(files)
+        return
+    with tempfile.TemporaryDirectory(prefix="prunekit-") as name:
+        plain, names = Path(name), []
+        for file in files:
+            names.append(file.removesuffix(ENDING) + ".safetensors" if file.endswith(ENDING) else file)
+            if file.endswith(ENDING):
+                save_file(read(folder / file), plain / names[-1], {"format": "pt"})
+            else:
+                shutil.copyfile(folder / file, plain / file)
+        yield plain, names
 
 
 def raw(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit import bitmask
 from prunekit.describe import describe
 from prunekit.integrity import MANIFEST, VERSION, CheckpointError, check_index, check_manifest, digest, read_header, read_json, seal
 from prunekit.layout import fresh, stock_class, tensors
@@ -31,12 +32,14 @@ def save(
     config: dict[str, Any] | None = None,
     counts: dict[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
+    packed: bool = False,
     check: bool = True,
 ) -> Path:
     """Write model, tokenizer and `pruning.json` into `folder`, which appears only when it is complete.
 
-    `kept` and `groups` as a pruner returns them, `config` the run's configuration, `counts` what was measured. `check` runs a few
-    tokens through the model as a loader would build it and through the model itself: the logits must be the same to the bit.
+    `kept` and `groups` as a pruner returns them, `config` the run's configuration, `counts` what was measured. `packed` stores zeros
+    as a bitmask: lossless, and only `prunekit.load` reads it. `check` runs a few tokens through the model as a loader would build it and
+    through the model itself: the logits must be the same to the bit.
     Raises ConfigError for a model that no config can tell, and for a folder that holds something else.
     """
     folder = Path(folder)
@@ -50,6 +53,8 @@ def save(
         told.copy.save_pretrained(part, max_shard_size=max_shard_size)
         if told.config._experts_implementation == "eager":
             _tell_experts(part / "config.json")
+        if packed:
+            bitmask.pack(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         _write_manifest(part, _manifest(part, kept or {}, groups or [], config or {}, counts or {}, told.layout))
@@ -64,13 +69,18 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
 
     `dtype` default: as saved. Raises CheckpointError naming file and field for anything that does not fit, before a weight is read.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer
-
     folder = Path(path)
     manifest = check_manifest(folder)
-    config, kind = _config_and_class(folder)
-    _check_headers(folder, manifest, config, kind)
+    with bitmask.unpacked(folder, list(manifest["files"])) as (plain, files):
+        config, kind = _config_and_class(plain)
+        _check_headers(plain, files, config, kind)
+        return _read(plain, config, kind, dtype, device), _read_tokenizer(plain, files)
+
+
+def _read(folder: Path, config: Any, kind: Any, dtype: torch.dtype | str | None, device: torch.device | str | None) -> nn.Module:
+    """The model; a tensor too many, too few or of another shape is an error."""
+    from safetensors import SafetensorError
+
     placed = {} if device is None else {"device_map": {"": torch.device(device)}}
     try:
         model, info = kind.from_pretrained(
@@ -81,9 +91,15 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             raise CheckpointError(f"{folder}: {what.replace('_', ' ')} in the safetensors: {sorted(map(str, info[what]))[:5]}")
-    has_tokenizer = any(name in manifest["files"] for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False) if has_tokenizer else None
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def _read_tokenizer(folder: Path, files: list[str]) -> Any:
+    from transformers import AutoTokenizer
+
+    if not {"tokenizer.json", "tokenizer_config.json"} & set(files):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _check_target(folder: Path) -> None:
@@ -121,9 +137,10 @@ def _manifest(part: Path, kept: Kept, groups: list[Group], config: dict, counts:
     for name, mask in kept.items():
         if name not in entries and mask.dim() == 1:
             entries[name] = {"kind": name.split(".")[0], "layer": None, "units": mask.numel(), "kept": mask.nonzero()[:, 0].tolist()}
+    how = "prunekit.load, or from_pretrained(path, trust_remote_code=True)" if layout else "from_pretrained(path)"
     return {
         "version": VERSION,
-        "loads_with": "prunekit.load, or from_pretrained(path, trust_remote_code=True)" if layout else "from_pretrained(path)",
+        "loads_with": "prunekit.load" if any(part.glob("*" + bitmask.ENDING)) else how,
         "config": config,
         "counts": counts,
         "groups": entries,
@@ -195,12 +212,12 @@ def _classes_of(config: Any) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def _check_headers(folder: Path, manifest: dict[str, Any], config: Any, kind: type) -> None:
+def _check_headers(folder: Path, held_files: list[str], config: Any, kind: type) -> None:
     """Compare names, shapes and places in the safetensors headers with the model that config.json asks for, and with the index."""
     from huggingface_hub.errors import StrictDataclassError
 
     name = folder / "config.json"
-    layers, files = config.get_text_config().num_hidden_layers, [f for f in manifest["files"] if f.endswith(".safetensors")]
+    layers, files = config.get_text_config().num_hidden_layers, [f for f in held_files if f.endswith(".safetensors")]
     if not isinstance(layers, int) or layers > sum(len(read_header(folder / f)) for f in files):
         raise CheckpointError(f"{name}: num_hidden_layers is {layers!r}, more than there are tensors")
     try:

@@ -46,6 +46,8 @@ def built(cfg: dict[str, Any]) -> Parts:
     missing = {"model", "calib", "criterion", "ratio", "exclude", "pruner", "recovery", "eval", "track", "seed", "save"} - cfg.keys()
     if missing:
         raise ConfigError(f"the config lacks {', '.join(sorted(missing))}")
+    if cfg["save"] not in (True, False, "packed"):
+        raise ConfigError(f"save={cfg['save']!r}; possible: true, false, packed (zeros stored as a bitmask)")
     parts = Parts(
         registry.models.build(cfg["model"]),
         registry.calibs.build(cfg["calib"]),

@@ -87,12 +87,13 @@ def show_kept(pruned: Pruned, tracker: track.Track) -> None:
 
 
 def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: track.Track) -> str | None:
-    """The checkpoint folder, unless `save=false`; its metadata goes to the tracker, the weights stay here."""
+    """The checkpoint folder, unless `save=false`; its metadata goes to the tracker, the weights stay here. `save=packed`: see `bitmask`."""
     if not job.cfg["save"] or not progress.first_process():
         return None
     folder = job.folder / "checkpoint"
     with stage(job, "save"):
-        checkpoint.save(pruned.model, tokenizer, folder, kept=pruned.kept, groups=pruned.groups, config=job.cfg, counts=counts(job))
+        told = {"kept": pruned.kept, "groups": pruned.groups, "config": job.cfg, "counts": counts(job)}
+        checkpoint.save(pruned.model, tokenizer, folder, packed=job.cfg["save"] == "packed", **told)
     tracker.artifact("checkpoint", [folder / "config.json", folder / "pruning.json"])
     return str(folder)
 

@@ -113,7 +113,7 @@ class Streams:
     def regression(self, module: nn.Module, p: Part, weigher: Weigher) -> Normal:
         """Sums over what a reader gets in the network pruned so far and, beside the dense one, how far its output should move."""
         outputs, inputs = p.reader.weight.shape
-        stats = Normal(inputs, 0 if self.dense is None else outputs, p.reader.weight.device)
+        stats = Normal(inputs, 0 if self.dense is None else outputs, p.reader.weight.device, self.feed.bf16)
         for i, rows in enumerate(self.feed.rows):
             mine = look(self.feed, module, self.block, i, self.own[rows], self.names, p.inside)
             after, move = mine.after[p.inside], None

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from prunekit.registry import ConfigError
+
 Removal = tuple[list[int], list[float]]
 """Units in the order in which they go, and what each one costs at its turn."""
 
@@ -31,22 +33,33 @@ def removal(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -> Remov
 
 
 def _wide(V: Tensor, M: Tensor, units: Tensor, count: int) -> Removal:
-    """Units of several inputs each."""
+    """Units of several inputs each, in float64: what is left of `M` after many removals is a small difference of large numbers."""
+    V, M = V.double(), M.double()
     left = list(range(len(units)))
     order, costs = [], []
     for _ in range(count):
-        inner = M[units[left][:, :, None], units[left][:, None, :]].double()  # (left, width, width)
-        outer = V[:, units[left]].permute(1, 2, 0).double()  # (left, width, outputs)
-        cost = (outer * torch.linalg.solve(inner, outer)).sum((1, 2))
+        inner = factor(M[units[left][:, :, None], units[left][:, None, :]])  # (left, width, width)
+        outer = V[:, units[left]].permute(1, 2, 0)  # (left, width, outputs)
+        cost = torch.linalg.solve_triangular(inner, outer, upper=False).square().sum((1, 2))
         best = int(cost.argmin())
         S = units[left.pop(best)]
-        share = torch.linalg.solve(inner[best], M[S].double()).float()
+        share = torch.cholesky_solve(M[S], inner[best])
         V = V - V[:, S] @ share
         M = M - M[:, S] @ share
         # The rows and columns of S are zero now but for rounding, and are not looked at again.
         order.append(int(S[0]) // units.shape[1])
-        costs.append(max(float(cost[best]), 0.0))
+        costs.append(float(cost[best]))
     return order, costs
+
+
+def factor(H: Tensor) -> Tensor:
+    """Lower Cholesky factor of `H (..., n, n)`. Raises ConfigError where there is none: numbers that are not finite, or too little text."""
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed.any():
+        if not H.isfinite().all():
+            raise ConfigError("a gram matrix has numbers that are not finite: the model overflows on this text, try pruner.precision=model")
+        raise ConfigError(f"a gram matrix of {H.shape[-1]} inputs is not positive definite: raise pruner.damp or calibrate on more text")
+    return L
 
 
 def _single(V: Tensor, M: Tensor, count: int, panel: int = 32) -> Removal:

@@ -99,6 +99,22 @@ def test_sharded(tmp_path: Path, tokens: torch.Tensor) -> None:
     same(model, load(tmp_path / "out")[0], tokens)
 
 
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+def test_zeros_packed_as_a_bitmask(tmp_path: Path, tokens: torch.Tensor, shard: str) -> None:
+    model = llama(tie=True)
+    for p in model.model.layers.parameters():
+        if p.dim() == 2:
+            p.data.masked_fill_(torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) < 0.7, 0)
+    plain, packed = save(model, None, tmp_path / "plain", max_shard_size=shard), tmp_path / "packed"
+    save(model, None, packed, packed=True, max_shard_size=shard)
+    same(model, load(packed)[0], tokens)
+    assert json.loads((packed / "pruning.json").read_text())["loads_with"] == "prunekit.load"
+    bytes_of = {f: sum(x.stat().st_size for x in f.glob("*.safetensors")) for f in (plain, packed)}
+    assert bytes_of[packed] < 0.55 * bytes_of[plain]
+    with pytest.raises(OSError, match="no file named|No such file"):  # never random weights in silence
+        LlamaForCausalLM.from_pretrained(packed)
+
+
 def test_saved_again(tmp_path: Path, tokens: torch.Tensor) -> None:
     model = uneven(llama())
     save(model, None, tmp_path / "one")

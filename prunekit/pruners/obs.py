@@ -145,7 +145,7 @@ def _curves(
     """Group name -> what removing 1, 2, .. of its units costs on the dense model, per token."""
     curves = {}
     for row, run in zip(parts, walk(model, blocks, tokens, feeding), strict=True):
-        stats = {p.inside: Normal(p.reader.weight.shape[1], 0, p.reader.weight.device) for p in row}
+        stats = {p.inside: Normal(p.reader.weight.shape[1], 0, p.reader.weight.device, feeding.bf16) for p in row}
         for i, rows in enumerate(run.feed.rows):
             seen = look(run.feed, run.module, run.block, i, run.inputs[rows], list(stats))
             for p in row:

@@ -126,4 +126,4 @@ def keep_zeros(pruned: Pruned) -> None:
     for group in pruned.groups:
         if group.kind == "weights" and group.name in pruned.kept:
             weight = tensor_of(pruned.model, group.members[0].param)
-            weight.mul_(pruned.kept[group.name].view_as(weight).to(weight.device))
+            weight.masked_fill_(~pruned.kept[group.name].view_as(weight).to(weight.device), 0)
