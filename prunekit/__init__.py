@@ -5,6 +5,7 @@ from prunekit.checkpoint import load, save
 from prunekit.graph import discover, remove, zero
 from prunekit.replay import replay
 from prunekit.run import run
+from prunekit.semi_structured import semi_structured
 
-__all__ = ["discover", "load", "remove", "replay", "run", "save", "zero"]
+__all__ = ["discover", "load", "remove", "replay", "run", "save", "semi_structured", "zero"]
 __version__ = "0.1.0"

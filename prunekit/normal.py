@@ -12,6 +12,10 @@ from torch import Tensor
 from prunekit.surgeon import factor
 
 
+ROUNDING = 1e-6
+"""Error of a float32 sum relative to its largest terms; a ridge below it would leave the matrix without a Cholesky factor."""
+
+
 class Normal:
     """Sums over tokens of a module's inputs `x (inputs)` and of the outputs `y (outputs)` it should give, float32 on the inputs' device.
 
@@ -34,10 +38,10 @@ class Normal:
         x = x.reshape(-1, x.shape[-1]).float()
         w = torch.ones(len(x), device=x.device) if w is None else w.reshape(-1).float()
         root = w.sqrt()[:, None]
-        xw = x * root
+        xw = (x * root).bfloat16().float() if self.bf16 else x * root  # the same rounding in all sums: a centred gram stays positive
         with rounding(self.bf16):
             self.gram += xw.T @ xw
-        self.sum_x += x.T @ w
+        self.sum_x += xw.T @ root[:, 0]
         if y is not None:
             yw = y.reshape(-1, y.shape[-1]).float() * root
             with rounding(self.bf16):
@@ -95,10 +99,11 @@ def problem(stats: Normal, weight: Tensor, damp: float, affine: bool, repair: fl
     if affine:
         H = H - stats.weight * torch.outer(mean_x, mean_x)
     unit = H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny, max=max(stats.level, torch.finfo(torch.float32).tiny))
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device) * unit
+    floor = ROUNDING * H.diagonal().max()
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
     if stats.cross.shape[1]:
         C, shift = stats.cross.double(), stats.sum_y.double() / stats.weight
         C = C - stats.weight * torch.outer(mean_x, shift) if affine else C
-        best = best + torch.cholesky_solve(C, factor(H + repair * eye)).T
+        best = best + torch.cholesky_solve(C, factor(H + max(repair * unit, floor) * eye)).T
         mean_y = mean_y + shift
-    return Problem(H + damp * eye, best, mean_x, mean_y, affine)
+    return Problem(H + max(damp * unit, floor if damp else 0) * eye, best, mean_x, mean_y, affine)
