@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
+from prunekit.registry import ConfigError
 from prunekit.types import Run, tensor_of
 
 Sink = Callable[[str, Tensor, Tensor, Tensor | None], None]
@@ -46,14 +47,15 @@ def lean_activations(blocks: Iterable[nn.Module]) -> Iterator[None]:
     context = partial(create_selective_checkpoint_contexts, _policy)
     changed = []
     for block in blocks:
-        original = block.forward
-        block.forward = partial(checkpoint, original, use_reentrant=False, context_fn=context, preserve_rng_state=False)  # type: ignore
-        changed.append(block)
+        changed.append((block, block.__dict__.get("forward")))
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context, preserve_rng_state=False)  # type: ignore
     try:
         yield
     finally:
-        for block in changed:
+        for block, own in changed:
             del block.forward  # the instance attribute; the class's method shows again
+            if own is not None:
+                block.forward = own  # type: ignore[assignment]  # accelerate's, which moves tensors between devices
 
 
 class _OneBufferLoss(torch.autograd.Function):
@@ -124,8 +126,12 @@ def backward(model: nn.Module, names: Iterable[str], run: Run, sink: Sink, *, sq
     `squares=True` adds the mean over samples of squared per-sample gradients. For linear layers they come out of the same single
     backward, from the layer's input and output gradient; other weights (norms, embeddings) take one extra backward a sample.
     `batch` splits the samples: then first-order gradients are accumulated over the batches (as much memory as the weights in `names`).
+    Raises ConfigError where accelerate keeps a weight elsewhere.
     """
     wanted = list(dict.fromkeys(names))
+    missing = [n for n in wanted if tensor_of(model, n).is_meta]
+    if missing:
+        raise ConfigError(f"gradients need every weight in memory, and {missing[0]} is not: prunekit.offload.gather(model) brings them")
     linear = _linear_owners(model, wanted) if squares else {}
     others = [n for n in wanted if n not in linear]
     with ExitStack() as stack:

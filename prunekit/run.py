@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit import cache, checkpoint, progress, provenance, results, track
+from prunekit import cache, checkpoint, offload, progress, provenance, results, track
 from prunekit.meter import Stages
 from prunekit.preflight import Parts, check
 from prunekit.types import Pruned
@@ -42,9 +42,10 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     with track.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
         with stage(job, "load"):
             model, tokenizer = job.parts.model()
+            offload.fits(model)
             tokens = job.parts.calib(tokenizer)
         measure(job, "dense", model, tokenizer, tracker)
-        with stage(job, "prune"):
+        with stage(job, "prune"), offload.in_memory(model):
             criterion = job.parts.criterion and job.cache.scores(job.parts.criterion, job.stages)
             pruned = job.parts.pruner(model, tokens, criterion, job.parts.ratio, job.parts.exclude)
         show_kept(pruned, tracker)
