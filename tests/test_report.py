@@ -115,6 +115,14 @@ def test_every_form_is_written(table1, tmp_path):
     assert not re.search(r'(src|href)="https?:', page.split("<script>")[0])
 
 
+def test_jobs_stand_in_the_order_of_their_numbers_and_name_what_says_the_same_once(tmp_path):
+    for i in (10, 2, 1):
+        cfg = config(exclude={"name": "range", "heads": [i, i + 1], "neurons": [i, i + 1]}, row="layer")
+        result(tmp_path / f"layer_{i}", stages(10, 11 + i), cfg)
+    [table] = sheets(load([tmp_path]))
+    assert [r.label for r in table.rows[1:]] == [f"layer, exclude.heads=[{i}, {i + 1}]" for i in (1, 2, 10)]
+
+
 def test_latex_escapes_what_it_must():
     assert report.files.tex("a_b & 5 %") == r"a\_b \& 5 \%"
 

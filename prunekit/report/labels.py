@@ -36,7 +36,7 @@ def names(results: Sequence[Result]) -> list[str]:
     leaves = [told(r.config) for r in results]
     rows = [r.config.get("row") for r in results]
     labels = []
-    by_row = {row: varying([x for x, other in zip(leaves, rows, strict=True) if other == row]) for row in dict.fromkeys(rows)}
+    by_row = {row: apart(varying(own), own) for row in dict.fromkeys(rows) if (own := [x for x, r in zip(leaves, rows) if r == row])}
     for leaf, row in zip(leaves, rows, strict=True):
         parts = [str(row)] if row else []
         for key in by_row[row]:
@@ -44,6 +44,12 @@ def names(results: Sequence[Result]) -> list[str]:
                 parts.append(leaf[key] if key.endswith(".name") else f"{key}={leaf[key]}")
         labels.append(", ".join(parts))
     return labels if any(labels) else [r.config["criterion"]["name"] for r in results]
+
+
+def apart(keys: Sequence[str], leaves: Sequence[dict[str, str]]) -> list[str]:
+    """`keys` without those that always say what an earlier one says, such as the layers of neurons that follow those of heads."""
+    columns = {key: tuple(leaf.get(key) for leaf in leaves) for key in keys}
+    return [key for i, key in enumerate(keys) if columns[key] not in [columns[other] for other in keys[:i]]]
 
 
 def varying(leaves: Sequence[dict[str, str]]) -> list[str]:

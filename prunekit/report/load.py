@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,12 +42,17 @@ def load(folders: Iterable[str | Path]) -> Found:
         if not top.is_dir():
             raise ConfigError(f"report: {top} is not a folder")
         for here, below, files in os.walk(top):
-            below.sort()
+            below.sort(key=natural)
             folder = Path(here)
             if folder.resolve() not in seen and file_job(folder, set(files), below, found):
                 seen.add(folder.resolve())
                 below.clear()  # a job's own subfolders (checkpoint, wandb) hold no jobs
     return found
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts `a2` before `a10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def file_job(folder: Path, files: set[str], below: list[str], found: Found) -> bool:
