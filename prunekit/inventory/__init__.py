@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from prunekit import preflight
 from prunekit.inventory import picture, tree
@@ -60,6 +61,16 @@ def data(found: Inventory) -> str:
         for key, value in as_json(found).items()
     }
     return "{\n" + ",\n".join(f' "{key}": {told}' for key, told in lines.items()) + "\n}\n"
+
+
+def described(model: nn.Module, title: str = "") -> str:
+    """The tree of any model, for a notebook."""
+    return text(inventory(model, title), False)
+
+
+def drawn(model: nn.Module, title: str = "", block: int | None = None) -> str:
+    """The picture of one block of any model, as SVG."""
+    return picture.svg(inventory(model, title), block)
 
 
 def text(found: Inventory, whole: bool) -> str:

@@ -18,6 +18,8 @@ TEXT, SMALL, CHAR = 12, 11, 0.602
 LARGEST, SMALLEST, THIN = 76, 16, 8
 """Sides of boxes in pixels: of the largest axis, of the smallest, and across a vector."""
 MARGIN, HEAD, GAP = 20, 92, 10
+CELL = 38
+"""Characters of a line beside a dot."""
 STYLE = """
 svg { --paper: #ffffff; --ink: #1f2328; --faint: #656d76; --rule: #d8dee4; --band: #f6f8fa; --box: #e7ebef;
   --c0: #0969da; --c1: #bc4c00; --c2: #1a7f37; --c3: #8250df; --c4: #bf3989; --c5: #1b7c83; --c6: #9a6700 }
@@ -78,7 +80,7 @@ class Drawing:
         return self.lanes[i].name, f"{e.group.units} units", f"{each} parameters each"
 
     def cells(self, row: Row, i: int) -> list[str]:
-        return [f"axis {p.axis}: {in_words(p.rule)}" for p in row.lanes.get(i, [])]
+        return [line for p in row.lanes.get(i, []) for line in textwrap.wrap(f"axis {p.axis}: {in_words(p.rule)}", CELL)]
 
     def legend(self) -> list[str]:
         """What dots, lines and boxes mean, in lines that fit."""
@@ -158,20 +160,20 @@ class Drawing:
     def row(self, row: Row, name: str, top: float, high: float) -> None:
         middle = top + high / 2
         self.write(MARGIN + 4, middle - 3, name)
-        owner = {p.axis: i for i, parts in row.lanes.items() for p in parts}
+        owners = {axis: [i for i, parts in row.lanes.items() for p in parts if p.axis == axis] for axis in range(len(row.part.shape))}
         line = self.write(MARGIN + 4, middle + 12, "", "faint", size=SMALL)
         for axis, n in enumerate(row.part.shape):
-            line.text, last = "", line[-1] if len(line) else None
-            if last is not None:
-                last.tail = " x "
-            span = ET.SubElement(line, "tspan", {"style": f"fill: {colour(owner[axis])}; font-weight: 600"} if axis in owner else {})
+            if axis:
+                line[-1].tail = " x "
+            shade = colour(owners[axis][0]) if len(owners[axis]) == 1 else "var(--ink)"
+            span = ET.SubElement(line, "tspan", {"style": f"fill: {shade}; font-weight: 600"} if owners[axis] else {})
             span.text = str(n)
         self.draw_box(row, middle)
-        for i, parts in row.lanes.items():
+        for i in row.lanes:
             x, cells = self.lane_x[i], self.cells(row, i)
             self.add("circle", cx=x, cy=middle, r=5, style=f"fill: {colour(i)}; stroke: var(--band); stroke-width: 1.5")
             for k, cell in enumerate(cells):
-                self.write(x + 11, middle + 4 + 15 * (k - (len(parts) - 1) / 2), cell, size=SMALL)
+                self.write(x + 11, middle + 4 + 15 * (k - (len(cells) - 1) / 2), cell, size=SMALL)
 
     # ---- boxes
 
@@ -196,23 +198,26 @@ class Drawing:
         width, height = self.box(part)
         back = 12 if depth is not None else 0
         x, y, w, h = self.box_x, middle - height / 2 + back, width - back, height - back
-        units = {p.axis: (i, p, unit_shown(self.lanes[i].first.group.units)) for i, parts in row.lanes.items() for p in parts}
+        here = [(p.axis, i, p.rule, self.lanes[i].first.group.units) for i, parts in row.lanes.items() for p in parts]
+        lit = next((i for axis, i, _, _ in here if axis == depth), None)
         for k in range(3, 0, -1) if back else ():
-            lit = depth in units and k == 2
-            fill = f"fill: {colour(units[depth][0])}" if lit and depth is not None else "fill: var(--box)"
-            self.add("rect", x=x + 4 * k, y=y - 4 * k, width=w, height=h, style=f"{fill}; stroke: var(--paper)")
+            fill = colour(lit) if lit is not None and k == 2 else "var(--box)"
+            self.add("rect", x=x + 4 * k, y=y - 4 * k, width=w, height=h, style=f"fill: {fill}; stroke: var(--paper)")
         self.add("rect", x=x, y=y, width=w, height=h, style="fill: var(--box); stroke: var(--paper)" if back else "fill: var(--box)")
-        for axis in (down, right):
-            if axis is None or axis not in units:
+        for axis, i, rule, units in here:
+            if axis not in (down, right):
                 continue
-            i, p, unit = units[axis]
-            long = h if axis == down else w
-            for first, count in stretches(p.rule.of(unit)):
-                a, b = first / part.shape[axis] * long, max(2.0, count / part.shape[axis] * long)
+            long = (h if axis == down else w) / part.shape[axis]
+            for first, count in stretches(rule.of(unit_shown(units))):
+                a, b = first * long, max(2.0, count * long)
                 place = {"x": x, "y": y + a, "width": w, "height": b} if axis == down else {"x": x + a, "y": y, "width": b, "height": h}
                 self.add("rect", **place, style=f"fill: {colour(i)}; fill-opacity: 0.55")
-            edge = {"x": x - 4, "y": y, "width": 3, "height": h} if axis == down else {"x": x, "y": y - 4, "width": w, "height": 3}
-            self.add("rect", **edge, style=f"fill: {colour(i)}")
+            for first, count in stretches(sorted({n for u in range(units) for n in rule.of(u)})):
+                a, b = first * long, count * long
+                edge = (
+                    {"x": x - 4, "y": y + a, "width": 3, "height": b} if axis == down else {"x": x + a, "y": y - 4, "width": b, "height": 3}
+                )
+                self.add("rect", **edge, style=f"fill: {colour(i)}")
 
     # ---- elements
 
