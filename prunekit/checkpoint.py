@@ -77,6 +77,14 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
         return _read(plain, config, kind, dtype, device), _read_tokenizer(plain, files)
 
 
+def outline(path: str | Path) -> nn.Module:
+    """The model of a folder that `save` wrote, on the meta device: shapes only, no weight is read. Raises CheckpointError as `load` does."""
+    folder = Path(path)
+    check_manifest(folder)
+    config, kind = _config_and_class(folder)
+    return fresh(kind, config).eval()
+
+
 def _read(folder: Path, config: Any, kind: Any, dtype: torch.dtype | str | None, device: torch.device | str | None) -> nn.Module:
     """The model; a tensor too many, too few or of another shape is an error."""
     from safetensors import SafetensorError

@@ -7,6 +7,7 @@ import torch
 import yaml
 from paths import ROOT
 
+import prunekit
 from prunekit.models import smollm2 as smollm2_module
 from prunekit.registry import ConfigError, models
 
@@ -81,6 +82,16 @@ def test_hf_loads_a_local_folder(tmp_path):
     assert half.dtype == torch.bfloat16
     meta, _ = models.build({"name": "hf", "path": str(tmp_path), "meta": True})()
     assert count(meta) == count(model)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hf_outlines_a_pruned_folder_so_that_it_can_be_planned_and_pruned_again(tmp_path, packed):
+    model, tokenizer = models.build({"name": "tiny_llama", "device": "cpu"})()
+    prunekit.remove(model, {"neurons.1": torch.arange(128) % 3 > 0, "heads.2": torch.tensor([True, False])})
+    prunekit.save(model, tokenizer, tmp_path / "pruned", packed=packed)
+    meta, _ = models.build({"name": "hf", "path": str(tmp_path / "pruned"), "meta": True})()
+    assert meta.device.type == "meta"
+    assert {n: (p.shape, p.dtype) for n, p in meta.named_parameters()} == {n: (p.shape, p.dtype) for n, p in model.named_parameters()}
 
 
 def test_hf_says_what_is_missing(tmp_path):

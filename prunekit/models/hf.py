@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prunekit.checkpoint import load
+from prunekit.checkpoint import load, outline
 from prunekit.integrity import MANIFEST
 from prunekit.registry import ConfigError, models
 
@@ -43,8 +43,10 @@ def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]
 
 def _pruned(path: str, dtype: str, device: str | None, device_map: Any, meta: bool) -> tuple[nn.Module, Any]:
     """A checkpoint of prunekit itself, whose layers may differ in width. Raises ConfigError for what only stock checkpoints can do."""
-    if meta or device_map is not None:
-        raise ConfigError(f"model=hf: {path} is a checkpoint of prunekit: it is loaded whole onto one device, without meta or device_map")
+    if device_map is not None:
+        raise ConfigError(f"model=hf: {path} is a checkpoint of prunekit: it is loaded whole onto one device, without device_map")
+    if meta:
+        return outline(path), None
     return load(path, dtype=None if dtype == "auto" else dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
