@@ -65,7 +65,7 @@ def test_any_index_comes_back(units, width, random):
 
 
 def evaluated(data: dict, units: int) -> list[list[int]]:
-    """The indices by the formula that the README gives for the JSON."""
+    """The indices by the formulas that the tutorial gives for the JSON."""
     if "units" in data:
         return data["units"]
     out = []
