@@ -77,7 +77,8 @@ class Drawing:
     def heading(self, i: int) -> tuple[str, str, str]:
         e = self.lanes[i].first
         each = f"{e.each[0]:,}" if len(e.each) == 1 else f"about {round(sum(e.each) / len(e.each)):,}"
-        return self.lanes[i].name, f"{e.group.units} units", f"{each} parameters each"
+        whole = ", whole modules" if e.group.modules else ""
+        return self.lanes[i].name, f"{e.group.units} units{whole}", f"{each} parameters each"
 
     def cells(self, row: Row, i: int) -> list[str]:
         return [line for p in row.lanes.get(i, []) for line in textwrap.wrap(f"axis {p.axis}: {in_words(p.rule)}", CELL)]
@@ -154,7 +155,7 @@ class Drawing:
             if self.lanes[i].first.block is None:
                 for y1, y2 in ((HEAD + MARGIN - 8, at[0]), (at[-1], bottom)):
                     self.add("line", x1=x, x2=x, y1=y1, y2=y2, style=stroke + "; stroke-dasharray: 2 5")
-                elsewhere = len(self.lanes[i].first.parts) - sum(map(len, (r.lanes.get(i, []) for r in self.rows)))
+                elsewhere = sum(not p.names[0].startswith(self.path + ".") for p in self.lanes[i].first.parts)
                 self.write(x + 10, bottom + 4, f"+ {elsewhere} axes elsewhere", "faint", size=SMALL)
 
     def row(self, row: Row, name: str, top: float, high: float) -> None:
