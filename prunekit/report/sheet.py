@@ -164,12 +164,12 @@ def mark_best(rows: Sequence[Row], column: Column) -> None:
 
 
 def agreement(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, tuple[int, int]]:
-    """For every column: how many pairs of rows, the dense one left out, stand in the same order here as in the paper."""
+    """For every column: how many of the pairs of rows that the paper tells apart, the dense row left out, stand in the same order here."""
     out = {}
     for column in columns:
         cells = [r.cells[column.key] for r in rows if r.stage != "dense"]
         both = [(c.mean, c.paper) for c in cells if c.mean is not None and c.paper is not None]
-        pairs = [(a, b) for i, a in enumerate(both) for b in both[i + 1 :]]
+        pairs = [(a, b) for i, a in enumerate(both) for b in both[i + 1 :] if a[1] != b[1]]
         if pairs:
             out[column.title] = (sum((a[0] < b[0]) == (a[1] < b[1]) for a, b in pairs), len(pairs))
     return out
