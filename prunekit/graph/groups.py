@@ -125,7 +125,8 @@ def _build(t, f: Family, solution: Solution, order, shrink, name: str, layer: in
     if layer is None:
         members = _by_block(members)
     facts = shrink(f)
-    extents = {real: sizes for scope, sizes in facts.extents.items() for real in rename(scope)}
+    counted = {f.n: Counter({1: 1})} if t.kind == "experts" else {}
+    extents = {real: {**counted, **sizes} for scope, sizes in facts.extents.items() for real in rename(scope)}
     group = Group(name, t.kind, layer, f.n, tuple(members), tuple(real for m in t.modules for real in rename(m)))
     norms = [real for scope in facts.norms for real in rename(scope)]
     arguments = [replace(a, module=real) for a in facts.arguments for real in rename(a.module)]

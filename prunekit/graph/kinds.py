@@ -86,10 +86,10 @@ def find_experts(model: nn.Module, solution: Solution, families: list[Family], l
             listed = [
                 n for n, m in model.named_modules() if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n
             ]
-            if slabs or listed or _expert_axis(solution, router):
+            fewer = [f for f in inside if f.n < router.n <= 2 * f.n and _expert_axis(solution, f) and all(d == 0 for _, d in f.names)]
+            if slabs or listed or fewer or _expert_axis(solution, router):
                 modules = tuple(f"{listed[0]}.{i}" for i in range(router.n)) if listed and not slabs else ()
-                short = [f for f in inside if 1 < f.n < router.n and _expert_axis(solution, f)] if slabs else []
-                out.append(Typed("experts", _joined([router, *slabs, *short]), block, modules=modules))
+                out.append(Typed("experts", _joined([router, *slabs, *fewer]), block, modules=modules))
                 break
             scope = scope.rpartition(".")[0]
     return out

@@ -1,4 +1,8 @@
-"""The reference for removal: a forward pass in which statistics (means, norms, softmax, top-k) run over the kept channels only."""
+"""The reference for removal: a forward pass in which statistics (means, norms, softmax, top-k) run over the kept channels only.
+
+So does the width that fused attention divides by, where that is the width at hand: classes that score residual channels read it off the
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +52,8 @@ class Masked(Trace):
         return labels
 
     def execute(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name.startswith("_scaled_dot_product"):
+            return func(*args, **{**kwargs, **self._scale(args[0], kwargs.get("scale"))})
         if name not in STATISTICS or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
         x = args[0]
@@ -65,6 +71,13 @@ class Masked(Trace):
             return _norm(name, x, keep, dims, args)
         low = name not in ("amin", "min")
         return func(x.masked_fill(~keep, -1e9 if low else 1e9), *args[1:], **kwargs)
+
+    def _scale(self, q: Tensor, scale: float | None) -> dict[str, float]:
+        """The scale of attention over the kept channels, where the one given is that over all."""
+        n = q.shape[-1]
+        lost = [torch.from_numpy(self._gone[f.numpy()]) for f in self.fields(q) if f.size(-1) == n]
+        gone = max((int(g.reshape(-1, n).all(0).sum()) for g in lost), default=0)
+        return {"scale": (n - gone) ** -0.5} if gone and (scale is None or abs(scale - n**-0.5) < 1e-6) else {}
 
 
 def _moments(name: str, x: Tensor, keep: Tensor, dims: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -83,7 +83,7 @@ def numbers(model: nn.Module) -> frozenset[tuple[str, str]]:
 
 
 def drop_blocks(model: nn.Module, path: str, keep: Sequence[int]) -> None:
-    """Keep only these blocks of one list, in place: renumber them and shorten the per-layer lists and counts of configs and owners.
+    """Keep only these blocks of one list, in place: renumber them and shorten the per-layer lists, maps and counts of configs and modules.
 
     With two blocks or more a number is told from a constant by changing from block to block.
     """
@@ -103,6 +103,10 @@ def drop_blocks(model: nn.Module, path: str, keep: Sequence[int]) -> None:
     setattr(owner, leaf, kept)
     for holder in [*(c for _, c in configs(model)), *(m for n, m in model.named_modules() if not n.startswith(path + "."))]:
         _shorten(holder, old, keep)
+    for module in model.modules():
+        for attr, value in list(vars(module).items()):
+            if isinstance(value, dict) and "layer" in attr and value and all(type(k) is int and 0 <= k < old for k in value):
+                setattr(module, attr, {keep.index(k): v for k, v in value.items() if k in keep})
 
 
 def _shorten(holder: Any, old: int, keep: Sequence[int]) -> None:
@@ -129,14 +133,19 @@ def _numbers(attr: str, value: list[Any], old: int) -> bool:
 
 
 def block_kinds(model: nn.Module, path: str) -> list[int]:
-    """For each block of a list the index of the first block that is built like it: classes, shapes, settings, per-layer config entries."""
+    """For each block of a list the index of the first block that is built like it: classes, shapes, settings, per-layer config entries.
+
+    A block that shares parameters with another stands for itself: its units are the other's as well.
+    """
     blocks = model.get_submodule(path)
     numbered = {(sub, attr) for sub, attr, _ in _numbered(blocks)}
     lists = [v for _, c in configs(model) for v in vars(c).values() if isinstance(v, (list, tuple)) and len(v) == len(blocks)]
+    owners = Counter(id(p) for block in blocks for p in block.parameters())
     first: dict[Any, int] = {}
     out = []
     for i, block in enumerate(blocks):
         parts: list[Any] = [repr(v[i]) for v in lists]
+        parts += [i] if any(owners[id(p)] > 1 for p in block.parameters()) else []
         for sub, module in block.named_modules():
             settings = [(k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (int, str, bool, type(None)))]
             parts.append(

@@ -47,7 +47,8 @@ SAMPLE = {
     "phimoe": USUAL + " experts",
     "beam": USUAL + " experts",
     "longcat_flash": USUAL + " experts inner",
-    "zaya": "neurons heads hidden",
+    "zaya": "neurons heads hidden experts",
+    "inkling2_text": "neurons heads hidden experts",
 }
 
 

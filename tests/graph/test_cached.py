@@ -39,7 +39,14 @@ def test_a_blocks_number_does_not_follow_heads_that_equal_it(kv: int, layers: in
 
 
 def test_blocks_of_a_hybrid_are_renumbered_wherever_they_keep_their_number() -> None:
-    sizes = {"num_key_value_heads": 3, "mamba_d_head": 16, "mamba_n_heads": 6, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+    sizes = {
+        "num_key_value_heads": 3,
+        "mamba_d_head": 16,
+        "mamba_n_heads": 6,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 16,
+    }
     model = build("BambaConfig", attn_layer_indices=[1], **sizes)
     remove(model, {"blocks": torch.tensor([False, True, True])})
     numbers = [m.layer_idx for block in model.model.layers for m in block.modules() if hasattr(m, "layer_idx")]
