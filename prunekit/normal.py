@@ -11,7 +11,6 @@ from torch import Tensor
 
 from prunekit.surgeon import factor
 
-
 ROUNDING = 1e-6
 """Error of a float32 sum relative to its largest terms; a ridge below it would leave the matrix without a Cholesky factor."""
 

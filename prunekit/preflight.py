@@ -12,6 +12,7 @@ from torch import nn
 
 from prunekit import registry
 from prunekit.contest import entered
+from prunekit.layout import stock_class
 from prunekit.registry import ConfigError
 from prunekit.types import Group
 
@@ -36,9 +37,19 @@ def check(cfg: dict[str, Any]) -> Parts:
     """Builds every part, and asks whether they can work together on this model. Raises ConfigError."""
     parts = built(cfg)
     model, _ = parts.model(meta=True)
+    if cfg["save"]:
+        savable(model)
     leaves_something(parts, cfg, model)
     within_reach(parts, cfg, model)
     return parts
+
+
+def savable(model: nn.Module) -> None:
+    """Raises ConfigError where the checkpoint of this model could not be loaded again: better known before the work than after it."""
+    try:
+        stock_class(model)
+    except ConfigError as e:
+        raise ConfigError(f"save=true cannot be: {e}; or run with save=false") from e
 
 
 def built(cfg: dict[str, Any]) -> Parts:

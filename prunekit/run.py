@@ -93,7 +93,7 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: track.Track) -> str 
         return None
     folder = job.folder / "checkpoint"
     with stage(job, "save"):
-        told = {"kept": pruned.kept, "groups": pruned.groups, "config": job.cfg, "counts": counts(job)}
+        told: dict[str, Any] = {"kept": pruned.kept, "groups": pruned.groups, "config": job.cfg, "counts": counts(job)}
         checkpoint.save(pruned.model, tokenizer, folder, packed=job.cfg["save"] == "packed", **told)
     tracker.artifact("checkpoint", [folder / "config.json", folder / "pruning.json"])
     return str(folder)

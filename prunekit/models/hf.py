@@ -87,7 +87,7 @@ def hf(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         model = loader.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map=device_map, **options)
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise _lost(path, e) from e
     if device_map is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -68,11 +68,11 @@ def obs(
     *,
     kinds: list[Literal["heads", "neurons"]] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states the same)
     allocation: Literal["cost", "ratio"] = "cost",
-    sensitivity: Literal["fisher", "none"] = "fisher",
+    sensitivity: Literal["fisher", "none"] = "none",
     target: Literal["own", "dense"] = "own",
     bias: bool = True,
     refit: bool = True,
-    weigh: Literal["loss", "relative", "equal"] = "loss",
+    weigh: Literal["loss", "relative", "equal"] = "relative",
     damp: float = 0.01,
     repair: float = 1.0,
     scout: Positive = 16384,
