@@ -47,12 +47,12 @@ def tools() -> Any:
     return module
 
 
-def build(tiny: Any, name: str) -> tuple[Any, Any]:
-    """The tiny model and inputs of 2 samples; the first sizes that its config class accepts."""
+def build(tiny: Any, name: str, choices: Any = SIZES) -> tuple[Any, Any]:
+    """The tiny model and its inputs; the first of the sizes that its config class accepts."""
     import torch
 
     errors = []
-    for sizes in SIZES:
+    for sizes in choices:
         try:
             model = tiny.tiny_model(name, **sizes)
             inputs = tiny.example_inputs(name, model, batch=1, seq=16, seed=5)
@@ -148,28 +148,18 @@ def check(model: Any, inputs: Any, found: Any, kind: str, kept: dict[str, Any], 
 
 
 def generates(model: Any, inputs: Any, kept: dict[str, Any]) -> str:
-    """Whether the model pruned in several kinds at once generates the same with and without a cache."""
-    import torch
-
+    """Whether the model pruned in several kinds at once generates the same tokens, from the same logits, with and without a cache."""
     from prunekit.graph import remove
+    from prunekit.graph.cached import same_with_cache
 
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    ids = inputs["input_ids"][:, :8]
-    extra = {k: v[:, :8] for k, v in inputs.items() if k != "input_ids"}
+    dense = same_with_cache(copy.deepcopy(model), inputs)
+    if dense:
+        return f"n/a (before pruning: {dense})"[:90]
     try:
-        with torch.no_grad():
-            dense = [model.generate(ids, use_cache=c, **extra, **options) for c in (True, False)]
-    except Exception as e:  # some classes cannot generate by themselves
-        return f"n/a ({type(e).__name__} before pruning)"
-    if not torch.equal(*dense):
-        return "n/a (differs before pruning)"
-    try:
-        pruned = remove(copy.deepcopy(model), kept)
-        with torch.no_grad():
-            after = [pruned.generate(ids, use_cache=c, **extra, **options) for c in (True, False)]
+        after = same_with_cache(remove(copy.deepcopy(model), kept), inputs)
     except Exception as e:  # this is the finding
-        return f"fails: {type(e).__name__}: {str(e).strip().splitlines()[0][:80]}"
-    return "same" if torch.equal(*after) else "differs"
+        after = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80]}"
+    return f"fails: {after}" if after else "same"
 
 
 # ---- the table
