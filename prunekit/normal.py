@@ -98,7 +98,7 @@ def problem(stats: Normal, weight: Tensor, damp: float, affine: bool, repair: fl
     if affine:
         H = H - stats.weight * torch.outer(mean_x, mean_x)
     unit = H.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny, max=max(stats.level, torch.finfo(torch.float32).tiny))
-    floor = ROUNDING * H.diagonal().max()
+    floor = ROUNDING * stats.gram.double().diagonal().max()  # of the sums as they were taken: centring cancels most of a large mean
     eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
     if stats.cross.shape[1]:
         C, shift = stats.cross.double(), stats.sum_y.double() / stats.weight

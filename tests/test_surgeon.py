@@ -116,6 +116,28 @@ def test_a_strong_ridge_keeps_the_repair_small():
     assert moved[0] > moved[1] > moved[2]
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_large_means_leave_a_centred_gram_positive(bf16):
+    stats = Normal(24, bf16=bf16)
+    for seed in range(4):
+        x, W = data(seed=seed)
+        x[0] *= 1000  # an attention sink
+        stats.add(x + 300, w=1 / x.square().mean(1))
+    H = problem(stats, W, damp=0.01, affine=True).inverse()
+    order, costs = removal(W, H, torch.arange(24).view(-1, 3), 7)
+    assert len(set(order)) == 7
+    assert all(c >= 0 for c in costs)
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    x, W = data()
+    x[3, 5] = float("inf")
+    stats = Normal(24)
+    stats.add(x)
+    with pytest.raises(ConfigError, match="not finite"):
+        problem(stats, W, damp=0.01, affine=False).inverse()
+
+
 def test_a_singular_gram_is_refused_with_a_hint():
     stats = Normal(3)
     stats.add(torch.tensor([[1.0, 1.0, 1.0]]))
