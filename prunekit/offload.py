@@ -55,7 +55,7 @@ def gather(model: nn.Module) -> None:
     from accelerate.hooks import remove_hook_from_submodules
     from accelerate.utils import set_module_tensor_to_device
 
-    kept = {}
+    kept: dict[str, Any] = {}
     for prefix, module in model.named_modules():
         maps = [h.weights_map for h in hooks(module) if getattr(h, "offload", False) and h.weights_map is not None]
         for name, tensor in module._parameters.items():
