@@ -55,61 +55,63 @@ def cell(name: str, result: dict[str, Any], kind: str) -> str:
     return (f"proven ({c['groups']}), in part " if c else "") + f"left alone: {reason}"
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+Results = dict[str, dict[str, Any]]
+
+
+def table(results: Results) -> str:
     built = {n: r for n, r in sorted(results.items()) if "kinds" in r}
-    broken = {n: r for n, r in sorted(results.items()) if "kinds" not in r and "build" not in r}
-    decoders = {n: r for n, r in built.items() if r["category"] == "decoder"}
-    three = ("neurons", "heads", "hidden")
-
-    def good(r: dict[str, Any], n: str) -> bool:
-        return all(right(r, k) or not expected(n, r, k) for k in three)
-
-    def share(some: dict[str, dict[str, Any]], kind: str) -> str:
-        has = [n for n in some if expected(n, some[n], kind)]
-        return f"{sum(right(some[n], kind) for n in has)} of {len(has)}"
-
+    codes = ", ".join(sorted({r.get("code", "unknown") for r in results.values()}))
+    slow = ", ".join(f"{n} {built[n]['seconds']:.0f} s" for n in sorted(built, key=lambda n: -built[n]["seconds"])[:5])
     lines = ["# Coverage of discovery", "", "Made by `python benchmarks/coverage.py`; do not edit by hand.", ""]
-    lines += ["| | decoder-only | all that can be built tiny |", "|---|---|---|"]
-    lines += [f"| architectures | {len(decoders)} | {len(built)} |"]
-    lines += [f"| {k} | {share(decoders, k)} | {share(built, k)} |" for k in KINDS[:5]]
-    both = [sum(good(r, n) for n, r in some.items()) for some in (decoders, built)]
-    lines += [f"| neurons, heads and hidden all right | {both[0]} of {len(decoders)} | {both[1]} of {len(built)} |"]
-    same = [sum(r["generate"] == "same" for r in some.values()) for some in (decoders, built)]
-    able = [sum(not r["generate"].startswith("n/a") for r in some.values()) for some in (decoders, built)]
-    joint = [sum(correct(r["together"]) for r in some.values()) for some in (decoders, built)]
-    lines += [f"| {', '.join(TOGETHER)}: those proven, removed together | {joint[0]} of {len(decoders)} | {joint[1]} of {len(built)} |"]
-    lines += [f"| the same text with and without a cache after that | {same[0]} of {able[0]} | {same[1]} of {able[1]} |", ""]
-    lines += [f"Code: {', '.join(sorted({r.get('code', 'unknown') for r in results.values()}))} (last commit of prunekit/graph).", ""]
-    lines += [LEGEND, ""]
+    lines += [*totals(built), "", f"Code: {codes} (last commit of prunekit/graph).", "", LEGEND, ""]
     lines += ["| architecture | class | " + " | ".join(KINDS) + " | generate | s |", "|" + "---|" * (len(KINDS) + 4)]
     for n, r in built.items():
         cells = [cell(n, r, k) for k in KINDS]
         lines.append(f"| {n} | {r['category']} | {' | '.join(cells)} | {r['generate']} | {r['seconds']:.1f} |")
-    lines += ["", "## Not covered", ""]
+    lines += ["", "## Not covered", "", *missing(results, built), ""]
+    return "\n".join([*lines, f"Slowest: {slow} (discovery with proof, one core of a shared machine).", ""])
+
+
+def totals(built: Results) -> list[str]:
+    """How many architectures are right, kind by kind and in all: decoder-only ones, and all."""
+    both = [{n: r for n, r in built.items() if r["category"] == "decoder"}, built]
+
+    def row(label: str, counts: list[tuple[int, int]]) -> str:
+        return f"| {label} | {' | '.join(f'{yes} of {all_}' for yes, all_ in counts)} |"
+
+    lines = ["| | decoder-only | all that can be built tiny |", "|---|---|---|", f"| architectures | {len(both[0])} | {len(both[1])} |"]
+    for k in KINDS[:5]:
+        has = [[n for n in some if expected(n, some[n], k)] for some in both]
+        lines.append(row(k, [(sum(right(built[n], k) for n in names), len(names)) for names in has]))
+    good = {n for n, r in built.items() if all(right(r, k) or not expected(n, r, k) for k in ("neurons", "heads", "hidden"))}
+    lines.append(row("neurons, heads and hidden all right", [(len(good & set(some)), len(some)) for some in both]))
+    joint = [(sum(correct(r["together"]) for r in some.values()), len(some)) for some in both]
+    lines.append(row(f"{', '.join(TOGETHER)}: those proven, removed together", joint))
+    able = [[r for r in some.values() if not r["generate"].startswith("n/a")] for some in both]
+    same = [(sum(r["generate"] == "same" for r in some), len(some)) for some in able]
+    return [*lines, row("the same text with and without a cache after that", same)]
+
+
+def missing(results: Results, built: Results) -> list[str]:
+    """What is not covered, line by line, with the reasons."""
+    lines = []
     for n, r in built.items():
-        for k in KINDS[:5]:
-            if expected(n, r, k) and not right(r, k):
-                lines.append(f"- {n}, {k}: {cell(n, r, k)}")
+        lines += [f"- {n}, {k}: {cell(n, r, k)}" for k in KINDS[:5] if expected(n, r, k) and not right(r, k)]
         if r["kinds"] and not correct(r["together"]):
             why = r["together"].get("error") or f"off by {r['together']['off']:.1e}, parameters exact: {r['together']['exact']}"
             lines.append(f"- {n}, kinds together: {why}")
         if not r["generate"].startswith(("same", "n/a")):
             lines.append(f"- {n}, generation with a cache after pruning: {r['generate']}")
-    lines += [f"- {n}, everything: {r['error'][:200]}" for n, r in broken.items()]
+    lines += [f"- {n}, everything: {r['error'][:200]}" for n, r in sorted(results.items()) if "kinds" not in r and "build" not in r]
     silent = [f"{n} ({r['uncached']})" for n, r in built.items() if r.get("uncached")]
-    lines += ["", f"The cache is no part of the proofs, as the unpruned small model fails with it: {'; '.join(silent) or 'nowhere'}."]
     dead = [n for n, r in built.items() if any("never touched" in x for x in r["left"])]
-    lines += [
+    unbuilt = [f"{n} ({r['build']})" for n, r in sorted(results.items()) if "build" in r]
+    return [
+        *lines,
+        "",
+        f"The cache is no part of the proofs, as the unpruned small model fails with it: {'; '.join(silent) or 'nowhere'}.",
         "",
         f"Parameters that a text-only run never touches (cross-attention, towers) are reported and left alone in: {', '.join(dead)}.",
         "",
+        f"Not built tiny: {'; '.join(unbuilt)}.",
     ]
-    lines += ["Not built tiny: " + "; ".join(f"{n} ({r['build']})" for n, r in sorted(results.items()) if "build" in r) + ".", ""]
-    slow = sorted(built, key=lambda n: -built[n]["seconds"])[:5]
-    lines += [
-        "Slowest: "
-        + ", ".join(f"{n} {built[n]['seconds']:.0f} s" for n in slow)
-        + " (discovery with proof, one core of a shared machine).",
-        "",
-    ]
-    return "\n".join(lines)
