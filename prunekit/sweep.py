@@ -148,7 +148,7 @@ def key_of(constants: dict[str, str], jobs: Sequence[tuple[str, list[str]]]) -> 
 
 
 def folder_of(key: str, table: str | None, scale: str) -> str:
-    """`llm_pruner/table6`, `llm_pruner/table6-small`, with the key behind it if more was said; `sweep-1f3a90bc` without a table."""
+    """`llm_pruner/table6`, `llm_pruner/table6-small`, with the key behind it if more was said; `sweep-1f3a90bc` without an experiment."""
     if not table:
         return f"sweep-{key}"
     return "-".join(p for p in (table, scale if scale != "full" else "", key) if p)

@@ -163,6 +163,14 @@ def test_a_failure_stays_with_its_job_and_the_same_command_redoes_it_alone(tmp_p
 
 
 @pytest.mark.slow
+def test_experiments_without_a_table_have_folders_of_their_own(tmp_path):
+    for name in ("peers/flap", "peers/shortgpt"):
+        words = [f"experiment={name}", "seed=0,1", "ratio.target=2", "track=silent"]  # refused at once: only the folders matter
+        subprocess.run([sys.executable, "-m", "prunekit", "-m", *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert {p.name.partition("-")[0] for p in (tmp_path / "outputs" / "peers").iterdir()} == {"flap", "shortgpt"}
+
+
+@pytest.mark.slow
 def test_killed_at_any_moment_nothing_finished_is_lost(tmp_path):
     words = "ratio.target=0.1,0.2,0.3"
     process = start(tmp_path, words)

@@ -65,7 +65,8 @@ class TableSweeper(Sweeper):
         config = self.config
         assert config is not None
         if not self.placed():
-            name = sweep.folder_of(plan.key, config.get("table"), config.get("scale", "full"))
+            table = config.get("table") or config.hydra.runtime.choices.get("experiment")
+            name = sweep.folder_of(plan.key, table, config.get("scale", "full"))
             OmegaConf.set_readonly(config, False)
             with open_dict(config):
                 config.hydra.sweep.dir = f"outputs/{name}"
