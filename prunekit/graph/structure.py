@@ -140,7 +140,7 @@ def block_kinds(model: nn.Module, path: str) -> list[int]:
     blocks = model.get_submodule(path)
     numbered = {(sub, attr) for sub, attr, _ in _numbered(blocks)}
     lists = [v for _, c in configs(model) for v in vars(c).values() if isinstance(v, (list, tuple)) and len(v) == len(blocks)]
-    owners = Counter(id(p) for block in blocks for p in block.parameters())
+    owners = Counter(id(p) for block in blocks for p in block.parameters())  # type: ignore[attr-defined]
     first: dict[Any, int] = {}
     out = []
     for i, block in enumerate(blocks):
