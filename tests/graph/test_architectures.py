@@ -66,7 +66,10 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return logits_of(model(**inputs))
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+LONG = {"zaya", "inkling2_text", "longcat_flash"}  # half a minute each
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in SAMPLE])
 def test_kinds_of_an_architecture(name: str, tiny_archs: ModuleType) -> None:
     model = tiny_archs.tiny_model(name, **OTHER.get(name, SIZES))
     model.config.use_cache = False
