@@ -60,7 +60,7 @@ def run_shell(code: str) -> str:
 
 def tidy(text: str) -> str:
     """Without spaces at the ends of lines, and with a home that is nobody's."""
-    lines = [line.rstrip().replace(os.getcwd(), "/home/you") for line in text.splitlines()]
+    lines = [line.rstrip().replace(os.getcwd(), "/path/to") for line in text.splitlines()]
     return "\n".join(lines).strip("\n") + "\n" if any(lines) else ""
 
 
