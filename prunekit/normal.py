@@ -86,11 +86,12 @@ class Problem:
         return torch.cholesky_inverse(factor(self.gram))
 
 
-def problem(stats: Normal, weight: Tensor, damp: float, affine: bool, repair: float = 1.0) -> Problem:
+def problem(stats: Normal, weight: Tensor, damp: float, affine: bool, repair: float = 32768) -> Problem:
     """The regression around a module's weights `(outputs, inputs)`: what they put out, plus the `y` of the sums, if those were taken.
 
-    `damp` and `repair` are ridges in units of the gram's mean diagonal over ordinary tokens: `damp` for the map as a whole; `repair` for what is fitted to
-    `y`, which says how far the output should move from where it is, and has noise in it where the rest has none.
+    Ridges are in units of the gram's mean diagonal over ordinary tokens. `damp` is that of the map as a whole. What is fitted to `y`, which
+    says how far the output should move from where it is, has noise in it where the rest has none: its ridge weighs as much as `repair`
+    tokens do, and so loses its hold as the text grows.
     """
     H, best = stats.gram.double(), weight.double()
     mean_x = stats.sum_x.double() / stats.weight
@@ -103,6 +104,6 @@ def problem(stats: Normal, weight: Tensor, damp: float, affine: bool, repair: fl
     if stats.cross.shape[1]:
         C, shift = stats.cross.double(), stats.sum_y.double() / stats.weight
         C = C - stats.weight * torch.outer(mean_x, shift) if affine else C
-        best = best + torch.cholesky_solve(C, factor(H + max(repair * unit, floor) * eye)).T
+        best = best + torch.cholesky_solve(C, factor(H + max(repair / stats.tokens * unit, floor) * eye)).T
         mean_y = mean_y + shift
     return Problem(H + max(damp * unit, floor if damp else 0) * eye, best, mean_x, mean_y, affine)

@@ -94,7 +94,7 @@ def adds_up(feed: Feed, b: int, module: nn.Module, inputs: Activations, names: l
     return bool((moved - added).float().norm() <= 0.01 * moved.float().norm())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Streams:
     """The network being pruned and the dense one, side by side at one block.
 
@@ -109,24 +109,30 @@ class Streams:
     dense: Activations | None
     own: Activations
     adds: bool
+    passed: bool = False
+    """Whether the dense stream stands behind this block already."""
 
     def regression(self, module: nn.Module, p: Part, weigher: Weigher) -> Normal:
         """Sums over what a reader gets in the network pruned so far and, beside the dense one, how far its output should move."""
         outputs, inputs = p.reader.weight.shape
         stats = Normal(inputs, 0 if self.dense is None else outputs, p.reader.weight.device, self.feed.bf16)
+        ends = p.inside == self.names[-1]  # what the dense block puts out is known then, and its input not needed any more
         for i, rows in enumerate(self.feed.rows):
             mine = look(self.feed, module, self.block, i, self.own[rows], self.names, p.inside)
             after, move = mine.after[p.inside], None
             if self.dense is not None:
-                theirs = look(self.feed, self.before, self.block, i, self.dense[rows], self.names, p.inside)
+                theirs = look(self.feed, self.before, self.block, i, self.dense[rows], self.names, None if ends else p.inside)
+                if ends:
+                    self.dense[rows] = theirs.out
                 after = theirs.after[p.inside]
                 move = after - mine.after[p.inside] if self.adds else theirs.y[p.inside] - mine.y[p.inside]
             stats.add(mine.x[p.inside], move, *weigher(after))
+        self.passed = ends and self.dense is not None
         return stats
 
     def advance(self, module: nn.Module) -> None:
         """Bring both streams to the next block."""
         for i, rows in enumerate(self.feed.rows):
             self.own[rows] = self.feed.forward(module, self.block, i, self.own[rows])
-            if self.dense is not None:
+            if self.dense is not None and not self.passed:
                 self.dense[rows] = self.feed.forward(self.before, self.block, i, self.dense[rows])

@@ -112,6 +112,16 @@ def test_excluded_blocks_stay_as_they_are(llama, text):
     assert all(torch.equal(v, before[k]) for k, v in after.items())
 
 
+@pytest.mark.parametrize("refit", [True, False])
+def test_readers_that_lose_nothing_move_towards_the_dense_network(llama, text, refit):
+    before = copy.deepcopy(llama.model.layers[1].self_attn.state_dict())
+    out = prune(llama, text, kinds=["neurons"], allocation="ratio", target="dense", refit=refit)
+    after = llama.model.layers[1].self_attn.state_dict()
+    moved = {name for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
+    assert moved == ({"o_proj.weight", "o_proj.bias"} if refit else set())
+    assert set(out.kept) == {f"neurons.{i}" for i in range(3)}
+
+
 @pytest.mark.parametrize("store", ["half", "disk"])
 def test_activations_elsewhere(llama, text, store):
     twin = copy.deepcopy(llama)

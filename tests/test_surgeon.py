@@ -116,6 +116,15 @@ def test_a_strong_ridge_keeps_the_repair_small():
     assert moved[0] > moved[1] > moved[2]
 
 
+def test_the_ridge_of_the_repair_weighs_as_many_tokens_as_it_says():
+    """With orthonormal inputs a target is followed by N / (N + repair)."""
+    x = torch.eye(24).repeat(10, 1)
+    W = torch.zeros(7, 24)
+    y = x @ torch.ones(7, 24).T
+    followed = problem(gathered(x, y), W, 1e-9, False, repair=60).best
+    torch.testing.assert_close(followed, torch.full((7, 24), 240 / 300, dtype=torch.double))
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_large_means_leave_a_centred_gram_positive(bf16):
     stats = Normal(24, bf16=bf16)

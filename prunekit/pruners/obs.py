@@ -33,6 +33,7 @@ from prunekit.streams import Part, Streams, Weigher, adds_up, look, parts_of
 from prunekit.surgeon import removal
 from prunekit.types import Counts, Group, Kept, Pruned, Scores, tensor_of
 
+KINDS = ["heads", "neurons"]
 Places = dict[str, Sensitivity]
 """Reader name -> how much the loss minds errors in the residual stream after it."""
 
@@ -45,7 +46,7 @@ class Recipe:
     bias: bool
     weigh: str
     damp: float
-    repair: float
+    repair: int
     sensitivity: str
 
     def weigher(self, p: Part, places: Places) -> Weigher:
@@ -74,7 +75,7 @@ def obs(
     refit: bool = True,
     weigh: Literal["loss", "relative", "equal"] = "relative",
     damp: float = 0.01,
-    repair: float = 1.0,
+    repair: Positive = 32768,
     scout: Positive = 16384,
     fisher: Positive = 8192,
     store: Store = "memory",
@@ -87,7 +88,7 @@ def obs(
     first `scout` tokens; `ratio` keeps the ratio's counts. `sensitivity=fisher` weighs directions of the residual stream by the loss's
     gradients over the first `fisher` tokens. `weigh` says how much a token's error counts: by the loss's gradients there (`loss`),
     relative to the token's size, or equally. `target=own` keeps the readers' outputs where they are; `dense` moves the residual stream
-    back to the dense network's, with the ridge `repair`, and then `refit` does so too where nothing is removed: use it with much text.
+    back to the dense network's, as far as the text outweighs `repair` tokens, and then `refit` does so too where nothing is removed.
     `bias` gives the readers a bias. `damp` is the ridge of the refit in units of the gram's mean diagonal. `store`: where activations
     wait. `precision=bf16`: forwards in bfloat16; sums are float32, solutions float64 either way. Nothing changes where the ratio removes
     nothing. Raises ConfigError for units that no linear module of a block reads.
@@ -95,8 +96,10 @@ def obs(
     everything = graph.discover(model, verify=verify)
     groups = spared(of_kinds(model, everything, kinds), exclude)
     blocks = stack(everything)
-    parts = [parts_of(model, block, [g for g in everything if g.kind in ("heads", "neurons")]) for block in blocks]
+    served = [g for g in everything if g.kind in KINDS]
+    parts = [parts_of(model, block, served) for block in blocks]
     _check(groups, parts)
+    movable = {g.name for g in exclude(served)} if refit and target == "dense" else set()
     run = WholeRun(model, tokens)
     counts = ratio(model, groups, run)
     if not any(counts.values()):
@@ -111,7 +114,7 @@ def obs(
         sizes = Sizes(model, groups)
         curves = _curves(model, blocks, parts, set(counts), _first(tokens, scout), places, recipe, feeding)
         counts = cheapest(curves, {g.name: sizes.removed({g.name: 1}) for g in groups}, sizes.removed(counts))
-    kept, notes = _prune(model, blocks, parts, tokens, counts, places, recipe, refit, feeding)
+    kept, notes = _prune(model, blocks, parts, tokens, counts, movable, places, recipe, feeding)
     graph.remove(model, kept)
     return Pruned(model, kept, groups, {}, {"counts": counts, **notes})
 
@@ -169,12 +172,15 @@ def _prune(
     parts: list[list[Part]],
     tokens: Tensor,
     counts: Counts,
+    movable: set[str],
     places: Places,
     recipe: Recipe,
-    refit: bool,
     feeding: Feeding,
 ) -> tuple[Kept, dict[str, Any]]:
-    """Choose, zero and refit block by block; the units are cut out afterwards, all at once. Returns the choice and notes."""
+    """Choose, zero and refit block by block; the units are cut out afterwards, all at once. Returns the choice and notes.
+
+    Readers of the groups `movable` are refitted even where no unit goes.
+    """
     own, feed = capture(model, blocks, tokens, feeding)
     dense = own.clone() if recipe.target == "dense" else None
     kept: Kept = {}
@@ -187,11 +193,13 @@ def _prune(
         if not streams.adds:
             apart.append(blocks[b])
         for p in row:
-            count = counts.get(p.group.name, -1)
-            if count > 0 or (count == 0 and refit and dense is not None):
+            count = counts.get(p.group.name, 0)
+            if count or p.group.name in movable:
                 stats = streams.regression(module, p, recipe.weigher(p, places))
-                kept[p.group.name] = _operate(model, p, stats, count, places, recipe)
-        streams.advance(module)
+                mask = _operate(model, p, stats, count, places, recipe)
+                kept |= {p.group.name: mask} if count else {}
+        if b + 1 < len(blocks):
+            streams.advance(module)
     return kept, {"apart": apart}
 
 
