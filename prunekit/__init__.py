@@ -2,8 +2,8 @@
 
 # Imported eagerly on purpose: a submodule that is imported later would hide the function of the same name.
 from prunekit.checkpoint import load, save
+from prunekit.checkpoint.replay import replay
 from prunekit.graph import discover, remove, zero
-from prunekit.replay import replay
 from prunekit.run import run
 from prunekit.semi_structured import semi_structured
 

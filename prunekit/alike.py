@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from prunekit import graph
-from prunekit.layout import fresh, materialise, stock_class
+from prunekit.checkpoint.layout import fresh, materialise, stock_class
+from prunekit.checkpoint.stock import stock_config
 from prunekit.registry import ConfigError
 from prunekit.sizes import Sizes
-from prunekit.stock import stock_config
 from prunekit.types import Counts, Group
 
 PerKind = dict[str, int]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 COMMANDS = {
-    "export": ("prunekit.export", "export PATH --gguf FILE [--type f32|f16|q8_0]: a stock checkpoint as one GGUF file"),
+    "export": ("prunekit.checkpoint.export", "export PATH --gguf FILE [--type f32|f16|q8_0]: a stock checkpoint as one GGUF file"),
     "groups": ("prunekit.inventory", "groups [OVERRIDE ...] [--json] [--all] [--to FILE]: what goes together in a model, as tree, JSON or picture"),
     "list": ("prunekit.listing", "list [KIND]: every registered component, its options, one line each"),
     "plan": ("prunekit.plan", "plan [OVERRIDE ...]: sizes, MACs and memory that a run would leave; no weights are read"),

@@ -22,6 +22,9 @@ from prunekit.types import Run, tensor_of
 Sink = Callable[[str, Tensor, Tensor, Tensor | None], None]
 """`sink(name, weight, gradient, mean_squared)`: the last is the mean over samples of the squared per-sample gradient, or None."""
 
+TOKENS = 2048
+"""Tokens of a backward where the caller names no batch: the setting of most papers is less, and more would cost gigabytes."""
+
 _SAVED = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -125,7 +128,8 @@ def backward(model: nn.Module, names: Iterable[str], run: Run, sink: Sink, *, sq
 
     `squares=True` adds the mean over samples of squared per-sample gradients. For linear layers they come out of the same single
     backward, from the layer's input and output gradient; other weights (norms, embeddings) take one extra backward a sample.
-    `batch` splits the samples: then first-order gradients are accumulated over the batches (as much memory as the weights in `names`).
+    `batch` samples go at a time (None: as many as make up `TOKENS` tokens): where that splits them, first-order gradients are
+    accumulated over the batches (as much memory as the weights in `names`).
     Raises ConfigError where accelerate keeps a weight elsewhere.
     """
     wanted = list(dict.fromkeys(names))
@@ -151,12 +155,12 @@ def backward(model: nn.Module, names: Iterable[str], run: Run, sink: Sink, *, sq
         if others and squares:
             _sample_by_sample(model, others, run, told)
         elif others:
-            _whole_batch(model, others, run, told, batch)
+            _whole_batch(model, others, run, told, batch or max(1, TOKENS // run.tokens.shape[1]))  # type: ignore[attr-defined]
 
 
-def _whole_batch(model: nn.Module, names: list[str], run: Run, sink: Sink, batch: int | None) -> None:
+def _whole_batch(model: nn.Module, names: list[str], run: Run, sink: Sink, batch: int) -> None:
     total = len(run.tokens)  # type: ignore[attr-defined]
-    batches = -(-total // (batch or total))
+    batches = -(-total // batch)
     seen = 0
 
     def fold(name: str, p: Tensor) -> None:
@@ -170,7 +174,7 @@ def _whole_batch(model: nn.Module, names: list[str], run: Run, sink: Sink, batch
         for out in run(labels=True, batch=batch):
             seen += 1
             # The mean over all N samples, whatever the size of the last batch.
-            (out.loss * (min(batch or total, total - (seen - 1) * (batch or total)) / total)).backward()
+            (out.loss * (min(batch, total - (seen - 1) * batch) / total)).backward()
     finally:
         for h in hooks:
             h.remove()

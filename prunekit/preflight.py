@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from prunekit import registry
+from prunekit.checkpoint.layout import stock_class
 from prunekit.contest import entered
-from prunekit.layout import stock_class
 from prunekit.registry import ConfigError
 from prunekit.types import Group
 

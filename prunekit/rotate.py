@@ -50,7 +50,7 @@ def assemble(model: nn.Module, chain: Stream, bases: Sequence[Basis], depth: int
     The stream is narrowed by the embedding itself, or, where that is tied to the output matrix, on entering the first block; it has its
     full width again on entering block `depth` or the last norm.
     """
-    from prunekit.carry.modeling_pruned import rotate
+    from prunekit.checkpoint.carry.modeling_pruned import rotate
 
     parts = [part for block in chain.sublayers[:depth] for part in block]
     for part, Q_r, Q_w in zip(parts, bases[:-1], bases[1:], strict=True):

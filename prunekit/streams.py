@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from prunekit.blocks import Activations, Feed, enough, until_seen
 from prunekit.normal import Normal
 from prunekit.readers import Reader, readers
-from prunekit.sensitivity import HUGE, Sensitivity, scale
 from prunekit.stats import watch
 from prunekit.types import Group
 
@@ -62,24 +61,17 @@ def look(feed: Feed, module: nn.Module, block: int, batch: int, x: Tensor, names
     return seen._replace(out=out)
 
 
-class Weigher(NamedTuple):
-    """How much each token's error counts at a place of the residual stream.
+HUGE = 4.0
+"""A token whose size exceeds this many times the median is a sink: attention rests on it, and its activations are of a class of their own."""
 
-    `loss`: by the mean squared gradient of tokens of its kind (`place`). `relative`: relative to its size, which the next norm divides
-    by. `equal`: all errors alike.
+
+def importance(residual: Tensor, relative: bool) -> tuple[Tensor | None, Tensor]:
+    """How much each token's error counts `(...)` at a place of the residual stream `(..., C)` (None: all alike), and which are sinks.
+
+    With `relative`, it counts relative to the token's root mean square, which the next norm divides by.
     """
-
-    weigh: str
-    place: Sensitivity | None = None
-
-    def __call__(self, residual: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Weights `(...)` (None: all one) for a residual stream `(..., C)`, and which of its tokens are sinks."""
-        size = scale(residual)
-        typical = float(size.median()) if self.place is None else self.place.typical
-        sinks = size > HUGE * typical
-        if self.weigh == "loss" and self.place is not None:
-            return self.place.weights(size), sinks
-        return (size.square().reciprocal() if self.weigh == "relative" else None), sinks
+    size = residual.float().square().mean(-1).sqrt().clamp(min=1e-6)
+    return (size.square().reciprocal() if relative else None), size > HUGE * size.median()
 
 
 def adds_up(feed: Feed, b: int, module: nn.Module, inputs: Activations, names: list[str]) -> bool:
@@ -112,7 +104,7 @@ class Streams:
     passed: bool = False
     """Whether the dense stream stands behind this block already."""
 
-    def regression(self, module: nn.Module, p: Part, weigher: Weigher) -> Normal:
+    def regression(self, module: nn.Module, p: Part, relative: bool) -> Normal:
         """Sums over what a reader gets in the network pruned so far and, beside the dense one, how far its output should move."""
         outputs, inputs = p.reader.weight.shape
         stats = Normal(inputs, 0 if self.dense is None else outputs, p.reader.weight.device, self.feed.bf16)
@@ -126,7 +118,7 @@ class Streams:
                     self.dense[rows] = theirs.out
                 after = theirs.after[p.inside]
                 move = after - mine.after[p.inside] if self.adds else theirs.y[p.inside] - mine.y[p.inside]
-            stats.add(mine.x[p.inside], move, *weigher(after))
+            stats.add(mine.x[p.inside], move, *importance(after, relative))
         self.passed = ends and self.dense is not None
         return stats
 

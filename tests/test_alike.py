@@ -7,10 +7,10 @@ import torch
 from reference import tiny_llama
 
 from prunekit import graph, select
+from prunekit.checkpoint.stock import stock_config
 from prunekit.ratios.uniform import uniform
 from prunekit.registry import ConfigError
 from prunekit.sizes import Sizes
-from prunekit.stock import stock_config
 
 
 def groups_of(model, *kinds):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prunekit import bitmask
-from prunekit.integrity import CheckpointError
+from prunekit.checkpoint import bitmask
+from prunekit.checkpoint.integrity import CheckpointError
 
 
 def sparse(dtype, zeros, *shape):

@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoConfig, BloomConfig, BloomForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from prunekit import graph
-from prunekit.carry.modeling_pruned import Skipped
 from prunekit.checkpoint import load, save
-from prunekit.integrity import CheckpointError
+from prunekit.checkpoint.carry.modeling_pruned import Skipped
+from prunekit.checkpoint.integrity import CheckpointError
+from prunekit.checkpoint.stock import accepts, stock_config
 from prunekit.registry import ConfigError
-from prunekit.stock import accepts, stock_config
 from prunekit.types import Group, Member
 
 

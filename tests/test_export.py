@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from prunekit import graph
 from prunekit.checkpoint import save
-from prunekit.export import export_gguf, main, write_gguf
+from prunekit.checkpoint.export import export_gguf, main, write_gguf
 from prunekit.registry import ConfigError
 
 TYPES = {"f32": Q.F32, "f16": Q.F16, "q8_0": Q.Q8_0}

@@ -21,7 +21,7 @@ from test_checkpoint import llama, uneven
 
 from prunekit import checkpoint, graph
 from prunekit.checkpoint import load, save
-from prunekit.integrity import MANIFEST, CheckpointError, digest, seal
+from prunekit.checkpoint.integrity import MANIFEST, CheckpointError, digest, seal
 
 FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -9,12 +9,12 @@ import torch
 
 from prunekit.registry import ConfigError, pruners, ratios
 
-PLAIN = {"allocation": "ratio", "sensitivity": "none", "target": "own", "bias": False, "weigh": "equal", "precision": "model"}
+PLAIN = {"allocation": "ratio", "target": "own", "bias": False, "weigh": "equal", "precision": "model"}
 
 
 def prune(model, tokens, share=0.3, of="prunable", exclude=lambda groups: groups, **options):
     ratio = ratios.build({"name": "uniform", "target": share, "of": of})
-    return pruners.build({"name": "obs", "verify": False, "scout": 128, "fisher": 64, **options})(model, tokens, None, ratio, exclude)
+    return pruners.build({"name": "obs", "verify": False, "scout": 128, **options})(model, tokens, None, ratio, exclude)
 
 
 def drift(model, tokens, dense) -> float:
@@ -112,13 +112,12 @@ def test_excluded_blocks_stay_as_they_are(llama, text):
     assert all(torch.equal(v, before[k]) for k, v in after.items())
 
 
-@pytest.mark.parametrize("refit", [True, False])
-def test_readers_that_lose_nothing_move_towards_the_dense_network(llama, text, refit):
+def test_what_is_not_pruned_stays_as_it_is(llama, text):
     before = copy.deepcopy(llama.model.layers[1].self_attn.state_dict())
-    out = prune(llama, text, kinds=["neurons"], allocation="ratio", target="dense", refit=refit)
+    out = prune(llama, text, kinds=["neurons"], allocation="ratio", target="dense")
     after = llama.model.layers[1].self_attn.state_dict()
-    moved = {name for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
-    assert moved == ({"o_proj.weight", "o_proj.bias"} if refit else set())
+    assert set(after) == set(before)
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
     assert set(out.kept) == {f"neurons.{i}" for i in range(3)}
 
 
@@ -146,6 +145,6 @@ def test_the_real_model(smollm2, shared):
     spec.loader.exec_module(peer)
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     whole = sum(p.numel() for p in model.parameters())
-    out = prune(model, peer.calibration(tokenizer, 16, 256), share=0.16, of="model", scout=4096, fisher=2048)
+    out = prune(model, peer.calibration(tokenizer, 16, 256), share=0.16, of="model", scout=4096)
     assert sum(p.numel() for p in out.model.parameters()) == pytest.approx(0.84 * whole, rel=2e-3)
     assert peer.perplexity(out.model.bfloat16(), peer.windows(tokenizer), 1024) < 40  # LLM-Pruner 31.7 with 16 times the text

@@ -12,9 +12,9 @@ from torch import nn
 
 from prunekit import graph
 from prunekit.checkpoint import load, save
-from prunekit.integrity import CheckpointError
+from prunekit.checkpoint.integrity import CheckpointError
+from prunekit.checkpoint.replay import replay
 from prunekit.registry import ConfigError
-from prunekit.replay import replay
 
 
 def pruned(folder: Path, kinds: tuple[str, ...], norm: str = "plain") -> nn.Module:

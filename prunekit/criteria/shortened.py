@@ -36,7 +36,8 @@ def block_magnitude(model: nn.Module, groups: list[Group], run: Run, *, p: Liter
 def block_taylor(model: nn.Module, groups: list[Group], run: Run, *, batch: Positive | None = None) -> Scores:
     """Sum of |w dL/dw| over all weights of a block, from the gradient of the mean loss over the calibration text.
 
-    `batch` splits the samples; gradients are summed before the absolute value is taken, so it changes memory, not scores.
+    `batch` samples go at a time (default: what makes up 2,048 tokens); gradients are summed before the absolute value is taken, so it
+    changes memory, not scores.
     """
     owner = {n: b for g in groups for b in g.modules for n in weights_of(model, b)}
     scores: dict[str, Tensor] = {}

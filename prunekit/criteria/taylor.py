@@ -33,7 +33,8 @@ def taylor(
 
     Per weight w with batch gradient g and mean squared per-sample gradient F: `vectorize` |sum w g| over a channel, `param_first`
     sum |w g|, `param_second` sum w F w, `param_mix` sum |w g - w F w / 2|. Channels are reduced over a group's members by `reduce`, then
-    summed over a unit. Gradients are folded as backward produces them. `batch` splits the calibration samples (default: all at once).
+    summed over a unit. Gradients are folded as backward produces them. `batch` samples go at a time (default: what makes up 2,048 tokens);
+    more batches than one take as much memory again as the weights in question, and no score depends on it.
     """
     axes: dict[str, list[int]] = {}
     for g in groups:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunekit.checkpoint import load, outline
-from prunekit.integrity import MANIFEST
+from prunekit.checkpoint.integrity import MANIFEST
 from prunekit.registry import ConfigError, models
 
 AUTO = Literal["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]

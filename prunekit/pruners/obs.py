@@ -3,8 +3,8 @@
 Heads and neurons go one at a time, the one whose removal costs least by `tr(W_S (H^-1_SS)^-1 W_S^T)` first; what remains of the module
 that reads them (`o_proj`, `down_proj`) is then the least squares map, in closed form. Beyond the papers, each as an option: the map aims
 at the dense network's residual stream instead of the module's own former output, so that a block repairs what earlier ones broke; it has
-a bias; errors count relative to the size of the token's residual stream; costs are weighed by the covariance of the loss's gradient,
-which makes them comparable across blocks, and a budget of parameters goes wherever it costs least.
+a bias; errors count relative to the size of the token's residual stream, which makes costs comparable across blocks, so that a budget
+of parameters can go wherever it costs least.
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ from prunekit.compensate import add_biases
 from prunekit.contest import of_kinds, spared
 from prunekit.normal import Normal, problem
 from prunekit.registry import ConfigError, Positive, pruners
-from prunekit.sensitivity import Sensitivity, sensitivities
 from prunekit.sizes import Sizes
 from prunekit.stats import samples_at_once
-from prunekit.streams import Part, Streams, Weigher, adds_up, look, parts_of
+from prunekit.streams import Part, Streams, adds_up, importance, look, parts_of
 from prunekit.surgeon import removal
 from prunekit.types import Counts, Group, Kept, Pruned, Scores, tensor_of
 
 KINDS = ["heads", "neurons"]
-Places = dict[str, Sensitivity]
-"""Reader name -> how much the loss minds errors in the residual stream after it."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,9 @@ class Recipe:
 
     target: str
     bias: bool
-    weigh: str
+    relative: bool
     damp: float
     repair: int
-    sensitivity: str
-
-    def weigher(self, p: Part, places: Places) -> Weigher:
-        """How tokens count after this part."""
-        return Weigher(self.weigh, places.get(p.reader.name))
-
-    def scaled(self, weight: Tensor, p: Part, places: Places) -> Tensor:
-        """`weight (C, inputs)` with the directions of the residual stream that the loss minds made longer."""
-        return places[p.reader.name].half().T @ weight.float() if self.sensitivity == "fisher" else weight.float()
 
 
 @pruners.register(paper="arXiv 2302.04089, 2412.18110", year=2024, needs="data", out="self-contained", kinds=())
@@ -69,15 +57,12 @@ def obs(
     *,
     kinds: list[Literal["heads", "neurons"]] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states the same)
     allocation: Literal["cost", "ratio"] = "cost",
-    sensitivity: Literal["fisher", "none"] = "none",
     target: Literal["own", "dense"] = "own",
     bias: bool = True,
-    refit: bool = True,
-    weigh: Literal["loss", "relative", "equal"] = "relative",
+    weigh: Literal["relative", "equal"] = "relative",
     damp: float = 0.01,
     repair: Positive = 32768,
     scout: Positive = 16384,
-    fisher: Positive = 8192,
     store: Store = "memory",
     precision: Literal["bf16", "model"] = "bf16",
     verify: bool = True,
@@ -85,13 +70,12 @@ def obs(
     """Removes heads and neurons by their exact quadratic cost and refits the modules that read them in closed form, block by block.
 
     `allocation=cost` spends the parameters that `ratio` would remove wherever they cost least, by costs on the dense model over the
-    first `scout` tokens; `ratio` keeps the ratio's counts. `sensitivity=fisher` weighs directions of the residual stream by the loss's
-    gradients over the first `fisher` tokens. `weigh` says how much a token's error counts: by the loss's gradients there (`loss`),
-    relative to the token's size, or equally. `target=own` keeps the readers' outputs where they are; `dense` moves the residual stream
-    back to the dense network's, as far as the text outweighs `repair` tokens, and then `refit` does so too where nothing is removed.
-    `bias` gives the readers a bias. `damp` is the ridge of the refit in units of the gram's mean diagonal. `store`: where activations
-    wait. `precision=bf16`: forwards in bfloat16; sums are float32, solutions float64 either way. Nothing changes where the ratio removes
-    nothing. Raises ConfigError for units that no linear module of a block reads.
+    first `scout` tokens; `ratio` keeps the ratio's counts. `weigh` says how much a token's error counts: relative to the token's size, or
+    equally. `target=own` keeps the readers' outputs where they are; `dense` moves the residual stream back to the dense network's, as far
+    as the text outweighs `repair` tokens (ahead at 20 % of SmolLM2-135M, behind at 50 %). `bias` gives the readers a bias. `damp` is the
+    ridge of the refit in units of the gram's mean diagonal. `store`: where activations wait. `precision=bf16`: forwards in bfloat16; sums
+    are float32, solutions float64 either way. Nothing changes where the ratio removes nothing. Raises ConfigError for units that no
+    linear module of a block reads.
     """
     everything = graph.discover(model, verify=verify)
     groups = spared(of_kinds(model, everything, kinds), exclude)
@@ -99,22 +83,17 @@ def obs(
     served = [g for g in everything if g.kind in KINDS]
     parts = [parts_of(model, block, served) for block in blocks]
     _check(groups, parts)
-    movable = {g.name for g in exclude(served)} if refit and target == "dense" else set()
     run = WholeRun(model, tokens)
     counts = ratio(model, groups, run)
     if not any(counts.values()):
         return Pruned(model, {}, groups, {}, {"counts": counts})
-    recipe = Recipe(target, bias, weigh, damp, repair, sensitivity)
+    recipe = Recipe(target, bias, weigh == "relative", damp, repair)
     feeding = Feeding(samples_at_once(run), store, precision == "bf16")
-    places: Places = {}
-    if sensitivity == "fisher" or weigh == "loss":
-        chains = [(b, [p.reader.name for p in row]) for b, row in zip(blocks, parts, strict=True)]
-        places = sensitivities(model, chains, WholeRun(model, _first(tokens, fisher)), 2, feeding.bf16)
     if allocation == "cost":
         sizes = Sizes(model, groups)
-        curves = _curves(model, blocks, parts, set(counts), _first(tokens, scout), places, recipe, feeding)
+        curves = _curves(model, blocks, parts, set(counts), _first(tokens, scout), recipe, feeding)
         counts = cheapest(curves, {g.name: sizes.removed({g.name: 1}) for g in groups}, sizes.removed(counts))
-    kept, notes = _prune(model, blocks, parts, tokens, counts, movable, places, recipe, feeding)
+    kept, notes = _prune(model, blocks, parts, tokens, counts, recipe, feeding)
     graph.remove(model, kept)
     return Pruned(model, kept, groups, {}, {"counts": counts, **notes})
 
@@ -141,7 +120,6 @@ def _curves(
     parts: list[list[Part]],
     contest: set[str],
     tokens: Tensor,
-    places: Places,
     recipe: Recipe,
     feeding: Feeding,
 ) -> dict[str, Tensor]:
@@ -152,13 +130,13 @@ def _curves(
         for i, rows in enumerate(run.feed.rows):
             seen = look(run.feed, run.module, run.block, i, run.inputs[rows], list(stats))
             for p in row:
-                stats[p.inside].add(seen.x[p.inside], None, *recipe.weigher(p, places)(seen.after[p.inside]))
+                stats[p.inside].add(seen.x[p.inside], None, *importance(seen.after[p.inside], recipe.relative))
         for p in row:
             if p.group.name in contest:
                 s = stats[p.inside]
                 W = p.reader.weight
                 inverse = problem(s, W, recipe.damp, recipe.bias).inverse()
-                _, costs = removal(recipe.scaled(W, p, places), inverse, p.reader.member.index, p.group.units)
+                _, costs = removal(W, inverse, p.reader.member.index, p.group.units)
                 curves[p.group.name] = torch.tensor(costs).cumsum(0) / s.tokens
     return curves
 
@@ -172,15 +150,10 @@ def _prune(
     parts: list[list[Part]],
     tokens: Tensor,
     counts: Counts,
-    movable: set[str],
-    places: Places,
     recipe: Recipe,
     feeding: Feeding,
 ) -> tuple[Kept, dict[str, Any]]:
-    """Choose, zero and refit block by block; the units are cut out afterwards, all at once. Returns the choice and notes.
-
-    Readers of the groups `movable` are refitted even where no unit goes.
-    """
+    """Choose, zero and refit block by block; the units are cut out afterwards, all at once. Returns the choice and notes."""
     own, feed = capture(model, blocks, tokens, feeding)
     dense = own.clone() if recipe.target == "dense" else None
     kept: Kept = {}
@@ -193,24 +166,21 @@ def _prune(
         if not streams.adds:
             apart.append(blocks[b])
         for p in row:
-            count = counts.get(p.group.name, 0)
-            if count or p.group.name in movable:
-                stats = streams.regression(module, p, recipe.weigher(p, places))
-                mask = _operate(model, p, stats, count, places, recipe)
-                kept |= {p.group.name: mask} if count else {}
+            if counts.get(p.group.name):
+                stats = streams.regression(module, p, recipe.relative)
+                kept[p.group.name] = _operate(model, p, stats, counts[p.group.name], recipe)
         if b + 1 < len(blocks):
             streams.advance(module)
     return kept, {"apart": apart}
 
 
-def _operate(model: nn.Module, p: Part, stats: Normal, count: int, places: Places, recipe: Recipe) -> Tensor:
+def _operate(model: nn.Module, p: Part, stats: Normal, count: int, recipe: Recipe) -> Tensor:
     """Zero `count` units and refit the reader to the others, in place. Returns the mask of the units that stay."""
     reader, units = p.reader, p.reader.member.index
     task = problem(stats, reader.weight, recipe.damp, recipe.bias, recipe.repair)
     mask = torch.ones(p.group.units, dtype=torch.bool)
-    if count:
-        order, _ = removal(recipe.scaled(task.best, p, places), task.inverse(), units, count)
-        mask[order] = False
+    order, _ = removal(task.best, task.inverse(), units, count)
+    mask[order] = False
     stays = torch.ones(len(task.gram), dtype=torch.bool)
     stays[units[~mask].flatten()] = False
     columns = stays.nonzero()[:, 0].to(reader.weight.device)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from prunekit.layout import clean_config, difference, rebuild, stock_class
+from prunekit.checkpoint.layout import clean_config, difference, rebuild, stock_class
+from prunekit.checkpoint.stock import REFUSALS, acceptable, built, edited, fit, fit_layers, layer_paths, mirrored, plain, rows, with_layers
 from prunekit.registry import ConfigError
-from prunekit.stock import REFUSALS, acceptable, built, edited, fit, fit_layers, layer_paths, mirrored, plain, rows, with_layers
 
 
 class Description(NamedTuple):

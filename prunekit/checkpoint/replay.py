@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.integrity import MANIFEST, CheckpointError, check_groups, read_json, seal
+from prunekit.checkpoint.integrity import MANIFEST, CheckpointError, check_groups, read_json, seal
 from prunekit.registry import ConfigError
 from prunekit.types import Kept
 

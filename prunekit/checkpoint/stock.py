@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.layout import clean_config, difference, fresh, numbers, stock_class, tensors
+from prunekit.checkpoint.layout import clean_config, difference, fresh, numbers, stock_class, tensors
 from prunekit.registry import ConfigError
 
 REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError)

@@ -11,12 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit import bitmask
-from prunekit.describe import describe
-from prunekit.integrity import MANIFEST, VERSION, CheckpointError, check_index, check_manifest, digest, read_header, read_json, seal
-from prunekit.layout import fresh, stock_class, tensors
+from prunekit.checkpoint import bitmask
+from prunekit.checkpoint.describe import describe
+from prunekit.checkpoint.integrity import (
+    MANIFEST,
+    VERSION,
+    CheckpointError,
+    check_index,
+    check_manifest,
+    digest,
+    read_header,
+    read_json,
+    seal,
+)
+from prunekit.checkpoint.layout import fresh, stock_class, tensors
+from prunekit.checkpoint.stock import REFUSALS
 from prunekit.registry import ConfigError
-from prunekit.stock import REFUSALS
 from prunekit.types import Group, Kept
 
 STRUCTURAL = ("neurons", "heads", "hidden", "experts", "blocks", "inner")
@@ -190,7 +200,7 @@ def _config_and_class(folder: Path) -> tuple[Any, Any]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, PreTrainedModel
 
-    from prunekit.carry import modeling_pruned as carry
+    from prunekit.checkpoint.carry import modeling_pruned as carry
 
     name, raw = folder / "config.json", read_json(folder / "config.json")
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in CONFIG_MAPPING:

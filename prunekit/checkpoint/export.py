@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prunekit.layout import clean_config, difference
+from prunekit.checkpoint.layout import clean_config, difference
+from prunekit.checkpoint.stock import edited, mirrored
 from prunekit.registry import ConfigError
-from prunekit.stock import edited, mirrored
 
 log = logging.getLogger("prunekit")
 Type = Literal["f32", "f16", "q8_0"]
@@ -68,7 +68,7 @@ def write_gguf(model: Any, tokenizer: Any, out: str | Path, *, type: Type = "f16
 
 
 def _family(model: Any) -> str:
-    from prunekit.carry.modeling_pruned import LAYOUT
+    from prunekit.checkpoint.carry.modeling_pruned import LAYOUT
 
     kind = model.config.model_type
     if LAYOUT in vars(model.config):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunekit.integrity import CheckpointError
+from prunekit.checkpoint.integrity import CheckpointError
 
 ENDING = ".bitmask.safetensors"
 """Packed files have a name of their own, so that a loader that does not know them finds no weights rather than wrong ones."""
