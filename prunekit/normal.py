@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from prunekit.surgeon import factor
+
+log = logging.getLogger("prunekit")
 
 ROUNDING = 1e-6
 """Error of a float32 sum relative to its largest terms; a ridge below it would leave the matrix without a Cholesky factor."""
@@ -50,6 +53,17 @@ class Normal:
         self.level += float(ordinary.square().sum()) / x.shape[1]
         self.weight += float(w.double().sum())
         self.tokens += len(x)
+
+
+def warn_of_little_text(tokens: Tensor, inputs: int) -> None:
+    """Say so where `tokens (N, T)` are fewer than the inputs of the widest module: its gram matrix is singular but for the ridge."""
+    if tokens.numel() < inputs:
+        log.warning(
+            "%d calibration tokens say little about modules of %d inputs: the weights that remain will fit noise; "
+            "take more text, e.g. calib.samples=128 calib.length=512",
+            tokens.numel(),
+            inputs,
+        )
 
 
 @contextmanager

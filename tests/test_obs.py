@@ -112,6 +112,14 @@ def test_excluded_blocks_stay_as_they_are(llama, text):
     assert all(torch.equal(v, before[k]) for k, v in after.items())
 
 
+def test_little_text_is_said(llama, text, caplog):
+    prune(llama, text[:2], **PLAIN)
+    assert "64 calibration tokens say little about modules of 96 inputs" in caplog.text
+    caplog.clear()
+    prune(llama, text, share=0.0, **PLAIN)
+    assert not caplog.text
+
+
 def test_what_is_not_pruned_stays_as_it_is(llama, text):
     before = copy.deepcopy(llama.model.layers[1].self_attn.state_dict())
     out = prune(llama, text, kinds=["neurons"], allocation="ratio", target="dense")

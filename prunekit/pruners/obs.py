@@ -24,7 +24,7 @@ from prunekit.blocks import Feeding, Store, capture, stack, walk
 from prunekit.calib import WholeRun
 from prunekit.compensate import add_biases
 from prunekit.contest import of_kinds, spared
-from prunekit.normal import Normal, problem
+from prunekit.normal import Normal, problem, warn_of_little_text
 from prunekit.registry import ConfigError, Positive, pruners
 from prunekit.sizes import Sizes
 from prunekit.stats import samples_at_once
@@ -83,6 +83,7 @@ def obs(
     served = [g for g in everything if g.kind in KINDS]
     parts = [parts_of(model, block, served) for block in blocks]
     _check(groups, parts)
+    warn_of_little_text(tokens, max(p.reader.weight.shape[1] for row in parts for p in row))
     run = WholeRun(model, tokens)
     counts = ratio(model, groups, run)
     if not any(counts.values()):

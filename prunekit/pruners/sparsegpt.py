@@ -15,7 +15,7 @@ from prunekit.calib import WholeRun
 from prunekit.columns import inverse_factor, runs, spread, sweep
 from prunekit.contest import spared
 from prunekit.matrices import block_names, fits, matrices, matrix, module_name, upright
-from prunekit.normal import Normal
+from prunekit.normal import Normal, warn_of_little_text
 from prunekit.patterns import Pattern, pattern
 from prunekit.registry import ConfigError, Positive, pruners
 from prunekit.stats import drain, samples_at_once, watch
@@ -52,6 +52,7 @@ def sparsegpt(
     asked = pattern(keep_n, block_m)
     if asked and block % asked.block_m:
         raise ConfigError(f"pruner.block={block} must be a multiple of pruner.block_m={asked.block_m}")
+    warn_of_little_text(tokens, max(matrix(model, g).shape[1] for g in groups))
     run = WholeRun(model, tokens)
     counts = ratio(model, groups, run)
     fits(model, groups, counts, asked)
