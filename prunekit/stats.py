@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.readers import weight_of
 from prunekit.types import Run
 
 See = Callable[[Tensor], None]
@@ -49,23 +50,27 @@ def watch(model: nn.Module, inputs: Mapping[str, See] | None = None, outputs: Ma
 
 
 class Moments:
-    """Mean, variance and norm of each channel over all tokens seen, exact in one pass (Welford's update, batch by batch as Chan's)."""
+    """Mean, variance and norm of each channel over all tokens seen, exact in one pass (Welford's update, batch by batch as Chan's).
 
-    def __init__(self) -> None:
+    The sums are made before any activation is: made among them, they would keep the memory between them from being used again
+    (2.6 GiB of a forward of 4,096 tokens on SmolLM2-135M).
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.mean = self.spread = torch.zeros(())
+        self.mean = torch.zeros(channels, device=device)
+        self.spread = torch.zeros(channels, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Take in `x (..., channels)`; sums are float32 on its device."""
+        """Take in `x (..., channels)`; sums are float32."""
         x = x.reshape(-1, x.shape[-1]).float()
+        self.mean, self.spread = self.mean.to(x.device), self.spread.to(x.device)  # offloaded modules run elsewhere than they rest
         mean = x.mean(0)
-        spread = (x - mean).square().sum(0)
-        if self.count:
-            total = self.count + len(x)
-            gap = mean - self.mean
-            spread = self.spread + spread + gap.square() * (self.count * len(x) / total)
-            mean = self.mean + gap * (len(x) / total)
-        self.mean, self.spread, self.count = mean, spread, self.count + len(x)
+        gap = mean - self.mean
+        total = self.count + len(x)
+        self.spread += (x - mean).square().sum(0) + gap.square() * (self.count * len(x) / total)
+        self.mean += gap * (len(x) / total)
+        self.count = total
 
     @property
     def variance(self) -> Tensor:
@@ -80,13 +85,14 @@ class Moments:
 
 @torch.no_grad()
 def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> dict[str, Moments]:
-    """Moments of the input channels of the modules named: one pass of the calibration tokens, none for what this run has seen.
+    """Moments of the input channels of the linear modules named: one pass of the calibration tokens, none for what this run has seen.
 
     `skip` leaves out that many tokens at the start of each sample.
     """
     seen: dict[Any, Moments] = getattr(run, "seen", {})
     names = list(names)
-    missing = {name: Moments() for name in names if (name, skip) not in seen}
+    weights = {name: weight_of(model.get_submodule(name)) for name in names if (name, skip) not in seen}
+    missing = {name: Moments(W.shape[1], "cpu" if W.is_meta else W.device) for name, W in weights.items()}
     if missing:
         with watch(model, inputs={name: partial(_add, m, skip) for name, m in missing.items()}):
             drain(run, "activations")
