@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tqdm import tqdm
 
 from prunekit.registry import ConfigError
+from prunekit.stats import samples_at_once
 from prunekit.types import Run, tensor_of
 
 Sink = Callable[[str, Tensor, Tensor, Tensor | None], None]
@@ -155,7 +156,7 @@ def backward(model: nn.Module, names: Iterable[str], run: Run, sink: Sink, *, sq
         if others and squares:
             _sample_by_sample(model, others, run, told)
         elif others:
-            _whole_batch(model, others, run, told, batch or max(1, TOKENS // run.tokens.shape[1]))  # type: ignore[attr-defined]
+            _whole_batch(model, others, run, told, batch or samples_at_once(run, TOKENS))
 
 
 def _whole_batch(model: nn.Module, names: list[str], run: Run, sink: Sink, batch: int) -> None:

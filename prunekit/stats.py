@@ -108,9 +108,9 @@ TOKENS = 4096
 """Tokens a forward takes where nothing depends on the batch."""
 
 
-def samples_at_once(run: Run) -> int:
-    """Samples that make up about `TOKENS` tokens."""
-    return max(1, TOKENS // run.tokens.shape[1])  # type: ignore[attr-defined]
+def samples_at_once(run: Run, tokens: int = TOKENS) -> int:
+    """Samples that make up about so many tokens, at least one."""
+    return max(1, tokens // run.tokens.shape[1])  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
