@@ -66,8 +66,8 @@ def measure(name: str) -> dict[str, Any]:
     """Discovery and, kind by kind, the property on one architecture."""
     import torch
 
-    from prunekit.graph.find import discovery, forget
-    from prunekit.graph.structure import configs, logits_of
+    from prunekit.graph.discovery import discovery, forget
+    from prunekit.graph.skeleton import configs, logits_of
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -118,8 +118,8 @@ def check(model: Any, inputs: Any, found: Any, kind: str, kept: dict[str, Any], 
     import torch
 
     from prunekit.graph import remove, zero
-    from prunekit.graph.prove import count_after, masked_logits
-    from prunekit.graph.structure import logits_of
+    from prunekit.graph.skeleton import logits_of
+    from prunekit.graph.verification import count_after, masked_logits
 
     asked = [(c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members}) for c in found.candidates if c.group.name in kept]
     removed = remove(copy.deepcopy(model), kept)
@@ -149,7 +149,7 @@ def check(model: Any, inputs: Any, found: Any, kind: str, kept: dict[str, Any], 
 def generates(model: Any, inputs: Any, kept: dict[str, Any]) -> str:
     """Whether the model pruned in several kinds at once generates the same tokens, from the same logits, with and without a cache."""
     from prunekit.graph import remove
-    from prunekit.graph.cached import same_with_cache
+    from prunekit.graph.generation_check import same_with_cache
 
     dense = same_with_cache(copy.deepcopy(model), inputs)
     if dense:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from taylor import load  # the same model as in the benchmark of Taylor scoring
 
-from prunekit.meter import Peak
+from prunekit.profiling import Peak
 from prunekit.registry import criteria, excludes, pruners, ratios
 
 LIMIT = 12

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from prunekit.compose import composed
-from prunekit.run import run
+from prunekit.cli.compose import composed
+from prunekit.runner.run import run
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 QUIET = ("eval=none", "track=silent", "save=false")

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from prunekit.calib import WholeRun
+from prunekit.activations.runs import WholeRun
 from prunekit.criteria.taylor import channel_importance, taylor
-from prunekit.fold import scored, unit_scores
-from prunekit.meter import Peak
+from prunekit.profiling import Peak
 from prunekit.registry import models
+from prunekit.scoring.aggregate import scored, unit_scores
 
 WAYS = ("bare", "kept", "folded")
 NAMES = ("smollm2_135m", "llama_1b")

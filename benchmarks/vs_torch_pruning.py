@@ -100,8 +100,8 @@ def tied(model: Any) -> bool:
 
 def attempts(name: str, tiny: Any, sizes: Any, only: Sequence[str]) -> dict[str, Any]:
     """The recipe and each kind on one architecture in the first of the sizes that it takes."""
-    from prunekit.graph.find import survey
-    from prunekit.graph.structure import configs
+    from prunekit.graph.discovery import survey
+    from prunekit.graph.skeleton import configs
 
     model, inputs = ours.build(tiny, name, sizes)
     for _, config in configs(model):

@@ -66,7 +66,7 @@ def by_graph(inputs: Any, known: Any, kind: str) -> Plan:
         import torch
         import torch_pruning as tp
 
-        from prunekit.graph.prove import some_masks
+        from prunekit.graph.verification import some_masks
 
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=inputs)
 
@@ -88,10 +88,10 @@ def reference(model: Any, inputs: Any, lost: Lost, skip: Any) -> Any:
     """Logits with what went set to zero and statistics over what stays."""
     import torch
 
-    from prunekit.graph.masked import Masked
-    from prunekit.graph.prove import duplicate
-    from prunekit.graph.structure import logits_of, quiet
+    from prunekit.graph.masked_reference import Masked
+    from prunekit.graph.skeleton import logits_of, quiet
     from prunekit.graph.trace import trace
+    from prunekit.graph.verification import duplicate
 
     zeroed = duplicate(model)
     quiet(zeroed)
@@ -110,7 +110,7 @@ def judge(
     """Nothing if the pruned model is right after one of the fixes, else what is wrong with it."""
     import torch
 
-    from prunekit.graph.structure import ERRORS, logits_of
+    from prunekit.graph.skeleton import ERRORS, logits_of
 
     hit = {(n, a) for n, a, _ in lost}
     for kind in kinds:
@@ -207,7 +207,7 @@ def makers(model: Any, group: Any) -> list[tuple[Any, Any]]:
 
 
 def helped_settings(model: Any, known: Any, kind: str) -> dict[str, Any]:
-    from prunekit.graph.apply import standard
+    from prunekit.graph.slicing import standard
 
     heads, halves, ratios = {}, {}, {}
     for group in (c.group for c in known.candidates if c.group.kind == kind):
@@ -234,7 +234,7 @@ def helped_settings(model: Any, known: Any, kind: str) -> dict[str, Any]:
 
 def helped_sizes(before: Any, known: Any, kind: str, lost: Lost) -> Iterator[Callable[[Any], None]]:
     """None, the example's, then those that our discovery saw shrink: certain ones, with configs, all."""
-    from prunekit.graph.apply import Recipe, follow, patches, set_sizes
+    from prunekit.graph.slicing import Recipe, follow, patches, set_sizes
 
     yield lambda model: None
     yield example_sizes(before)

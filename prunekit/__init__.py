@@ -3,9 +3,9 @@
 # Imported eagerly on purpose: a submodule that is imported later would hide the function of the same name.
 from prunekit.checkpoint import load, save
 from prunekit.checkpoint.replay import replay
+from prunekit.checkpoint.semi_structured import semi_structured
 from prunekit.graph import discover, remove, zero
-from prunekit.run import run
-from prunekit.semi_structured import semi_structured
+from prunekit.runner.run import run
 
 __all__ = ["discover", "load", "remove", "replay", "run", "save", "semi_structured", "zero"]
 __version__ = "0.1.0"

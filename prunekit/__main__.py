@@ -2,6 +2,6 @@
 
 import sys
 
-from prunekit.cli import main
+from prunekit.cli.main import main
 
 sys.exit(main())

@@ -17,14 +17,12 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from prunekit.errors import ConfigError
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 """A share of something that is removed: 0 <= share < 1."""
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
-
-
-class ConfigError(ValueError):
-    """Something the user asked for cannot be; the message says what was given and what is possible."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from paths import ROOT
 
 LEAVES = ("models", "calibs", "criteria", "ratios", "excludes", "pruners", "recoveries", "evals")
-RUNNER = {"prunekit.run", "prunekit.job", "prunekit.cli", "prunekit.preflight", "prunekit.results", "prunekit.track", "prunekit.report"}
+RUNNER = {"prunekit.runner.run", "prunekit.runner.job", "prunekit.cli.main", "prunekit.runner.preflight", "prunekit.runner.results", "prunekit.runner.tracking", "prunekit.report"}
 HEAVY = ("transformers", "peft", "datasets", "lm_eval", "wandb", "gguf", "accelerate")
 FILES = sorted((ROOT / "prunekit").rglob("*.py"))
 
@@ -43,7 +43,7 @@ def test_imports_follow_the_table(path):
         heavy = [n for n in at_top(tree) if n.split(".")[0] in HEAVY]
         assert not heavy, f"imported at start-up by every command: {heavy}"
     if package == "inventory":
-        assert not names & (RUNNER - {"prunekit.preflight"} | {"prunekit.checkpoint"}), "looks at a model's shapes; it runs and loads nothing"
+        assert not names & (RUNNER - {"prunekit.runner.preflight"} | {"prunekit.checkpoint"}), "looks at a model's shapes; it runs and loads nothing"
     if package in ("report",):
         assert not [n for n in names if n.split(".")[0] in ("torch", "transformers")], "reports read results on disk only"
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from paths import ROOT
 
-from prunekit.registry import REGISTRIES, ConfigError, Registry, Share
+from prunekit.errors import ConfigError
+from prunekit.registry import REGISTRIES, Registry, Share
 
 
 @pytest.fixture

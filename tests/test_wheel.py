@@ -43,6 +43,6 @@ def test_it_plans_outside_of_a_checkout(built):
     done = subprocess.run(asked, cwd=built, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
-    where = [sys.executable, "-c", "from prunekit.cli import conf_dir; from prunekit.report.paper import folder; print(conf_dir(), folder())"]
+    where = [sys.executable, "-c", "from prunekit.cli.main import conf_dir; from prunekit.report.paper import folder; print(conf_dir(), folder())"]
     found = subprocess.run(where, cwd=built, env=env, capture_output=True, text=True, check=True).stdout.split()
     assert [Path(p).resolve() for p in found] == [(built / "prunekit" / n).resolve() for n in ("conf", "experiments")]

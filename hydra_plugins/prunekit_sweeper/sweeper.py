@@ -15,9 +15,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from prunekit import progress, resume, sweep
-from prunekit.registry import ConfigError
-from prunekit.sweep import Plan
+from prunekit.errors import ConfigError
+from prunekit.runner import progress, resume, sweep
+from prunekit.runner.sweep import Plan
 
 log = logging.getLogger("prunekit")
 
@@ -87,7 +87,7 @@ class TableSweeper(Sweeper):
 
     def resolved(self, folder: Path, said: Sequence[str]) -> dict[str, Any]:
         """The configuration that this job will see."""
-        from prunekit.job import settled
+        from prunekit.runner.job import settled
 
         composed = self.context.config_loader.load_sweep_config(self.config, list(said))  # type: ignore[arg-type]
         OmegaConf.set_readonly(composed, False)

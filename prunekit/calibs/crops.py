@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunekit.data import DataRoot, Dataset, crops, default_split, texts
+from prunekit.data.datasets import DataRoot, Dataset, crops, default_split, texts
 from prunekit.registry import Natural, Positive, calibs
 
 

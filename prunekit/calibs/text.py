@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prunekit.data import TextFile, crops, document, read
-from prunekit.registry import ConfigError, Natural, Positive, calibs
+from prunekit.data.datasets import TextFile, crops, document, read
+from prunekit.errors import ConfigError
+from prunekit.registry import Natural, Positive, calibs
 
 
 @calibs.register()

@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from prunekit.registry import ConfigError
+from prunekit.errors import ConfigError
 
 MANIFEST = "pruning.json"
 VERSION = 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.registry import ConfigError
+from prunekit.errors import ConfigError
 
 IGNORED = {"training", "gradient_checkpointing"}
 """Attributes of modules that say how a model is used, not what it is."""
@@ -32,7 +32,7 @@ def stock_class(model: nn.Module) -> type:
 
 def clean_config(config: Any) -> Any:
     """A copy of the config without what an earlier checkpoint added to it."""
-    from prunekit.checkpoint.carry.modeling_pruned import LAYOUT
+    from prunekit.checkpoint.remote_code.modeling_pruned import LAYOUT
 
     config = copy.deepcopy(config)
     layout = config.__dict__.pop(LAYOUT, None)
@@ -52,7 +52,7 @@ def fresh(kind: Any, config: Any) -> nn.Module:
 
 def numbers(module: nn.Module) -> dict[str, Any]:
     """The public numbers (and tuples of numbers) that a module keeps as attributes, without those that its weight tells."""
-    from prunekit.checkpoint.carry.modeling_pruned import DERIVED
+    from prunekit.checkpoint.remote_code.modeling_pruned import DERIVED
 
     told = {a for kind, attributes in DERIVED.items() if isinstance(module, kind) for a in attributes}
     return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in IGNORED and k not in told and _is_number(v)}
@@ -88,7 +88,7 @@ def difference(model: nn.Module, config: Any, ignore: frozenset[str] = frozenset
     `ignore` names attributes for which the fresh model's value is taken; without `own_configs` all modules read the shared config.
     Raises ConfigError where the two differ in something that a layout cannot tell.
     """
-    from prunekit.checkpoint.carry import modeling_pruned as carry
+    from prunekit.checkpoint.remote_code import modeling_pruned as carry
 
     plain = fresh(stock_class(model), config)
     layout: dict[str, Any] = {"skipped": {n: m.outputs for n, m in model.named_modules() if type(m).__name__ == "Skipped"}}
@@ -202,7 +202,7 @@ def _unset(like: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def rebuild(model: nn.Module, config: Any, layout: dict[str, Any]) -> nn.Module:
     """The model as a loader would make it: class, config and layout, holding the very tensors of `model` (no copy)."""
-    from prunekit.checkpoint.carry import modeling_pruned as carry
+    from prunekit.checkpoint.remote_code import modeling_pruned as carry
 
     kind, config = stock_class(model), copy.deepcopy(config)
     if layout:

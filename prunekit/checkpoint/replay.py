@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunekit.checkpoint.integrity import MANIFEST, CheckpointError, check_groups, read_json, seal
-from prunekit.registry import ConfigError
+from prunekit.errors import ConfigError
 from prunekit.types import Kept
 
 

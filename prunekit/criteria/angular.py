@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from prunekit.registry import ConfigError, criteria
-from prunekit.stats import drain, watch
+from prunekit.activations.moments import drain, watch
+from prunekit.errors import ConfigError
+from prunekit.registry import criteria
 from prunekit.types import Group, Run, Scores
 
 

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations.moments import drain, watch
 from prunekit.registry import Natural, criteria
-from prunekit.stats import drain, watch
 from prunekit.types import Group, Run, Scores
 
 

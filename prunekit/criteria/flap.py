@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from prunekit.readers import Reader, readers
-from prunekit.registry import ConfigError, Natural, criteria
-from prunekit.stats import Moments, moments
+from prunekit.activations.moments import Moments, moments
+from prunekit.architecture.linear import Reader, readers
+from prunekit.errors import ConfigError
+from prunekit.registry import Natural, criteria
 from prunekit.types import Group, Run, Scores
 
 Metric = Literal["WIFV", "IFV", "WIFN"]

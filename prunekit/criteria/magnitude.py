@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prunekit.fold import Reduce, channel_sum, scored, unit_scores
 from prunekit.registry import criteria
+from prunekit.scoring.aggregate import Reduce, channel_sum, scored, unit_scores
 from prunekit.types import STRUCTURES, Group, Run, Scores, tensor_of
 
 

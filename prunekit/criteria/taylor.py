@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from prunekit.fold import Reduce, channel_sum, scored, unit_scores
-from prunekit.gradients import backward, lean_activations, lean_loss
 from prunekit.registry import Positive, criteria
+from prunekit.scoring.aggregate import Reduce, channel_sum, scored, unit_scores
+from prunekit.scoring.gradients import backward, lean_activations, lean_loss
 from prunekit.types import STRUCTURES, Group, Run, Scores, block_modules
 
 Mode = Literal["vectorize", "param_first", "param_second", "param_mix"]

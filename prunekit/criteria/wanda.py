@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from prunekit.matrices import input_norms, matrix, upright, wanda_score
+from prunekit.architecture.matrices import input_norms, matrix, upright, wanda_score
 from prunekit.registry import criteria
 from prunekit.types import Group, Run, Scores
 

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunekit.registry import ConfigError, Positive, evals
+from prunekit.errors import ConfigError
+from prunekit.registry import Positive, evals
 
 # What the libraries call these two numbers, on the attention module or in the config.
 _HEAD_DIM = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "hidden_size_per_attention_head")

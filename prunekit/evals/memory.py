@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.meter import Peak
+from prunekit.profiling import Peak
 from prunekit.registry import Positive, evals
 
 

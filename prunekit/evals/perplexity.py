@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.data import DataRoot, Dataset, TextFile, default_split, document, read, texts
+from prunekit.data.datasets import DataRoot, Dataset, TextFile, default_split, document, read, texts
+from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
-from prunekit.registry import ConfigError, Positive, evals
+from prunekit.registry import Positive, evals
 
 
 def token_ids(text: str, tokenizer: Any, bos: bool | None) -> Tensor:

@@ -17,10 +17,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 from torch import nn
 
-from prunekit import cloze
-from prunekit.data import DataRoot, data_folder
+from prunekit.data import docs_cloze
+from prunekit.data.datasets import DataRoot, data_folder
+from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
-from prunekit.registry import ConfigError, Natural, Positive, evals
+from prunekit.registry import Natural, Positive, evals
 
 # the metric that the paper reports of each task, and the folder of lm-eval that defines it
 PAPER = {
@@ -82,7 +83,7 @@ def _spec(task: str, folder: Path | None) -> Any:
     lm-eval 0.4.13 takes a dict for a change of a stock task only inside a group.
     """
     if task == CLOZE:
-        return cloze.task()
+        return docs_cloze.task()
     if folder is None or task not in PAPER or not (folder / "tasks" / f"{task}.jsonl").is_file():
         return task
     main, other = (folder.resolve() / "tasks" / f"{task}{part}.jsonl" for part in ("", "_validation"))

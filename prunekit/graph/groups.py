@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunekit.graph.kinds import Typed
+from prunekit.graph.skeleton import block_lists, block_of, numbers
 from prunekit.graph.solve import Family, Solution
-from prunekit.graph.structure import block_lists, block_of, numbers
+from prunekit.graph.unit_kinds import Typed
 from prunekit.types import Group, Member
 
 Extents = dict[str, dict[int, Counter[int]]]

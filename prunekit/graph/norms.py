@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from prunekit.graph.apply import cut
-from prunekit.graph.asked import Keep, Masks, to_keep
+from prunekit.errors import ConfigError
 from prunekit.graph.groups import Candidate
-from prunekit.graph.structure import clone
-from prunekit.registry import ConfigError
+from prunekit.graph.masks import Keep, Masks, to_keep
+from prunekit.graph.skeleton import clone
+from prunekit.graph.slicing import cut
 
 
 def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> None:

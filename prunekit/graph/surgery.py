@@ -10,14 +10,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph.apply import holders, keep_modules, replace, set_sizes, shrink, slice_argument
-from prunekit.graph.asked import Masks, bypass, checked, zero_block, zero_slices
-from prunekit.graph.find import Discovery, discovery
+from prunekit.errors import ConfigError
+from prunekit.graph.discovery import Discovery, discovery
 from prunekit.graph.groups import Argument
+from prunekit.graph.masks import Masks, bypass, checked, zero_block, zero_slices
 from prunekit.graph.norms import rescale_norms
-from prunekit.graph.prove import BLOCKS
-from prunekit.graph.structure import drop_blocks
-from prunekit.registry import ConfigError
+from prunekit.graph.skeleton import drop_blocks
+from prunekit.graph.slicing import holders, keep_modules, replace, set_sizes, shrink, slice_argument
+from prunekit.graph.verification import BLOCKS
 from prunekit.types import Group, Kept, tensor_of
 
 Edits = dict[str, dict[str, Any]]

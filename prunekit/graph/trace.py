@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunekit.graph import moves  # noqa: F401  (its import files its rules)
+from prunekit.graph import movement_rules  # noqa: F401  (its import files its rules)
 from prunekit.graph.labels import Labels, Op
 from prunekit.graph.rules import CREATES, apply
 

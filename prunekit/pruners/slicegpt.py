@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit import graph
-from prunekit.blocks import Activations, Feed, Feeding, Store, capture, stack
-from prunekit.calib import WholeRun
-from prunekit.contest import of_kinds, spared
-from prunekit.depth import returning
-from prunekit.readers import weight_of
-from prunekit.registry import ConfigError, Positive, pruners
-from prunekit.residual import Stream, Sublayer, gain_and_eps, stream
-from prunekit.rotate import Basis, assemble, removed, turned
-from prunekit.sizes import Sizes
-from prunekit.stats import samples_at_once, watch
+from prunekit.activations.blockwise import Activations, Feed, Feeding, Store, capture, stack
+from prunekit.activations.moments import samples_at_once, watch
+from prunekit.activations.runs import WholeRun
+from prunekit.architecture.linear import weight_of
+from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps, stream
+from prunekit.architecture.sizes import Sizes
+from prunekit.errors import ConfigError
+from prunekit.registry import Positive, pruners
+from prunekit.scoring.block_ablation import returning
+from prunekit.selection.eligible import of_kinds, spared
+from prunekit.solvers.rotation import Basis, assemble, removed, turned
 from prunekit.types import Counts, Group, Pruned, Scores
 
 Weighting = Literal["signal", "direction"]

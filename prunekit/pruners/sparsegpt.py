@@ -10,15 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunekit.blocks import Feeding, Store, inside, walk
-from prunekit.calib import WholeRun
-from prunekit.columns import inverse_factor, runs, spread, sweep
-from prunekit.contest import spared
-from prunekit.matrices import block_names, fits, matrices, matrix, module_name, upright
-from prunekit.normal import Normal, warn_of_little_text
-from prunekit.patterns import Pattern, pattern
-from prunekit.registry import ConfigError, Positive, pruners
-from prunekit.stats import drain, samples_at_once, watch
+from prunekit.activations.blockwise import Feeding, Store, inside, walk
+from prunekit.activations.gram import Normal, warn_of_little_text
+from prunekit.activations.moments import drain, samples_at_once, watch
+from prunekit.activations.runs import WholeRun
+from prunekit.architecture.matrices import block_names, fits, matrices, matrix, module_name, upright
+from prunekit.errors import ConfigError
+from prunekit.registry import Positive, pruners
+from prunekit.selection.elements import Pattern, pattern
+from prunekit.selection.eligible import spared
+from prunekit.solvers.sparsegpt import inverse_factor, runs, spread, sweep
 from prunekit.types import Counts, Group, Kept, Pruned, Run, Scores
 
 Damp = Annotated[float, Field(ge=0)]

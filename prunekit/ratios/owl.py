@@ -8,9 +8,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunekit.matrices import input_norms, matrices, matrix, wanda_score
-from prunekit.patterns import share
-from prunekit.registry import ConfigError, Share, ratios
+from prunekit.architecture.matrices import input_norms, matrices, matrix, wanda_score
+from prunekit.errors import ConfigError
+from prunekit.registry import Share, ratios
+from prunekit.selection.elements import share
 from prunekit.types import Counts, Group, Run
 
 

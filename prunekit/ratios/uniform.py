@@ -7,10 +7,11 @@ from typing import Literal
 
 from torch import nn
 
-from prunekit.alike import alike, every_layer
-from prunekit.patterns import share as elements
-from prunekit.registry import ConfigError, Positive, Share, ratios
-from prunekit.sizes import Sizes
+from prunekit.architecture.sizes import Sizes
+from prunekit.checkpoint.stock_counts import alike, every_layer
+from prunekit.errors import ConfigError
+from prunekit.registry import Positive, Share, ratios
+from prunekit.selection.elements import share as elements
 from prunekit.types import Counts, Group, Run
 
 CHANNELS = ("neurons", "hidden", "inner")

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunekit.examples import Source, held_out, load
-from prunekit.registry import ConfigError, Natural, Positive, Share, recoveries
+from prunekit.data.training_examples import Source, held_out, load
+from prunekit.errors import ConfigError
+from prunekit.registry import Natural, Positive, Share, recoveries
 from prunekit.types import Pruned, tensor_of
 
 Rate = Annotated[float, Field(gt=0)]
@@ -51,7 +52,7 @@ def lora(
     """
     from transformers import set_seed
 
-    from prunekit.training import Recipe, accumulation, fit
+    from prunekit.training.trainer import Recipe, accumulation, fit
 
     model = pruned.model
     recipe = Recipe(lr, warmup_steps, epochs, max_steps, batch, micro_batch, eval_every, log_every, seed)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunekit.registry import ConfigError
+from prunekit.errors import ConfigError
 
 STAGES = ("dense", "pruned", "recovered")
 

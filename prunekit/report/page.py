@@ -9,9 +9,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from prunekit.report.cells import HEADS, heads, ours, remarks, theirs, troubles
+from prunekit.report.formatting import HEADS, heads, ours, remarks, theirs, troubles
 from prunekit.report.load import STAGES, Found, Result
-from prunekit.report.sheet import Row, Sheet
+from prunekit.report.table import Row, Sheet
 
 
 def html(tables: Sequence[Sheet], found: Found) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit.report.columns import PAPER_UNITS
+from prunekit.report.metrics import PAPER_UNITS
 
 MODELS = {
     "LLaMA-7B": ("llama_7b", "huggyllama/llama-7b"),

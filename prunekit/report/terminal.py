@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prunekit.report.cells import HEADS, heads, ours, remarks, theirs, troubles
+from prunekit.report.formatting import HEADS, heads, ours, remarks, theirs, troubles
 from prunekit.report.load import Found
-from prunekit.report.sheet import Sheet
+from prunekit.report.table import Sheet
 
 
 def show(tables: Sequence[Sheet], found: Found, console: Console | None = None) -> None:

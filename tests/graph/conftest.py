@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunekit.graph.twin import randomised
+from prunekit.graph.small_model import randomised
 
 LLAMA = {
     "hidden_size": 48,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.graph import remove
-from prunekit.graph.find import Discovery, discovery
-from prunekit.graph.prove import count_after, masked_logits
-from prunekit.graph.structure import logits_of
+from prunekit.graph.discovery import Discovery, discovery
+from prunekit.graph.skeleton import logits_of
+from prunekit.graph.verification import count_after, masked_logits
 
 SIZES = {"hidden": 48, "inter": 60, "heads": 6, "kv": 3}
 OTHER = {"codegen": {"hidden": 64, "inter": 96, "heads": 8, "kv": 4}}  # its heads come in fours

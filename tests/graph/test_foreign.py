@@ -10,10 +10,10 @@ from foreign import FOREIGN, VOCAB
 from torch import Tensor, nn
 
 from prunekit.graph import discover, edits, rebuild, remove, report, zero
-from prunekit.graph.find import discovery
-from prunekit.graph.prove import masked_logits
-from prunekit.graph.structure import logits_of
-from prunekit.graph.twin import randomised
+from prunekit.graph.discovery import discovery
+from prunekit.graph.skeleton import logits_of
+from prunekit.graph.small_model import randomised
+from prunekit.graph.verification import masked_logits
 from prunekit.types import Kept
 
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(2))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from prunekit.errors import ConfigError
 from prunekit.graph import discover, edits, remove, report
-from prunekit.registry import ConfigError
 from prunekit.types import Group
 
 

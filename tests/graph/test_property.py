@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.graph import discover, edits, rebuild, remove, zero
-from prunekit.graph.find import discovery
-from prunekit.graph.prove import masked_logits
+from prunekit.graph.discovery import discovery
+from prunekit.graph.verification import masked_logits
 from prunekit.types import Group, Kept, tensor_of
 
 TOKENS = torch.randint(8, 100, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.graph import discover, remove, zero
-from prunekit.graph.twin import randomised
+from prunekit.graph.small_model import randomised
 
 
 class Block(nn.Module):

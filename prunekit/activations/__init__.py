@@ -1,0 +1,1 @@
+"""Running calibration text: the whole model or block by block, and statistics of what flows."""

@@ -1,0 +1,68 @@
+"""`prunekit list [KIND]`: every component and every YAML of options for one, a line each; `--markdown` prints the README's table of methods."""
+
+from __future__ import annotations
+
+import inspect
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from prunekit.cli.main import conf_dir
+from prunekit.errors import ConfigError
+from prunekit.registry import REGISTRIES, Entry
+
+METHOD_KINDS = ("criterion", "ratio", "pruner", "recovery")
+
+
+def main(argv: list[str]) -> int:
+    """Prints the components of one kind, or of all."""
+    console = Console()
+    if argv == ["--markdown"]:
+        console.out(methods_table(), end="", highlight=False)
+        return 0
+    unknown = [k for k in argv if k not in REGISTRIES]
+    if unknown:
+        raise ConfigError(f"no kind {unknown[0]!r}; kinds: {', '.join(REGISTRIES)}")
+    for kind in argv or REGISTRIES:
+        table = Table(title=kind, title_justify="left", box=None, pad_edge=False)
+        for column in ("name", "what it does", "options"):
+            table.add_column(column, overflow="fold")
+        for name in REGISTRIES[kind].names():
+            entry = REGISTRIES[kind].entry(name)
+            table.add_row(name, entry.summary, options(entry))
+        for name, summary, said in presets(kind):
+            table.add_row(name, summary, said)
+        console.print(table, "")
+    return 0
+
+
+def options(entry: Entry) -> str:
+    """`mode=param_first, reduce=sum`; an option without default stands alone."""
+    return ", ".join(k if v is inspect.Parameter.empty else f"{k}={v}" for k, v in entry.defaults.items() if k != "meta")
+
+
+def presets(kind: str) -> list[tuple[str, str, str]]:
+    """(name, its first comment, the options that it sets) of every YAML that is no component of its own, such as model=llama_7b."""
+    found = []
+    for path in sorted((conf_dir() / kind).glob("*.yaml")):
+        if path.stem not in REGISTRIES[kind].names():
+            text = path.read_text(encoding="utf-8")
+            node = yaml.safe_load(text)
+            own = {k: v for k, v in node.items() if k != "defaults" and not isinstance(v, dict)} if isinstance(node, dict) else {}
+            comment = text.partition("\n")[0].removeprefix("#").strip() if text.startswith("#") else ""
+            found.append((path.stem, comment, ", ".join(f"{k}={v}" for k, v in own.items())))
+    return found
+
+
+def methods_table() -> str:
+    """The methods as a markdown table: what each is, where it is from, what it needs and what comes out."""
+    lines = ["| method | what it does | paper | needs | comes out |", "|---|---|---|---|---|"]
+    for kind in METHOD_KINDS:
+        for name in REGISTRIES[kind].names():
+            entry = REGISTRIES[kind].entry(name)
+            if name != "none":
+                source = f"{entry.meta.get('paper', '-')}, {entry.meta['year']}" if entry.meta.get("paper", "-") != "-" else "-"
+                summary = entry.summary.replace("|", "\\|")
+                lines.append(f"| `{kind}={name}` | {summary} | {source} | {entry.meta.get('needs', '-')} | {entry.meta.get('out', '-')} |")
+    return "\n".join(lines) + "\n"

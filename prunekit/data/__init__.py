@@ -1,0 +1,1 @@
+"""Texts, tasks and training examples, from the hub or from a local folder."""

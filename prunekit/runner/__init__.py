@@ -1,0 +1,1 @@
+"""One run from a plain config: checks, stages, cache, results, sweeps."""

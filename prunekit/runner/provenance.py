@@ -1,0 +1,69 @@
+"""Where a number comes from: versions, commit, seed, hardware, and a hash of the calibration tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import random
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunekit.runner.resume import code_version
+
+PACKAGES = ("prunekit", "torch", "transformers", "peft", "datasets", "lm_eval", "wandb", "hydra-core", "accelerate")
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy and torch once; calibration draws from generators of its own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def collect(cfg: dict[str, Any], tokens: Tensor | None) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the run; every value is plain JSON."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": cfg["seed"],
+        "versions": {p: found for p in PACKAGES if (found := _version(p))} | {"python": platform.python_version()},
+        "code": code_version(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "hardware": hardware(),
+        "calibration": None if tokens is None else {"shape": list(tokens.shape), "sha256": token_hash(tokens)},
+    }
+
+
+def token_hash(tokens: Tensor) -> str:
+    """SHA-256 of the tokens' int64 bytes, row by row."""
+    return hashlib.sha256(tokens.cpu().contiguous().to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+def hardware() -> dict[str, Any]:
+    """CPU, cores, threads, and the names of the GPUs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*args: str) -> str | None:
+    """Output of git in the source tree; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *args], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,117 @@
+"""The runner: compose, check, load, measure, prune, measure, recover, measure, save. It names no component."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunekit import checkpoint
+from prunekit.architecture import offload
+from prunekit.profiling import Stages
+from prunekit.runner import cache, progress, provenance, results, tracking
+from prunekit.runner.preflight import Parts, check
+from prunekit.types import Pruned
+
+log = logging.getLogger("prunekit")
+
+
+@dataclass
+class Job:
+    """What the stages of one run share: its parts, where it writes, and what it has found so far."""
+
+    cfg: dict[str, Any]
+    folder: Path
+    parts: Parts
+    stages: Stages
+    found: dict[str, float]
+    cache: cache.Cache
+
+
+def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """One experiment from a plain config; writes into `folder` and returns what `result.json` holds.
+
+    Everything that can be wrong with `cfg` raises ConfigError before a weight is read. `result.json` is written last and atomically:
+    a folder without one is a run that did not finish. Of several processes (torchrun, accelerate launch) the first one writes.
+    """
+    job = Job(cfg, Path(folder), check(cfg), Stages(), {}, cache.open_cache(cfg))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with tracking.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
+        with stage(job, "load"):
+            model, tokenizer = job.parts.model()
+            offload.fits(model)
+            tokens = job.parts.calib(tokenizer)
+        measure(job, "dense", model, tokenizer, tracker)
+        with stage(job, "prune"), offload.in_memory(model):
+            criterion = job.parts.criterion and job.cache.scores(job.parts.criterion, job.stages)
+            pruned = job.parts.pruner(model, tokens, criterion, job.parts.ratio, job.parts.exclude)
+        show_kept(pruned, tracker)
+        measure(job, "pruned", pruned.model, tokenizer, tracker)
+        if job.parts.recovery:
+            with stage(job, "recover"):
+                pruned.model = job.parts.recovery(pruned, tokenizer)
+            measure(job, "recovered", pruned.model, tokenizer, tracker)
+        saved = save(job, pruned, tokenizer, tracker)
+        record = results.record(cfg, job.found, job.stages.results, pruned, saved, provenance.collect(cfg, tokens))
+    if progress.first_process():
+        results.write(job.folder / "result.json", record | {"cached": job.cache.used})
+    progress.note(job.folder, "finished")
+    return record
+
+
+@contextmanager
+def stage(job: Job, name: str) -> Iterator[None]:
+    """Notes what the job does now, and what it cost. Each starts from the run's seed, whether or not those before came from the cache."""
+    progress.note(job.folder, name)
+    provenance.seed_everything(job.cfg["seed"])
+    with job.stages(name):
+        yield
+
+
+def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: tracking.Track) -> None:
+    """Every eval on `model`; keys are prefixed with `when`. An eval named twice must not hide the other's number."""
+    for name, evaluate in job.parts.evals.items():
+        log.info("%s: measuring %s", when, name)
+        with stage(job, f"{when}/{name}"):
+            asked = (name, model, tokenizer, evaluate)
+            numbers = job.cache.measured(*asked) if when == "dense" else evaluate(model, tokenizer)
+        job.found |= results.prefixed(when, numbers, job.found)
+    tracker.log({k: v for k, v in job.found.items() if k.startswith(f"{when}/")})
+
+
+def show_kept(pruned: Pruned, tracker: tracking.Track) -> None:
+    """The kept widths by layer, as a table of the tracker."""
+    tracker.table("kept", ["group", "kept", "of"], [[n, k, u] for n, (k, u) in results.widths(pruned).items()])
+
+
+def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> str | None:
+    """The checkpoint folder, unless `save=false`; its metadata goes to the tracker, the weights stay here. `save=packed`: see `bitmask`."""
+    if not job.cfg["save"] or not progress.first_process():
+        return None
+    folder = job.folder / "checkpoint"
+    with stage(job, "save"):
+        told: dict[str, Any] = {"kept": pruned.kept, "groups": pruned.groups, "config": job.cfg, "counts": counts(job)}
+        checkpoint.save(pruned.model, tokenizer, folder, packed=job.cfg["save"] == "packed", **told)
+    tracker.artifact("checkpoint", [folder / "config.json", folder / "pruning.json"])
+    return str(folder)
+
+
+def counts(job: Job) -> dict[str, float]:
+    """The measured sizes that belong into the checkpoint."""
+    return {k: v for k, v in job.found.items() if k.partition("/")[2].startswith(("params", "macs"))}
+
+
+def objective(record: dict[str, Any], key: str | None) -> float | None:
+    """The number that a sweeper minimises. Raises KeyError naming the keys there are."""
+    if key is None:
+        return None
+    if key not in record["results"]:
+        raise KeyError(f"objective={key!r}; results are: {', '.join(record['results'])}")
+    return record["results"][key]
+
+

@@ -1,0 +1,1 @@
+"""From gradients and activations to a score for each unit."""

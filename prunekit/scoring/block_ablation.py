@@ -1,0 +1,77 @@
+"""Whole blocks: what the model loses without one of them, without running again what comes before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.activations.moments import watch
+from prunekit.graph.masks import bypass
+from prunekit.types import Run
+
+
+def siblings(model: nn.Module, name: str) -> tuple[list[nn.Module], int]:
+    """All blocks of the list that the block `name` stands in, and its place there."""
+    parent, _, leaf = name.rpartition(".")
+    return list(model.get_submodule(parent).children()), int(leaf)
+
+
+@contextmanager
+def returning(block: nn.Module, activation: Tensor, rest: tuple[Any, ...] | None) -> Iterator[None]:
+    """Inside, the block computes nothing and returns `activation`; `rest` is what used to follow it, None for a bare tensor."""
+    block.forward = lambda *_, **__: activation if rest is None else (activation, *rest)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del block.forward  # the instance attribute; the class's method shows again
+
+
+@torch.no_grad()
+def losses_without(model: nn.Module, names: Sequence[str], run: Run, batch: int, reuse: bool = True) -> Tensor:
+    """(len(names),) mean loss per predicted token of the model that lacks one block each time.
+
+    `reuse` starts each trial from the activations that entered the block in the whole model, which halves the work and holds one
+    activation a block of `batch` samples; a model whose blocks hand each other more than those needs `reuse=False`.
+    """
+    total = torch.zeros(len(names), dtype=torch.float64)
+    parts = list(run.split(batch))  # type: ignore[attr-defined]
+    bar = tqdm(total=len(parts) * len(names), desc="models without a block", unit="model", leave=False, delay=2)
+    with bar:
+        for part in parts:
+            entered, rests = entering(model, names, part)
+            for i, name in enumerate(names):
+                with ExitStack() as stack:
+                    blocks, place = siblings(model, name)
+                    if reuse:
+                        for b in blocks[: place + 1]:
+                            stack.enter_context(returning(b, entered[name], rests[name]))
+                    else:
+                        stack.callback(bypass(blocks[place]).remove)
+                    loss = next(part(labels=True)).loss
+                total[i] += float(loss) * len(part.tokens) / len(run.tokens)  # type: ignore[attr-defined]
+                bar.update()
+    return total.float()
+
+
+def entering(model: nn.Module, names: Sequence[str], run: Run) -> tuple[dict[str, Tensor], dict[str, tuple[Any, ...] | None]]:
+    """What entered each block in one pass of the whole model, and what followed the activation that it returned."""
+    entered: dict[str, Tensor] = {}
+    rests: dict[str, tuple[Any, ...] | None] = {}
+
+    def keep(name: str, _module: nn.Module, _args: Any, out: Any) -> None:
+        rests[name] = None if isinstance(out, Tensor) else tuple(out[1:])
+
+    hooks = [model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
+    try:
+        with watch(model, inputs={n: partial(entered.__setitem__, n) for n in names}):
+            next(run(head=False))
+    finally:
+        for h in hooks:
+            h.remove()
+    return entered, rests

@@ -1,0 +1,252 @@
+"""Gradients handed over weight by weight as backward produces them, and freed: scoring never holds a model's worth of them.
+
+Backward visits the layers from the last to the first. Each weight's gradient is given to a callback the moment it is complete and is
+dropped when the callback returns, so the memory needed beside the weights is one weight's gradient plus the activations, and of those
+only matrix products are kept; the rest is recomputed (see `lean_activations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from tqdm import tqdm
+
+from prunekit.activations.moments import samples_at_once
+from prunekit.errors import ConfigError
+from prunekit.types import Run, tensor_of
+
+Sink = Callable[[str, Tensor, Tensor, Tensor | None], None]
+"""`sink(name, weight, gradient, mean_squared)`: the last is the mean over samples of the squared per-sample gradient, or None."""
+
+TOKENS = 2048
+"""Tokens of a backward where the caller names no batch: the setting of most papers is less, and more would cost gigabytes."""
+
+_SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _policy(_ctx, op, *_args, **_kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def lean_activations(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the blocks keep only the results of matrix products for backward and recompute what is cheap.
+
+    Costs a few percent of time (norms, rotations, activations run twice) and saves about two thirds of the activations.
+    """
+    context = partial(create_selective_checkpoint_contexts, _policy)
+    changed = []
+    for block in blocks:
+        changed.append((block, block.__dict__.get("forward")))
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context, preserve_rng_state=False)  # type: ignore
+    try:
+        yield
+    finally:
+        for block, own in changed:
+            del block.forward  # the instance attribute; the class's method shows again
+            if own is not None:
+                block.forward = own  # type: ignore[assignment]  # accelerate's, which moves tensors between devices
+
+
+class _OneBufferLoss(torch.autograd.Function):
+    """Cross entropy whose gradient takes the place of the logits: one (N, T, V) tensor instead of four."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        scores, targets = logits.detach()[:, :-1], labels[:, 1:].to(logits.device)
+        count = targets.numel()
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for row, target in zip(scores, targets):  # a sample at a time: float32 copies of one row only
+            log_p = torch.log_softmax(row.float(), -1)
+            total -= log_p.gather(1, target[:, None]).sum()
+            p = log_p.exp_()
+            p.scatter_add_(1, target[:, None], torch.full_like(target[:, None], -1, dtype=p.dtype))
+            row.copy_(p.div_(count))
+        logits.detach()[:, -1] = 0
+        ctx.gradient = logits.detach()
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(grad), None
+
+
+@contextmanager
+def lean_loss(model: nn.Module) -> Iterator[None]:
+    """Inside, a model with transformers' ordinary causal loss computes it in the memory of its logits, which backward then consumes.
+
+    The outputs' logits are overwritten, so only the loss of what the model returns may be used. Other losses are left as they are.
+    """
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        yield
+        return
+
+    def loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: object) -> Tensor:
+        return _OneBufferLoss.apply(logits, labels)  # type: ignore[no-any-return]
+
+    model.loss_function = loss  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model._loss_function  # the class's own shows again
+
+
+@contextmanager
+def only_these_train(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Inside, exactly the parameters `names` require gradients, and none holds one; flags and gradients are restored after."""
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    held = {n: p.grad for n, p in model.named_parameters()}
+    try:
+        for n, p in model.named_parameters():
+            p.requires_grad_(n in names)
+            p.grad = None
+        yield
+    finally:
+        for n, p in model.named_parameters():
+            p.requires_grad_(flags[n])
+            p.grad = held[n]
+
+
+def backward(model: nn.Module, names: Iterable[str], run: Run, sink: Sink, *, squares: bool, batch: int | None = None) -> None:
+    """One backward of the batch's mean loss; every weight in `names` goes through `sink` once, as soon as it is known.
+
+    `squares=True` adds the mean over samples of squared per-sample gradients. For linear layers they come out of the same single
+    backward, from the layer's input and output gradient; other weights (norms, embeddings) take one extra backward a sample.
+    `batch` samples go at a time (None: as many as make up `TOKENS` tokens): where that splits them, first-order gradients are
+    accumulated over the batches (as much memory as the weights in `names`).
+    Raises ConfigError where accelerate keeps a weight elsewhere.
+    """
+    wanted = list(dict.fromkeys(names))
+    missing = [n for n in wanted if tensor_of(model, n).is_meta]
+    if missing:
+        raise ConfigError(f"gradients need every weight in memory, and {missing[0]} is not: prunekit.architecture.offload.gather(model) brings them")
+    linear = _linear_owners(model, wanted) if squares else {}
+    others = [n for n in wanted if n not in linear]
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        bar = stack.enter_context(tqdm(total=len(wanted), desc="gradients", unit="weight", leave=False, delay=2))
+
+        def told(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
+            with torch.no_grad():
+                sink(name, weight, gradient, mean_squared)
+            bar.update()
+
+        if linear:
+            with only_these_train(model, set()), _per_sample(model, linear, told, len(run.tokens)):  # type: ignore[attr-defined]
+                for out in run(labels=True):
+                    out.loss.backward()
+        stack.enter_context(only_these_train(model, set(others)))
+        if others and squares:
+            _sample_by_sample(model, others, run, told)
+        elif others:
+            _whole_batch(model, others, run, told, batch or samples_at_once(run, TOKENS))
+
+
+def _whole_batch(model: nn.Module, names: list[str], run: Run, sink: Sink, batch: int) -> None:
+    total = len(run.tokens)  # type: ignore[attr-defined]
+    batches = -(-total // batch)
+    seen = 0
+
+    def fold(name: str, p: Tensor) -> None:
+        if seen == batches:
+            assert p.grad is not None
+            sink(name, p, p.grad, None)
+            p.grad = None
+
+    hooks = [tensor_of(model, n).register_post_accumulate_grad_hook(partial(fold, n)) for n in names]
+    try:
+        for out in run(labels=True, batch=batch):
+            seen += 1
+            # The mean over all N samples, whatever the size of the last batch.
+            (out.loss * (min(batch, total - (seen - 1) * batch) / total)).backward()
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def _sample_by_sample(model: nn.Module, names: list[str], run: Run, sink: Sink) -> None:
+    params = {n: tensor_of(model, n) for n in names}
+    mean = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in params.items()}
+    squared = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in params.items()}
+    total = len(run.tokens)  # type: ignore[attr-defined]
+    for out in run(labels=True, batch=1):
+        out.loss.backward()
+        for n, p in params.items():
+            if p.grad is not None:
+                g = p.grad.float()
+                mean[n] += g / total
+                squared[n] += g.square() / total
+                p.grad = None
+    for n, p in params.items():
+        sink(n, p, mean.pop(n), squared.pop(n))
+
+
+def _linear_owners(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """Names of weights that only one linear module applies (nn.Linear, or transformers' Conv1D with its transposed weight)."""
+    wanted = set(names)
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                users[id(p)] = users.get(id(p), 0) + 1
+    found = {}
+    for prefix, module in model.named_modules():
+        name = f"{prefix}.weight"
+        if name in wanted and _is_linear(module) and users[id(module.weight)] == 1:
+            found[name] = module
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+@contextmanager
+def _per_sample(model: nn.Module, owners: dict[str, nn.Module], sink: Sink, samples: int) -> Iterator[None]:
+    """Inside, each backward through a linear layer turns its input and output gradient into that weight's per-sample gradients.
+
+    The batch loss is a mean over equally long samples, so the gradient of sample n alone is `samples` times its share: with
+    `x (N, T, in)` and `d (N, T, out)`, `G_n = N * d_n^T x_n`, the batch gradient is mean(G_n) and the second moment mean(G_n^2).
+    """
+
+    def on_forward(name: str, module: nn.Module, args, out: Tensor):
+        x = args[0].detach()
+        if not out.requires_grad:
+            out.requires_grad_()  # nothing below trains: the graph starts here
+
+        def on_backward(d: Tensor) -> None:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            gradient = torch.zeros_like(weight, dtype=torch.float32)
+            squared = torch.zeros_like(weight, dtype=torch.float32)
+            a, b = (x, d) if type(module) is not nn.Linear else (d, x)  # Conv1D stores (in, out)
+            for a_n, b_n in zip(a.reshape(samples, -1, a.shape[-1]), b.reshape(samples, -1, b.shape[-1])):
+                g = (a_n.T @ b_n).float()
+                gradient += g
+                squared.addcmul_(g, g, value=samples)
+            sink(name, weight, gradient, squared)
+
+        out.register_hook(on_backward)
+
+    hooks = [m.register_forward_hook(partial(on_forward, n)) for n, m in owners.items()]
+    try:
+        yield
+    finally:
+        for h in hooks:
+            h.remove()

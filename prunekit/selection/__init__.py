@@ -1,0 +1,1 @@
+"""From scores and counts to the units and elements that stay."""

@@ -1,0 +1,90 @@
+"""Scores and counts to kept units. Pure functions: nothing here touches a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prunekit.errors import ConfigError
+from prunekit.types import Counts, Group, Kept, Scores
+
+
+def lowest(scores: Tensor, n: int) -> Tensor:
+    """Mask with the `n` lowest of `scores` False; ties fall by index (stable), so the count is exact."""
+    flat = scores.flatten().float()
+    kept = torch.ones(flat.numel(), dtype=torch.bool)
+    kept[torch.argsort(flat, stable=True)[:n].cpu()] = False
+    return kept.view(scores.shape)
+
+
+def local(scores: Scores, counts: Counts) -> Kept:
+    """Remove `counts[name]` lowest units inside each group, never all of them."""
+    finite(scores)
+    return {name: lowest(s, min(counts.get(name, 0), s.numel() - 1)) for name, s in scores.items()}
+
+
+def pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
+    """Rank the units of all groups together and remove the longest prefix of the ranking for which `fits(counts)` holds.
+
+    Each unit counts as one, whatever its kind, with no normalisation (LLM-Pruner's global pruning). The best unit of every
+    group is out of the contest, so that no module is emptied. `fits` must be monotone: false stays false as counts grow.
+    """
+    finite(scores)
+    names = list(scores)
+    flat = [scores[n].flatten().float().cpu().clone() for n in names]
+    for s in flat:
+        s[int(s.argmax())] = torch.inf
+    group = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(flat)])
+    position = torch.cat([torch.arange(s.numel()) for s in flat])
+    values = torch.cat(flat)
+    order = torch.argsort(values, stable=True)[: int(torch.isfinite(values).sum())]
+
+    def counts_of(k: int) -> Counts:
+        return dict(zip(names, torch.bincount(group[order[:k]], minlength=len(names)).tolist()))
+
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(counts_of(middle)) else (low, middle - 1)
+    kept = {name: torch.ones(scores[name].numel(), dtype=torch.bool) for name in names}
+    for k in order[:low].tolist():
+        kept[names[int(group[k])]][int(position[k])] = False
+    return {name: mask.view(scores[name].shape) for name, mask in kept.items()}
+
+
+def finite(scores: Scores) -> None:
+    """Raises ConfigError naming the group whose scores are not finite: a choice among NaNs would be noise."""
+    for name, s in scores.items():
+        if not torch.isfinite(s).all():
+            bad = int((~torch.isfinite(s)).sum())
+            raise ConfigError(f"{bad} of {s.numel()} scores of {name} are not finite: try model.dtype=float32 or other calibration text")
+
+
+def within(outer: Tensor, inner: Tensor) -> Tensor:
+    """The mask over all units when `inner` chooses among those that `outer` kept."""
+    total = outer.clone()
+    total[outer] = inner
+    return total
+
+
+def widened(kept: Kept, groups: list[Group], whole: list[Group]) -> Kept:
+    """The same choice over all blocks of `whole`, where an exclusion let only those of `groups` compete; other kinds as they are."""
+    full = {g.name: g for g in whole}
+    out = dict(kept)
+    for g in groups:
+        if g.modules and g.units < full[g.name].units:
+            out[g.name] = torch.ones(full[g.name].units, dtype=torch.bool)
+            out[g.name][[full[g.name].modules.index(m) for m in g.modules]] = kept[g.name]
+    return out
+
+
+def survivors(now: Group, whole: list[Group], contest: list[Group], kept: Kept) -> Group:
+    """The blocks that may still go: those of the first contest that are left, under the names which they have now."""
+    full, first = (next(g for g in groups if g.name == now.name) for groups in (whole, contest))
+    free = torch.tensor([m in first.modules for m in full.modules])[kept[now.name]]
+    parent = full.modules[0].rpartition(".")[0]
+    modules = tuple(f"{parent}.{i}" for i in free.nonzero()[:, 0].tolist())
+    return dataclasses.replace(now, units=len(modules), modules=modules, shape=(len(modules),))

@@ -1,0 +1,1 @@
+"""Closed-form updates of what remains: tensors in, tensors out."""

@@ -1,0 +1,93 @@
+"""Structured optimal brain surgeon: which input channels a linear map can spare, at what cost, if the others make up for them.
+
+For the quadratic error `tr((W - A) H (W - A)^T)` the channels S cost `tr(W_S (H^-1_SS)^-1 W_S^T)`; then `W -= W_S (H^-1_SS)^-1 H^-1_S,:`
+and the inverse loses the same term (Hassibi & Stork 1993; ZipLM, arXiv 2302.04089, and SlimGPT, arXiv 2412.18110, for structures).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from prunekit.errors import ConfigError
+
+Removal = tuple[list[int], list[float]]
+"""Units in the order in which they go, and what each one costs at its turn."""
+
+
+@torch.no_grad()
+def removal(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -> Removal:
+    """Greedy order: at every step the cheapest of the remaining units goes and the others make up for it.
+
+    `weight` is `(outputs, inputs)`, scaled beforehand if errors of some outputs weigh more; `inverse` is `H^-1 (inputs, inputs)`;
+    `units` is `(U, width)`, the inputs that each unit owns, which are all inputs in play; `count <= U` units go.
+    """
+    owned = units.flatten().to(inverse.device)
+    order = units.new_tensor(range(units.numel())).view(units.shape).to(inverse.device)
+    V, M = weight[:, owned].float(), inverse[owned][:, owned].float()
+    if units.shape[1] == 1:
+        return _single(V, M, count)
+    return _wide(V, M, order, count)
+
+
+def _wide(V: Tensor, M: Tensor, units: Tensor, count: int) -> Removal:
+    """Units of several inputs each, in float64: what is left of `M` after many removals is a small difference of large numbers."""
+    V, M = V.double(), M.double()
+    left = list(range(len(units)))
+    order, costs = [], []
+    for _ in range(count):
+        inner = factor(M[units[left][:, :, None], units[left][:, None, :]])  # (left, width, width)
+        outer = V[:, units[left]].permute(1, 2, 0)  # (left, width, outputs)
+        cost = torch.linalg.solve_triangular(inner, outer, upper=False).square().sum((1, 2))
+        best = int(cost.argmin())
+        S = units[left.pop(best)]
+        share = torch.cholesky_solve(M[S], inner[best])
+        V = V - V[:, S] @ share
+        M = M - M[:, S] @ share
+        # The rows and columns of S are zero now but for rounding, and are not looked at again.
+        order.append(int(S[0]) // units.shape[1])
+        costs.append(float(cost[best]))
+    return order, costs
+
+
+def factor(H: Tensor) -> Tensor:
+    """Lower Cholesky factor of `H (..., n, n)`. Raises ConfigError where there is none: numbers that are not finite, or too little text."""
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed.any():
+        if not H.isfinite().all():
+            raise ConfigError("a gram matrix has numbers that are not finite: the model overflows on this text, try pruner.precision=model")
+        raise ConfigError(f"a gram matrix of {H.shape[-1]} inputs is not positive definite: raise pruner.damp or calibrate on more text")
+    return L
+
+
+def _single(V: Tensor, M: Tensor, count: int, panel: int = 32) -> Removal:
+    """Units of one input each, exactly one at a time; the rank-one updates of V and M are put off and done `panel` at a time.
+
+    Inside a panel the true matrices are `V - A B^T` and `M - B B^T`. After it the removed inputs are dropped, so that the work shrinks.
+    """
+    left = torch.arange(M.shape[0], device=M.device)
+    order: list[int] = []
+    costs: list[float] = []
+    while len(order) < count:
+        steps = min(panel, count - len(order))
+        diagonal, norms = M.diagonal().clone(), V.square().sum(0)
+        A, B = V.new_zeros(len(V), steps), M.new_zeros(len(M), steps)
+        gone = torch.zeros(len(M), dtype=torch.bool, device=M.device)
+        for k in range(steps):
+            cost = torch.where(gone, math.inf, norms / diagonal)
+            p = int(cost.argmin())
+            h, v = M[:, p] - B[:, :k] @ B[p, :k], V[:, p] - A[:, :k] @ B[p, :k]
+            pivot = h[p].clamp(min=torch.finfo(h.dtype).tiny)
+            overlap = v @ V - B[:, :k] @ (A[:, :k].T @ v)
+            norms = (norms - 2 * overlap * h / pivot + v.dot(v) * (h / pivot).square()).clamp(min=0)
+            diagonal = diagonal - h.square() / pivot
+            diagonal[p], gone[p] = 1.0, True
+            A[:, k], B[:, k] = v / pivot.sqrt(), h / pivot.sqrt()
+            order.append(int(left[p]))
+            costs.append(max(float(cost[p]), 0.0))
+        stay = (~gone).nonzero()[:, 0]
+        B = B[stay]
+        V, M, left = V[:, stay] - A @ B.T, M[stay][:, stay] - B @ B.T, left[stay]
+    return order, costs

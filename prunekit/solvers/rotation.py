@@ -1,0 +1,116 @@
+"""Weights turned into new bases of the residual stream, and the matrices that carry the stream from one basis to the next (SliceGPT)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.architecture.linear import weight_of
+from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps
+from prunekit.graph.discovery import forget
+from prunekit.graph.slicing import fit
+
+Basis = Tensor
+"""(C, width) float64 with orthonormal columns."""
+
+
+def turned(bases: Iterable[Basis]) -> Iterator[Basis]:
+    """The same subspaces, each basis turned within its own to lie nearest the one before (orthogonal Procrustes).
+
+    `Q_r^T Q_w = U S V^T`; with `Q_w V U^T` in place of `Q_w` the product is `U S U^T`, symmetric with eigenvalues in [0, 1].
+    """
+    previous: Basis | None = None
+    for Q in bases:
+        if previous is not None:
+            U, _, Vh = torch.linalg.svd(previous.T @ Q)
+            Q = Q @ Vh.T @ U.T
+        yield Q
+        previous = Q
+
+
+def shortcut(Q_r: Basis, Q_w: Basis) -> Tensor:
+    """(width, r) `B` with `Q_r^T Q_w = I - B B^T` for turned bases; r is at most the number of dropped directions."""
+    values, U = torch.linalg.eigh(torch.eye(Q_r.shape[1], dtype=Q_r.dtype, device=Q_r.device) - Q_r.T @ Q_w)
+    used = values > 1e-6  # one in a million of a direction's size: below what float32 keeps
+    return U[:, used] * values[used].sqrt()
+
+
+def tied(model: nn.Module, chain: Stream) -> bool:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head is not None and head.weight is model.get_submodule(chain.embedding).weight
+
+
+@torch.no_grad()
+def assemble(model: nn.Module, chain: Stream, bases: Sequence[Basis], depth: int) -> None:
+    """Slice the first `depth` blocks in place: rotated weights, unit gains, and the maps between bases.
+
+    The stream is narrowed by the embedding itself, or, where that is tied to the output matrix, on entering the first block; it has its
+    full width again on entering block `depth` or the last norm.
+    """
+    from prunekit.checkpoint.remote_code.modeling_pruned import rotate
+
+    parts = [part for block in chain.sublayers[:depth] for part in block]
+    for part, Q_r, Q_w in zip(parts, bases[:-1], bases[1:], strict=True):
+        slice_sublayer(model, part, Q_r, Q_w)
+        B = shortcut(Q_r, Q_w)
+        if B.shape[1]:
+            _set(rotate(model, part.module, part.norm), B)
+    if tied(model, chain):
+        _set(rotate(model, chain.blocks[0]), bases[0])
+    else:
+        embedding = model.get_submodule(chain.embedding)
+        words: Tensor = embedding.weight  # type: ignore[assignment]
+        put(embedding, words.double() @ bases[0].to(words.device))
+    _set(rotate(model, (*chain.blocks, chain.norm)[depth]), bases[-1].T)
+    forget(model)
+
+
+def _set(rotation: nn.Module, weight: Tensor) -> None:
+    like: Tensor = rotation.weight  # type: ignore[assignment]
+    rotation.weight = nn.Parameter(weight.to(like).contiguous(), requires_grad=like.requires_grad)
+
+
+def slice_sublayer(model: nn.Module, part: Sublayer, Q_r: Basis, Q_w: Basis) -> None:
+    """Readers take the basis `Q_r` and the gain of the norm, writers the basis `Q_w`; the norm keeps dividing by the full width."""
+    norm = model.get_submodule(part.norm)
+    gain, offset, eps_name, eps = gain_and_eps(norm)
+    full, width = Q_r.shape
+    for name in part.readers:
+        module = model.get_submodule(name)
+        put_linear(module, (weight_of(module).double() * gain.double()) @ Q_r.to(gain.device))
+    for name in part.writers:
+        module = model.get_submodule(name)
+        put_linear(module, Q_w.T.to(gain.device) @ weight_of(module).double())
+        if module.bias is not None:
+            module.bias = nn.Parameter((Q_w.T.to(gain.device) @ module.bias.double()).to(module.bias.dtype), module.bias.requires_grad)  # type: ignore
+    # x / sqrt(sum x^2 / full + eps) = x sqrt(full / width) / sqrt(sum x^2 / width + eps full / width)
+    put(norm, torch.full((width,), math.sqrt(full / width) - offset))
+    setattr(norm, eps_name, eps * full / width)
+
+
+def put_linear(module: nn.Module, W: Tensor) -> None:
+    """`W (out, in)` as the module stores it."""
+    put(module, W if isinstance(module, nn.Linear) else W.T)
+
+
+def put(module: nn.Module, weight: Tensor) -> None:
+    """A new weight in the old one's dtype and on its device; the module's sizes follow."""
+    old: Tensor = module.weight  # type: ignore[assignment]
+    module.weight = nn.Parameter(weight.to(old).contiguous(), requires_grad=old.requires_grad)
+    fit(module, "weight", old.shape)
+
+
+def removed(model: nn.Module, chain: Stream, depth: int, width: int) -> int:
+    """Parameters that slicing the first `depth` blocks to `width` takes away, less the matrices that it adds."""
+    vocabulary, full = model.get_submodule(chain.embedding).weight.shape  # type: ignore[union-attr,misc]
+    less = full - width
+    gone = -full * width if tied(model, chain) else vocabulary * less
+    for part in (part for block in chain.sublayers[:depth] for part in block):
+        modules = [model.get_submodule(n) for n in (*part.readers, *part.writers)]
+        channels = sum(weight_of(m).numel() // full for m in modules)
+        biases = sum(m.bias is not None for m in modules[len(part.readers) :])
+        gone += less * (channels + biases + 1) - width * min(width, less)
+    return gone - full * width

@@ -1,0 +1,194 @@
+"""The report: seeds become means, the paper's numbers stand beside ours, failures are named, and the page works in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from fakes import config, result, stages
+
+from prunekit.errors import ConfigError
+from prunekit.report import command as report
+from prunekit.report.load import load
+from prunekit.report.paper import paper
+from prunekit.report.table import sheets
+
+LLAMA = {"name": "hf", "path": "huggyllama/llama-7b"}
+
+
+@pytest.fixture
+def table1(tmp_path: Path) -> Path:
+    """Three rows of the paper's Table 1, two seeds each, one of them recovered, and a failed and a killed job."""
+    for seed in (0, 1):
+        for row, ppl in (("L2", 600.0), ("Random", 30.0)):
+            cfg = config(table="llm_pruner/table1", row=row, seed=seed, calib__seed=seed, model=LLAMA)
+            result(tmp_path / f"{row}-{seed}", stages(12.6, ppl + seed), cfg)
+        cfg = config(table="llm_pruner/table1", row="Element1", seed=seed, model=LLAMA)
+        curve = {"recovery_curve": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "eval_loss": 2.5}]}
+        result(tmp_path / f"Element1-{seed}", stages(12.6, 19.0 + seed, 17.0 + seed), cfg, notes=curve)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "failed.txt").write_text("Traceback (most recent call last):\n  File x\nMemoryError: out of it\n")
+    (tmp_path / "killed" / ".hydra").mkdir(parents=True)
+    (tmp_path / "killed" / "run.log").write_text("")
+    return tmp_path
+
+
+def sheet_of(folder: Path):
+    return sheets(load([folder]))[0]
+
+
+def test_seeds_become_a_mean_and_a_deviation(table1):
+    rows = {(r.label, r.stage): r for r in sheet_of(table1).rows}
+    cell = rows["Element1", "pruned"].cells["ppl_wikitext2_128"]
+    assert (cell.mean, cell.n) == (19.5, 2)
+    assert cell.spread == pytest.approx(0.5**0.5)
+    # The dense model agrees in every job: one measurement with its own standard error.
+    dense = rows["dense", "dense"].cells["ppl_wikitext2_128"]
+    assert (dense.mean, dense.n) == (12.6, 1)
+    assert dense.spread == pytest.approx(12.6 / 50)
+
+
+def test_rows_stand_in_the_papers_order_and_beside_its_numbers(table1):
+    sheet = sheet_of(table1)
+    assert [(r.label, r.stage) for r in sheet.rows] == [
+        ("dense", "dense"),
+        ("L2", "pruned"),
+        ("Random", "pruned"),
+        ("Element1", "pruned"),
+        ("Element1", "recovered"),
+    ]
+    theirs = [r.cells["ppl_wikitext2_128"].paper for r in sheet.rows]
+    assert theirs == [12.62, 582.41, 27.51, 19.09, 17.58]
+    assert sheet.comparable
+    assert sheet.orders["WikiText2"] == (6, 6)
+
+
+def test_another_model_is_not_subtracted(tmp_path):
+    result(tmp_path / "a", stages(12.6, 20.0), config(table="llm_pruner/table1", row="L2"))
+    sheet = sheet_of(tmp_path)
+    assert not sheet.comparable
+    assert "(+" not in report.FORMS[".md"]([sheet], load([tmp_path]))
+
+
+def test_best_of_a_block_is_marked_once(table1):
+    marks = [(r.label, r.stage) for r in sheet_of(table1).rows if r.cells["ppl_wikitext2_128"].best]
+    assert marks == [("Element1", "pruned")]  # a block of one has no best
+
+
+def test_jobs_without_an_experiment_are_named_by_what_differs(tmp_path):
+    for i, (criterion, target, samples) in enumerate([("taylor", 0.1, 10), ("taylor", 0.3, 10), ("l2", 0.1, 10)]):
+        cfg = config(criterion={"name": criterion}, ratio__target=target, calib__samples=samples)
+        result(tmp_path / str(i), stages(10, 20 + i), cfg)
+    rows = sheet_of(tmp_path).rows
+    assert {(r.label, r.asked) for r in rows if r.stage == "pruned"} == {("taylor", 0.1), ("taylor", 0.3), ("l2", 0.1)}
+
+
+def test_a_number_that_is_not_finite_is_no_number(tmp_path):
+    result(tmp_path / "a", stages(10, 20) | {"pruned/ppl_wikitext2_128": None}, config(), not_finite=["pruned/ppl_wikitext2_128"])
+    cell = next(r for r in sheet_of(tmp_path).rows if r.stage == "pruned").cells["ppl_wikitext2_128"]
+    assert cell.mean is None
+    assert "not finite" in report.FORMS[".md"]([], load([tmp_path]))
+
+
+def test_failed_and_unfinished_jobs_are_named_and_make_the_status(table1, capsys):
+    assert report.main([str(table1)]) == 1
+    out = capsys.readouterr().out
+    assert "MemoryError: out of it" in out
+    assert "killed" in out
+
+
+def test_every_form_is_written(table1, tmp_path):
+    target = tmp_path / "out"
+    report.main([str(table1), "--quiet", "--to", str(target)])
+    assert {p.name for p in target.iterdir()} == {"report.md", "report.tex", "report.csv", "report.html"}
+    assert "**19.50 ± 0.71** / 19.09 (+0.41)" in (target / "report.md").read_text()
+    assert r"\toprule" in (target / "report.tex").read_text()
+    lines = list(csv.DictReader(io.StringIO((target / "report.csv").read_text())))
+    assert any(x["stage"] == "failed" and "MemoryError" in x["note"] for x in lines)
+    page = (target / "report.html").read_text()
+    assert not re.search(r'(src|href)="https?:', page.split("<script>")[0])
+
+
+def test_jobs_stand_in_the_order_of_their_numbers_and_name_what_says_the_same_once(tmp_path):
+    for i in (10, 2, 1):
+        cfg = config(exclude={"name": "range", "heads": [i, i + 1], "neurons": [i, i + 1]}, row="layer")
+        result(tmp_path / f"layer_{i}", stages(10, 11 + i), cfg)
+    [table] = sheets(load([tmp_path]))
+    assert [r.label for r in table.rows[1:]] == [f"layer, exclude.heads=[{i}, {i + 1}]" for i in (1, 2, 10)]
+
+
+def test_latex_escapes_what_it_must():
+    assert report.files.tex("a_b & 5 %") == r"a\_b \& 5 \%"
+
+
+def test_unknown_form_and_missing_folder_are_refused(table1, tmp_path):
+    with pytest.raises(ConfigError, match="cannot write"):
+        report.main([str(table1), "--to", "x.pdf"])
+    with pytest.raises(ConfigError, match="is not a folder"):
+        report.main([str(tmp_path / "nowhere")])
+
+
+def test_half_a_file_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result.json").write_text('{"config": ')
+    with pytest.raises(ConfigError, match="not a result file"):
+        load([tmp_path])
+
+
+@pytest.mark.parametrize("n", [*range(1, 11), *range(12, 18)])
+def test_the_papers_tables_are_data_with_a_source(n):
+    found = paper(f"llm_pruner/table{n}")
+    assert found is not None
+    assert found.rows
+    assert "2305.11627" in found.source
+
+
+PROBE = """
+<script>
+const errors = [];
+window.addEventListener("error", (e) => errors.push(e.message));
+console.error = (...a) => errors.push(a.join(" "));
+window.addEventListener("load", () => setTimeout(() => {
+  const table = document.querySelector("table");
+  const names = () => [...table.tBodies[0].rows].map((r) => r.cells[0].textContent);
+  const heads = [...table.tHead.rows[0].cells];
+  const column = heads.findIndex((h) => h.textContent === "WikiText2");
+  const click = () => { heads[column].firstChild.click(); return names(); };
+  const up = click(), down = click();
+  document.getElementById("theme").click();
+  const plots = document.querySelectorAll(".js-plotly-plot").length;
+  const wide = document.documentElement.scrollWidth > window.innerWidth + 1;
+  document.body.innerHTML = "<pre id=probe></pre>";
+  document.getElementById("probe").textContent = JSON.stringify({ up, down, plots, wide, errors });
+}, 300));
+</script>
+"""
+
+
+def browser() -> str:
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if not found:
+        pytest.skip("needs a browser: apt-get install chromium")
+    return found
+
+
+@pytest.mark.parametrize("size", ["1280,900", "390,844"])
+def test_the_page_sorts_and_draws_in_a_real_browser_without_an_error(table1, tmp_path, size):
+    page = tmp_path / "report.html"
+    report.main([str(table1), "--quiet", "--to", str(page)])
+    page.write_text(page.read_text().replace("<main>", PROBE + "<main>"))
+    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={size}", "--virtual-time-budget=8000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1].replace("&gt;", ">").replace("&lt;", "<"))
+    assert found["errors"] == []
+    assert found["up"] == ["dense", "Element1", "Element1", "Random", "L2"]
+    assert found["down"] == found["up"][::-1]
+    assert found["plots"] >= 5
+    assert not found["wide"]  # a phone scrolls the table, not the page

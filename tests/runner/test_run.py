@@ -1,0 +1,198 @@
+"""The runner and the command line on a tiny model: what is written, what fails, and when."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from compositions import TINY, config
+from paths import ROOT
+
+from prunekit import registry
+from prunekit.errors import ConfigError
+from prunekit.runner.run import run
+
+
+def test_result_file_has_every_documented_part(tmp_path):
+    record = run(config(), tmp_path)
+    on_disk = json.loads((tmp_path / "result.json").read_text())
+    assert on_disk["results"] == record["results"]
+    assert {"dense/ppl_pydocs_32", "pruned/ppl_pydocs_32", "dense/params", "pruned/params"} <= on_disk["results"].keys()
+    share = 1 - on_disk["results"]["pruned/params"] / on_disk["results"]["dense/params"]
+    assert share == pytest.approx(0.2, abs=0.01)
+    assert on_disk["stages"]["prune"]["seconds"] > 0
+    assert on_disk["stages"]["prune"]["peak_memory_mib"] > 0
+    assert on_disk["provenance"]["calibration"]["shape"] == [4, 16]
+    assert len(on_disk["provenance"]["calibration"]["sha256"]) == 64
+    assert on_disk["provenance"]["seed"] == 42
+    assert all(kept <= of for kept, of in on_disk["kept"].values())
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_same_command_twice_gives_the_same_bits(tmp_path):
+    a, b = (run(config(), tmp_path / name) for name in "ab")
+    timed = ("_ms", "_ms_per_token", "_per_s", "_mib", "_ms_spread", "_spread")
+    stable = [k for k in a["results"] if not k.endswith(timed)]
+    assert {k: a["results"][k] for k in stable} == {k: b["results"][k] for k in stable}
+    assert a["kept"] == b["kept"]
+    assert a["importance"] == b["importance"]
+
+
+def test_ratio_zero_changes_nothing(tmp_path):
+    found = run(config("ratio.target=0"), tmp_path)["results"]
+    assert found["pruned/ppl_pydocs_32"] == found["dense/ppl_pydocs_32"]
+    assert found["pruned/params"] == found["dense/params"]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "l1", "l2", "random"])
+def test_every_criterion_of_the_paper_runs(criterion, tmp_path):
+    found = run(config(f"criterion={criterion}", "save=false"), tmp_path)["results"]
+    assert found["pruned/params"] < found["dense/params"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pruner=channel", "pruner.norm=rescale"],
+        ["pruner.ranking=global"],
+        ["pruner.ranking=global", "ratio.of=units"],
+        ["pruner.steps=3"],
+        ["pruner.grouping=none"],
+        ["pruner.compress=false"],
+        ["exclude=range", "exclude.heads=[0,1]", "exclude.neurons=[1,2]", "ratio.of=prunable"],
+        ["ratio.of=units", "ratio.target=0.4"],
+    ],
+)
+def test_every_strategy_runs_and_saves(overrides, tmp_path):
+    record = run(config(*overrides), tmp_path)
+    size = "params_nonzero" if "pruner.compress=false" in overrides else "params"
+    assert record["results"][f"pruned/{size}"] < record["results"][f"dense/{size}"]
+    assert (tmp_path / "checkpoint" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("node", "value", "says"),
+    [
+        ("ratio.target", 1.2, "less than 1"),
+        ("criterion.name", "tailor", "Did you mean 'taylor'"),
+        ("criterion.mode", "param_third", "param_first"),
+        ("exclude.first", 2, "no option 'first'"),
+        ("pruner.kinds", ["wheels"], "neurons"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_weight_is_read(node, value, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("prunekit.models.tiny.tiny_llama", None)
+    cfg = config()
+    group, key = node.split(".")
+    cfg[group] = cfg[group] | {key: value}
+    with pytest.raises(ConfigError, match=says):
+        run(cfg, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_an_exclusion_that_leaves_nothing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="leaves nothing"):
+        run(config("exclude=ends", "exclude.first=50"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["ratio.target=0.99"], "cannot be removed from"),
+        (["pruner.kinds=[experts]", "criterion=random"], "no units of kind"),
+        (["pruner=weights", "criterion=weight_magnitude", "exclude=none", "ratio.target=0.99"], "cannot be removed from"),
+    ],
+)
+def test_what_shapes_make_impossible_is_said_before_a_weight_is_read(words, says, tmp_path, monkeypatch):
+    asked: list[bool] = []
+    build = registry.models.build
+
+    def watched(node):
+        made = build(node)
+        return lambda meta=False: (asked.append(meta), made(meta=meta))[1]
+
+    monkeypatch.setattr(registry.models, "build", watched)
+    with pytest.raises(ConfigError, match=says):
+        run(config(*words), tmp_path)
+    assert asked == [True]
+
+
+def test_a_criterion_that_the_pruner_cannot_use_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot score; possible: .*random"):
+        run(config("pruner=depth", "criterion=l2"), tmp_path)
+
+
+def prunekit(*args: str, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "prunekit", *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_command_line_runs_and_prints_the_table(tmp_path):
+    done = prunekit(*TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "perplexity pydocs" in done.stdout
+    assert "checkpoint" in done.stdout
+    [result] = tmp_path.glob("outputs/**/result.json")
+    assert str(result.parent.name) in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["ratio.target=1.2"], "less than 1"),
+        (["criterion=tailor"], "taylor"),
+        (["criterion.mod=vectorize"], "mode"),
+        (["ratioo.target=0.3"], "ratio"),
+        (["lst"], "list"),
+    ],
+)
+def test_command_line_errors_name_what_is_possible(args, says, tmp_path):
+    done = prunekit(*TINY, *args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failed_job_does_not_stop_a_sweep(tmp_path):
+    done = prunekit("-m", *TINY, "ratio.target=0.99,0.2", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "cannot be removed" in done.stderr
+    assert len(list(tmp_path.glob("outputs/**/result.json"))) == 1
+    assert len(list(tmp_path.glob("outputs/**/failed.txt"))) == 1
+
+
+def test_list_names_every_component(tmp_path):
+    done = prunekit("list", "criterion", cwd=tmp_path)
+    assert done.returncode == 0
+    for name in ("taylor", "l1", "l2", "random"):
+        assert name in done.stdout
+
+
+def test_a_new_criterion_is_one_file_and_one_yaml(tmp_path, monkeypatch):
+    """The README's example, done to the letter in a copy of the folders that a user would add to."""
+    name = "weight_spread"
+    source = ROOT / "prunekit" / "criteria" / f"{name}.py"
+    recipe = ROOT / "conf" / "criterion" / f"{name}.yaml"
+    readme = (ROOT / "README.md").read_text()
+    python = readme.split("```python\n# prunekit/criteria/weight_spread.py\n")[1].split("```")[0]
+    text = readme.split("```yaml\n# conf/criterion/weight_spread.yaml\n")[1].split("```")[0]
+    try:
+        source.write_text(python)
+        recipe.write_text(text)
+        done = prunekit(*TINY, f"criterion={name}", "save=false", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert yaml.safe_load(text)["name"] == name
+    finally:
+        source.unlink()
+        recipe.unlink()
+
+
+def test_threads_do_not_leak_into_the_global_generator(tmp_path):
+    """Measuring the dense model first must not change what is pruned."""
+    with_dense = run(config("criterion=random"), tmp_path / "a")["kept"]
+    without = run(config("criterion=random") | {"eval": {}}, tmp_path / "b")["kept"]
+    assert with_dense == without
+    assert torch.initial_seed() == 42
