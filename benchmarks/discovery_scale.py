@@ -1,7 +1,8 @@
-"""How long discovery takes, and how much memory, on configs of real size with no weights: time and peak resident memory per model.
+"""How long discovery takes, and how much memory, on configs of real size with no weights: time and
+peak resident memory per model.
 
-python benchmarks/discovery_scale.py            all, each in a process of its own; prints a table in markdown
-python benchmarks/discovery_scale.py llama_7b   only this one
+python benchmarks/discovery_scale.py            all, each in a process of its own; prints a table in
+markdown python benchmarks/discovery_scale.py llama_7b   only this one
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama_7b": ("LlamaConfig", {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}),
+    "llama_7b": (
+        "LlamaConfig",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+        },
+    ),
     "llama_70b": (
         "LlamaConfig",
         {
@@ -28,8 +37,19 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 128256,
         },
     ),
-    "bloom_7b": ("BloomConfig", {"hidden_size": 4096, "n_head": 32, "n_layer": 30, "vocab_size": 250880}),
-    "mixtral_8x7b": ("MixtralConfig", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_local_experts": 8}),
+    "bloom_7b": (
+        "BloomConfig",
+        {"hidden_size": 4096, "n_head": 32, "n_layer": 30, "vocab_size": 250880},
+    ),
+    "mixtral_8x7b": (
+        "MixtralConfig",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_local_experts": 8,
+        },
+    ),
 }
 LIMITS = {"llama_7b": (20, 2.0), "llama_70b": (60, None)}
 
@@ -44,7 +64,9 @@ def measure(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     config, sizes = SIZES[name]
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes), dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(
+            getattr(transformers, config)(**sizes), dtype=torch.bfloat16
+        )
     start, cpu = time.perf_counter(), time.process_time()
     groups = discover(model)
     return {
@@ -61,12 +83,24 @@ def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         print(json.dumps(measure(sys.argv[2])))
         return
-    print("| model | parameters | groups | left alone | seconds | CPU seconds | peak GiB | aim |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | parameters | groups | left alone | seconds | CPU seconds | peak GiB | aim "
+        "|\n|---|---|---|---|---|---|---|---|"
+    )
     for name in sys.argv[1:] or SIZES:
-        done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", name], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, "--one", name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         r = json.loads(done.stdout.splitlines()[-1])
         seconds, gib = LIMITS.get(name, (None, None))
-        aim = "" if seconds is None else f"< {seconds} s" + ("" if gib is None else f", < {gib:.0f} GiB")
+        aim = (
+            ""
+            if seconds is None
+            else f"< {seconds} s" + ("" if gib is None else f", < {gib:.0f} GiB")
+        )
         row = (
             name,
             f"{r['parameters']:,}",

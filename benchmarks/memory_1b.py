@@ -1,8 +1,10 @@
-"""Peak memory and seconds of the methods that go block by block, on a random model of TinyLlama's shape (1.1 B parameters, bfloat16).
+"""Peak memory and seconds of the methods that go block by block, on a random model of TinyLlama's
+shape (1.1 B parameters, bfloat16).
 
     python benchmarks/memory_1b.py [wanda sparsegpt obs]     # 16 x 256 tokens
 
-Each method has a process of its own. The peak is that of the process, interpreter and libraries included; the promise is 12 GB.
+Each method has a process of its own. The peak is that of the process, interpreter and libraries
+included; the promise is 12 GB.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ FIFTH = {"name": "uniform", "target": 0.2, "of": "prunable"}
 WAYS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "wanda": ("wanda", HALF, {"name": "weights"}),
     "sparsegpt": (None, HALF, {"name": "sparsegpt"}),
-    "obs": (None, FIFTH, {"name": "obs", "allocation": "ratio"}),  # the costs of all 5,632 neurons of a block take a CPU a minute more
+    "obs": (
+        None,
+        FIFTH,
+        {"name": "obs", "allocation": "ratio"},
+    ),  # the costs of all 5,632 neurons of a block take a CPU a minute more
 }
 
 
@@ -39,19 +45,27 @@ def run(way: str) -> dict[str, float]:
     score: partial[Any] | None = criteria.build({"name": criterion}) if criterion else None
     start = time.perf_counter()
     with Peak() as peak:
-        pruners.build(pruner)(model, tokens, score, ratios.build(ratio), excludes.build({"name": "none"}))
+        pruners.build(pruner)(
+            model, tokens, score, ratios.build(ratio), excludes.build({"name": "none"})
+        )
     return {"seconds": time.perf_counter() - start, "peak": peak.mib, "weights": weights / 2**20}
 
 
 def main(ways: list[str]) -> None:
     """The table; exit status 1 where a process went over the promise."""
-    sys.stdout.write(f"| method | seconds | peak of the process, GiB | weights, GiB |\n|{'---|' * 4}\n")
+    sys.stdout.write(
+        f"| method | seconds | peak of the process, GiB | weights, GiB |\n|{'---|' * 4}\n"
+    )
     over = False
     for way in ways:
-        out = subprocess.run([sys.executable, __file__, "--run", way], stdout=subprocess.PIPE, check=True, text=True)
+        out = subprocess.run(
+            [sys.executable, __file__, "--run", way], stdout=subprocess.PIPE, check=True, text=True
+        )
         r = json.loads(out.stdout.splitlines()[-1])
         over |= r["peak"] > LIMIT * 1024
-        sys.stdout.write(f"| {way} | {r['seconds']:.0f} | {r['peak'] / 1024:.1f} | {r['weights'] / 1024:.1f} |\n")
+        sys.stdout.write(
+            f"| {way} | {r['seconds']:.0f} | {r['peak'] / 1024:.1f} | {r['weights'] / 1024:.1f} |\n"
+        )
         sys.stdout.flush()
     sys.exit(over)
 

@@ -3,8 +3,9 @@
     python benchmarks/sweep.py                      # smollm2_135m
     python benchmarks/sweep.py model=tiny_llama exclude=none
 
-Prints seconds of scoring and of the whole prune stage for one run without the cache and for eight ratios with an empty one,
-and whether the cached and the uncached run of the last ratio kept the same units with the same scores.
+Prints seconds of scoring and of the whole prune stage for one run without the cache and for eight
+ratios with an empty one, and whether the cached and the uncached run of the last ratio kept the
+same units with the same scores.
 """
 
 from __future__ import annotations
@@ -42,11 +43,17 @@ def main(words: list[str]) -> None:
         single = once(top / "one", words, RATIOS[-1], "off")
         sweep = [once(top / str(ratio), words, ratio, "on") for ratio in RATIOS]
         same = all(sweep[-1][k] == single[k] for k in ("importance", "kept", "results"))
-    print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {' '.join(words) or 'smollm2_135m'}")
+    print(
+        f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+        f"{' '.join(words) or 'smollm2_135m'}"
+    )
     for stage in ("score", "prune"):
         one = single["stages"][stage]["seconds"]
         each = [r["stages"][stage]["seconds"] for r in sweep]
-        print(f"{stage:6s} one run {one:7.2f} s   eight ratios {sum(each):7.2f} s = {sum(each) / one:.2f} x")
+        print(
+            f"{stage:6s} one run {one:7.2f} s   eight ratios {sum(each):7.2f} s = "
+            f"{sum(each) / one:.2f} x"
+        )
         print(f"       each {[round(s, 2) for s in each]}")
     print(f"same scores and units with and without the cache: {same}")
 

@@ -1,9 +1,12 @@
-"""What Taylor scoring costs: gradients folded as they appear, against all of them kept, and against a bare forward and backward.
+"""What Taylor scoring costs: gradients folded as they appear, against all of them kept, and against
+a bare forward and backward.
 
-    python benchmarks/taylor.py            # smollm2_135m and a random Llama of TinyLlama's shape (1.1 B, bfloat16), 10 x 64 tokens
+python benchmarks/taylor.py            # smollm2_135m and a random Llama of TinyLlama's shape (1.1
+B, bfloat16), 10 x 64 tokens
 
-Every way runs in a process of its own (peaks do not mix) and all of them in one go; the table has seconds, the peak above the loaded
-model in MiB, and the two ratios that the project promises: memory over weights (at most 0.5) and time over bare (at most 1.15).
+Every way runs in a process of its own (peaks do not mix) and all of them in one go; the table has
+seconds, the peak above the loaded model in MiB, and the two ratios that the project promises:
+memory over weights (at most 0.5) and time over bare (at most 1.15).
 """
 
 from __future__ import annotations
@@ -34,10 +37,18 @@ def load(name: str) -> torch.nn.Module:
         return models.build({"name": name})()[0]
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4)
+    shape = dict(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return LlamaForCausalLM(LlamaConfig(vocab_size=32000, max_position_embeddings=2048, **shape)).eval()
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=32000, max_position_embeddings=2048, **shape)
+        ).eval()
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -52,7 +63,9 @@ def keep_everything(model, groups, run) -> None:
         for g in groups:
             for m in scored(g):
                 p = params[m.param]
-                sums[m.param, m.axis] = channel_importance(p, p.grad, None, "param_first", [m.axis])[m.axis]
+                sums[m.param, m.axis] = channel_importance(
+                    p, p.grad, None, "param_first", [m.axis]
+                )[m.axis]
     for g in groups:
         unit_scores(g, sums, "sum")
 
@@ -64,13 +77,19 @@ def bare(model, run) -> None:
 
 
 def measure(name: str, way: str, repeats: int) -> dict[str, float]:
-    """Median-free on purpose: the fastest of `repeats` is the least disturbed; the peak is the first's, when nothing is cached yet."""
+    """Median-free on purpose: the fastest of `repeats` is the least disturbed; the peak is the
+    first's, when nothing is cached yet.
+    """
     from prunekit.graph import discover
 
     model = load(name)
     groups = [g for g in discover(model) if g.kind in ("heads", "neurons")]
-    run = WholeRun(model, torch.randint(3, 30000, (10, 64), generator=torch.Generator().manual_seed(0)))
-    sum(float(p.detach().float().sum()) for p in model.parameters())  # weights are mapped from the file: read them all in first
+    run = WholeRun(
+        model, torch.randint(3, 30000, (10, 64), generator=torch.Generator().manual_seed(0))
+    )
+    sum(
+        float(p.detach().float().sum()) for p in model.parameters()
+    )  # weights are mapped from the file: read them all in first
     bare(model, WholeRun(model, run.tokens[:1, :8]))  # what libraries allocate once
     seconds = []
     for i in range(repeats):
@@ -93,7 +112,9 @@ def measure(name: str, way: str, repeats: int) -> dict[str, float]:
 def one(name: str, way: str, repeats: int, environment: dict[str, str]) -> dict[str, float]:
     """`measure` in a process of its own."""
     command = [sys.executable, Path(__file__), "--repeats", str(repeats), "--one", name, way]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | environment
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -106,17 +127,26 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(*args.one, args.repeats)))
         return
-    print("| model | way | seconds | time / bare | peak above model, MiB | / weights | / kept |\n|---|---|---|---|---|---|---|")
+    print(
+        "| model | way | seconds | time / bare | peak above model, MiB | / weights | / kept "
+        "|\n|---|---|---|---|---|---|---|"
+    )
     for name in args.models:
         rows = {}
         for way in WAYS:
-            # Seconds with the allocator as it is. Peaks with a fixed limit: glibc else keeps freed blocks, and a peak would count them.
-            timed, sized = one(name, way, args.repeats, {}), one(name, way, 1, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+            # Seconds with the allocator as it is. Peaks with a fixed limit: glibc else keeps freed
+            # blocks, and a peak would count them.
+            timed, sized = (
+                one(name, way, args.repeats, {}),
+                one(name, way, 1, {"MALLOC_MMAP_THRESHOLD_": "65536"}),
+            )
             rows[way] = sized | {"seconds": timed["seconds"]}
         for way, r in rows.items():
             print(
-                f"| {name} | {way} | {r['seconds']:.1f} | {r['seconds'] / rows['bare']['seconds']:.2f} | {r['above_mib']:.0f} "
-                f"| {r['above_mib'] / r['weights_mib']:.2f} | {r['above_mib'] / rows['kept']['above_mib']:.2f} |",
+                f"| {name} | {way} | {r['seconds']:.1f} | "
+                f"{r['seconds'] / rows['bare']['seconds']:.2f} | {r['above_mib']:.0f} "
+                f"| {r['above_mib'] / r['weights_mib']:.2f} | "
+                f"{r['above_mib'] / rows['kept']['above_mib']:.2f} |",
                 flush=True,
             )
 

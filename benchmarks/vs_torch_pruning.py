@@ -1,16 +1,20 @@
-"""Torch-Pruning on the tiny models of coverage.py, beside ours: neurons, heads and residual channels; writes docs/torch_pruning.md.
+"""Torch-Pruning on the tiny models of coverage.py, beside ours: neurons, heads and residual
+channels; writes docs/torch_pruning.md.
 
-    python benchmarks/vs_torch_pruning.py             all architectures (about a quarter of an hour on one core), then the table
-    python benchmarks/vs_torch_pruning.py --sample    a dozen that are well known
-    python benchmarks/vs_torch_pruning.py llama opt   only these, merged into the results so far
-    python benchmarks/vs_torch_pruning.py --table     only write the table
+python benchmarks/vs_torch_pruning.py             all architectures (about a quarter of an hour on
+one core), then the table python benchmarks/vs_torch_pruning.py --sample    a dozen that are well
+known python benchmarks/vs_torch_pruning.py llama opt   only these, merged into the results so far
+python benchmarks/vs_torch_pruning.py --table     only write the table
 
-Torch-Pruning runs twice. *Recipe*: its example for LLMs (examples/LLMs/prune_llm.py of its repository), everything at once: modules by
-the example's names, heads, neurons and residual channels, then the sizes that the example sets. *Helped*: one kind at a time, told by our
-discovery which layers make the units and in how many heads or halves, and which sizes may have to follow (five guesses); by its graph,
-then by its pruner; the best counts. What fails is tried again with as many key and value heads as heads.
-Right means: units went from every group of the kind, the logits equal those of zeroing what went (1e-4, statistics over what stays), and
-they moved. Ours is read from outputs/coverage.json. Needs torch-pruning (extra `dev`) and the shared tools (PRUNEKIT_SHARED).
+Torch-Pruning runs twice. *Recipe*: its example for LLMs (examples/LLMs/prune_llm.py of its
+repository), everything at once: modules by the example's names, heads, neurons and residual
+channels, then the sizes that the example sets. *Helped*: one kind at a time, told by our discovery
+which layers make the units and in how many heads or halves, and which sizes may have to follow
+(five guesses); by its graph, then by its pruner; the best counts. What fails is tried again with as
+many key and value heads as heads. Right means: units went from every group of the kind, the logits
+equal those of zeroing what went (1e-4, statistics over what stays), and they moved. Ours is read
+from outputs/coverage.json. Needs torch-pruning (extra `dev`) and the shared tools
+(PRUNEKIT_SHARED).
 """
 
 from __future__ import annotations
@@ -42,7 +46,10 @@ from vs_torch_pruning_runs import (
     prune,
 )
 
-RESULTS, TABLE = ours.ROOT / "outputs" / "torch_pruning.json", ours.ROOT / "docs" / "torch_pruning.md"
+RESULTS, TABLE = (
+    ours.ROOT / "outputs" / "torch_pruning.json",
+    ours.ROOT / "docs" / "torch_pruning.md",
+)
 KINDS = ("neurons", "heads", "hidden")
 SAMPLE = "llama mistral qwen2 qwen3 gemma2 phi3 gpt2 gpt_neox opt bloom falcon mixtral".split()
 LIMIT = 1
@@ -71,8 +78,12 @@ def timed(act: Callable[[], Any]) -> Any:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def attempt(model: Any, plans: Sequence[Plan], verdict: Callable[[Any, Lost], str]) -> dict[str, Any]:
-    """Torch-Pruning by each of the plans until one is right: seconds, what is wrong, and whether ties hold."""
+def attempt(
+    model: Any, plans: Sequence[Plan], verdict: Callable[[Any, Lost], str]
+) -> dict[str, Any]:
+    """Torch-Pruning by each of the plans until one is right: seconds, what is wrong, and whether
+    ties hold.
+    """
     seconds, why, ties = 0.0, [], True
     for plan in plans:
         start = time.perf_counter()
@@ -87,7 +98,10 @@ def attempt(model: Any, plans: Sequence[Plan], verdict: Callable[[Any, Lost], st
             why.append(ENDLESS)
         except Exception as e:  # this is the finding
             seconds += time.perf_counter() - start
-            why.append(f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80] if str(e).strip() else ''}")
+            why.append(
+                f"{type(e).__name__}: "
+                f"{str(e).strip().splitlines()[0][:80] if str(e).strip() else ''}"
+            )
         if not why[-1]:
             break
     return {"wrong": why[-1] and why[0], "seconds": seconds, "tied": ties}
@@ -113,14 +127,24 @@ def attempts(name: str, tiny: Any, sizes: Any, only: Sequence[str]) -> dict[str,
     if "recipe" in only:
 
         def whole(pruned: Any, lost: Lost) -> str:
-            return judge(model, pruned, inputs, lost, known, kinds, iter([example_sizes(model), lambda m: None]))
+            return judge(
+                model,
+                pruned,
+                inputs,
+                lost,
+                known,
+                kinds,
+                iter([example_sizes(model), lambda m: None]),
+            )
 
         out["recipe"] = attempt(model, [by_pruner(inputs, example_settings)], whole)
     endless = "recipe" in out and out["recipe"]["wrong"] == ENDLESS
     for kind in (k for k in kinds if k in only):
 
         def right(pruned: Any, lost: Lost, kind: str = kind) -> str:
-            return judge(model, pruned, inputs, lost, known, [kind], helped_sizes(model, known, kind, lost))
+            return judge(
+                model, pruned, inputs, lost, known, [kind], helped_sizes(model, known, kind, lost)
+            )
 
         plans = [by_graph(inputs, known, kind)]
         if not endless:
@@ -130,7 +154,9 @@ def attempts(name: str, tiny: Any, sizes: Any, only: Sequence[str]) -> dict[str,
 
 
 def measure(name: str) -> dict[str, Any]:
-    """What fails is tried again with as many key and value heads as heads: on grouped queries its walk does not end, or goes wrong."""
+    """What fails is tried again with as many key and value heads as heads: on grouped queries its
+    walk does not end, or goes wrong.
+    """
     import torch
 
     sys.path.insert(0, str(ours.ROOT))
@@ -156,7 +182,10 @@ def one(name: str) -> tuple[str, dict[str, Any]]:
     except ours.NotBuilt as e:
         return name, {"build": str(e)}
     except Exception as e:  # a model that our survey does not get through
-        return name, {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120] if str(e).strip() else ''}"}
+        return name, {
+            "error": f"{type(e).__name__}: "
+            f"{str(e).strip().splitlines()[0][:120] if str(e).strip() else ''}"
+        }
 
 
 # ---- the table
@@ -164,44 +193,82 @@ def one(name: str) -> tuple[str, dict[str, Any]]:
 
 def table(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
     """Both sides by architecture, and the totals."""
-    built = {n: r for n, r in sorted(theirs.items()) if "recipe" in r and "kinds" in mine.get(n, {})}
+    built = {
+        n: r for n, r in sorted(theirs.items()) if "recipe" in r and "kinds" in mine.get(n, {})
+    }
     kinds = {n: [k for k in KINDS if k in r] for n, r in built.items()}
     loosened = [n for n, r in built.items() if any(not r[k]["tied"] for k in ("recipe", *kinds[n]))]
     theirs_s = sorted(sum(r[k]["seconds"] for k in kinds[n]) for n, r in built.items())
     mine_s = sorted(mine[n]["seconds"] for n in built)
-    lines = ["# Compared with Torch-Pruning", "", "Made by `python benchmarks/vs_torch_pruning.py`; do not edit by hand.", ""]
+    lines = [
+        "# Compared with Torch-Pruning",
+        "",
+        "Made by `python benchmarks/vs_torch_pruning.py`; do not edit by hand.",
+        "",
+    ]
     lines += totals(built, kinds, mine)
-    lines += ["", f"Ties of weights lost by Torch-Pruning on {len(loosened)} models, by prunekit on none that it proves.", ""]
     lines += [
-        f"Median seconds a model: prunekit {mine_s[len(mine_s) // 2]:.1f} (discovery with proof of all kinds), Torch-Pruning "
-        f"{theirs_s[len(theirs_s) // 2]:.1f} (three runs, graph and cut, no proof). One core of a shared machine.",
+        "",
+        f"Ties of weights lost by Torch-Pruning on {len(loosened)} models, by prunekit on none "
+        "that it proves.",
+        "",
+    ]
+    lines += [
+        f"Median seconds a model: prunekit {mine_s[len(mine_s) // 2]:.1f} (discovery with proof "
+        "of all kinds), Torch-Pruning "
+        f"{theirs_s[len(theirs_s) // 2]:.1f} (three runs, graph and cut, no proof). One core of a "
+        "shared machine.",
         "",
         __doc__.split("\n\n")[2].replace("\n", " "),
         "",
     ]
     heads = [f"{who}: {k}" for k in KINDS for who in ("prunekit", "TP")]
-    lines += ["| architecture | " + " | ".join(heads) + " | TP: recipe | prunekit s | TP s |", "|" + "---|" * (len(heads) + 4)]
+    lines += [
+        "| architecture | " + " | ".join(heads) + " | TP: recipe | prunekit s | TP s |",
+        "|" + "---|" * (len(heads) + 4),
+    ]
     for n, r in built.items():
         cells = []
         for k in KINDS:
-            cells += ["right" if right(mine[n], k) else "left alone", said(r[k]["wrong"])] if k in kinds[n] else ["-", "-"]
+            cells += (
+                ["right" if right(mine[n], k) else "left alone", said(r[k]["wrong"])]
+                if k in kinds[n]
+                else ["-", "-"]
+            )
         spent = sum(r[k]["seconds"] for k in kinds[n])
-        lines.append(f"| {n} | {' | '.join(cells)} | {said(r['recipe']['wrong'])} | {mine[n]['seconds']:.1f} | {spent:.1f} |")
+        lines.append(
+            f"| {n} | {' | '.join(cells)} | {said(r['recipe']['wrong'])} | "
+            f"{mine[n]['seconds']:.1f} | {spent:.1f} |"
+        )
     return "\n".join([*lines, ""])
 
 
 def totals(built: dict[str, Any], kinds: dict[str, list[str]], mine: dict[str, Any]) -> list[str]:
     """How many architectures are right on either side, decoder-only and all."""
-    some = {"decoder-only": [n for n, r in built.items() if r["category"] == "decoder"], "all": list(built)}
+    some = {
+        "decoder-only": [n for n, r in built.items() if r["category"] == "decoder"],
+        "all": list(built),
+    }
 
-    def row(label: str, which: Sequence[str], ungrouped: bool = False, recipe: bool = False, moe: bool = False) -> str:
+    def row(
+        label: str,
+        which: Sequence[str],
+        ungrouped: bool = False,
+        recipe: bool = False,
+        moe: bool = False,
+    ) -> str:
         cells = []
         fine = {"", UNGROUPED} if ungrouped else {""}
         for names in some.values():
-            has = {n: [k for k in which if k in kinds[n]] for n in names if mine[n]["moe"] or not moe}
+            has = {
+                n: [k for k in which if k in kinds[n]] for n in names if mine[n]["moe"] or not moe
+            }
             has = {n: ks for n, ks in has.items() if ks}
             left = sum(all(right(mine[n], k) for k in ks) for n, ks in has.items())
-            other = sum(all(built[n][k]["wrong"] in fine for k in (["recipe"] if recipe else ks)) for n, ks in has.items())
+            other = sum(
+                all(built[n][k]["wrong"] in fine for k in (["recipe"] if recipe else ks))
+                for n, ks in has.items()
+            )
             cells += [f"{left} of {len(has)}", f"{other} of {len(has)}"]
         return f"| {label} | {' | '.join(cells)} |"
 
@@ -214,7 +281,9 @@ def totals(built: dict[str, Any], kinds: dict[str, list[str]], mine: dict[str, A
         row("all three, by its recipe", KINDS, recipe=True),
         row("heads, queries ungrouped for it", ["heads"], ungrouped=True),
         row("all three, queries ungrouped for it", KINDS, ungrouped=True),
-        row("all three, by its recipe, queries ungrouped for it", KINDS, ungrouped=True, recipe=True),
+        row(
+            "all three, by its recipe, queries ungrouped for it", KINDS, ungrouped=True, recipe=True
+        ),
     ]
 
 
@@ -229,7 +298,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if not ours.RESULTS.exists():
-        parser.error(f"{ours.RESULTS} is missing: run `python benchmarks/coverage.py` first (with the same names)")
+        parser.error(
+            f"{ours.RESULTS} is missing: run `python benchmarks/coverage.py` first (with the same "
+            "names)"
+        )
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     names = [] if args.table else args.names or (SAMPLE if args.sample else ours.tools().ARCHS)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -237,7 +309,8 @@ def main() -> None:
         for name, result in pool.imap(one, names):
             results[name] = result
             RESULTS.write_text(json.dumps(results, indent=1))
-            sys.stderr.write(f"{name}: {({k: v['wrong'] or 'right' for k, v in result.items() if isinstance(v, dict)}) or result}\n")
+            parts = {k: v["wrong"] or "right" for k, v in result.items() if isinstance(v, dict)}
+            sys.stderr.write(f"{name}: {parts or result}\n")
     TABLE.write_text(table(results, json.loads(ours.RESULTS.read_text())))
 
 

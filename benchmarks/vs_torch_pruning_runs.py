@@ -1,4 +1,6 @@
-"""Runs of Torch-Pruning for vs_torch_pruning.py: what it is told, what it cuts, and whether that is right."""
+"""Runs of Torch-Pruning for vs_torch_pruning.py: what it is told, what it cuts, and whether that is
+right.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 RATIO, ROUND = 1 / 3, 4
-"""Share removed (2 of 6 heads and 16 of 48 channels: the widths of heads and channels stay equal), and the example's `round_to`."""
+"""Share removed (2 of 6 heads and 16 of 48 channels: the widths of heads and channels stay equal),
+and the example's `round_to`.
+"""
 Lost = list[tuple[str, int, Any]]
 """(tensor, axis, indices that went)."""
 Plan = Callable[[Any], Iterator[Any]]
@@ -20,7 +24,9 @@ def tensors(model: Any) -> dict[str, Any]:
 
 
 def prune(model: Any, plan: Plan) -> tuple[Lost, float]:
-    """Cut in place what the plan yields; what went is read off numbers that stand in for the weights meanwhile. Seconds for the cutting."""
+    """Cut in place what the plan yields; what went is read off numbers that stand in for the
+    weights meanwhile. Seconds for the cutting.
+    """
     import torch
 
     start = time.perf_counter()
@@ -53,14 +59,18 @@ def by_pruner(inputs: Any, settings: Callable[[Any], dict[str, Any]]) -> Plan:
         import torch_pruning as tp
 
         score = tp.importance.GroupMagnitudeImportance(p=2)
-        pruner = tp.pruner.BasePruner(model, inputs, score, global_pruning=False, round_to=ROUND, **settings(model))
+        pruner = tp.pruner.BasePruner(
+            model, inputs, score, global_pruning=False, round_to=ROUND, **settings(model)
+        )
         return pruner.step(interactive=True)
 
     return plan
 
 
 def by_graph(inputs: Any, known: Any, kind: str) -> Plan:
-    """Random units of each group, asked of Torch-Pruning's graph at a layer that makes them, and at others that it did not reach."""
+    """Random units of each group, asked of Torch-Pruning's graph at a layer that makes them, and at
+    others that it did not reach.
+    """
 
     def plan(model: Any) -> Iterator[Any]:
         import torch
@@ -105,7 +115,13 @@ def reference(model: Any, inputs: Any, lost: Lost, skip: Any) -> Any:
 
 
 def judge(
-    model: Any, pruned: Any, inputs: Any, lost: Lost, known: Any, kinds: Sequence[str], fixes: Iterator[Callable[[Any], None]]
+    model: Any,
+    pruned: Any,
+    inputs: Any,
+    lost: Lost,
+    known: Any,
+    kinds: Sequence[str],
+    fixes: Iterator[Callable[[Any], None]],
 ) -> str:
     """Nothing if the pruned model is right after one of the fixes, else what is wrong with it."""
     import torch
@@ -132,7 +148,11 @@ def judge(
             with torch.no_grad():
                 off = float((logits_of(tried(**inputs)).float() - expected).abs().max()) / scale
         except ERRORS as e:
-            why = why or f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80] if str(e).strip() else ''}"
+            why = (
+                why
+                or f"{type(e).__name__}: "
+                f"{str(e).strip().splitlines()[0][:80] if str(e).strip() else ''}"
+            )
             continue
         if off < 1e-4:
             return ""
@@ -144,12 +164,16 @@ def judge(
 
 
 def example_settings(model: Any) -> dict[str, Any]:
-    """What the example gives the pruner: heads of `self_attn`, halves of `gate_up_proj`; the head of the model is left out."""
+    """What the example gives the pruner: heads of `self_attn`, halves of `gate_up_proj`; the head
+    of the model is left out.
+    """
     heads, halves = {}, {}
     for name, m in model.named_modules():
         if name.endswith("self_attn") and hasattr(m, "q_proj"):
             heads[m.q_proj] = model.config.num_attention_heads
-            heads[m.k_proj] = heads[m.v_proj] = getattr(model.config, "num_key_value_heads", None) or heads[m.q_proj]
+            heads[m.k_proj] = heads[m.v_proj] = (
+                getattr(model.config, "num_key_value_heads", None) or heads[m.q_proj]
+            )
         elif name.endswith("self_attn") and hasattr(m, "qkv_proj"):
             heads[m.qkv_proj] = model.config.num_attention_heads
         if name.endswith("mlp") and hasattr(m, "gate_up_proj"):
@@ -175,15 +199,22 @@ def example_sizes(before: Any) -> Callable[[Any], None]:
         config.hidden_size = model.get_output_embeddings().in_features
         for name, m in model.named_modules():
             if name.endswith("self_attn"):
-                m.hidden_size = m.q_proj.out_features if hasattr(m, "q_proj") else m.qkv_proj.out_features // 3
+                m.hidden_size = (
+                    m.q_proj.out_features if hasattr(m, "q_proj") else m.qkv_proj.out_features // 3
+                )
                 m.num_heads = config.num_attention_heads = m.hidden_size // m.head_dim
                 if not grouped:
                     m.num_key_value_heads = m.num_heads
-                m.num_key_value_groups = m.num_heads // getattr(config, "num_key_value_heads", m.num_heads)
+                m.num_key_value_groups = m.num_heads // getattr(
+                    config, "num_key_value_heads", m.num_heads
+                )
             elif name.endswith("mlp"):
                 halves = hasattr(m, "gate_up_proj")
                 layer = m.gate_up_proj if halves else m.gate_proj
-                m.hidden_size, config.intermediate_size = layer.in_features, layer.out_features // (2 if halves else 1)
+                m.hidden_size, config.intermediate_size = (
+                    layer.in_features,
+                    layer.out_features // (2 if halves else 1),
+                )
         if not grouped:
             config.num_key_value_heads = config.num_attention_heads
 
@@ -201,7 +232,12 @@ def makers(model: Any, group: Any) -> list[tuple[Any, Any]]:
     for m in group.members:
         path, _, leaf = m.param.rpartition(".")
         layer = model.get_submodule(path)
-        if leaf == "weight" and m.axis == 0 and isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+        if (
+            leaf == "weight"
+            and m.axis == 0
+            and isinstance(layer, torch.nn.Linear)
+            and layer is not model.get_output_embeddings()
+        ):
             found.append((layer, m))
     return found
 
@@ -233,7 +269,9 @@ def helped_settings(model: Any, known: Any, kind: str) -> dict[str, Any]:
 
 
 def helped_sizes(before: Any, known: Any, kind: str, lost: Lost) -> Iterator[Callable[[Any], None]]:
-    """None, the example's, then those that our discovery saw shrink: certain ones, with configs, all."""
+    """None, the example's, then those that our discovery saw shrink: certain ones, with configs,
+    all.
+    """
     from prunekit.graph.slicing import Recipe, follow, patches, set_sizes
 
     yield lambda model: None
@@ -241,9 +279,17 @@ def helped_sizes(before: Any, known: Any, kind: str, lost: Lost) -> Iterator[Cal
     gone = {(n, a): len(i) for n, a, i in lost}
     cuts = []
     for c in (c for c in known.candidates if c.group.kind == kind):
-        units = [gone[m.param, m.axis] // m.index.shape[1] for m in c.group.members if (m.param, m.axis) in gone]
+        units = [
+            gone[m.param, m.axis] // m.index.shape[1]
+            for m in c.group.members
+            if (m.param, m.axis) in gone
+        ]
         cuts.append((c, max(units, default=0)))
-    sizes = {(cls, attr): doubtful for c, n in cuts for (_, attr), (cls, _, _, doubtful) in follow(c, n, before).items()}
+    sizes = {
+        (cls, attr): doubtful
+        for c, n in cuts
+        for (_, attr), (cls, _, _, doubtful) in follow(c, n, before).items()
+    }
     plain = [k for k, doubtful in sizes.items() if not doubtful]
     for names in ([k for k in plain if "config." not in k[1]], plain, list(sizes)):
         recipe = Recipe(frozenset(names))

@@ -1,6 +1,9 @@
-"""prunekit: pruning of large language models, every method in one place. The names below are the public interface."""
+"""prunekit: pruning of large language models, every method in one place. The names below are the
+public interface.
+"""
 
-# Imported eagerly on purpose: a submodule that is imported later would hide the function of the same name.
+# Imported eagerly on purpose: a submodule that is imported later would hide the function of the
+# same name.
 from prunekit.checkpoint import load, save
 from prunekit.checkpoint.replay import replay
 from prunekit.checkpoint.semi_structured import semi_structured

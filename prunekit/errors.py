@@ -4,4 +4,6 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """Something the user asked for cannot be; the message says what was given and what is possible."""
+    """Something the user asked for cannot be; the message says what was given and
+    what is possible.
+    """

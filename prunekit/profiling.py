@@ -1,4 +1,6 @@
-"""What a stretch of work costs: its wall-clock seconds and the peak memory that the process held during it."""
+"""What a stretch of work costs: its wall-clock seconds and the peak memory that the process held
+during it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def _high_water_mib() -> float:
 
 
 def _reset_high_water() -> bool:
-    """Start the kernel's count of the highest resident memory anew; False where the kernel has no such switch."""
+    """Start the kernel's count of the highest resident memory anew; False where the kernel has no
+    such switch.
+    """
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
@@ -37,12 +41,15 @@ def _reset_high_water() -> bool:
 
 
 class Peak:
-    """Highest memory in use while the `with` is open: `.mib` afterwards, and `.start_mib` at its beginning.
+    """Highest memory in use while the `with` is open: `.mib` afterwards, and `.start_mib` at its
+    beginning.
 
-    CUDA tensors count where CUDA has been used by then (the allocator's peak, summed over devices; `cuda` decides for certain),
-    otherwise the resident memory of the process: exactly, through Linux's VmHWM, or sampled every 10 ms where that cannot be reset.
-    Both counters are the process's own and there is one of each, so peaks that are open at once are told of every reset.
-    Resident memory includes what the allocator keeps for reuse: a stage that reuses it shows a smaller peak than it would alone.
+    CUDA tensors count where CUDA has been used by then (the allocator's peak, summed over devices;
+    `cuda` decides for certain), otherwise the resident memory of the process: exactly, through
+    Linux's VmHWM, or sampled every 10 ms where that cannot be reset. Both counters are the
+    process's own and there is one of each, so peaks that are open at once are told of every reset.
+    Resident memory includes what the allocator keeps for reuse: a stage that reuses it shows a
+    smaller peak than it would alone.
     """
 
     _open: ClassVar[list[Peak]] = []
@@ -77,8 +84,11 @@ class Peak:
 
     def _fold(self) -> None:
         if self._ask_cuda():
-            # A stage that is the first to use CUDA starts on the host's memory and ends on the device's, which is what counts there.
-            self.mib = max(self.mib if self._cuda else 0.0, _cuda_mib(torch.cuda.max_memory_allocated))
+            # A stage that is the first to use CUDA starts on the host's memory and ends on the
+            # device's, which is what counts there.
+            self.mib = max(
+                self.mib if self._cuda else 0.0, _cuda_mib(torch.cuda.max_memory_allocated)
+            )
             self._cuda = True
         else:
             self.mib = max(self.mib, _high_water_mib() if self._exact else rss_mib())
@@ -100,7 +110,8 @@ def _cuda_mib(of_device: Callable[[int], int]) -> float:
 class Stages:
     """Seconds and peak memory of named stages: `with stages("prune"): ...`, then `stages.results`.
 
-    A name used twice adds its seconds and keeps the higher peak. A stage that raises is recorded too.
+    A name used twice adds its seconds and keeps the higher peak. A stage that raises is recorded
+    too.
     """
 
     def __init__(self) -> None:

@@ -6,7 +6,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from paths import ROOT
 
-TINY = ["model=tiny_llama", "calib=pydocs", "calib.samples=4", "calib.length=16", "exclude=none", "ratio.target=0.2"]
+TINY = [
+    "model=tiny_llama",
+    "calib=pydocs",
+    "calib.samples=4",
+    "calib.length=16",
+    "exclude=none",
+    "ratio.target=0.2",
+]
 TINY += ["track=silent", "eval=quick"]
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub; set before transformers and datasets are imported
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # no test asks the hub; set before transformers and datasets are imported
 ROOT = Path(__file__).resolve().parents[1]
 
 

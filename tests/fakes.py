@@ -33,7 +33,9 @@ def config(**changes: Any) -> dict[str, Any]:
     return cfg
 
 
-def result(folder: Path, numbers: dict[str, Any], cfg: dict[str, Any], layers: int = 4, **more: Any) -> Path:
+def result(
+    folder: Path, numbers: dict[str, Any], cfg: dict[str, Any], layers: int = 4, **more: Any
+) -> Path:
     """`folder/result.json`, with widths and importances of `layers` blocks."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -41,8 +43,11 @@ def result(folder: Path, numbers: dict[str, Any], cfg: dict[str, Any], layers: i
         "config": cfg,
         "results": numbers,
         "stages": {"prune": {"seconds": 1.0, "peak_memory_mib": 100.0}},
-        "kept": {f"neurons.{i}": [90 - i, 100] for i in range(layers)} | {f"heads.{i}": [3, 4] for i in range(layers)},
-        "importance": {f"neurons.{i}": {"mean": 1.0 + i, "min": 0.0, "max": 9.0} for i in range(layers)},
+        "kept": {f"neurons.{i}": [90 - i, 100] for i in range(layers)}
+        | {f"heads.{i}": [3, 4] for i in range(layers)},
+        "importance": {
+            f"neurons.{i}": {"mean": 1.0 + i, "min": 0.0, "max": 9.0} for i in range(layers)
+        },
         "notes": {},
         "checkpoint": None,
         "provenance": {"seed": cfg["seed"], "code": "0"},
@@ -51,7 +56,9 @@ def result(folder: Path, numbers: dict[str, Any], cfg: dict[str, Any], layers: i
     return folder
 
 
-def stages(dense: float, pruned: float, recovered: float | None = None, params: float = 6.7e9) -> dict[str, float]:
+def stages(
+    dense: float, pruned: float, recovered: float | None = None, params: float = 6.7e9
+) -> dict[str, float]:
     """Perplexity and accuracy at every stage."""
     out = {}
     for stage, ppl in (("dense", dense), ("pruned", pruned), ("recovered", recovered)):

@@ -1,4 +1,6 @@
-"""Language models that are not transformers': small modules written from the published structure of well-known code bases."""
+"""Language models that are not transformers': small modules written from the published structure of
+well-known code bases.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def causal(scores: Tensor) -> Tensor:
     return scores.masked_fill(hidden, float("-inf")).softmax(-1)
 
 
-# ---- nanoGPT: fused c_attn (Q|K|V), a causal mask in a buffer, GELU, learned positions, tied head; `forward(idx, targets)`
+# ---- nanoGPT: fused c_attn (Q|K|V), a causal mask in a buffer, GELU, learned positions, tied head;
+# `forward(idx, targets)`
 
 
 class NanoAttention(nn.Module):
@@ -26,7 +29,9 @@ class NanoAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head, self.n_embd = config.n_head, config.n_embd
-        self.register_buffer("bias", torch.tril(torch.ones(config.block_size, config.block_size))[None, None])
+        self.register_buffer(
+            "bias", torch.tril(torch.ones(config.block_size, config.block_size))[None, None]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, _ = x.size()
@@ -40,9 +45,16 @@ class NanoAttention(nn.Module):
 class NanoBlock(nn.Module):
     def __init__(self, config: SimpleNamespace):
         super().__init__()
-        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(config.n_embd), NanoAttention(config), nn.LayerNorm(config.n_embd)
+        self.ln_1, self.attn, self.ln_2 = (
+            nn.LayerNorm(config.n_embd),
+            NanoAttention(config),
+            nn.LayerNorm(config.n_embd),
+        )
         self.mlp = nn.ModuleDict(
-            {"c_fc": nn.Linear(config.n_embd, 4 * config.n_embd), "c_proj": nn.Linear(4 * config.n_embd, config.n_embd)}
+            {
+                "c_fc": nn.Linear(config.n_embd, 4 * config.n_embd),
+                "c_proj": nn.Linear(4 * config.n_embd, config.n_embd),
+            }
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,13 +68,20 @@ class NanoGPT(nn.Module):
         self.config = SimpleNamespace(n_embd=WIDTH, n_head=HEADS, n_layer=DEPTH, block_size=CONTEXT)
         blocks = nn.ModuleList(NanoBlock(self.config) for _ in range(DEPTH))
         self.transformer = nn.ModuleDict(
-            {"wte": nn.Embedding(VOCAB, WIDTH), "wpe": nn.Embedding(CONTEXT, WIDTH), "h": blocks, "ln_f": nn.LayerNorm(WIDTH)}
+            {
+                "wte": nn.Embedding(VOCAB, WIDTH),
+                "wpe": nn.Embedding(CONTEXT, WIDTH),
+                "h": blocks,
+                "ln_f": nn.LayerNorm(WIDTH),
+            }
         )
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.transformer["wte"].weight = self.lm_head.weight
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        x = self.transformer["wte"](idx) + self.transformer["wpe"](torch.arange(idx.size(1), device=idx.device))
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](
+            torch.arange(idx.size(1), device=idx.device)
+        )
         for block in self.transformer["h"]:
             x = block(x)
         logits = self.lm_head(self.transformer["ln_f"](x))
@@ -70,8 +89,8 @@ class NanoGPT(nn.Module):
         return logits, loss
 
 
-# ---- ChatGLM-6B: query_key_value interleaved head by head, rotary over positions and over block positions (2-D), GELU, LayerNorm,
-# residuals scaled by sqrt(2 * layers)
+# ---- ChatGLM-6B: query_key_value interleaved head by head, rotary over positions and over block
+# positions (2-D), GELU, LayerNorm, residuals scaled by sqrt(2 * layers)
 
 
 def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
@@ -87,28 +106,45 @@ class GLMAttention(nn.Module):
         super().__init__()
         self.layer_id, self.num_attention_heads = layer_id, HEADS
         self.hidden_size_per_attention_head = WIDTH // HEADS
-        self.register_buffer("inv_freq", 1.0 / 10000 ** (torch.arange(0, WIDTH // HEADS // 2, 2).float() / (WIDTH // HEADS // 2)))
+        self.register_buffer(
+            "inv_freq",
+            1.0
+            / 10000 ** (torch.arange(0, WIDTH // HEADS // 2, 2).float() / (WIDTH // HEADS // 2)),
+        )
         self.query_key_value, self.dense = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, position: Tensor, block_position: Tensor) -> Tensor:
         mixed = self.query_key_value(x)
-        mixed = mixed.view(*mixed.shape[:-1], self.num_attention_heads, 3 * self.hidden_size_per_attention_head)
+        mixed = mixed.view(
+            *mixed.shape[:-1], self.num_attention_heads, 3 * self.hidden_size_per_attention_head
+        )
         q, k, v = mixed.chunk(3, dim=-1)
         (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)
-        q = torch.cat([rotate(q1, position, self.inv_freq), rotate(q2, block_position, self.inv_freq)], dim=-1)
-        k = torch.cat([rotate(k1, position, self.inv_freq), rotate(k2, block_position, self.inv_freq)], dim=-1)
+        q = torch.cat(
+            [rotate(q1, position, self.inv_freq), rotate(q2, block_position, self.inv_freq)], dim=-1
+        )
+        k = torch.cat(
+            [rotate(k1, position, self.inv_freq), rotate(k2, block_position, self.inv_freq)], dim=-1
+        )
         coefficient = float(self.layer_id + 1)
         q = q / (math.sqrt(self.hidden_size_per_attention_head) * coefficient)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * coefficient
         context = torch.einsum("bhqk,bkhd->bqhd", causal(scores), v)
-        return self.dense(context.reshape(*x.shape[:-1], self.num_attention_heads * self.hidden_size_per_attention_head))
+        return self.dense(
+            context.reshape(
+                *x.shape[:-1], self.num_attention_heads * self.hidden_size_per_attention_head
+            )
+        )
 
 
 class GLMBlock(nn.Module):
     def __init__(self, layer_id: int):
         super().__init__()
         self.layer_id = layer_id
-        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.input_layernorm, self.post_attention_layernorm = (
+            nn.LayerNorm(WIDTH),
+            nn.LayerNorm(WIDTH),
+        )
         self.attention = GLMAttention(layer_id)
         self.dense_h_to_4h, self.dense_4h_to_h = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
 
@@ -117,7 +153,9 @@ class GLMBlock(nn.Module):
         normed = self.input_layernorm(x)
         x = normed * alpha + self.attention(normed, position, block_position)
         normed = self.post_attention_layernorm(x)
-        return normed * alpha + self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(normed), approximate="tanh"))
+        return normed * alpha + self.dense_4h_to_h(
+            F.gelu(self.dense_h_to_4h(normed), approximate="tanh")
+        )
 
 
 class ChatGLM(nn.Module):
@@ -131,7 +169,9 @@ class ChatGLM(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         n = input_ids.size(1)
         position = torch.arange(n, device=input_ids.device).clamp(max=n - 3)[None].float()
-        block_position = (torch.arange(n, device=input_ids.device) - (n - 3)).clamp(min=0)[None].float()
+        block_position = (
+            (torch.arange(n, device=input_ids.device) - (n - 3)).clamp(min=0)[None].float()
+        )
         x = self.word_embeddings(input_ids)
         for layer in self.layers:
             x = layer(x, position, block_position)
@@ -155,14 +195,28 @@ class BaichuanLayer(nn.Module):
         super().__init__()
         self.hidden_size, self.num_heads, self.head_dim = WIDTH, HEADS, WIDTH // HEADS
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(WIDTH), RMSNorm(WIDTH)
-        self.W_pack, self.o_proj = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.gate_proj, self.up_proj = nn.Linear(WIDTH, INNER, bias=False), nn.Linear(WIDTH, INNER, bias=False)
+        self.W_pack, self.o_proj = (
+            nn.Linear(WIDTH, 3 * WIDTH, bias=False),
+            nn.Linear(WIDTH, WIDTH, bias=False),
+        )
+        self.gate_proj, self.up_proj = (
+            nn.Linear(WIDTH, INNER, bias=False),
+            nn.Linear(WIDTH, INNER, bias=False),
+        )
         self.down_proj = nn.Linear(INNER, WIDTH, bias=False)
 
     def attend(self, x: Tensor) -> Tensor:
         b, t, _ = x.shape
-        inv_freq = 1.0 / 10000 ** (torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim)
-        proj = self.W_pack(x).unflatten(-1, (3, self.hidden_size)).unsqueeze(0).transpose(0, -2).squeeze(-2)
+        inv_freq = 1.0 / 10000 ** (
+            torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
+        )
+        proj = (
+            self.W_pack(x)
+            .unflatten(-1, (3, self.hidden_size))
+            .unsqueeze(0)
+            .transpose(0, -2)
+            .squeeze(-2)
+        )
         q, k, v = (proj[i].view(b, t, self.num_heads, self.head_dim) for i in range(3))
         position = torch.arange(t, device=x.device)[None].float()
         q, k = (rotate(y, position, inv_freq).transpose(1, 2) for y in (q, k))
@@ -192,35 +246,51 @@ class Baichuan(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-# ---- BLOOM: ALiBi made outside the blocks, qkv interleaved head by head, LayerNorm on the embedding
+# ---- BLOOM: ALiBi made outside the blocks, qkv interleaved head by head, LayerNorm on the
+# embedding
 
 
 class BloomLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.num_heads, self.head_dim = HEADS, WIDTH // HEADS
-        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.input_layernorm, self.post_attention_layernorm = (
+            nn.LayerNorm(WIDTH),
+            nn.LayerNorm(WIDTH),
+        )
         self.query_key_value, self.dense = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.dense_h_to_4h, self.dense_4h_to_h = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.dense_h_to_4h, self.dense_4h_to_h = (
+            nn.Linear(WIDTH, 4 * WIDTH),
+            nn.Linear(4 * WIDTH, WIDTH),
+        )
 
     def forward(self, x: Tensor, alibi: Tensor) -> Tensor:
         b, t, _ = x.shape
-        fused = self.query_key_value(self.input_layernorm(x)).view(b, t, self.num_heads, 3, self.head_dim)
+        fused = self.query_key_value(self.input_layernorm(x)).view(
+            b, t, self.num_heads, 3, self.head_dim
+        )
         q, k, v = (fused[..., i, :].transpose(1, 2) for i in range(3))
         scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim) + alibi
-        x = x + self.dense((causal(scores) @ v).transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim))
+        x = x + self.dense(
+            (causal(scores) @ v).transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim)
+        )
         return x + self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(self.post_attention_layernorm(x))))
 
 
 class Bloom(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.word_embeddings, self.word_embeddings_layernorm = nn.Embedding(VOCAB, WIDTH), nn.LayerNorm(WIDTH)
+        self.word_embeddings, self.word_embeddings_layernorm = (
+            nn.Embedding(VOCAB, WIDTH),
+            nn.LayerNorm(WIDTH),
+        )
         self.h = nn.ModuleList(BloomLayer() for _ in range(DEPTH))
         self.ln_f, self.num_heads = nn.LayerNorm(WIDTH), HEADS
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        slopes = 2.0 ** (-8.0 * torch.arange(1, self.num_heads + 1, device=input_ids.device) / self.num_heads)
+        slopes = 2.0 ** (
+            -8.0 * torch.arange(1, self.num_heads + 1, device=input_ids.device) / self.num_heads
+        )
         alibi = slopes[:, None, None] * torch.arange(input_ids.size(1), device=input_ids.device)
         x = self.word_embeddings_layernorm(self.word_embeddings(input_ids))
         for block in self.h:
@@ -269,4 +339,10 @@ class Mixtral(Baichuan):
     layer = MixtralLayer
 
 
-FOREIGN = {"nanogpt": NanoGPT, "chatglm": ChatGLM, "baichuan": Baichuan, "bloom": Bloom, "mixtral": Mixtral}
+FOREIGN = {
+    "nanogpt": NanoGPT,
+    "chatglm": ChatGLM,
+    "baichuan": Baichuan,
+    "bloom": Bloom,
+    "mixtral": Mixtral,
+}

@@ -1,4 +1,6 @@
-"""Groups of a Llama-shaped model written out by hand: what discovery must find, and a stand-in where a test needs none of it."""
+"""Groups of a Llama-shaped model written out by hand: what discovery must find, and a stand-in
+where a test needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,22 @@ def llama_groups(model, kinds=("neurons", "heads", "hidden")) -> list[Group]:
         heads += [member(at + f"{n}_proj.weight", 0, G, D) for n in "kv"]
         heads += [member(at + "o_proj.weight", 1, G, rep * D)]
         F = c.intermediate_size
-        neurons = [member(ff + f"{n}_proj.weight", int(n == "down"), F, 1) for n in ("gate", "up", "down")]
-        groups += [Group(f"heads.{i}", "heads", i, G, tuple(heads)), Group(f"neurons.{i}", "neurons", i, F, tuple(neurons))]
+        neurons = [
+            member(ff + f"{n}_proj.weight", int(n == "down"), F, 1) for n in ("gate", "up", "down")
+        ]
+        groups += [
+            Group(f"heads.{i}", "heads", i, G, tuple(heads)),
+            Group(f"neurons.{i}", "neurons", i, F, tuple(neurons)),
+        ]
     C = c.hidden_size
     hidden = []
     for n, p in model.named_parameters():
         if p.dim() == 1:
             hidden.append(member(n, 0, C, 1))
         else:
-            hidden.append(member(n, 0 if n.endswith(("o_proj.weight", "down_proj.weight")) else 1, C, 1))
+            hidden.append(
+                member(n, 0 if n.endswith(("o_proj.weight", "down_proj.weight")) else 1, C, 1)
+            )
     groups.append(Group("hidden", "hidden", None, C, tuple(hidden)))
     return [g for g in groups if g.kind in kinds]
 
@@ -41,8 +50,17 @@ def tiny_llama(**over):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=101, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3)
-    model = LlamaForCausalLM(LlamaConfig(**sizes | dict(head_dim=4, max_position_embeddings=64) | over)).eval()
+    sizes = dict(
+        vocab_size=101,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+    )
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes | dict(head_dim=4, max_position_embeddings=64) | over)
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * (p.shape[-1] ** -0.5) + (1.0 if p.dim() == 1 else 0.0))

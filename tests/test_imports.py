@@ -1,4 +1,6 @@
-"""Who may import whom: leaves know the core and never each other, wandb has one door, heavy libraries wait until they are needed."""
+"""Who may import whom: leaves know the core and never each other, wandb has one door, heavy
+libraries wait until they are needed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ import pytest
 from paths import ROOT
 
 LEAVES = ("models", "calibs", "criteria", "ratios", "excludes", "pruners", "recoveries", "evals")
-RUNNER = {"prunekit.runner.run", "prunekit.runner.job", "prunekit.cli.main", "prunekit.runner.preflight", "prunekit.runner.results", "prunekit.runner.tracking", "prunekit.report"}
+RUNNER = {
+    "prunekit.runner.run",
+    "prunekit.runner.job",
+    "prunekit.cli.main",
+    "prunekit.runner.preflight",
+    "prunekit.runner.results",
+    "prunekit.runner.tracking",
+    "prunekit.report",
+}
 HEAVY = ("transformers", "peft", "datasets", "lm_eval", "wandb", "gguf", "accelerate")
 FILES = sorted((ROOT / "prunekit").rglob("*.py"))
 
@@ -24,7 +34,9 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def at_top(tree: ast.Module) -> set[str]:
-    return imported(ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], []))
+    return imported(
+        ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], [])
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -37,19 +49,36 @@ def test_imports_follow_the_table(path):
     if package in LEAVES and path.name != "__init__.py":
         for other in LEAVES:
             own = f"prunekit.{package}.__init__"
-            siblings = [n for n in names if n.startswith(f"prunekit.{other}.") and ROOT.joinpath(*n.split(".")).with_suffix(".py").is_file()]
-            assert not siblings, f"a leaf imports a leaf: {siblings} ({own} may hold what both share)"
+            siblings = [
+                n
+                for n in names
+                if n.startswith(f"prunekit.{other}.")
+                and ROOT.joinpath(*n.split(".")).with_suffix(".py").is_file()
+            ]
+            assert not siblings, (
+                f"a leaf imports a leaf: {siblings} ({own} may hold what both share)"
+            )
         assert not names & RUNNER
         heavy = [n for n in at_top(tree) if n.split(".")[0] in HEAVY]
         assert not heavy, f"imported at start-up by every command: {heavy}"
     if package == "inventory":
-        assert not names & (RUNNER - {"prunekit.runner.preflight"} | {"prunekit.checkpoint"}), "looks at a model's shapes; it runs and loads nothing"
+        assert not names & (RUNNER - {"prunekit.runner.preflight"} | {"prunekit.checkpoint"}), (
+            "looks at a model's shapes; it runs and loads nothing"
+        )
     if package in ("report",):
-        assert not [n for n in names if n.split(".")[0] in ("torch", "transformers")], "reports read results on disk only"
+        assert not [n for n in names if n.split(".")[0] in ("torch", "transformers")], (
+            "reports read results on disk only"
+        )
 
 
 def test_no_pickles():
     for path in FILES:
         text = path.read_text()
-        for call in ("torch.save(", "torch.load(", "pickle.load", "pickle.dump", "weights_only=False"):
+        for call in (
+            "torch.save(",
+            "torch.load(",
+            "pickle.load",
+            "pickle.dump",
+            "weights_only=False",
+        ):
             assert call not in text, f"{path}: {call}"

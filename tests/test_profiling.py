@@ -30,7 +30,10 @@ def test_an_inner_stage_does_not_hide_the_outer_peak():
         hold(200)
         with stages("inner"):
             hold(50)
-    assert stages.results["outer"]["peak_memory_mib"] > stages.results["inner"]["peak_memory_mib"] + 100
+    assert (
+        stages.results["outer"]["peak_memory_mib"]
+        > stages.results["inner"]["peak_memory_mib"] + 100
+    )
 
 
 def test_an_outer_stage_sees_the_inner_peak():

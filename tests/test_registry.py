@@ -1,4 +1,6 @@
-"""Components are plain functions; wrong names, options and values are told apart before anything runs."""
+"""Components are plain functions; wrong names, options and values are told apart before anything
+runs.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,19 @@ def test_what_is_wrong_is_named(registry, node, says):
 def options_of(path):
     """The YAML's own keys with those of the YAMLs it builds on."""
     node = yaml.safe_load(path.read_text()) or {}
-    inherited = [options_of(path.parent / f"{d}.yaml") for d in node.pop("defaults", []) if isinstance(d, str) and d != "_self_"]
+    inherited = [
+        options_of(path.parent / f"{d}.yaml")
+        for d in node.pop("defaults", [])
+        if isinstance(d, str) and d != "_self_"
+    ]
     return {k: v for d in [*inherited, node] for k, v in d.items()}
 
 
 @pytest.mark.parametrize("kind", REGISTRIES)
 def test_yaml_and_signature_say_the_same(kind):
-    """Every component has a YAML of its name with every option, and the default in both is the same."""
+    """Every component has a YAML of its name with every option, and the default in both is the
+    same.
+    """
     registry = REGISTRIES[kind]
     for name in registry.names():
         path = ROOT / "conf" / kind / f"{name}.yaml"
@@ -63,9 +71,13 @@ def test_yaml_and_signature_say_the_same(kind):
         entry = registry.entry(name)
         assert node.pop("name") == name
         assert entry.summary, f"{kind} {name} has no docstring"
-        assert set(node) - {"meta"} == set(entry.defaults) - {"meta"}, f"{path.name} and {entry.fn.__module__} differ"
+        assert set(node) - {"meta"} == set(entry.defaults) - {"meta"}, (
+            f"{path.name} and {entry.fn.__module__} differ"
+        )
         for key, value in node.items():
             default = entry.defaults[key]
             required = default is inspect.Parameter.empty and value is None
             if not required and not (isinstance(value, str) and "${" in value):
-                assert (list(default) if isinstance(default, tuple) else default) == value, f"{path.name}: {key}"
+                assert (list(default) if isinstance(default, tuple) else default) == value, (
+                    f"{path.name}: {key}"
+                )

@@ -1,4 +1,6 @@
-"""The tutorial's code runs, in its order, and prints what stands below it; PRUNEKIT_REWRITE=1 writes down what it prints now."""
+"""The tutorial's code runs, in its order, and prints what stands below it; PRUNEKIT_REWRITE=1
+writes down what it prints now.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ def test_the_tutorial_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
         language, code, shown = block.groups()
         printed = run_python(code, names) if language == "python" else run_shell(code)
         if "PRUNEKIT_REWRITE" in os.environ:
-            parts += [page[end : block.start()], f"```{language}\n{code}```\n", f"\n```text\n{printed}```\n" if printed else ""]
+            parts += [
+                page[end : block.start()],
+                f"```{language}\n{code}```\n",
+                f"\n```text\n{printed}```\n" if printed else "",
+            ]
             end = block.end()
         else:
             compare(printed, shown or "", code)
@@ -66,7 +72,9 @@ def tidy(text: str) -> str:
 
 def compare(printed: str, shown: str, code: str) -> None:
     """Word for word, but for numbers with decimals, which may be a little off."""
-    assert VARIES.sub("#", printed) == VARIES.sub("#", shown), f"the tutorial shows something else below:\n{code}"
+    assert VARIES.sub("#", printed) == VARIES.sub("#", shown), (
+        f"the tutorial shows something else below:\n{code}"
+    )
     for now, then in zip(VARIES.findall(printed), VARIES.findall(shown)):
         assert float(now) == pytest.approx(float(then), rel=0.15, abs=0.15)
 

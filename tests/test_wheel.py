@@ -1,4 +1,6 @@
-"""What a wheel holds: it runs where there is no checkout, with every YAML and every paper's numbers."""
+"""What a wheel holds: it runs where there is no checkout, with every YAML and every paper's
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,28 @@ def built(tmp_path_factory) -> Path:
     if not (ROOT / "setup.py").is_file():
         pytest.skip("not a checkout")
     out = tmp_path_factory.mktemp("wheel")
-    words = ["setup.py", "-q", "egg_info", "--egg-base", str(out), "build_py", "--build-lib", str(out)]
+    words = [
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        str(out),
+        "build_py",
+        "--build-lib",
+        str(out),
+    ]
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
     return out
 
 
 def test_a_wheel_holds_the_configuration_the_papers_numbers_and_the_reports_files(built):
     assert read_at_run_time(built / "prunekit") == read_at_run_time(ROOT)
-    assert {p.name for p in (built / "prunekit" / "report").glob("page.*")} == {"page.py", "page.html", "page.css", "page.js"}
+    assert {p.name for p in (built / "prunekit" / "report").glob("page.*")} == {
+        "page.py",
+        "page.html",
+        "page.css",
+        "page.js",
+    }
     assert (built / "hydra_plugins" / "prunekit_sweeper" / "sweeper.py").is_file()
     assert not (built / "tests").exists()
 
@@ -43,6 +59,15 @@ def test_it_plans_outside_of_a_checkout(built):
     done = subprocess.run(asked, cwd=built, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
-    where = [sys.executable, "-c", "from prunekit.cli.main import conf_dir; from prunekit.report.paper import folder; print(conf_dir(), folder())"]
-    found = subprocess.run(where, cwd=built, env=env, capture_output=True, text=True, check=True).stdout.split()
-    assert [Path(p).resolve() for p in found] == [(built / "prunekit" / n).resolve() for n in ("conf", "experiments")]
+    where = [
+        sys.executable,
+        "-c",
+        "from prunekit.cli.main import conf_dir; from prunekit.report.paper import folder; "
+        "print(conf_dir(), folder())",
+    ]
+    found = subprocess.run(
+        where, cwd=built, env=env, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert [Path(p).resolve() for p in found] == [
+        (built / "prunekit" / n).resolve() for n in ("conf", "experiments")
+    ]

@@ -17,7 +17,9 @@ AT_START = ("max_num_timeout",)
 
 
 class Patient(BaseSubmititLauncher):
-    """Launches like its parent (hydra-submitit-launcher 1.2), but waits for every job; the parent raises at the first that was killed."""
+    """Launches like its parent (hydra-submitit-launcher 1.2), but waits for every job; the parent
+    raises at the first that was killed.
+    """
 
     def executor(self) -> Any:
         """submitit's executor with the resources that the YAML asks for."""
@@ -25,21 +27,32 @@ class Patient(BaseSubmititLauncher):
 
         params = {k: v for k, v in self.params.items() if k != "submitit_folder"}
         first = {f"{self._EXECUTOR}_{k}": params.pop(k) for k in AT_START if k in params}
-        executor = submitit.AutoExecutor(folder=self.params["submitit_folder"], cluster=self._EXECUTOR, **first)
+        executor = submitit.AutoExecutor(
+            folder=self.params["submitit_folder"], cluster=self._EXECUTOR, **first
+        )
         shared = BaseQueueConf.__dataclass_fields__
-        executor.update_parameters(**{k if k in shared else f"{self._EXECUTOR}_{k}": v for k, v in params.items()})
+        executor.update_parameters(
+            **{k if k in shared else f"{self._EXECUTOR}_{k}": v for k, v in params.items()}
+        )
         return executor
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
         state = Singleton.get_state()
-        calls = [(list(said), "hydra.sweep.dir", i, f"job_{i}", state) for i, said in zip(numbers, job_overrides, strict=True)]
+        calls = [
+            (list(said), "hydra.sweep.dir", i, f"job_{i}", state)
+            for i, said in zip(numbers, job_overrides, strict=True)
+        ]
         jobs = self.executor().map_array(self, *zip(*calls, strict=True))
         return [settled(job) for job in jobs]
 
 
 def settled(job: Any) -> JobReturn:
-    """What a job returned; an empty return, and a line of the log, for one that died without returning."""
+    """What a job returned; an empty return, and a line of the log, for one that died without
+    returning.
+    """
     import submitit
 
     try:

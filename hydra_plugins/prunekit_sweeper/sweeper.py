@@ -1,4 +1,6 @@
-"""Hydra's sweeper for tables: rows and value lists become jobs, finished ones are skipped, failed ones are listed at the end."""
+"""Hydra's sweeper for tables: rows and value lists become jobs, finished ones are skipped, failed
+ones are listed at the end.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,23 @@ log = logging.getLogger("prunekit")
 
 
 class TableSweeper(Sweeper):
-    """`params` are more overrides, swept or not, that hold for every job; what the user types wins over them."""
+    """`params` are more overrides, swept or not, that hold for every job; what the user types wins
+    over them.
+    """
 
     def __init__(self, params: dict[str, Any] | None = None):
         self.params = dict(params or {})
         self.config: DictConfig | None = None
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> list[Any]:
-        """Runs what is not finished yet. Failures go to the task's `failures` list, which decides the exit status."""
+        """Runs what is not finished yet. Failures go to the task's `failures` list, which decides
+        the exit status.
+        """
         failures: list[str] = getattr(self.task, "failures", [])
         try:
             return self.sweep_jobs(arguments, failures)
@@ -47,21 +55,37 @@ class TableSweeper(Sweeper):
         assert config is not None
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
         typed = {o.get_key_element() for o in sweep.parse(arguments)}
-        words = [*arguments, *[sweep.override(k, v) for k, v in self.params.items() if k not in typed]]
+        words = [
+            *arguments,
+            *[sweep.override(k, v) for k, v in self.params.items() if k not in typed],
+        ]
         # Unresolved: an interpolation such as ${seed} is for each job to fill in.
-        base, rows, scales = (OmegaConf.to_container(config[k]) if config.get(k) else None for k in ("base", "rows", "scales"))
+        base, rows, scales = (
+            OmegaConf.to_container(config[k]) if config.get(k) else None
+            for k in ("base", "rows", "scales")
+        )
         plan = sweep.expand(words, rows, base, sweep.scale_of(config.get("scale", "full"), scales))  # type: ignore[arg-type]
         top = self.settle_folder(plan)
         jobs = [(top / name, [*said, *self.places(name)]) for name, said in plan.jobs]
-        todo = [(folder, said) for folder, said in jobs if not resume.finished(folder, self.resolved(folder, said))]
+        todo = [
+            (folder, said)
+            for folder, said in jobs
+            if not resume.finished(folder, self.resolved(folder, said))
+        ]
         log.info("%s: %d jobs, %d finished before", top, len(jobs), len(jobs) - len(todo))
         result = self.launch(todo)
         # Jobs in this process noted their failures themselves; the folders know those of all.
-        failures[:] = [f"prunekit: job {folder} {state}" for folder, _ in jobs if (state := sweep.state(folder)) != "finished"]
+        failures[:] = [
+            f"prunekit: job {folder} {state}"
+            for folder, _ in jobs
+            if (state := sweep.state(folder)) != "finished"
+        ]
         return result
 
     def settle_folder(self, plan: Plan) -> Path:
-        """The folder of all jobs: what the user says in hydra.sweep.dir, else a name that the same command finds again."""
+        """The folder of all jobs: what the user says in hydra.sweep.dir, else a name that the same
+        command finds again.
+        """
         config = self.config
         assert config is not None
         if not self.placed():
@@ -82,7 +106,11 @@ class TableSweeper(Sweeper):
     def places(self, name: str) -> list[str]:
         """Overrides that put a job into its folder."""
         assert self.config is not None
-        top = [] if self.placed() else [f"hydra.sweep.dir={sweep.quoted(str(self.config.hydra.sweep.dir))}"]
+        top = (
+            []
+            if self.placed()
+            else [f"hydra.sweep.dir={sweep.quoted(str(self.config.hydra.sweep.dir))}"]
+        )
         return [f"hydra.sweep.subdir={sweep.quoted(name)}", *top]
 
     def resolved(self, folder: Path, said: Sequence[str]) -> dict[str, Any]:
@@ -97,28 +125,41 @@ class TableSweeper(Sweeper):
         return settled(composed)
 
     def be_patient(self) -> None:
-        """submitit's own launchers give up at the first killed job; ours take their place, with the same options."""
+        """submitit's own launchers give up at the first killed job; ours take their place, with the
+        same options.
+        """
         assert self.config is not None
         target = self.config.hydra.launcher.get("_target_", "")
         if target.startswith("hydra_plugins.hydra_submitit_launcher."):
             OmegaConf.set_readonly(self.config, False)
             ours = "PatientSlurm" if target.endswith("SlurmLauncher") else "PatientLocal"
-            self.config.hydra.launcher["_target_"] = f"hydra_plugins.prunekit_sweeper.launchers.{ours}"
+            self.config.hydra.launcher["_target_"] = (
+                f"hydra_plugins.prunekit_sweeper.launchers.{ours}"
+            )
 
     def launch(self, todo: Sequence[tuple[Path, list[str]]]) -> list[Any]:
-        """Hand the jobs to the launcher. What a launcher raises does not hide what its jobs left behind."""
+        """Hand the jobs to the launcher. What a launcher raises does not hide what its jobs left
+        behind.
+        """
         if not todo:
             return []
         for folder, _ in todo:
             (folder / "failed.txt").unlink(missing_ok=True)
         self.be_patient()
         launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=self.context, task_function=self.task, config=self.config  # type: ignore[arg-type]
+            hydra_context=self.context,
+            task_function=self.task,
+            config=self.config,  # type: ignore[arg-type]
         )
         here = isinstance(launcher, BasicLauncher)
         with nullcontext() if here else progress.watched([folder for folder, _ in todo]):
             try:
                 return list(launcher.launch([said for _, said in todo], initial_job_idx=0))
-            except Exception:  # a worker that was killed must not take the list of the others' ends along
-                log.exception("the launcher stopped; jobs that are not finished can be made up for by the same command")
+            except (
+                Exception
+            ):  # a worker that was killed must not take the list of the others' ends along
+                log.exception(
+                    "the launcher stopped; jobs that are not finished can be made up for by the "
+                    "same command"
+                )
                 return []

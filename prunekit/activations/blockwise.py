@@ -1,6 +1,8 @@
-"""The pass block by block: every decoder block run on inputs that are kept from the block before, so that one block is at work at a time.
+"""The pass block by block: every decoder block run on inputs that are kept from the block before,
+so that one block is at work at a time.
 
-`capture` takes the inputs of the first block and the arguments of all; `Feed` replays a block with them; `walk` goes through the blocks.
+`capture` takes the inputs of the first block and the arguments of all; `Feed` replays a block with
+them; `walk` goes through the blocks.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ from prunekit.errors import ConfigError
 from prunekit.types import Counts, Group
 
 Store = Literal["memory", "half", "disk"]
-"""Where cached activations live: as they are, in bfloat16, or in a file that the system maps into memory."""
+"""Where cached activations live: as they are, in bfloat16, or in a file that the system maps into
+memory.
+"""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments after the hidden state, and keyword arguments, of one call of a block."""
 
 
 class Feeding(NamedTuple):
-    """How tokens go through the blocks: samples a forward, where activations wait, and whether forwards run in bfloat16."""
+    """How tokens go through the blocks: samples a forward, where activations wait, and whether
+    forwards run in bfloat16.
+    """
 
     batch: int
     store: Store = "memory"
@@ -52,7 +58,9 @@ class Activations:
             count = torch.Size(shape).numel()
             self._data = torch.from_file(file, shared=True, size=count, dtype=kept).view(shape)
         else:
-            self._data = torch.empty(shape, dtype=kept, device="cpu" if store == "half" else like.device)
+            self._data = torch.empty(
+                shape, dtype=kept, device="cpu" if store == "half" else like.device
+            )
 
     def clone(self) -> Activations:
         """A copy of its own, kept in the same way."""
@@ -87,7 +95,9 @@ def enough() -> None:
 
 @dataclass(frozen=True)
 class Feed:
-    """The arguments that each block gets besides the hidden state, by batch: `calls[block][batch]`."""
+    """The arguments that each block gets besides the hidden state, by batch:
+    `calls[block][batch]`.
+    """
 
     blocks: tuple[str, ...]
     rows: tuple[slice, ...]
@@ -95,28 +105,37 @@ class Feed:
     bf16: bool = False
 
     def forward(self, module: nn.Module, block: int, batch: int, x: Tensor) -> Tensor:
-        """Output of `module`, standing where block number `block` stands, for the hidden state `x (n, T, C)`."""
+        """Output of `module`, standing where block number `block` stands, for the hidden state `x
+        (n, T, C)`.
+        """
         args, kwargs = self.calls[block][batch]
         with precision(self.bf16, x.device):
             return first_tensor(module(x, *args, **kwargs))
 
 
 @torch.no_grad()
-def capture(model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, feeding: Feeding) -> tuple[Activations, Feed]:
+def capture(
+    model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, feeding: Feeding
+) -> tuple[Activations, Feed]:
     """The first block's inputs for `tokens (N, T)`, and all arguments of every block.
 
-    The first two batches (and a last, smaller one) go through the whole model; where their arguments agree, those of the other batches
-    are taken to be the same, and their forwards end at the first block. Raises ConfigError where a block does not read the output of the
-    block before it, since then it cannot be replayed alone.
+    The first two batches (and a last, smaller one) go through the whole model; where their
+    arguments agree, those of the other batches are taken to be the same, and their forwards end at
+    the first block. Raises ConfigError where a block does not read the output of the block before
+    it, since then it cannot be replayed alone.
     """
     if not blocks:
-        raise ConfigError("the pass block by block needs a model with a stack of blocks; discovery found none")
+        raise ConfigError(
+            "the pass block by block needs a model with a stack of blocks; discovery found none"
+        )
     batch = feeding.batch
     rows = tuple(slice(i, min(i + batch, len(tokens))) for i in range(0, len(tokens), batch))
     device = next(model.parameters()).device
     inputs: Activations | None = None
     calls: list[list[Call]] = []  # [batch][block]
-    for i, part in enumerate(tqdm(rows, desc="inputs of the first block", unit="batch", leave=False, delay=2)):
+    for i, part in enumerate(
+        tqdm(rows, desc="inputs of the first block", unit="batch", leave=False, delay=2)
+    ):
         full = part.stop - part.start == batch
         known = full and i >= 2 and _agree(calls[0], calls[1])
         with precision(feeding.bf16, device):
@@ -126,10 +145,14 @@ def capture(model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, feeding: 
         inputs[part] = x
         calls.append(calls[0] if known else _shared(seen, calls))
     assert inputs is not None  # tokens are never empty: the runner checks calibration data
-    return inputs, Feed(blocks, rows, tuple(tuple(c[b] for c in calls) for b in range(len(blocks))), feeding.bf16)
+    return inputs, Feed(
+        blocks, rows, tuple(tuple(c[b] for c in calls) for b in range(len(blocks))), feeding.bf16
+    )
 
 
-def _trace(model: nn.Module, blocks: tuple[str, ...], ids: Tensor, short: bool) -> tuple[Tensor, list[Call]]:
+def _trace(
+    model: nn.Module, blocks: tuple[str, ...], ids: Tensor, short: bool
+) -> tuple[Tensor, list[Call]]:
     """The first block's input, and every block's call unless `short`."""
     seen: list[tuple[Tensor, Call]] = []
     last: list[Tensor] = []
@@ -138,7 +161,10 @@ def _trace(model: nn.Module, blocks: tuple[str, ...], ids: Tensor, short: bool) 
         x = first_tensor(args, kwargs)
         rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
         if last and not torch.equal(last[0], x):
-            raise ConfigError(f"{blocks[len(seen)]} does not read what {blocks[len(seen) - 1]} puts out: it cannot be run block by block")
+            raise ConfigError(
+                f"{blocks[len(seen)]} does not read what {blocks[len(seen) - 1]} puts out: it "
+                "cannot be run block by block"
+            )
         seen.append((x, (args[1:], rest)))
         if short:
             enough()
@@ -147,7 +173,9 @@ def _trace(model: nn.Module, blocks: tuple[str, ...], ids: Tensor, short: bool) 
         last[:] = [first_tensor(out)]
 
     modules = [model.get_submodule(b) for b in blocks]
-    hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules] + [m.register_forward_hook(after) for m in modules]
+    hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules] + [
+        m.register_forward_hook(after) for m in modules
+    ]
     try:
         with until_seen():
             body = getattr(model, "base_model", model)
@@ -156,7 +184,10 @@ def _trace(model: nn.Module, blocks: tuple[str, ...], ids: Tensor, short: bool) 
         for hook in hooks:
             hook.remove()
     if not short and len(seen) != len(blocks):
-        raise ConfigError(f"{len(blocks)} blocks were found, but a forward runs {len(seen)} of them: they cannot be run block by block")
+        raise ConfigError(
+            f"{len(blocks)} blocks were found, but a forward runs {len(seen)} of them: they "
+            "cannot be run block by block"
+        )
     return seen[0][0], [call for _, call in seen]
 
 
@@ -175,7 +206,9 @@ def _agree(a: list[Call], b: list[Call]) -> bool:
 
 
 def _shared(calls: list[Call], earlier: list[list[Call]]) -> list[Call]:
-    """The calls, each replaced by an equal one that is kept already: masks and rotary tables are the same for most blocks."""
+    """The calls, each replaced by an equal one that is kept already: masks and rotary tables are
+    the same for most blocks.
+    """
     pool: list[Call] = [c for cs in earlier[:1] for c in cs[:2]]
     out = []
     for call in calls:
@@ -187,13 +220,17 @@ def _shared(calls: list[Call], earlier: list[list[Call]]) -> list[Call]:
 
 
 class BlockRun:
-    """`for out in run():` forwards of one block on its cached inputs, for criteria that only watch what happens inside.
+    """`for out in run():` forwards of one block on its cached inputs, for criteria that only watch
+    what happens inside.
 
-    `tokens` is `(N, T)`. The batches are those in which the inputs were captured. There is no loss: `labels=True` raises ConfigError.
-    `seen` holds statistics taken on this run (see `stats.moments`).
+    `tokens` is `(N, T)`. The batches are those in which the inputs were captured. There is no loss:
+    `labels=True` raises ConfigError. `seen` holds statistics taken on this run (see
+    `stats.moments`).
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor, feed: Feed, block: int, inputs: Activations):
+    def __init__(
+        self, model: nn.Module, tokens: Tensor, feed: Feed, block: int, inputs: Activations
+    ):
         self.model, self.tokens = model, tokens
         self.feed, self.block, self.inputs = feed, block, inputs
         self.counts: Counts = {}
@@ -204,16 +241,25 @@ class BlockRun:
         """The block, as it is now."""
         return self.model.get_submodule(self.feed.blocks[self.block])
 
-    def __call__(self, labels: bool = False, batch: int | None = None, head: bool = True) -> Iterator[Tensor]:
+    def __call__(
+        self, labels: bool = False, batch: int | None = None, head: bool = True
+    ) -> Iterator[Tensor]:
         if labels:
-            raise ConfigError("a criterion that needs the loss cannot score one block alone: take pruner=oneshot, or another criterion")
+            raise ConfigError(
+                "a criterion that needs the loss cannot score one block alone: take "
+                "pruner=oneshot, or another criterion"
+            )
         for i, rows in enumerate(self.feed.rows):
             yield self.feed.forward(self.module, self.block, i, self.inputs[rows])
 
 
 @torch.no_grad()
-def walk(model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, feeding: Feeding) -> Iterator[BlockRun]:
-    """One BlockRun after the other; what the caller does to a block in between, the next block sees in its inputs."""
+def walk(
+    model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, feeding: Feeding
+) -> Iterator[BlockRun]:
+    """One BlockRun after the other; what the caller does to a block in between, the next block sees
+    in its inputs.
+    """
     inputs, feed = capture(model, blocks, tokens, feeding)
     for b in tqdm(range(len(blocks)), desc="blocks", unit="block", delay=2):
         run = BlockRun(model, tokens, feed, b, inputs)
@@ -224,20 +270,30 @@ def walk(model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, feeding: Fee
 
 
 def stack(groups: list[Group]) -> tuple[str, ...]:
-    """Names of the decoder blocks, in order, from the group of kind `blocks` among `groups`. Raises ConfigError if there is none."""
+    """Names of the decoder blocks, in order, from the group of kind `blocks` among `groups`. Raises
+    ConfigError if there is none.
+    """
     for g in groups:
         if g.kind == "blocks":
             return g.modules
-    raise ConfigError("the pass block by block needs a model with a stack of blocks; discovery found none")
+    raise ConfigError(
+        "the pass block by block needs a model with a stack of blocks; discovery found none"
+    )
 
 
 def inside(groups: list[Group], blocks: tuple[str, ...]) -> list[list[Group]]:
     """The groups of each block. Raises ConfigError for one that is not inside a single block."""
     rows: list[list[Group]] = [[] for _ in blocks]
     for g in groups:
-        homes = {next((i for i, b in enumerate(blocks) if m.param.startswith(b + ".")), None) for m in g.members}
+        homes = {
+            next((i for i, b in enumerate(blocks) if m.param.startswith(b + ".")), None)
+            for m in g.members
+        }
         home = homes.pop() if len(homes) == 1 else None
         if home is None:
-            raise ConfigError(f"{g.name} is not inside one block, so it cannot be pruned block by block: narrow pruner.kinds")
+            raise ConfigError(
+                f"{g.name} is not inside one block, so it cannot be pruned block by block: narrow "
+                "pruner.kinds"
+            )
         rows[home].append(g)
     return rows

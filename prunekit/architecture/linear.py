@@ -1,4 +1,6 @@
-"""The linear modules that read what the units of a group compute: where a unit's output meets the rest of the network."""
+"""The linear modules that read what the units of a group compute: where a unit's output meets the
+rest of the network.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 class Reader(NamedTuple):
-    """A linear module (`o_proj`, `down_proj`) whose input channels belong to the units as `member` says."""
+    """A linear module (`o_proj`, `down_proj`) whose input channels belong to the units as `member`
+    says.
+    """
 
     name: str
     module: nn.Module

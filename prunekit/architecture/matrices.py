@@ -1,4 +1,6 @@
-"""The linear matrices inside the decoder blocks as groups of kind `weights`, whose units are single elements, and their input norms."""
+"""The linear matrices inside the decoder blocks as groups of kind `weights`, whose units are single
+elements, and their input norms.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,13 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def matrices(model: nn.Module, targets: list[str] | None = None) -> list[Group]:
-    """One group for each matrix of a linear module in a block, `weights.<block>.<module>`, of the shape in which it is stored.
+    """One group for each matrix of a linear module in a block, `weights.<block>.<module>`, of the
+    shape in which it is stored.
 
-    `targets` narrows them to names or glob patterns (`q_proj`, `mlp.*`). A matrix that several modules share appears once. Elsewhere
-    stored matrices (stacked experts) are left alone, and the log says how many parameters they hold.
-    Raises ConfigError where nothing is left, naming what there is.
+    `targets` narrows them to names or glob patterns (`q_proj`, `mlp.*`). A matrix that several
+    modules share appears once. Elsewhere stored matrices (stacked experts) are left alone, and the
+    log says how many parameters they hold. Raises ConfigError where nothing is left, naming what
+    there is.
     """
     groups, seen, all_names, stacked = [], set(), set(), 0
     for layer, block in enumerate(block_names(model)):
@@ -43,11 +47,27 @@ def matrices(model: nn.Module, targets: list[str] | None = None) -> list[Group]:
                 continue
             seen.add(id(weight))
             member = Member(f"{block}.{name}.weight", -1, torch.empty(0, 1, dtype=torch.int64))
-            groups.append(Group(f"weights.{layer}.{name}", "weights", layer, weight.numel(), (member,), shape=tuple(weight.shape)))
+            groups.append(
+                Group(
+                    f"weights.{layer}.{name}",
+                    "weights",
+                    layer,
+                    weight.numel(),
+                    (member,),
+                    shape=tuple(weight.shape),
+                )
+            )
     if stacked:
-        log.warning("%d parameters of the blocks are stacked in tensors of three axes (experts); they are not pruned", stacked)
+        log.warning(
+            "%d parameters of the blocks are stacked in tensors of three axes (experts); they are "
+            "not pruned",
+            stacked,
+        )
     if not groups:
-        raise ConfigError(f"targets={targets} match no linear module of the blocks; there are: {', '.join(sorted(all_names)) or 'none'}")
+        raise ConfigError(
+            f"targets={targets} match no linear module of the blocks; there are: "
+            f"{', '.join(sorted(all_names)) or 'none'}"
+        )
     return groups
 
 
@@ -72,13 +92,16 @@ def upright(model: nn.Module, group: Group, x: Tensor) -> Tensor:
 
 
 def fits(model: nn.Module, groups: Iterable[Group], counts: Counts, asked: Pattern | None) -> None:
-    """Raises ConfigError before any work where a pattern does not divide a matrix, or is not what the ratio asks for."""
+    """Raises ConfigError before any work where a pattern does not divide a matrix, or is not what
+    the ratio asks for.
+    """
     for g in groups if asked else ():
         inputs = matrix(model, g).shape[1]
         if asked and counts.get(g.name):
             if inputs % asked.block_m:
                 raise ConfigError(
-                    f"{g.name} has {inputs} inputs, which pruner.block_m={asked.block_m} does not divide: narrow pruner.targets"
+                    f"{g.name} has {inputs} inputs, which pruner.block_m={asked.block_m} does not "
+                    "divide: narrow pruner.targets"
                 )
             asked.kept_of(counts[g.name], g.units, g.name)
 
@@ -94,14 +117,20 @@ def zero_elements(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None
 
 @torch.no_grad()
 def input_norms(model: nn.Module, groups: Iterable[Group], run: Run) -> dict[str, Tensor]:
-    """Group name -> (inputs,) `||X_j||_2` over all calibration tokens that enter the module; zero where none does (an idle expert)."""
+    """Group name -> (inputs,) `||X_j||_2` over all calibration tokens that enter the module; zero
+    where none does (an idle expert).
+    """
     groups = list(groups)
     found = moments(model, dict.fromkeys(module_name(g) for g in groups), run)
     return {g.name: _norm(found[module_name(g)], matrix(model, g)) for g in groups}
 
 
 def _norm(m: Moments, weight: Tensor) -> Tensor:
-    return (m.square * m.count).sqrt() if m.count else torch.zeros(weight.shape[1], device=weight.device)
+    return (
+        (m.square * m.count).sqrt()
+        if m.count
+        else torch.zeros(weight.shape[1], device=weight.device)
+    )
 
 
 def wanda_score(weight: Tensor, norms: Tensor) -> Tensor:

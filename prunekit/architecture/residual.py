@@ -1,6 +1,8 @@
-"""The residual stream as a chain: embedding, then in each block sub-layers of norm, readers and writers, then the last norm.
+"""The residual stream as a chain: embedding, then in each block sub-layers of norm, readers and
+writers, then the last norm.
 
-It is read off the group `hidden`, whose members stand in the order of the forward pass; no names of an architecture are used.
+It is read off the group `hidden`, whose members stand in the order of the forward pass; no names of
+an architecture are used.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from prunekit.types import Group, Member, tensor_of
 
 @dataclass(frozen=True)
 class Sublayer:
-    """`x + module(norm(x))`: `readers` are the linear modules inside that take the norm's output, `writers` those that end in the sum."""
+    """`x + module(norm(x))`: `readers` are the linear modules inside that take the norm's output,
+    `writers` those that end in the sum.
+    """
 
     module: str
     norm: str
@@ -28,7 +32,9 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Stream:
-    """Names of the embedding, of each block's sub-layers, and of the norm before the output matrix."""
+    """Names of the embedding, of each block's sub-layers, and of the norm before the
+    output matrix.
+    """
 
     embedding: str
     blocks: tuple[str, ...]
@@ -37,32 +43,59 @@ class Stream:
 
 
 def stream(model: nn.Module, hidden: Group, blocks: tuple[str, ...]) -> Stream:
-    """Raises ConfigError, naming the place, for a model whose blocks are no chain of norm, sub-layer and sum."""
+    """Raises ConfigError, naming the place, for a model whose blocks are no chain of norm,
+    sub-layer and sum.
+    """
     names = list(dict.fromkeys(m.param.rpartition(".")[0] for m in hidden.members))
     inside = [[n for n in names if n.startswith(b + ".")] for b in blocks]
     outside = [n for n in names if not any(n.startswith(b + ".") for b in blocks)]
     embeddings = [n for n in outside if isinstance(model.get_submodule(n), nn.Embedding)]
     norms = [n for n in outside if model.get_submodule(n)._parameters["weight"].dim() == 1]  # type: ignore[union-attr]
     if len(embeddings) != 1 or len(norms) != 1:
-        raise ConfigError(f"the stream must start in one embedding and end in one norm, found {embeddings} and {norms}")
+        raise ConfigError(
+            f"the stream must start in one embedding and end in one norm, found {embeddings} and "
+            f"{norms}"
+        )
     sides = {m.param.rpartition(".")[0]: m for m in hidden.members if m.param.endswith("weight")}
-    return Stream(embeddings[0], blocks, tuple(_sublayers(model, b, part, sides) for b, part in zip(blocks, inside, strict=True)), norms[0])
+    return Stream(
+        embeddings[0],
+        blocks,
+        tuple(_sublayers(model, b, part, sides) for b, part in zip(blocks, inside, strict=True)),
+        norms[0],
+    )
 
 
-def _sublayers(model: nn.Module, block: str, names: list[str], members: dict[str, Member]) -> tuple[Sublayer, ...]:
+def _sublayers(
+    model: nn.Module, block: str, names: list[str], members: dict[str, Member]
+) -> tuple[Sublayer, ...]:
     sides = [_side(model, n, members[n]) for n in names]
     found, at = [], 0
     while at < len(names):
         counts: list[int] = []
         for side in ("norm", "reads", "writes"):
-            counts.append(len(list(takewhile(lambda s, side=side: s == side, sides[at + sum(counts) :]))))  # type: ignore[misc]
+            counts.append(
+                len(list(takewhile(lambda s, side=side: s == side, sides[at + sum(counts) :])))
+            )  # type: ignore[misc]
         if counts[0] != 1 or 0 in counts:
-            raise ConfigError(f"{block} is no chain of norm, sub-layer and sum: on the residual stream stand {', '.join(names)}")
-        readers, writers = names[at + 1 : at + 1 + counts[1]], names[at + 1 + counts[1] : at + sum(counts)]
-        shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*(n.split(".") for n in readers + writers)))]
+            raise ConfigError(
+                f"{block} is no chain of norm, sub-layer and sum: on the residual stream stand "
+                f"{', '.join(names)}"
+            )
+        readers, writers = (
+            names[at + 1 : at + 1 + counts[1]],
+            names[at + 1 + counts[1] : at + sum(counts)],
+        )
+        shared = [
+            parts[0]
+            for parts in takewhile(
+                lambda parts: len(set(parts)) == 1, zip(*(n.split(".") for n in readers + writers))
+            )
+        ]
         module = ".".join(shared)
         if not module.startswith(block + ".") or module in readers + writers:
-            raise ConfigError(f"{block}: {', '.join(readers + writers)} are not inside one sub-layer")
+            raise ConfigError(
+                f"{block}: {', '.join(readers + writers)} are not inside one sub-layer"
+            )
         found.append(Sublayer(module, names[at], tuple(readers), tuple(writers)))
         at += sum(counts)
     return tuple(found)
@@ -79,7 +112,8 @@ def _side(model: nn.Module, name: str, member: Member) -> str:
 
 @torch.no_grad()
 def gain_and_eps(norm: nn.Module) -> tuple[Tensor, float, str, float]:
-    """(C,) gain that an RMSNorm applies, what it adds to its weight to get it (0 or 1), the name of its eps, and eps.
+    """(C,) gain that an RMSNorm applies, what it adds to its weight to get it (0 or 1), the name of
+    its eps, and eps.
 
     Raises ConfigError for a norm that is not `x * gain / sqrt(mean(x^2) + eps)`.
     """
@@ -89,8 +123,15 @@ def gain_and_eps(norm: nn.Module) -> tuple[Tensor, float, str, float]:
     x = (signs * torch.tensor([[1.0], [2.0], [0.5], [4.0]])).to(weight.device)
     for name in names:
         eps = getattr(norm, name)
-        seen = norm(x.to(weight.dtype)).float() / (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+        seen = norm(x.to(weight.dtype)).float() / (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        )
         for offset in (0.0, 1.0):
-            if torch.allclose(seen, (weight.float() + offset).expand_as(seen), rtol=2e-2, atol=1e-3):
+            if torch.allclose(
+                seen, (weight.float() + offset).expand_as(seen), rtol=2e-2, atol=1e-3
+            ):
                 return weight.float() + offset, offset, name, eps
-    raise ConfigError(f"{type(norm).__name__} is no RMSNorm: its statistics would not survive a rotation of the residual stream")
+    raise ConfigError(
+        f"{type(norm).__name__} is no RMSNorm: its statistics would not survive a rotation of the "
+        "residual stream"
+    )

@@ -1,4 +1,6 @@
-"""How many parameters a choice of units leaves, from shapes alone: no weights are touched, so it works on the meta device."""
+"""How many parameters a choice of units leaves, from shapes alone: no weights are touched, so it
+works on the meta device.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ class Sizes:
 
     def __init__(self, model: nn.Module, groups: Iterable[Group]):
         self.groups = {g.name: g for g in groups}
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied tensors appear once
+        self.shapes = {
+            name: tuple(p.shape) for name, p in model.named_parameters()
+        }  # tied tensors appear once
         self.total = sum(math.prod(s) for s in self.shapes.values())
         self._modules = {
             name: sum(p.numel() for p in model.get_submodule(name).parameters())
@@ -25,7 +29,9 @@ class Sizes:
         }
 
     def removed(self, counts: Counts) -> int:
-        """Parameters that go when `counts[name]` units of each group go. Blocks are counted at their mean size."""
+        """Parameters that go when `counts[name]` units of each group go. Blocks are counted at
+        their mean size.
+        """
         cut: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
         gone = 0.0
         for name, n in counts.items():

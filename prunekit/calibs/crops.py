@@ -1,4 +1,6 @@
-"""Random stretches of a data set's text, drawn by LLM-Pruner's rule (arXiv 2305.11627, released code)."""
+"""Random stretches of a data set's text, drawn by LLM-Pruner's rule (arXiv 2305.11627, released
+code).
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,11 @@ def crop(
     glue: str = "\n\n",
     data_root: DataRoot = None,
 ) -> Tensor:
-    """Random rows of a data set and a random stretch of `length` tokens out of each, as LLM-Pruner calibrates.
+    """Random rows of a data set and a random stretch of `length` tokens out of each, as LLM-Pruner
+    calibrates.
 
-    `join` lets short rows run on into the next ones, `glue` between them. Returns `(N, T)` int64. Raises ConfigError.
+    `join` lets short rows run on into the next ones, `glue` between them. Returns `(N, T)` int64.
+    Raises ConfigError.
     """
     rows = texts(dataset, split or default_split(dataset, "calibrate"), data_root)
     return crops(rows, tokenizer, samples=samples, length=length, seed=seed, join=join, glue=glue)

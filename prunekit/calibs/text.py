@@ -26,17 +26,28 @@ def text(
 ) -> Tensor:
     """The first tokens of a text or jsonl file, or random stretches of it.
 
-    `first` tokenizes without special tokens and cuts; `random` draws lines or records as `crop` does. Returns `(N, T)` int64.
-    Raises ConfigError.
+    `first` tokenizes without special tokens and cuts; `random` draws lines or records as `crop`
+    does. Returns `(N, T)` int64. Raises ConfigError.
     """
     records = read(path)
     lacking = [r for r in records if field not in r]
     if lacking:
-        raise ConfigError(f"{path} has records without the field {field!r}; the first of them has: {', '.join(lacking[0])}")
+        raise ConfigError(
+            f"{path} has records without the field {field!r}; the first of them has: "
+            f"{', '.join(lacking[0])}"
+        )
     rows = [str(r[field]) for r in records]
     lines = not str(path).endswith(".jsonl")
     if take == "random":
-        return crops(rows, tokenizer, samples=samples, length=length, seed=seed, join=join, glue="" if lines else "\n\n")
+        return crops(
+            rows,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            join=join,
+            glue="" if lines else "\n\n",
+        )
     ids = tokenizer("".join(rows) if lines else document(rows), add_special_tokens=False).input_ids
     if len(ids) < samples * length:
         raise ConfigError(f"{path} has {len(ids)} tokens, fewer than {samples} samples of {length}")

@@ -1,4 +1,6 @@
-"""Tensors with many zeros in a safetensors file: one bit for each element that says whether it is zero, and the others in a row. Lossless."""
+"""Tensors with many zeros in a safetensors file: one bit for each element that says whether it is
+zero, and the others in a row. Lossless.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,18 @@ from torch import Tensor
 from prunekit.checkpoint.integrity import CheckpointError
 
 ENDING = ".bitmask.safetensors"
-"""Packed files have a name of their own, so that a loader that does not know them finds no weights rather than wrong ones."""
+"""Packed files have a name of their own, so that a loader that does not know them finds no weights
+rather than wrong ones.
+"""
 BITS, VALUES = ".bitmask", ".values"
 SHAPES = "prunekit_bitmask"
 """Key of the metadata: tensor name -> shape, for those that are packed."""
 
 
 def write(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write `tensors`, each packed where that is smaller. Not zero is what has any bit set, so that -0.0 and NaNs come back as they were."""
+    """Write `tensors`, each packed where that is smaller. Not zero is what has any bit set, so that
+    -0.0 and NaNs come back as they were.
+    """
     from safetensors.torch import save_file
 
     out: dict[str, Tensor] = {}
@@ -32,15 +38,25 @@ def write(tensors: Mapping[str, Tensor], path: str | Path) -> None:
         tensor = tensor.detach().cpu().contiguous()
         held = raw(tensor).ne(0).any(1)
         bits = torch.from_numpy(np.packbits(held.numpy()))
-        if tensor.numel() and bits.numel() + int(held.sum()) * tensor.element_size() < tensor.numel() * tensor.element_size():
-            out[name + BITS], out[name + VALUES], shapes[name] = bits, tensor.flatten()[held].clone(), list(tensor.shape)
+        if (
+            tensor.numel()
+            and bits.numel() + int(held.sum()) * tensor.element_size()
+            < tensor.numel() * tensor.element_size()
+        ):
+            out[name + BITS], out[name + VALUES], shapes[name] = (
+                bits,
+                tensor.flatten()[held].clone(),
+                list(tensor.shape),
+            )
         else:
             out[name] = tensor.clone()
     save_file(out, path, {SHAPES: json.dumps(shapes)})
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors as they were given to `write`. Raises CheckpointError naming the tensor whose mask and values do not fit."""
+    """The tensors as they were given to `write`. Raises CheckpointError naming the tensor whose
+    mask and values do not fit.
+    """
     from safetensors import safe_open
 
     with safe_open(path, "pt") as f:
@@ -53,11 +69,19 @@ def read(path: str | Path) -> dict[str, Tensor]:
             bits, values = f.get_tensor(name + BITS), f.get_tensor(name + VALUES)
             count = torch.Size(shape).numel()
             if bits.numel() != -(-count // 8):
-                raise CheckpointError(f"{path}: {name}{BITS} has {bits.numel()} bytes, and {count} elements need {-(-count // 8)}")
+                raise CheckpointError(
+                    f"{path}: {name}{BITS} has {bits.numel()} bytes, and {count} elements need "
+                    f"{-(-count // 8)}"
+                )
             held = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()
             if int(held.sum()) != values.numel():
-                raise CheckpointError(f"{path}: {name}{VALUES} has {values.numel()} elements, its mask says {int(held.sum())}")
-            out[name] = torch.zeros(count, dtype=values.dtype).masked_scatter_(held, values).view(shape)
+                raise CheckpointError(
+                    f"{path}: {name}{VALUES} has {values.numel()} elements, its mask says "
+                    f"{int(held.sum())}"
+                )
+            out[name] = (
+                torch.zeros(count, dtype=values.dtype).masked_scatter_(held, values).view(shape)
+            )
     return out
 
 
@@ -72,7 +96,9 @@ def pack(folder: Path) -> None:
 
 @contextmanager
 def unpacked(folder: Path, files: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
-    """The folder and its `files` as transformers reads them: themselves where nothing is packed, else copies that live inside the `with`."""
+    """The folder and its `files` as transformers reads them: themselves where nothing is packed,
+    else copies that live inside the `with`.
+    """
     from safetensors.torch import save_file
 
     if not any(f.endswith(ENDING) for f in files):
@@ -81,7 +107,9 @@ def unpacked(folder: Path, files: Sequence[str]) -> Iterator[tuple[Path, list[st
     with tempfile.TemporaryDirectory(prefix="prunekit-") as name:
         plain, names = Path(name), []
         for file in files:
-            names.append(file.removesuffix(ENDING) + ".safetensors" if file.endswith(ENDING) else file)
+            names.append(
+                file.removesuffix(ENDING) + ".safetensors" if file.endswith(ENDING) else file
+            )
             if file.endswith(ENDING):
                 save_file(read(folder / file), plain / names[-1], {"format": "pt"})
             else:

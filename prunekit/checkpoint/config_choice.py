@@ -1,4 +1,6 @@
-"""The config that a pruned model is written with: stock where transformers' own class builds it, else with a layout beside it."""
+"""The config that a pruned model is written with: stock where transformers' own class builds it,
+else with a layout beside it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from prunekit.errors import ConfigError
 
 
 class Description(NamedTuple):
-    """A config, what must be done to the model that it builds ({} where nothing), and the model made that way from the same tensors."""
+    """A config, what must be done to the model that it builds ({} where nothing), and the model
+    made that way from the same tensors.
+    """
 
     config: Any
     layout: dict[str, Any]
@@ -34,7 +38,8 @@ class Description(NamedTuple):
 
 
 def describe(model: nn.Module, check: bool = True) -> Description:
-    """The plainest config that gives the model back; with `check` its logits on a few tokens are the model's to the bit.
+    """The plainest config that gives the model back; with `check` its logits on a few tokens are
+    the model's to the bit.
 
     Raises ConfigError for what no config and layout can tell.
     """
@@ -44,8 +49,14 @@ def describe(model: nn.Module, check: bool = True) -> Description:
         gap = logit_gap(model, copy) if check else 0.0
         if gap == 0.0:
             return Description(config, layout, copy)
-        problems.append(f"it would give other logits (by {gap:.3g}): something outside of the tensors changed the model")
-    raise ConfigError(f"no checkpoint would be this model: {problems[-1] if problems else 'its class refuses the config'}")
+        problems.append(
+            f"it would give other logits (by {gap:.3g}): something outside of the tensors changed "
+            "the model"
+        )
+    raise ConfigError(
+        "no checkpoint would be this model: "
+        f"{problems[-1] if problems else 'its class refuses the config'}"
+    )
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -61,38 +72,61 @@ def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield found.config, {}
     overrides = fit_layers(kind, found.config, target, layer_paths(model), found.inert)
     for config in _heterogeneous(model, kind, found.config, overrides):
-        for ignore, own in ((mirrored(model, config), False), (mirrored(model, config), True), (frozenset[str](), True)):
+        for ignore, own in (
+            (mirrored(model, config), False),
+            (mirrored(model, config), True),
+            (frozenset[str](), True),
+        ):
             yield config, _remember(base, difference(model, config, ignore, own))
     for config in _heterogeneous(model, kind, base, {}):
         yield config, _remember(base, difference(model, config))
 
 
 def plain_experts(model: nn.Module) -> bool:
-    """Whether removal made experts run one by one: their widths suit no grouped kernel, and a loader must know."""
-    return any(getattr(getattr(m, "config", None), "_experts_implementation", None) == "eager" for m in model.modules())
+    """Whether removal made experts run one by one: their widths suit no grouped kernel, and a
+    loader must know.
+    """
+    return any(
+        getattr(getattr(m, "config", None), "_experts_implementation", None) == "eager"
+        for m in model.modules()
+    )
 
 
-def _heterogeneous(model: nn.Module, kind: type, config: Any, overrides: dict[int, dict[str, Any]]) -> Iterator[Any]:
-    """The config with what differs by layer in `per_layer_config`; readable as a whole too, unless its class builds layers from that."""
+def _heterogeneous(
+    model: nn.Module, kind: type, config: Any, overrides: dict[int, dict[str, Any]]
+) -> Iterator[Any]:
+    """The config with what differs by layer in `per_layer_config`; readable as a whole too, unless
+    its class builds layers from that.
+    """
     given = config.get_text_config().to_dict().get("per_layer_config") or {}
     layers = {int(i): dict(one) for i, one in given.items()}
     for i, one in overrides.items():
         layers[i] = {**layers.get(i, {}), **one}
     for i, path in enumerate(layer_paths(model)):
-        gone = [n for n, m in model.get_submodule(path).named_modules() if type(m).__name__ == "Skipped"]
+        gone = [
+            n for n, m in model.get_submodule(path).named_modules() if type(m).__name__ == "Skipped"
+        ]
         if gone:
             layers.setdefault(i, {})["skip"] = gone
     if layers:
-        native = with_layers(config, layers, lambda made: built(kind, made) is not None, readable=False)
+        native = with_layers(
+            config, layers, lambda made: built(kind, made) is not None, readable=False
+        )
         if native is not None and plain(model, native):
             yield native
-    made = with_layers(config, layers, lambda made: built(kind, made) is not None) if layers else edited(config)
+    made = (
+        with_layers(config, layers, lambda made: built(kind, made) is not None)
+        if layers
+        else edited(config)
+    )
     if made is not None and built(kind, made) is not None:
         yield with_cache_shapes(model, kind, made)
 
 
 def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
-    """The config with the heads of each layer's cache where `per_layer_config` does not tell them: static caches are laid out by it."""
+    """The config with the heads of each layer's cache where `per_layer_config` does not tell them:
+    static caches are laid out by it.
+    """
     from transformers.configuration_utils import get_head_shapes
 
     actual = cache_shapes(model)
@@ -103,7 +137,9 @@ def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
         heads, width = get_head_shapes(text)
     except (AttributeError, TypeError, ZeroDivisionError):
         return config
-    layers = {int(i): dict(one) for i, one in (text.to_dict().get("per_layer_config") or {}).items()}
+    layers = {
+        int(i): dict(one) for i, one in (text.to_dict().get("per_layer_config") or {}).items()
+    }
     edits: dict[str, Any] = {}
     for field, told, seen in (("num_key_value_heads", heads, 0), ("head_dim", width, 1)):
         true = [shape[seen] for shape in actual]
@@ -120,7 +156,9 @@ def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
 
 @torch.no_grad()
 def cache_shapes(model: Any) -> list[tuple[int, int]]:
-    """(heads, head size) of each layer's keys, seen by running a few tokens; [] where layers keep something else, on meta, or where it fails."""
+    """(heads, head size) of each layer's keys, seen by running a few tokens; [] where layers keep
+    something else, on meta, or where it fails.
+    """
     device = next(model.parameters()).device
     if device.type == "meta":
         return []
@@ -146,9 +184,11 @@ def _remember(base: Any, layout: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def logit_gap(model: Any, copy: nn.Module) -> float:
-    """Largest difference between the logits of two models on eight tokens; 0 on the meta device, infinite where only `copy` cannot run.
+    """Largest difference between the logits of two models on eight tokens; 0 on the meta device,
+    infinite where only `copy` cannot run.
 
-    Raises ConfigError where the model itself cannot: expert widths, for one, that its matrix kernel does not take.
+    Raises ConfigError where the model itself cannot: expert widths, for one, that its matrix kernel
+    does not take.
     """
     device = next(model.parameters()).device
     if device.type == "meta":
@@ -160,7 +200,8 @@ def logit_gap(model: Any, copy: nn.Module) -> float:
         ours = model.eval()(input_ids=ids, use_cache=False).logits.float().nan_to_num()
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"the model cannot run, so its checkpoint cannot be checked (check=False saves it all the same): {error}"
+            "the model cannot run, so its checkpoint cannot be checked (check=False saves it all "
+            f"the same): {error}"
         ) from error
     finally:
         model.train(was)

@@ -1,7 +1,9 @@
-"""Which config makes transformers' own class build a model of these shapes: found by asking the class, no table of architectures.
+"""Which config makes transformers' own class build a model of these shapes: found by asking the
+class, no table of architectures.
 
-Values are proposed from the ratio between the sizes that a config gives and the sizes that are wanted; the class builds itself on the
-meta device (0.02 s for 7 billion parameters) and what it built is compared, tensor by tensor and number by number.
+Values are proposed from the ratio between the sizes that a config gives and the sizes that are
+wanted; the class builds itself on the meta device (0.02 s for 7 billion parameters) and what it
+built is compared, tensor by tensor and number by number.
 """
 
 from __future__ import annotations
@@ -15,10 +17,25 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.checkpoint.layout import clean_config, difference, fresh, numbers, stock_class, tensors
+from prunekit.checkpoint.layout import (
+    clean_config,
+    difference,
+    fresh,
+    numbers,
+    stock_class,
+    tensors,
+)
 from prunekit.errors import ConfigError
 
-REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError)
+REFUSALS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+)
 """What model classes raise when a config asks for something that they cannot build."""
 Rows = dict[tuple[str, int | str], Any]
 """(tensor, axis) -> size, and (module, attribute) -> number."""
@@ -26,43 +43,64 @@ Rows = dict[tuple[str, int | str], Any]
 
 def rows(model: nn.Module) -> Rows:
     """Every size and every number of a model."""
-    found: Rows = {(name, axis): size for name, t in tensors(model).items() for axis, size in enumerate(t.shape)}
+    found: Rows = {
+        (name, axis): size
+        for name, t in tensors(model).items()
+        for axis, size in enumerate(t.shape)
+    }
     for path, module in model.named_modules():
         found.update({(path, "." + k): v for k, v in numbers(module).items()})
     return found
 
 
 def edited(config: Any, **edits: Any) -> Any | None:
-    """The config with some fields changed, as reading it from a file would give it; None where its class refuses the values."""
+    """The config with some fields changed, as reading it from a file would give it; None where its
+    class refuses the values.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     plain = config.to_dict()
     text = config.get_text_config()
-    inner = next((k for k, v in vars(config).items() if v is text), None) if text is not config else None
+    inner = (
+        next((k for k, v in vars(config).items() if v is text), None)
+        if text is not config
+        else None
+    )
     target = plain if inner is None else plain[inner]
     target.update({text.attribute_map.get(k, k): v for k, v in edits.items()})
     try:
         made = type(config).from_dict(plain)
     except (*REFUSALS, StrictDataclassError):
         return None
-    made._attn_implementation, made._experts_implementation = config._attn_implementation, config._experts_implementation
+    made._attn_implementation, made._experts_implementation = (
+        config._attn_implementation,
+        config._experts_implementation,
+    )
     return made
 
 
 def acceptable(kind: type, config: Any, reach: int = 256) -> Any:
-    """The config, or where its class refuses it the one with a single size raised by the least that the class accepts.
+    """The config, or where its class refuses it the one with a single size raised by the least that
+    the class accepts.
 
-    Removal writes the true sizes into the config, and `hidden_size` 47 with 6 heads is true but refused. Raises ConfigError where no
-    such change helps.
+    Removal writes the true sizes into the config, and `hidden_size` 47 with 6 heads is true but
+    refused. Raises ConfigError where no such change helps.
     """
     if built(kind, edited(config)) is not None:
         return config
-    fields = {k: v for k, v in vars(config.get_text_config()).items() if type(v) is int and v > 1 and not k.startswith("_")}
+    fields = {
+        k: v
+        for k, v in vars(config.get_text_config()).items()
+        if type(v) is int and v > 1 and not k.startswith("_")
+    }
     for more, (field, value) in itertools.product(range(1, reach), fields.items()):
         made = edited(config, **{field: value + more})
         if made is not None and built(kind, made) is not None:
             return made
-    raise ConfigError(f"{type(config).__name__} refuses the sizes of the pruned model, and raising one of them does not help")
+    raise ConfigError(
+        f"{type(config).__name__} refuses the sizes of the pruned model, and raising one of them "
+        "does not help"
+    )
 
 
 def built(kind: type, config: Any | None) -> Rows | None:
@@ -79,7 +117,9 @@ def built(kind: type, config: Any | None) -> Rows | None:
 
 
 def accepts(kind: type, config: Any, **edits: Any) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of all tensors if the class takes the config with these fields changed, else None; no weights are allocated."""
+    """Shapes of all tensors if the class takes the config with these fields changed, else None; no
+    weights are allocated.
+    """
     changed = edited(config, **edits)
     if changed is None:
         return None
@@ -90,9 +130,11 @@ def accepts(kind: type, config: Any, **edits: Any) -> dict[str, tuple[int, ...]]
 
 
 def stock_config(model: nn.Module) -> Any | None:
-    """The config from which transformers' own class builds this very model, or None where there is none.
+    """The config from which transformers' own class builds this very model, or None where there is
+    none.
 
-    Equal are all names and shapes, all numbers that modules keep and that still mean something, and all buffers outside the weights.
+    Equal are all names and shapes, all numbers that modules keep and that still mean something, and
+    all buffers outside the weights.
     """
     kind, config = stock_class(model), clean_config(model.config)
     for found in (lambda: config, lambda: fit(kind, config, rows(model)).config):
@@ -103,7 +145,9 @@ def stock_config(model: nn.Module) -> Any | None:
 
 
 def plain(model: nn.Module, config: Any) -> bool:
-    """Whether transformers' own class builds the model from the config, up to numbers that only mirror a field of it."""
+    """Whether transformers' own class builds the model from the config, up to numbers that only
+    mirror a field of it.
+    """
     try:
         return not difference(model, config, mirrored(model, config), own_configs=False)
     except ConfigError:
@@ -111,13 +155,19 @@ def plain(model: nn.Module, config: Any) -> bool:
 
 
 def mirrored(model: nn.Module, config: Any) -> frozenset[str]:
-    """Integers of modules that removal left as they were, where the class would have set them from a field: asked of the class.
+    """Integers of modules that removal left as they were, where the class would have set them from
+    a field: asked of the class.
 
-    Such a number plays no part in the forward pass (discovery changes those that do), and the class's own value is the true one.
+    Such a number plays no part in the forward pass (discovery changes those that do), and the
+    class's own value is the true one.
     """
     kind, names, asked = stock_class(model), [], {}
     own = {path: numbers(module) for path, module in fresh(kind, config).named_modules()}
-    fields = {k: v for k, v in vars(config.get_text_config()).items() if type(v) is int and not k.startswith("_")}
+    fields = {
+        k: v
+        for k, v in vars(config.get_text_config()).items()
+        if type(v) is int and not k.startswith("_")
+    }
     for path, module in model.named_modules():
         for leaf, mine in numbers(module).items():
             stock = own.get(path, {}).get(leaf)
@@ -125,7 +175,11 @@ def mirrored(model: nn.Module, config: Any) -> frozenset[str]:
                 continue
             key = (re.sub(r"\.\d+", "", path), leaf, mine, stock)
             if key not in asked:
-                tries = (built(kind, edited(config, **{f: mine})) or {} for f, v in fields.items() if v == stock)
+                tries = (
+                    built(kind, edited(config, **{f: mine})) or {}
+                    for f, v in fields.items()
+                    if v == stock
+                )
                 asked[key] = any(found.get((path, "." + leaf)) == mine for found in tries)
             if asked[key]:
                 names.append(f"{path}.{leaf}" if path else leaf)
@@ -133,13 +187,16 @@ def mirrored(model: nn.Module, config: Any) -> frozenset[str]:
 
 
 class Fit:
-    """A config on its way to the wanted rows: edits so far, which rows are still wrong, and which fields do nothing.
+    """A config on its way to the wanted rows: edits so far, which rows are still wrong, and which
+    fields do nothing.
 
-    `wrong` counts (rows that must be right, integers that have the value of before the edits): the second kind are leftovers of
-    removal, or a sign that another field should have been edited.
+    `wrong` counts (rows that must be right, integers that have the value of before the edits): the
+    second kind are leftovers of removal, or a sign that another field should have been edited.
     """
 
-    def __init__(self, kind: type, config: Any, target: Rows, prefix: str = "", inert: set[str] | None = None):
+    def __init__(
+        self, kind: type, config: Any, target: Rows, prefix: str = "", inert: set[str] | None = None
+    ):
         self.kind, self.config, self.prefix = kind, config, prefix
         self.target = {k: v for k, v in target.items() if k[0].startswith(prefix)}
         self.edits: dict[str, int] = {}
@@ -149,11 +206,20 @@ class Fit:
 
     def _built(self, config: Any | None) -> Rows | None:
         found = built(self.kind, config)
-        return None if found is None else {k: v for k, v in found.items() if k[0].startswith(self.prefix)}
+        return (
+            None
+            if found is None
+            else {k: v for k, v in found.items() if k[0].startswith(self.prefix)}
+        )
 
     def _wrong(self, found: Rows) -> tuple[int, int]:
         far = [k for k, v in self.target.items() if found.get(k) != v]
-        leftover = sum(type(k[1]) is str and type(self.target[k]) is int and self.before.get(k) == self.target[k] for k in far)
+        leftover = sum(
+            type(k[1]) is str
+            and type(self.target[k]) is int
+            and self.before.get(k) == self.target[k]
+            for k in far
+        )
         return len(far) - leftover + sum(k not in self.target for k in found), leftover
 
     def ratios(self) -> list[Fraction]:
@@ -168,14 +234,22 @@ class Fit:
     def proposals(self, only: set[str] | None = None) -> Iterator[tuple[str, int]]:
         """Fields and values worth asking for."""
         text = self.config.get_text_config()
-        fields = {k: v for k, v in vars(text).items() if type(v) is int and v > 0 and not k.startswith("_") and not k.endswith("token_id")}
+        fields = {
+            k: v
+            for k, v in vars(text).items()
+            if type(v) is int and v > 0 and not k.startswith("_") and not k.endswith("token_id")
+        }
         sizes = {v for (_, k), v in self.target.items() if k == ".head_dim"}
         if "head_dim" not in fields and sizes:
             fields["head_dim"] = 0  # many classes read it where their config does not declare it
         for field, value in fields.items():
             if field in self.inert or (only is not None and field not in only):
                 continue
-            wanted = sizes if field == "head_dim" else {int(value * r) for r in self.ratios() if (value * r).denominator == 1}
+            wanted = (
+                sizes
+                if field == "head_dim"
+                else {int(value * r) for r in self.ratios() if (value * r).denominator == 1}
+            )
             yield from ((field, v) for v in sorted(wanted, reverse=True) if v != value)
 
     def attempt(self, edits: dict[str, int]) -> tuple[tuple[int, int], Any, Rows] | None:
@@ -205,7 +279,9 @@ class Fit:
         return True
 
     def run(self, only: set[str] | None = None) -> Fit:
-        """Edit one field at a time while that helps, then two at a time where only both together are accepted."""
+        """Edit one field at a time while that helps, then two at a time where only both together
+        are accepted.
+        """
         while self.wrong != (0, 0):
             if self.best({f: v} for f, v in self.proposals(only)):
                 continue
@@ -220,10 +296,14 @@ def fit(kind: type, config: Any, target: Rows) -> Fit:
     return Fit(kind, config, target).run()
 
 
-def fit_layers(kind: type, config: Any, target: Rows, layers: list[str], inert: set[str]) -> dict[int, dict[str, int]]:
-    """Fields that differ by layer: index -> {field: value}, for the layers whose module paths are given.
+def fit_layers(
+    kind: type, config: Any, target: Rows, layers: list[str], inert: set[str]
+) -> dict[int, dict[str, int]]:
+    """Fields that differ by layer: index -> {field: value}, for the layers whose module paths are
+    given.
 
-    The class is asked until it has shown which sizes follow a field; the other layers' values come from their sizes.
+    The class is asked until it has shown which sizes follow a field; the other layers' values come
+    from their sizes.
     """
     found: dict[int, dict[str, int]] = {}
     effects: dict[str, tuple[int, Rows]] = {}
@@ -234,14 +314,24 @@ def fit_layers(kind: type, config: Any, target: Rows, layers: list[str], inert: 
             one = Fit(kind, config, target, path + ".", inert).run()
             edits = one.edits
             for field in edits:
-                effects.setdefault(field, (_value(config, field), _effect(kind, config, field, edits[field], path, start)))
+                effects.setdefault(
+                    field,
+                    (
+                        _value(config, field),
+                        _effect(kind, config, field, edits[field], path, start),
+                    ),
+                )
         if edits:
             found[i] = edits
     return found
 
 
-def explained(have: Rows, want: Rows, effects: dict[str, tuple[int, Rows]]) -> dict[str, int] | None:
-    """Values of the known fields that account for every size that is not as wanted; None where they do not."""
+def explained(
+    have: Rows, want: Rows, effects: dict[str, tuple[int, Rows]]
+) -> dict[str, int] | None:
+    """Values of the known fields that account for every size that is not as wanted; None where they
+    do not.
+    """
     wrong = {k for k, v in want.items() if type(k[1]) is int and have.get(k) != v}
     edits: dict[str, int] = {}
     for field, (value, rows_of_field) in effects.items():
@@ -253,7 +343,11 @@ def explained(have: Rows, want: Rows, effects: dict[str, tuple[int, Rows]]) -> d
 
 
 def _within(found: Rows, path: str) -> Rows:
-    return {(name[len(path) :], place): v for (name, place), v in found.items() if name.startswith(path + ".")}
+    return {
+        (name[len(path) :], place): v
+        for (name, place), v in found.items()
+        if name.startswith(path + ".")
+    }
 
 
 def _value(config: Any, field: str) -> int:
@@ -262,9 +356,16 @@ def _value(config: Any, field: str) -> int:
 
 def _effect(kind: type, config: Any, field: str, value: int, path: str, start: Rows) -> Rows:
     """The sizes of a layer that are in proportion to the field."""
-    before, after = _within(start, path), _within(built(kind, edited(config, **{field: value})) or {}, path)
+    before, after = (
+        _within(start, path),
+        _within(built(kind, edited(config, **{field: value})) or {}, path),
+    )
     ratio = Fraction(value, _value(config, field) or 1)
-    return {k: v for k, v in after.items() if type(k[1]) is int and v != before.get(k) and Fraction(v, before.get(k, 1)) == ratio}
+    return {
+        k: v
+        for k, v in after.items()
+        if type(k[1]) is int and v != before.get(k) and Fraction(v, before.get(k, 1)) == ratio
+    }
 
 
 def layer_paths(model: nn.Module) -> list[str]:
@@ -276,16 +377,30 @@ def layer_paths(model: nn.Module) -> list[str]:
     return [f"{path}.{i}" for i in range(len(modules))]
 
 
-def with_layers(config: Any, layers: dict[int, dict[str, Any]], allowed: Callable[[Any], bool], readable: bool = True) -> Any | None:
-    """The config with `per_layer_config` added, without the fields that its class refuses; None where nothing remains.
+def with_layers(
+    config: Any,
+    layers: dict[int, dict[str, Any]],
+    allowed: Callable[[Any], bool],
+    readable: bool = True,
+) -> Any | None:
+    """The config with `per_layer_config` added, without the fields that its class refuses; None
+    where nothing remains.
 
     `readable` lets code that knows nothing of layers read the fields from the config as a whole.
     """
     fields = sorted({f for one in layers.values() for f in one})
-    for refused in itertools.chain.from_iterable(itertools.combinations(fields, n) for n in range(len(fields))):
-        chosen = {i: {f: v for f, v in one.items() if f not in refused} for i, one in layers.items()}
+    for refused in itertools.chain.from_iterable(
+        itertools.combinations(fields, n) for n in range(len(fields))
+    ):
+        chosen = {
+            i: {f: v for f, v in one.items() if f not in refused} for i, one in layers.items()
+        }
         edits: dict[str, Any] = {"per_layer_config": {i: one for i, one in chosen.items() if one}}
-        made = edited(config, **edits, **({"allow_global_per_layer_attribute_access": True} if readable else {}))
+        made = edited(
+            config,
+            **edits,
+            **({"allow_global_per_layer_attribute_access": True} if readable else {}),
+        )
         if made is not None and allowed(made):
             return made
     return None

@@ -1,4 +1,6 @@
-"""What makes a checkpoint folder trustworthy: hashes of its files, no weight file but safetensors, headers that agree with the model."""
+"""What makes a checkpoint folder trustworthy: hashes of its files, no weight file but safetensors,
+headers that agree with the model.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,33 @@ from prunekit.errors import ConfigError
 
 MANIFEST = "pruning.json"
 VERSION = 1
-REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".npy", ".npz", ".joblib", ".dill", ".onnx", ".gguf")
-"""Endings of weight files that are not safetensors; most of them are pickles, and loading a pickle runs code."""
+REFUSED = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".h5",
+    ".msgpack",
+    ".npy",
+    ".npz",
+    ".joblib",
+    ".dill",
+    ".onnx",
+    ".gguf",
+)
+"""Endings of weight files that are not safetensors; most of them are pickles, and loading a pickle
+runs code.
+"""
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format."""
 
 
 class CheckpointError(ConfigError):
-    """A folder that is not a checkpoint as prunekit writes it; the message names the file and the field."""
+    """A folder that is not a checkpoint as prunekit writes it; the message names the file and the
+    field.
+    """
 
 
 def digest(path: Path) -> str:
@@ -33,15 +54,21 @@ def digest(path: Path) -> str:
 def seal(manifest: dict[str, Any]) -> str:
     """SHA-256 of the manifest itself without its own `seal`."""
     rest = {k: v for k, v in manifest.items() if k != "seal"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError naming the file where it is missing, not JSON, or not an object."""
+    """A JSON object. Raises CheckpointError naming the file where it is missing, not JSON, or not
+    an object.
+    """
     try:
         found = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.name} is missing in {path.parent}: no checkpoint of prunekit, or half-written") from None
+        raise CheckpointError(
+            f"{path.name} is missing in {path.parent}: no checkpoint of prunekit, or half-written"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
@@ -50,8 +77,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def inside(folder: Path, name: Any, field: str) -> Path:
-    """The file `name` of the folder. Raises CheckpointError if the name is a path, or a link that leads out of the folder."""
-    if not isinstance(name, str) or not name or Path(name).name != name or name in (".", "..") or "\\" in name or "\0" in name:
+    """The file `name` of the folder. Raises CheckpointError if the name is a path, or a link that
+    leads out of the folder.
+    """
+    if (
+        not isinstance(name, str)
+        or not name
+        or Path(name).name != name
+        or name in (".", "..")
+        or "\\" in name
+        or "\0" in name
+    ):
         raise CheckpointError(f"{field}: {name!r} is not the name of a file in {folder}")
     path = folder / name
     if path.is_symlink() and path.resolve().parent != folder.resolve() and not _hub_cache(path):
@@ -60,9 +96,14 @@ def inside(folder: Path, name: Any, field: str) -> Path:
 
 
 def _hub_cache(path: Path) -> bool:
-    """The hub's cache keeps `snapshots/<commit>/file -> ../../blobs/<hash>`: a link out of the folder, but into the same cache."""
+    """The hub's cache keeps `snapshots/<commit>/file -> ../../blobs/<hash>`: a link out of the
+    folder, but into the same cache.
+    """
     target, snapshot = path.resolve(), path.absolute().parent
-    return snapshot.parent.name == "snapshots" and target.parent == (snapshot.parent.parent / "blobs").resolve()
+    return (
+        snapshot.parent.name == "snapshots"
+        and target.parent == (snapshot.parent.parent / "blobs").resolve()
+    )
 
 
 def check_manifest(folder: Path) -> dict[str, Any]:
@@ -74,11 +115,19 @@ def check_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     name = str(folder / MANIFEST)
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{name}: version is {manifest.get('version')!r}, this prunekit reads {VERSION}")
+        raise CheckpointError(
+            f"{name}: version is {manifest.get('version')!r}, this prunekit reads {VERSION}"
+        )
     if manifest.get("seal") != seal(manifest):
-        raise CheckpointError(f"{name}: seal does not match the content; the file was changed or damaged")
+        raise CheckpointError(
+            f"{name}: seal does not match the content; the file was changed or damaged"
+        )
     files = manifest.get("files")
-    if not isinstance(files, dict) or "config.json" not in files or not any(str(f).endswith(".safetensors") for f in files):
+    if (
+        not isinstance(files, dict)
+        or "config.json" not in files
+        or not any(str(f).endswith(".safetensors") for f in files)
+    ):
         raise CheckpointError(f"{name}: files must list config.json and the safetensors")
     check_groups(manifest.get("groups"), name)
     for file, expected in files.items():
@@ -86,7 +135,9 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise CheckpointError(f"{name}: files lists {file}, which is missing in {folder}")
         if digest(path) != expected:
-            raise CheckpointError(f"{path}: its SHA-256 is not the one in {MANIFEST}; the file was changed or damaged")
+            raise CheckpointError(
+                f"{path}: its SHA-256 is not the one in {MANIFEST}; the file was changed or damaged"
+            )
     for path in folder.glob("*.safetensors*"):
         if path.name not in files:
             raise CheckpointError(f"{path}: not among the files of {MANIFEST}")
@@ -100,11 +151,15 @@ def refuse_pickles(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in sorted(names):
             if name.lower().endswith(REFUSED):
-                raise CheckpointError(f"{Path(root) / name}: only safetensors are loaded; a pickle can run any code")
+                raise CheckpointError(
+                    f"{Path(root) / name}: only safetensors are loaded; a pickle can run any code"
+                )
 
 
 def check_groups(groups: Any, name: str) -> None:
-    """Raises CheckpointError for a group whose kept indices are not ascending integers below its number of units."""
+    """Raises CheckpointError for a group whose kept indices are not ascending integers below its
+    number of units.
+    """
     if not isinstance(groups, dict):
         raise CheckpointError(f"{name}: groups must be an object, found {type(groups).__name__}")
     for group, entry in groups.items():
@@ -117,35 +172,48 @@ def check_groups(groups: Any, name: str) -> None:
         if not isinstance(kept, list) or any(type(k) is not int for k in kept):
             raise CheckpointError(f"{field}.kept must be a list of integers")
         if any(not 0 <= k < entry["units"] for k in kept):
-            raise CheckpointError(f"{field}.kept: index out of range, there are {entry['units']} units")
+            raise CheckpointError(
+                f"{field}.kept: index out of range, there are {entry['units']} units"
+            )
         if any(a >= b for a, b in itertools.pairwise(kept)):
             raise CheckpointError(f"{field}.kept must ascend without repeats")
 
 
 def check_index(folder: Path, held: dict[str, str]) -> None:
-    """Compare the index of a sharded checkpoint with where the tensors are (`held`: tensor -> file)."""
+    """Compare the index of a sharded checkpoint with where the tensors are (`held`: tensor ->
+    file).
+    """
     files = sorted(set(held.values()))
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         if files != ["model.safetensors"]:
-            raise CheckpointError(f"{index.name} is missing in {folder}, which holds {', '.join(files)}")
+            raise CheckpointError(
+                f"{index.name} is missing in {folder}, which holds {', '.join(files)}"
+            )
         return
     told = read_json(index).get("weight_map")
     if not isinstance(told, dict):
         raise CheckpointError(f"{index}: weight_map must be an object")
     for tensor in sorted(told.keys() | held.keys()):
         if told.get(tensor) != held.get(tensor):
-            raise CheckpointError(f"{index}: weight_map[{tensor!r}] is {told.get(tensor)!r}, the tensor is in {held.get(tensor)}")
+            raise CheckpointError(
+                f"{index}: weight_map[{tensor!r}] is {told.get(tensor)!r}, the tensor is in "
+                f"{held.get(tensor)}"
+            )
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file, from its header alone. Raises CheckpointError naming file and tensor."""
+    """Names and shapes of a safetensors file, from its header alone. Raises CheckpointError naming
+    file and tensor.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
         if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise CheckpointError(f"{path} is not a safetensors file: its header would have {length} bytes of {size}")
+            raise CheckpointError(
+                f"{path} is not a safetensors file: its header would have {length} bytes of {size}"
+            )
         try:
             header = json.loads(file.read(length).decode("utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -159,5 +227,8 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
             except (KeyError, TypeError, ValueError, IndexError):
                 raise CheckpointError(f"{path}: header of tensor {name!r} is damaged") from None
     if end != size - 8 - length:
-        raise CheckpointError(f"{path}: has {size - 8 - length} bytes of tensors, its header asks for {end}; truncated?")
+        raise CheckpointError(
+            f"{path}: has {size - 8 - length} bytes of tensors, its header asks for {end}; "
+            "truncated?"
+        )
     return shapes

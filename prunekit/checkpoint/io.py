@@ -1,4 +1,6 @@
-"""Write a pruned model as a folder that loads by itself, and load such a folder; no pickles, nothing half-written, nothing half-read."""
+"""Write a pruned model as a folder that loads by itself, and load such a folder; no pickles,
+nothing half-written, nothing half-read.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,14 @@ def save(
     packed: bool = False,
     check: bool = True,
 ) -> Path:
-    """Write model, tokenizer and `pruning.json` into `folder`, which appears only when it is complete.
+    """Write model, tokenizer and `pruning.json` into `folder`, which appears only when it is
+    complete.
 
-    `kept` and `groups` as a pruner returns them, `config` the run's configuration, `counts` what was measured. `packed` stores zeros
-    as a bitmask: lossless, and only `prunekit.load` reads it. `check` runs a few tokens through the model as a loader would build it and
-    through the model itself: the logits must be the same to the bit.
-    Raises ConfigError for a model that no config can tell, and for a folder that holds something else.
+    `kept` and `groups` as a pruner returns them, `config` the run's configuration, `counts` what
+    was measured. `packed` stores zeros as a bitmask: lossless, and only `prunekit.load` reads it.
+    `check` runs a few tokens through the model as a loader would build it and through the model
+    itself: the logits must be the same to the bit. Raises ConfigError for a model that no config
+    can tell, and for a folder that holds something else.
     """
     folder = Path(folder)
     _check_target(folder)
@@ -67,17 +71,25 @@ def save(
             bitmask.pack(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        _write_manifest(part, _manifest(part, kept or {}, groups or [], config or {}, counts or {}, told.layout))
+        _write_manifest(
+            part, _manifest(part, kept or {}, groups or [], config or {}, counts or {}, told.layout)
+        )
         _publish(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None) -> tuple[nn.Module, Any]:
-    """Model in eval mode and tokenizer (None where none was saved) from a folder that `save` wrote, without remote code.
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[nn.Module, Any]:
+    """Model in eval mode and tokenizer (None where none was saved) from a folder that `save` wrote,
+    without remote code.
 
-    `dtype` default: as saved. Raises CheckpointError naming file and field for anything that does not fit, before a weight is read.
+    `dtype` default: as saved. Raises CheckpointError naming file and field for anything that does
+    not fit, before a weight is read.
     """
     folder = Path(path)
     manifest = check_manifest(folder)
@@ -88,27 +100,46 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: torch
 
 
 def outline(path: str | Path) -> nn.Module:
-    """The model of a folder that `save` wrote, on the meta device: shapes only, no weight is read. Raises CheckpointError as `load` does."""
+    """The model of a folder that `save` wrote, on the meta device: shapes only, no weight is read.
+    Raises CheckpointError as `load` does.
+    """
     folder = Path(path)
     check_manifest(folder)
     config, kind = _config_and_class(folder)
     return fresh(kind, config).eval()
 
 
-def _read(folder: Path, config: Any, kind: Any, dtype: torch.dtype | str | None, device: torch.device | str | None) -> nn.Module:
+def _read(
+    folder: Path,
+    config: Any,
+    kind: Any,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+) -> nn.Module:
     """The model; a tensor too many, too few or of another shape is an error."""
     from safetensors import SafetensorError
 
     placed = {} if device is None else {"device_map": {"": torch.device(device)}}
     try:
         model, info = kind.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True, **placed
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **placed,
         )
     except (*REFUSALS, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the safetensors do not fit config.json: {error}") from error
+        raise CheckpointError(
+            f"{folder}: the safetensors do not fit config.json: {error}"
+        ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
-            raise CheckpointError(f"{folder}: {what.replace('_', ' ')} in the safetensors: {sorted(map(str, info[what]))[:5]}")
+            raise CheckpointError(
+                f"{folder}: {what.replace('_', ' ')} in the safetensors: "
+                f"{sorted(map(str, info[what]))[:5]}"
+            )
     return model.eval()
 
 
@@ -124,27 +155,43 @@ def _check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; a checkpoint is a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ConfigError(f"{folder} holds something that is not a checkpoint; it is not overwritten")
+        raise ConfigError(
+            f"{folder} holds something that is not a checkpoint; it is not overwritten"
+        )
 
 
 def _check_model(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"{type(model).__name__} cannot be saved; possible: a model of transformers, with adapters merged")
+        raise ConfigError(
+            f"{type(model).__name__} cannot be saved; possible: a model of transformers, with "
+            "adapters merged"
+        )
     stock_class(model)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(dtypes) > 1:
         names = sorted(str(d).removeprefix("torch.") for d in dtypes)
-        raise ConfigError(f"the model mixes {' and '.join(names)}, and transformers loads one type; cast it first: model.to(torch.float32)")
+        raise ConfigError(
+            f"the model mixes {' and '.join(names)}, and transformers loads one type; cast it "
+            "first: model.to(torch.float32)"
+        )
 
 
 def _tell_experts(file: Path) -> None:
-    """Write how experts are run, which transformers reads from config.json but does not write there."""
-    file.write_text(json.dumps({**read_json(file), "experts_implementation": "eager"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write how experts are run, which transformers reads from config.json but does not write
+    there.
+    """
+    file.write_text(
+        json.dumps({**read_json(file), "experts_implementation": "eager"}, indent=2, sort_keys=True)
+        + "\n",
+        encoding="utf-8",
+    )
 
 
-def _manifest(part: Path, kept: Kept, groups: list[Group], config: dict, counts: dict, layout: dict) -> dict[str, Any]:
+def _manifest(
+    part: Path, kept: Kept, groups: list[Group], config: dict, counts: dict, layout: dict
+) -> dict[str, Any]:
     entries = {}
     for group in groups:
         mask = kept.get(group.name)
@@ -154,8 +201,17 @@ def _manifest(part: Path, kept: Kept, groups: list[Group], config: dict, counts:
         entries[group.name] = entry
     for name, mask in kept.items():
         if name not in entries and mask.dim() == 1:
-            entries[name] = {"kind": name.split(".")[0], "layer": None, "units": mask.numel(), "kept": mask.nonzero()[:, 0].tolist()}
-    how = "prunekit.load, or from_pretrained(path, trust_remote_code=True)" if layout else "from_pretrained(path)"
+            entries[name] = {
+                "kind": name.split(".")[0],
+                "layer": None,
+                "units": mask.numel(),
+                "kept": mask.nonzero()[:, 0].tolist(),
+            }
+    how = (
+        "prunekit.load, or from_pretrained(path, trust_remote_code=True)"
+        if layout
+        else "from_pretrained(path)"
+    )
     return {
         "version": VERSION,
         "loads_with": "prunekit.load" if any(part.glob("*" + bitmask.ENDING)) else how,
@@ -167,7 +223,9 @@ def _manifest(part: Path, kept: Kept, groups: list[Group], config: dict, counts:
 
 
 def _indices(mask: torch.Tensor | None, group: Group) -> list[int] | int:
-    """Kept units in ascending order; for a matrix of weights only how many, since the zeros are in the tensor itself."""
+    """Kept units in ascending order; for a matrix of weights only how many, since the zeros are in
+    the tensor itself.
+    """
     if group.kind == "weights":
         return int(mask.sum()) if mask is not None else group.units
     return mask.flatten().nonzero()[:, 0].tolist() if mask is not None else list(range(group.units))
@@ -180,7 +238,9 @@ def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
 
 
 def _publish(part: Path, folder: Path) -> None:
-    """Bring everything to the disk, then give the folder its name; an earlier checkpoint of that name makes way."""
+    """Bring everything to the disk, then give the folder its name; an earlier checkpoint of that
+    name makes way.
+    """
     for path in [*part.rglob("*"), part]:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -195,7 +255,9 @@ def _publish(part: Path, folder: Path) -> None:
 
 
 def _config_and_class(folder: Path) -> tuple[Any, Any]:
-    """The config and the model class, from names that transformers itself registers; no remote code is looked at."""
+    """The config and the model class, from names that transformers itself registers; no remote code
+    is looked at.
+    """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -204,7 +266,9 @@ def _config_and_class(folder: Path) -> tuple[Any, Any]:
 
     name, raw = folder / "config.json", read_json(folder / "config.json")
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in CONFIG_MAPPING:
-        raise CheckpointError(f"{name}: model_type {raw.get('model_type')!r} is not one of transformers'")
+        raise CheckpointError(
+            f"{name}: model_type {raw.get('model_type')!r} is not one of transformers'"
+        )
     if raw.get("quantization_config") is not None:
         raise CheckpointError(f"{name}: quantization_config is not something that prunekit writes")
     names = raw.get("architectures")
@@ -212,13 +276,18 @@ def _config_and_class(folder: Path) -> tuple[Any, Any]:
         raise CheckpointError(f"{name}: architectures must name one class, found {names!r}")
     base = getattr(transformers, names[0].removeprefix(carry.PREFIX), None)
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
-        raise CheckpointError(f"{name}: architectures names {names[0]!r}, which is not a model class of transformers")
+        raise CheckpointError(
+            f"{name}: architectures names {names[0]!r}, which is not a model class of transformers"
+        )
     try:
         config = CONFIG_MAPPING[raw["model_type"]].from_pretrained(folder, local_files_only=True)
     except (*REFUSALS, StrictDataclassError, OSError) as error:
         raise CheckpointError(f"{name}: {error}") from None
     if base.__name__ not in _classes_of(config) and not isinstance(config, base.config_class or ()):
-        raise CheckpointError(f"{name}: architectures names {names[0]!r}, whose model_type is not {raw['model_type']!r}")
+        raise CheckpointError(
+            f"{name}: architectures names {names[0]!r}, whose model_type is not "
+            f"{raw['model_type']!r}"
+        )
     return config, getattr(carry, names[0]) if names[0].startswith(carry.PREFIX) else base
 
 
@@ -231,13 +300,20 @@ def _classes_of(config: Any) -> tuple[str, ...]:
 
 
 def _check_headers(folder: Path, held_files: list[str], config: Any, kind: type) -> None:
-    """Compare names, shapes and places in the safetensors headers with the model that config.json asks for, and with the index."""
+    """Compare names, shapes and places in the safetensors headers with the model that config.json
+    asks for, and with the index.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     name = folder / "config.json"
-    layers, files = config.get_text_config().num_hidden_layers, [f for f in held_files if f.endswith(".safetensors")]
+    layers, files = (
+        config.get_text_config().num_hidden_layers,
+        [f for f in held_files if f.endswith(".safetensors")],
+    )
     if not isinstance(layers, int) or layers > sum(len(read_header(folder / f)) for f in files):
-        raise CheckpointError(f"{name}: num_hidden_layers is {layers!r}, more than there are tensors")
+        raise CheckpointError(
+            f"{name}: num_hidden_layers is {layers!r}, more than there are tensors"
+        )
     try:
         expected = tensors(fresh(kind, config))
     except (*REFUSALS, StrictDataclassError) as error:
@@ -248,5 +324,7 @@ def _check_headers(folder: Path, held_files: list[str], config: Any, kind: type)
             held[tensor] = file
             if tensor in expected and tuple(expected[tensor].shape) != shape:
                 want = tuple(expected[tensor].shape)
-                raise CheckpointError(f"{folder / file}: {tensor} has shape {shape}, {name} asks for {want}")
+                raise CheckpointError(
+                    f"{folder / file}: {tensor} has shape {shape}, {name} asks for {want}"
+                )
     check_index(folder, held)

@@ -1,6 +1,8 @@
-"""What a pruned model is, told as the difference from a fresh model of its own class: shapes, numbers, configs, buffers.
+"""What a pruned model is, told as the difference from a fresh model of its own class: shapes,
+numbers, configs, buffers.
 
-The difference is measured, not remembered, so whatever changed the model in memory (any pruner, any number of times) is caught.
+The difference is measured, not remembered, so whatever changed the model in memory (any pruner, any
+number of times) is caught.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ LARGEST_BUFFER = 1 << 16
 
 
 def stock_class(model: nn.Module) -> type:
-    """The class of transformers that a model is, or was before pruning. Raises ConfigError for a model of another kind."""
+    """The class of transformers that a model is, or was before pruning. Raises ConfigError for a
+    model of another kind.
+    """
     for kind in type(model).__mro__:
         if kind.__module__.startswith("transformers.models."):
             return kind
     raise ConfigError(
-        f"{type(model).__module__}.{type(model).__name__} is not a model class of transformers, so its checkpoint could not be loaded "
-        "without its code. Possible: a causal language model of transformers, with adapters merged; or keep pruning.json and replay it"
+        f"{type(model).__module__}.{type(model).__name__} is not a model class of transformers, "
+        "so its checkpoint could not be loaded "
+        "without its code. Possible: a causal language model of transformers, with adapters "
+        "merged; or keep pruning.json and replay it"
     )
 
 
@@ -51,11 +57,19 @@ def fresh(kind: Any, config: Any) -> nn.Module:
 
 
 def numbers(module: nn.Module) -> dict[str, Any]:
-    """The public numbers (and tuples of numbers) that a module keeps as attributes, without those that its weight tells."""
+    """The public numbers (and tuples of numbers) that a module keeps as attributes, without those
+    that its weight tells.
+    """
     from prunekit.checkpoint.remote_code.modeling_pruned import DERIVED
 
-    told = {a for kind, attributes in DERIVED.items() if isinstance(module, kind) for a in attributes}
-    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in IGNORED and k not in told and _is_number(v)}
+    told = {
+        a for kind, attributes in DERIVED.items() if isinstance(module, kind) for a in attributes
+    }
+    return {
+        k: v
+        for k, v in vars(module).items()
+        if not k.startswith("_") and k not in IGNORED and k not in told and _is_number(v)
+    }
 
 
 def _is_number(value: Any) -> bool:
@@ -82,24 +96,38 @@ def loose_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def difference(model: nn.Module, config: Any, ignore: frozenset[str] = frozenset(), own_configs: bool = True) -> dict[str, Any]:
-    """The layout: what must be done to a fresh model of `config` to make it the shape of `model`; {} where nothing must.
+def difference(
+    model: nn.Module, config: Any, ignore: frozenset[str] = frozenset(), own_configs: bool = True
+) -> dict[str, Any]:
+    """The layout: what must be done to a fresh model of `config` to make it the shape of `model`;
+    {} where nothing must.
 
-    `ignore` names attributes for which the fresh model's value is taken; without `own_configs` all modules read the shared config.
-    Raises ConfigError where the two differ in something that a layout cannot tell.
+    `ignore` names attributes for which the fresh model's value is taken; without `own_configs` all
+    modules read the shared config. Raises ConfigError where the two differ in something that a
+    layout cannot tell.
     """
     from prunekit.checkpoint.remote_code import modeling_pruned as carry
 
     plain = fresh(stock_class(model), config)
-    layout: dict[str, Any] = {"skipped": {n: m.outputs for n, m in model.named_modules() if type(m).__name__ == "Skipped"}}
+    layout: dict[str, Any] = {
+        "skipped": {n: m.outputs for n, m in model.named_modules() if type(m).__name__ == "Skipped"}
+    }
     carry.skip(plain, layout["skipped"])
-    layout["rotated"] = {n.rpartition(".")[0]: m.source for n, m in model.named_modules() if type(m).__name__ == "Rotation"}
+    layout["rotated"] = {
+        n.rpartition(".")[0]: m.source
+        for n, m in model.named_modules()
+        if type(m).__name__ == "Rotation"
+    }
     for path, source in layout["rotated"].items():
         carry.rotate(plain, path, source)
     _compare_modules(model, plain)
     ours, theirs = tensors(model), tensors(plain)
     layout["absent"] = sorted(n for n in theirs if n not in ours)
-    layout["shapes"] = {n: "x".join(map(str, t.shape)) for n, t in ours.items() if n not in theirs or t.shape != theirs[n].shape}
+    layout["shapes"] = {
+        n: "x".join(map(str, t.shape))
+        for n, t in ours.items()
+        if n not in theirs or t.shape != theirs[n].shape
+    }
     carry.build(plain, layout)
     layout["attributes"] = _attributes(model, plain, ignore)
     layout["configs"] = _configs(model, plain) if own_configs else {}
@@ -115,8 +143,15 @@ def _compare_modules(model: nn.Module, plain: nn.Module) -> None:
     theirs = {n: type(m) for n, m in plain.named_modules()}
     for name in sorted(ours.keys() | theirs.keys()):
         mine, stock = ours.get(name), theirs.get(name)
-        if name and mine is not stock and getattr(mine, "__name__", 0) != getattr(stock, "__name__", 1):
-            what = f"{mine.__name__ if mine else 'missing'}, where its config builds {stock.__name__ if stock else 'nothing'}"
+        if (
+            name
+            and mine is not stock
+            and getattr(mine, "__name__", 0) != getattr(stock, "__name__", 1)
+        ):
+            what = (
+                f"{mine.__name__ if mine else 'missing'}, where its config builds "
+                f"{stock.__name__ if stock else 'nothing'}"
+            )
             raise ConfigError(f"the model cannot be told by a config: module {name!r} is {what}")
 
 
@@ -126,29 +161,49 @@ def _attributes(model: nn.Module, plain: nn.Module, ignore: frozenset[str]) -> d
         stock = numbers(own[path])
         for leaf, value in numbers(module).items():
             name = f"{path}.{leaf}" if path else leaf
-            if name not in ignore and leaf in stock and (value != stock[leaf] or type(value) is not type(stock[leaf])):
+            if (
+                name not in ignore
+                and leaf in stock
+                and (value != stock[leaf] or type(value) is not type(stock[leaf]))
+            ):
                 found[name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
 def _configs(model: nn.Module, plain: nn.Module) -> dict[str, dict[str, Any]]:
-    """Numbers in the configs that single modules own, as far as they differ from the one that the whole model shares."""
+    """Numbers in the configs that single modules own, as far as they differ from the one that the
+    whole model shares.
+    """
     from transformers import PreTrainedConfig
 
-    shared = [model.config, *(v for v in vars(model.config).values() if isinstance(v, PreTrainedConfig))]
+    shared = [
+        model.config,
+        *(v for v in vars(model.config).values() if isinstance(v, PreTrainedConfig)),
+    ]
     own, found = dict(plain.named_modules()), {}
     for path, module in model.named_modules():
         config, stock = vars(module).get("config"), vars(own[path]).get("config")
-        if path and isinstance(config, PreTrainedConfig) and isinstance(stock, PreTrainedConfig) and not any(config is s for s in shared):
+        if (
+            path
+            and isinstance(config, PreTrainedConfig)
+            and isinstance(stock, PreTrainedConfig)
+            and not any(config is s for s in shared)
+        ):
             common = next((vars(s) for s in shared if type(s) is type(config)), {})
-            changed = {k: v for k, v in vars(config).items() if not k.startswith("_") and _is_number(v) and common.get(k) != v}
+            changed = {
+                k: v
+                for k, v in vars(config).items()
+                if not k.startswith("_") and _is_number(v) and common.get(k) != v
+            }
             if changed := {k: v for k, v in changed.items() if vars(stock).get(k) != v}:
                 found[path] = changed
     return found
 
 
 def _arguments(model: nn.Module) -> list[dict[str, Any]]:
-    """Arguments that modules see only a part of: by hooks of an earlier checkpoint, and by the removals since."""
+    """Arguments that modules see only a part of: by hooks of an earlier checkpoint, and by the
+    removals since.
+    """
     from prunekit import graph
 
     found = []
@@ -159,33 +214,57 @@ def _arguments(model: nn.Module) -> list[dict[str, Any]]:
     for path, hooks in graph.edits(model)["arguments"].items():
         for h in hooks:
             key = int(h["argument"]) if str(h["argument"]).isdigit() else h["argument"]
-            found.append({"module": path, "argument": key, "axis": h["dim"], "size": h["size"], "keep": h["keep"]})
+            found.append(
+                {
+                    "module": path,
+                    "argument": key,
+                    "axis": h["dim"],
+                    "size": h["size"],
+                    "keep": h["keep"],
+                }
+            )
     return found
 
 
 def _buffers(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
-    """Buffers outside the weights whose values a fresh model would not have, after its own initialisation."""
+    """Buffers outside the weights whose values a fresh model would not have, after its own
+    initialisation.
+    """
     materialise(plain, "cpu")
     fresh_values, found = dict(loose_buffers(plain)), {}
     for name, value in loose_buffers(model):
         stock = fresh_values.get(name)
         value = value.detach().cpu()
-        if stock is None:  # the class makes none for these layers: Gemma 3 without a layer of full attention
+        if (
+            stock is None
+        ):  # the class makes none for these layers: Gemma 3 without a layer of full attention
             continue
         if stock.shape == value.shape and stock.dtype == value.dtype and torch.equal(stock, value):
             continue
         if value.numel() > LARGEST_BUFFER:
-            raise ConfigError(f"the buffer {name} was changed and has {value.numel()} elements; {LARGEST_BUFFER} fit into a config")
+            raise ConfigError(
+                f"the buffer {name} was changed and has {value.numel()} elements; "
+                f"{LARGEST_BUFFER} fit into a config"
+            )
         dtype = str(value.dtype).removeprefix("torch.")
-        found[name] = {"shape": list(value.shape), "dtype": dtype, "values": value.flatten().tolist()}
+        found[name] = {
+            "shape": list(value.shape),
+            "dtype": dtype,
+            "values": value.flatten().tolist(),
+        }
     return found
 
 
 def materialise(model: Any, device: torch.device | str) -> None:
-    """Give the loose buffers of a model on the meta device their values, the way `from_pretrained` does."""
+    """Give the loose buffers of a model on the meta device their values, the way `from_pretrained`
+    does.
+    """
     for module in model.modules():
         for leaf in module._non_persistent_buffers_set:
-            if module._buffers.get(leaf) is not None and module._buffers[leaf].device.type == "meta":
+            if (
+                module._buffers.get(leaf) is not None
+                and module._buffers[leaf].device.type == "meta"
+            ):
                 module._buffers[leaf] = _unset(module._buffers[leaf], device)
         module.__dict__.pop("_is_hf_initialized", None)
     for tensor in tensors(model).values():
@@ -194,14 +273,20 @@ def materialise(model: Any, device: torch.device | str) -> None:
 
 
 def _unset(like: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A buffer of a value that no initialisation gives, so that one which is never initialised is noticed."""
+    """A buffer of a value that no initialisation gives, so that one which is never initialised is
+    noticed.
+    """
     if like.dtype is torch.bool:
         return torch.zeros_like(like, device=device)
-    return torch.full_like(like, float("nan") if like.is_floating_point() else -(2**15), device=device)
+    return torch.full_like(
+        like, float("nan") if like.is_floating_point() else -(2**15), device=device
+    )
 
 
 def rebuild(model: nn.Module, config: Any, layout: dict[str, Any]) -> nn.Module:
-    """The model as a loader would make it: class, config and layout, holding the very tensors of `model` (no copy)."""
+    """The model as a loader would make it: class, config and layout, holding the very tensors of
+    `model` (no copy).
+    """
     from prunekit.checkpoint.remote_code import modeling_pruned as carry
 
     kind, config = stock_class(model), copy.deepcopy(config)

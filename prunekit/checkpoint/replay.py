@@ -1,4 +1,6 @@
-"""Make a pruned model again from the dense one and the kept indices in `pruning.json`, removed or only zeroed."""
+"""Make a pruned model again from the dense one and the kept indices in `pruning.json`, removed or
+only zeroed.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,15 @@ from prunekit.errors import ConfigError
 from prunekit.types import Kept
 
 
-def replay(dense: nn.Module, source: str | Path | dict[str, Any], *, zeroed: bool = False) -> nn.Module:
-    """Prune `dense` in place as `source` says: a checkpoint folder, a `pruning.json`, or its content.
+def replay(
+    dense: nn.Module, source: str | Path | dict[str, Any], *, zeroed: bool = False
+) -> nn.Module:
+    """Prune `dense` in place as `source` says: a checkpoint folder, a `pruning.json`, or its
+    content.
 
-    `zeroed` keeps every shape and sets to zero what would be removed. Weights that a recovery or a compensation changed are not in
-    `pruning.json`: the result is the pruned model before these. Raises ConfigError where the model has other groups or units.
+    `zeroed` keeps every shape and sets to zero what would be removed. Weights that a recovery or a
+    compensation changed are not in `pruning.json`: the result is the pruned model before these.
+    Raises ConfigError where the model has other groups or units.
     """
     from prunekit import graph
 
@@ -27,9 +33,15 @@ def replay(dense: nn.Module, source: str | Path | dict[str, Any], *, zeroed: boo
     for name, mask in kept.items():
         units = have.get(name.partition("/")[0])
         if units is None:
-            raise ConfigError(f"groups[{name!r}] is not in this model, which has {', '.join(list(have)[:6])} …; is it the dense one?")
+            raise ConfigError(
+                f"groups[{name!r}] is not in this model, which has {', '.join(list(have)[:6])} …; "
+                "is it the dense one?"
+            )
         if units != mask.numel():
-            raise ConfigError(f"groups[{name!r}] has {mask.numel()} units, in this model it has {units}; is it the dense one?")
+            raise ConfigError(
+                f"groups[{name!r}] has {mask.numel()} units, in this model it has {units}; is it "
+                "the dense one?"
+            )
     some = {name: mask for name, mask in kept.items() if not bool(mask.all())}
     if zeroed:
         graph.zero(dense, some)
@@ -39,13 +51,18 @@ def replay(dense: nn.Module, source: str | Path | dict[str, Any], *, zeroed: boo
 
 
 def kept_masks(manifest: dict[str, Any], name: str) -> Kept:
-    """Group -> bool mask over its units. Raises CheckpointError naming file and field for a damaged manifest."""
+    """Group -> bool mask over its units. Raises CheckpointError naming file and field for a damaged
+    manifest.
+    """
     groups: Any = manifest.get("groups")
     check_groups(groups, name)
     masks = {}
     for group, entry in groups.items():
         if entry.get("kind") == "weights":
-            raise ConfigError(f"{name}: groups[{group!r}] is a mask over single weights, whose zeros are in the checkpoint's tensors only")
+            raise ConfigError(
+                f"{name}: groups[{group!r}] is a mask over single weights, whose zeros are in the "
+                "checkpoint's tensors only"
+            )
         masks[group] = torch.zeros(entry["units"], dtype=torch.bool)
         masks[group][entry["kept"]] = True
     return masks
@@ -64,5 +81,7 @@ def _manifest(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]
     path = path / MANIFEST if path.is_dir() else path
     manifest = read_json(path)
     if manifest.get("seal") != seal(manifest):
-        raise CheckpointError(f"{path}: seal does not match the content; the file was changed or damaged")
+        raise CheckpointError(
+            f"{path}: seal does not match the content; the file was changed or damaged"
+        )
     return manifest, str(path)

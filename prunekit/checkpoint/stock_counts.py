@@ -1,7 +1,9 @@
-"""The same counts in every layer, and only such as transformers' own class can build: what `ratio.loadable=stock` chooses.
+"""The same counts in every layer, and only such as transformers' own class can build: what
+`ratio.loadable=stock` chooses.
 
-Which sizes an architecture takes is asked of its class: units are removed from a copy on the meta device, and
-`stock.stock_config` says whether the class builds a model of those shapes. There is no table of rules.
+Which sizes an architecture takes is asked of its class: units are removed from a copy on the meta
+device, and `stock.stock_config` says whether the class builds a model of those shapes. There is no
+table of rules.
 """
 
 from __future__ import annotations
@@ -24,11 +26,19 @@ TRIES = 64
 """How many neighbouring counts are offered to the class before giving up."""
 
 
-def alike(model: nn.Module, groups: list[Group], share: dict[str, float], multiple: Callable[[Group, int], int], budget: float | None) -> Counts:
-    """Counts nearest to `share` of each kind's units (or to `budget` parameters) that leave a model stock transformers can build.
+def alike(
+    model: nn.Module,
+    groups: list[Group],
+    share: dict[str, float],
+    multiple: Callable[[Group, int], int],
+    budget: float | None,
+) -> Counts:
+    """Counts nearest to `share` of each kind's units (or to `budget` parameters) that leave a model
+    stock transformers can build.
 
-    Heads, experts and residual channels are settled first, in whole steps; neurons, which nearly every count suits, take up the
-    rest of the budget. `multiple(group, removed)` rounds. Raises ConfigError when layers are excluded or nothing is accepted.
+    Heads, experts and residual channels are settled first, in whole steps; neurons, which nearly
+    every count suits, take up the rest of the budget. `multiple(group, removed)` rounds. Raises
+    ConfigError when layers are excluded or nothing is accepted.
     """
     kinds = every_layer(model, groups)
     accepted = Asked(model, {kind: [g.name for g in of] for kind, of in kinds.items()})
@@ -44,12 +54,17 @@ def alike(model: nn.Module, groups: list[Group], share: dict[str, float], multip
                 chosen[kind] = count
                 break
         else:
-            raise ConfigError(f"ratio.loadable=stock: {type(model).__name__} accepts no number of {kind} near {group.units - wanted} in every layer")
+            raise ConfigError(
+                f"ratio.loadable=stock: {type(model).__name__} accepts no number of {kind} near "
+                f"{group.units - wanted} in every layer"
+            )
     return {g.name: chosen[g.kind] for g in groups}
 
 
 def every_layer(model: nn.Module, groups: list[Group]) -> dict[str, list[Group]]:
-    """The groups by kind. Raises ConfigError when a kind's groups differ in size or leave out a layer."""
+    """The groups by kind. Raises ConfigError when a kind's groups differ in size or leave out a
+    layer.
+    """
     kinds: dict[str, list[Group]] = {}
     for g in groups:
         kinds.setdefault(g.kind, []).append(g)
@@ -57,14 +72,18 @@ def every_layer(model: nn.Module, groups: list[Group]) -> dict[str, list[Group]]
         there = [g for g in graph.discover(model) if g.kind == kind]
         if len({g.units for g in of}) > 1 or len(of) < len(there):
             raise ConfigError(
-                f"ratio.loadable=stock prunes all layers alike: {kind} are in {len(there)} groups of the model, {len(of)} of them may be pruned "
-                f"with {sorted({g.units for g in of})} units; use exclude=none, or loadable=any for a self-contained checkpoint"
+                f"ratio.loadable=stock prunes all layers alike: {kind} are in {len(there)} groups "
+                f"of the model, {len(of)} of them may be pruned "
+                f"with {sorted({g.units for g in of})} units; use exclude=none, or loadable=any "
+                "for a self-contained checkpoint"
             )
     return kinds
 
 
 class Asked:
-    """Whether stock transformers can build the model that is left; every question is answered once."""
+    """Whether stock transformers can build the model that is left; every question is
+    answered once.
+    """
 
     def __init__(self, model: nn.Module, names: dict[str, list[str]]):
         self.model, self.names = model, names
@@ -80,12 +99,18 @@ class Asked:
         copy = fresh(stock_class(self.model), self.model.config).eval()
         materialise(copy, "cpu")  # tables such as rotary frequencies are compared by value
         units = {g.name: g.units for g in graph.discover(copy)}
-        kept = {name: torch.arange(units[name]) >= n for kind, n in counts.items() for name in self.names[kind]}
+        kept = {
+            name: torch.arange(units[name]) >= n
+            for kind, n in counts.items()
+            for name in self.names[kind]
+        }
         return stock_config(graph.remove(copy, kept)) is not None
 
 
 def units_for(sizes: Sizes, kinds: dict[str, list[Group]], chosen: PerKind, budget: float) -> int:
-    """Neurons to remove from every layer so that, with what is chosen already, the removed parameters come nearest `budget`."""
+    """Neurons to remove from every layer so that, with what is chosen already, the removed
+    parameters come nearest `budget`.
+    """
 
     def gone(n: int) -> int:
         counts = chosen | {"neurons": n}

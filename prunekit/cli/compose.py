@@ -1,4 +1,6 @@
-"""Overrides -> configurations as plain dicts, without running anything: for commands that only look."""
+"""Overrides -> configurations as plain dicts, without running anything: for commands that only
+look.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from typing import Any
 
 
 def composed(words: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every job that `prunekit` with these overrides would run, rows and lists of values included. Raises ConfigError."""
+    """Every job that `prunekit` with these overrides would run, rows and lists of values included.
+    Raises ConfigError.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
@@ -21,8 +25,16 @@ def composed(words: Sequence[str]) -> Iterator[dict[str, Any]]:
     known_keys(list(words))
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            first = compose("config", overrides=[sweep.values(o)[0] for o in sweep.parse(words) if o.get_key_element() != "row"])
-            base, rows, scales = (OmegaConf.to_container(first[k]) if first[k] else None for k in ("base", "rows", "scales"))
+            first = compose(
+                "config",
+                overrides=[
+                    sweep.values(o)[0] for o in sweep.parse(words) if o.get_key_element() != "row"
+                ],
+            )
+            base, rows, scales = (
+                OmegaConf.to_container(first[k]) if first[k] else None
+                for k in ("base", "rows", "scales")
+            )
             plan = sweep.expand(words, rows, base, sweep.scale_of(first.scale, scales))  # type: ignore[arg-type]
             for name, said in plan.jobs:
                 cfg = compose("config", overrides=said)

@@ -1,4 +1,6 @@
-"""`prunekit list [KIND]`: every component and every YAML of options for one, a line each; `--markdown` prints the README's table of methods."""
+"""`prunekit list [KIND]`: every component and every YAML of options for one, a line each;
+`--markdown` prints the README's table of methods.
+"""
 
 from __future__ import annotations
 
@@ -39,30 +41,51 @@ def main(argv: list[str]) -> int:
 
 def options(entry: Entry) -> str:
     """`mode=param_first, reduce=sum`; an option without default stands alone."""
-    return ", ".join(k if v is inspect.Parameter.empty else f"{k}={v}" for k, v in entry.defaults.items() if k != "meta")
+    return ", ".join(
+        k if v is inspect.Parameter.empty else f"{k}={v}"
+        for k, v in entry.defaults.items()
+        if k != "meta"
+    )
 
 
 def presets(kind: str) -> list[tuple[str, str, str]]:
-    """(name, its first comment, the options that it sets) of every YAML that is no component of its own, such as model=llama_7b."""
+    """(name, its first comment, the options that it sets) of every YAML that is no component of its
+    own, such as model=llama_7b.
+    """
     found = []
     for path in sorted((conf_dir() / kind).glob("*.yaml")):
         if path.stem not in REGISTRIES[kind].names():
             text = path.read_text(encoding="utf-8")
             node = yaml.safe_load(text)
-            own = {k: v for k, v in node.items() if k != "defaults" and not isinstance(v, dict)} if isinstance(node, dict) else {}
-            comment = text.partition("\n")[0].removeprefix("#").strip() if text.startswith("#") else ""
+            own = (
+                {k: v for k, v in node.items() if k != "defaults" and not isinstance(v, dict)}
+                if isinstance(node, dict)
+                else {}
+            )
+            comment = (
+                text.partition("\n")[0].removeprefix("#").strip() if text.startswith("#") else ""
+            )
             found.append((path.stem, comment, ", ".join(f"{k}={v}" for k, v in own.items())))
     return found
 
 
 def methods_table() -> str:
-    """The methods as a markdown table: what each is, where it is from, what it needs and what comes out."""
+    """The methods as a markdown table: what each is, where it is from, what it needs and what comes
+    out.
+    """
     lines = ["| method | what it does | paper | needs | comes out |", "|---|---|---|---|---|"]
     for kind in METHOD_KINDS:
         for name in REGISTRIES[kind].names():
             entry = REGISTRIES[kind].entry(name)
             if name != "none":
-                source = f"{entry.meta.get('paper', '-')}, {entry.meta['year']}" if entry.meta.get("paper", "-") != "-" else "-"
+                source = (
+                    f"{entry.meta.get('paper', '-')}, {entry.meta['year']}"
+                    if entry.meta.get("paper", "-") != "-"
+                    else "-"
+                )
                 summary = entry.summary.replace("|", "\\|")
-                lines.append(f"| `{kind}={name}` | {summary} | {source} | {entry.meta.get('needs', '-')} | {entry.meta.get('out', '-')} |")
+                lines.append(
+                    f"| `{kind}={name}` | {summary} | {source} | {entry.meta.get('needs', '-')} | "
+                    f"{entry.meta.get('out', '-')} |"
+                )
     return "\n".join(lines) + "\n"

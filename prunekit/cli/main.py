@@ -1,4 +1,6 @@
-"""The console script: Hydra overrides run an experiment; a first word without `=` names a command."""
+"""The console script: Hydra overrides run an experiment; a first word without `=`
+names a command.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,28 @@ from pathlib import Path
 from typing import Any
 
 COMMANDS = {
-    "export": ("prunekit.checkpoint.gguf", "export PATH --gguf FILE [--type f32|f16|q8_0]: a stock checkpoint as one GGUF file"),
-    "groups": ("prunekit.inventory.command", "groups [OVERRIDE ...] [--json] [--all] [--to FILE]: what goes together in a model, as tree, JSON or picture"),
-    "list": ("prunekit.cli.list", "list [KIND]: every registered component, its options, one line each"),
-    "plan": ("prunekit.cli.plan", "plan [OVERRIDE ...]: sizes, MACs and memory that a run would leave; no weights are read"),
-    "report": ("prunekit.report.command", "report DIR... [--to FILE]: the results below DIR as tables and plots, the paper's numbers beside them"),
+    "export": (
+        "prunekit.checkpoint.gguf",
+        "export PATH --gguf FILE [--type f32|f16|q8_0]: a stock checkpoint as one GGUF file",
+    ),
+    "groups": (
+        "prunekit.inventory.command",
+        "groups [OVERRIDE ...] [--json] [--all] [--to FILE]: what goes together in a model, as "
+        "tree, JSON or picture",
+    ),
+    "list": (
+        "prunekit.cli.list",
+        "list [KIND]: every registered component, its options, one line each",
+    ),
+    "plan": (
+        "prunekit.cli.plan",
+        "plan [OVERRIDE ...]: sizes, MACs and memory that a run would leave; no weights are read",
+    ),
+    "report": (
+        "prunekit.report.command",
+        "report DIR... [--to FILE]: the results below DIR as tables and plots, the paper's "
+        "numbers beside them",
+    ),
 }
 """command -> (module with `main(argv) -> int`, help line)."""
 
@@ -21,7 +40,7 @@ USAGE = """prunekit [OVERRIDE ...]            one experiment: e.g. criterion=l2 
 prunekit -m [OVERRIDE ...]         a sweep: e.g. ratio.target=0.1,0.2,0.3 criterion=taylor,random
 prunekit experiment=llm_pruner/table6   all rows of a paper's table; scale=small: in little; a,b: one table after the other
 prunekit --cfg job [OVERRIDE ...]  the composed configuration, nothing run
-"""
+"""  # noqa: E501  (a table)
 
 
 def conf_dir() -> Path:
@@ -44,8 +63,15 @@ def main(argv: list[str] | None = None) -> int:
             return importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
         for before, word in zip(["", *args], args):
             # A flag of Hydra may be followed by its value: --cfg job.
-            if "=" not in word and not word.startswith(("-", "~")) and (not before.startswith("-") or before in ("-m", "--multirun")):
-                raise ConfigError(f"no command {word!r}; there are: {', '.join(COMMANDS)}, or overrides such as ratio.target=0.3")
+            if (
+                "=" not in word
+                and not word.startswith(("-", "~"))
+                and (not before.startswith("-") or before in ("-m", "--multirun"))
+            ):
+                raise ConfigError(
+                    f"no command {word!r}; there are: {', '.join(COMMANDS)}, or overrides such as "
+                    "ratio.target=0.3"
+                )
         return max([launch(words) for words in one_experiment_each(args)])
     except ConfigError as e:
         print(f"prunekit: {e}", file=sys.stderr)
@@ -53,16 +79,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def one_experiment_each(args: list[str]) -> list[list[str]]:
-    """`experiment=a,b` is two tables, each with rows and a folder of its own: a list of arguments for each."""
+    """`experiment=a,b` is two tables, each with rows and a folder of its own: a list of arguments
+    for each.
+    """
     for i, word in enumerate(args):
         key, _, value = word.partition("=")
         if key == "experiment" and "," in value:
-            return [[*args[:i], f"experiment={v.strip()}", *args[i + 1 :]] for v in value.split(",")]
+            return [
+                [*args[:i], f"experiment={v.strip()}", *args[i + 1 :]] for v in value.split(",")
+            ]
     return [args]
 
 
 def launch(args: list[str]) -> int:
-    """Hand the overrides to Hydra, after a look at their keys that gives better messages than Hydra's."""
+    """Hand the overrides to Hydra, after a look at their keys that gives better messages than
+    Hydra's.
+    """
     import hydra
     from hydra.core.plugins import Plugins
 
@@ -76,7 +108,8 @@ def launch(args: list[str]) -> int:
 
         return run_job(settled(cfg), failures)
 
-    # The sweeper adds the jobs that ended badly. Hydra finds it by itself but for editable installs, whose namespace it cannot list.
+    # The sweeper adds the jobs that ended badly. Hydra finds it by itself but for editable
+    # installs, whose namespace it cannot list.
     job.failures = failures  # type: ignore[attr-defined]
     Plugins.instance().register(TableSweeper)
 
@@ -93,7 +126,9 @@ def launch(args: list[str]) -> int:
 
 
 def known_keys(args: list[str]) -> None:
-    """Raises ConfigError for an override of a key that the chosen YAMLs do not have, naming those they do."""
+    """Raises ConfigError for an override of a key that the chosen YAMLs do not have, naming those
+    they do.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -108,21 +143,44 @@ def known_keys(args: list[str]) -> None:
         raise ConfigError(f"cannot read the overrides {words}: {e}") from None
     groups = {p.name for p in conf_dir().iterdir() if p.is_dir()}
     choices = [o for o in overrides if o.key_or_group in groups]
-    first = [f"{o.key_or_group}={next(iter(o.sweep_string_iterator())) if o.is_sweep_override() else o.value()}" for o in choices]
+    first = [f"{o.key_or_group}={first_value(o)}" for o in choices]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg: Any = OmegaConf.to_container(compose("config", overrides=first), resolve=False)
             chosen = {o.key_or_group for o in choices}
             # An experiment's own choices count as if they were typed.
-            own = [f"{k}={v}" for k, v in (cfg["base"] or {}).items() if k in groups and k not in chosen]
+            own = [
+                f"{k}={v}"
+                for k, v in (cfg["base"] or {}).items()
+                if k in groups and k not in chosen
+            ]
             if own:
-                cfg = OmegaConf.to_container(compose("config", overrides=[*first, *own]), resolve=False)
+                cfg = OmegaConf.to_container(
+                    compose("config", overrides=[*first, *own]), resolve=False
+                )
     except HydraException as e:
-        raise ConfigError(str(e).split("\n\n")[0] if "Could not find" not in str(e) else not_found(e)) from None
+        raise ConfigError(
+            str(e).split("\n\n")[0] if "Could not find" not in str(e) else not_found(e)
+        ) from None
     for o in overrides:
-        if o.key_or_group in groups or o.is_add() or o.is_force_add() or o.is_delete() or o.key_or_group.startswith("hydra"):
+        if (
+            o.key_or_group in groups
+            or o.is_add()
+            or o.is_force_add()
+            or o.is_delete()
+            or o.key_or_group.startswith("hydra")
+        ):
             continue
         check_path(cfg, o.key_or_group)
+
+
+def first_value(override: Any) -> Any:
+    """Of a list of values the first one."""
+    return (
+        next(iter(override.sweep_string_iterator()))
+        if override.is_sweep_override()
+        else override.value()
+    )
 
 
 def check_path(cfg: Any, path: str) -> None:
@@ -135,8 +193,13 @@ def check_path(cfg: Any, path: str) -> None:
         if not isinstance(node, dict) or step not in node:
             where = ".".join(walked) or "the config"
             chosen = f" ({node['name']})" if isinstance(node, dict) and "name" in node else ""
-            possible = ", ".join(k for k in node if k != "name") if isinstance(node, dict) else "none"
-            raise ConfigError(f"{where}{chosen} has no key {step!r}; possible: {possible} (a new key: +{path}=...)")
+            possible = (
+                ", ".join(k for k in node if k != "name") if isinstance(node, dict) else "none"
+            )
+            raise ConfigError(
+                f"{where}{chosen} has no key {step!r}; possible: {possible} (a new key: "
+                f"+{path}=...)"
+            )
         node, walked = node[step], [*walked, step]
 
 
@@ -144,7 +207,11 @@ def not_found(error: Exception) -> str:
     """Hydra's message on a missing YAML, on one line: what was asked for and what there is."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     head = next(line for line in lines if "Could not find" in line)
-    options = [line for line in lines[lines.index(head) + 1 :] if not line.startswith(("In ", "Config search", "provider"))]
+    options = [
+        line
+        for line in lines[lines.index(head) + 1 :]
+        if not line.startswith(("In ", "Config search", "provider"))
+    ]
     return f"{head} {' '.join(options)}"
 
 

@@ -1,4 +1,6 @@
-"""`prunekit plan OVERRIDE...`: what a run would leave, from shapes alone: no weights are read and nothing but a config is downloaded."""
+"""`prunekit plan OVERRIDE...`: what a run would leave, from shapes alone: no weights are read and
+nothing but a config is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ ADAM = 16
 
 @dataclass(frozen=True)
 class Figures:
-    """One model in numbers. Memory in bytes; `kv` bytes of cache for one more token of one sequence."""
+    """One model in numbers. Memory in bytes; `kv` bytes of cache for one more token of one
+    sequence.
+    """
 
     params: int
     macs: int
@@ -37,7 +41,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What `plan` found: before, after, units kept by group, and estimated peaks in bytes (None where the run has no such stage)."""
+    """What `plan` found: before, after, units kept by group, and estimated peaks in bytes (None
+    where the run has no such stage).
+    """
 
     dense: Figures
     pruned: Figures
@@ -64,12 +70,17 @@ def title(cfg: dict[str, Any]) -> str:
 
 
 def forecast(cfg: dict[str, Any]) -> Forecast:
-    """The same discovery and the same counts as the run, on the meta device. Raises ConfigError where only weights or data can tell."""
+    """The same discovery and the same counts as the run, on the meta device. Raises ConfigError
+    where only weights or data can tell.
+    """
     parts = preflight.built(cfg)
     options = parts.pruner.keywords
     kinds = preflight.pruned_kinds(cfg["pruner"]["name"], options)
     if not kinds:
-        raise ConfigError(f"plan: what pruner={cfg['pruner']['name']} removes depends on the weights; plan knows pruners that take a ratio")
+        raise ConfigError(
+            f"plan: what pruner={cfg['pruner']['name']} removes depends on the weights; plan "
+            "knows pruners that take a ratio"
+        )
     model, _ = parts.model(meta=True)
     dense = figures(model)
     groups = entered(model, kinds, parts.exclude, options.get("targets"))
@@ -77,7 +88,10 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     scoring = scoring_peak(model, cfg)
     remarks = []
     if options.get("ranking", "local") != "local":
-        remarks.append("A global ranking moves units between layers: the widths are those of a local one, the totals are about the same.")
+        remarks.append(
+            "A global ranking moves units between layers: the widths are those of a local one, "
+            "the totals are about the same."
+        )
     if options.get("compress", True) and not set(kinds) <= {"weights"}:
         graph.remove(model, first_units(groups, counts))
     widths = {g.name: (g.units - counts.get(g.name, 0), g.units) for g in groups}
@@ -90,7 +104,10 @@ def no_data(ratio: str) -> Any:
 
     class NoRun:
         def __call__(self, *_: Any, **__: Any) -> NoReturn:
-            raise ConfigError(f"plan: ratio={ratio} needs the weights and the calibration text; plan knows ratios that shapes decide")
+            raise ConfigError(
+                f"plan: ratio={ratio} needs the weights and the calibration text; plan knows "
+                "ratios that shapes decide"
+            )
 
         def __getattr__(self, name: str) -> NoReturn:
             self()
@@ -111,9 +128,13 @@ def figures(model: nn.Module) -> Figures:
 
 
 def rotary_tables(model: nn.Module) -> int:
-    """Bytes of the cosines and sines that LLM-Pruner's transformers kept in every layer: 32 MiB for LLaMA-7B, part of its Memory column."""
+    """Bytes of the cosines and sines that LLM-Pruner's transformers kept in every layer: 32 MiB for
+    LLaMA-7B, part of its Memory column.
+    """
     config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[operator,union-attr]
-    positions, depth = (getattr(config, n, 0) or 0 for n in ("max_position_embeddings", "num_hidden_layers"))
+    positions, depth = (
+        getattr(config, n, 0) or 0 for n in ("max_position_embeddings", "num_hidden_layers")
+    )
     if not any("rotary" in type(m).__name__.lower() for m in model.modules()):
         return 0
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[union-attr]
@@ -122,14 +143,24 @@ def rotary_tables(model: nn.Module) -> int:
 
 @torch.no_grad()
 def kv_bytes(model: nn.Module) -> int:
-    """Bytes by which the cache grows with a token: the model itself says so, asked with one token on the meta device."""
-    cache = model(input_ids=torch.ones(1, 1, dtype=torch.long, device="meta"), use_cache=True).past_key_values
-    kept = [t for layer in getattr(cache, "layers", ()) for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    """Bytes by which the cache grows with a token: the model itself says so, asked with one token
+    on the meta device.
+    """
+    cache = model(
+        input_ids=torch.ones(1, 1, dtype=torch.long, device="meta"), use_cache=True
+    ).past_key_values
+    kept = [
+        t
+        for layer in getattr(cache, "layers", ())
+        for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    ]
     return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
 
 def scoring_peak(model: nn.Module, cfg: dict[str, Any]) -> int | None:
-    """Weights, and what the criterion adds: nothing, one layer's activations, or all products of a backward and the largest gradient."""
+    """Weights, and what the criterion adds: nothing, one layer's activations, or all products of a
+    backward and the largest gradient.
+    """
     name = cfg["criterion"]["name"]
     if name == "none":
         return None
@@ -148,15 +179,27 @@ def scoring_peak(model: nn.Module, cfg: dict[str, Any]) -> int | None:
 
 
 def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
-    """Pruned weights, adapters with their optimizer, activations of one micro-batch, and its logits in float32 twice."""
+    """Pruned weights, adapters with their optimizer, activations of one micro-batch, and its logits
+    in float32 twice.
+    """
     options = cfg["recovery"]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     rank = options.get("r", 0)
-    shapes = [m.weight.shape for block in block_modules(model) for m in block.modules() if isinstance(m, nn.Linear)]
-    trained = sum(rank * (a + b) for a, b in shapes) if rank else sum(p.numel() for p in model.parameters())
+    shapes = [
+        m.weight.shape
+        for block in block_modules(model)
+        for m in block.modules()
+        if isinstance(m, nn.Linear)
+    ]
+    trained = (
+        sum(rank * (a + b) for a, b in shapes)
+        if rank
+        else sum(p.numel() for p in model.parameters())
+    )
     tokens = options.get("micro_batch", 1) * options.get("cutoff", 256)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
-    # Autograd keeps the input and the output of every product, and about as much again for norms, rotations and activations.
+    # Autograd keeps the input and the output of every product, and about as much again for norms,
+    # rotations and activations.
     activations = 3 * tokens * outputs(model) * next(model.parameters()).element_size()
     return weights + trained * ADAM + activations + 2 * tokens * vocabulary * 4
 
@@ -169,12 +212,20 @@ def calibration_tokens(cfg: dict[str, Any]) -> int:
 
 def outputs(model: nn.Module) -> int:
     """Channels that all linear layers of the blocks put out for one token."""
-    return sum(m.out_features for block in block_modules(model) for m in block.modules() if isinstance(m, nn.Linear))
+    return sum(
+        m.out_features
+        for block in block_modules(model)
+        for m in block.modules()
+        if isinstance(m, nn.Linear)
+    )
 
 
 def widest(model: nn.Module) -> int:
     """Channels that the linear layers of the widest block put out for one token."""
-    return max(sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear)) for block in block_modules(model))
+    return max(
+        sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear))
+        for block in block_modules(model)
+    )
 
 
 def show(found: Forecast, heading: str, console: Console | None = None) -> None:
@@ -194,17 +245,35 @@ def show(found: Forecast, heading: str, console: Console | None = None) -> None:
     for label, key, unit in lines:
         before, after = getattr(found.dense, key), getattr(found.pruned, key)
         form = "{:,.0f}" if unit == 1 else "{:,.2f}"
-        table.add_row(label, form.format(before / unit), form.format(after / unit), f"{after / before:.1%}" if before else "-")
-    for label, peak in (("estimated peak of scoring (MiB)", found.scoring), ("estimated peak of recovery (MiB)", found.recovery)):
+        table.add_row(
+            label,
+            form.format(before / unit),
+            form.format(after / unit),
+            f"{after / before:.1%}" if before else "-",
+        )
+    for label, peak in (
+        ("estimated peak of scoring (MiB)", found.scoring),
+        ("estimated peak of recovery (MiB)", found.recovery),
+    ):
         if peak is not None:
-            table.add_row(label, *(("-", f"{peak / MIB:,.0f}") if "recovery" in label else (f"{peak / MIB:,.0f}", "-")), "")
+            table.add_row(
+                label,
+                *(
+                    ("-", f"{peak / MIB:,.0f}")
+                    if "recovery" in label
+                    else (f"{peak / MIB:,.0f}", "-")
+                ),
+                "",
+            )
     console.print(table)
     for line in [*stretches(found.widths), *found.remarks]:
         console.print(line, highlight=False)
 
 
 def stretches(widths: dict[str, tuple[int, int]]) -> list[str]:
-    """Kept of all units by kind, one entry for every stretch of layers that are alike: `neurons  4-29: 8256/11008`."""
+    """Kept of all units by kind, one entry for every stretch of layers that are alike: `neurons
+    4-29: 8256/11008`.
+    """
     by_kind: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     for name, width in widths.items():
         kind, _, layer = name.partition(".")
@@ -217,6 +286,9 @@ def stretches(widths: dict[str, tuple[int, int]]) -> list[str]:
                 parts[-1] = (parts[-1][0], layer, width)
             else:
                 parts.append((layer, layer, width))
-        told = ", ".join((f"{a}-{b}: " if a != b else f"{a}: " if a else "") + f"{kept}/{of}" for a, b, (kept, of) in parts)
+        told = ", ".join(
+            (f"{a}-{b}: " if a != b else f"{a}: " if a else "") + f"{kept}/{of}"
+            for a, b, (kept, of) in parts
+        )
         lines.append(f"{kind}  {told}")
     return lines

@@ -1,4 +1,6 @@
-"""One contiguous run of blocks (The Unreasonable Ineffectiveness of the Deeper Layers, Gromov et al., arXiv 2403.17887, section 3)."""
+"""One contiguous run of blocks (The Unreasonable Ineffectiveness of the Deeper Layers, Gromov et
+al., arXiv 2403.17887, section 3).
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,13 @@ def angular(
     choice: Literal["angular", "last"] = "angular",
     tokens: Literal["last", "all"] = "last",
 ) -> Scores:
-    """Angle between the inputs of block l and of block l + n, in half turns; the n lowest scores are the run of the least angle.
+    """Angle between the inputs of block l and of block l + n, in half turns; the n lowest scores
+    are the run of the least angle.
 
-    A block scores the least angle among the runs through it, and one more if it is outside of the best run: so exactly that run goes.
-    `choice=last` is the paper's simple variant: the n blocks before the last one. `tokens` averages over the last token of each
-    sample (the paper) or over all. Raises ConfigError for a group that is no unbroken run of blocks.
+    A block scores the least angle among the runs through it, and one more if it is outside of the
+    best run: so exactly that run goes. `choice=last` is the paper's simple variant: the n blocks
+    before the last one. `tokens` averages over the last token of each sample (the paper) or over
+    all. Raises ConfigError for a group that is no unbroken run of blocks.
     """
     scores = {}
     for g in groups:
@@ -56,13 +60,22 @@ def states(model: nn.Module, group: Group, run: Run, tokens: str) -> Tensor:
     """(L + 1, M, C) float32: what enters each block, and what leaves the last."""
     places = [n.rpartition(".") for n in group.modules]
     first = int(places[0][2])
-    if [(p, int(i)) for p, _, i in places] != [(places[0][0], first + i) for i in range(len(places))]:
-        raise ConfigError(f"criterion=angular removes one unbroken run of blocks, and {', '.join(group.modules)} is none")
+    if [(p, int(i)) for p, _, i in places] != [
+        (places[0][0], first + i) for i in range(len(places))
+    ]:
+        raise ConfigError(
+            "criterion=angular removes one unbroken run of blocks, and "
+            f"{', '.join(group.modules)} is none"
+        )
     seen: dict[str, list[Tensor]] = {n: [] for n in (*group.modules, "after")}
 
     def see(name: str, x: Tensor) -> None:
         seen[name].append((x[:, -1] if tokens == "last" else x.flatten(0, 1)).float())
 
-    with watch(model, {n: partial(see, n) for n in group.modules}, {group.modules[-1]: partial(see, "after")}):
+    with watch(
+        model,
+        {n: partial(see, n) for n in group.modules},
+        {group.modules[-1]: partial(see, "after")},
+    ):
         drain(run, "angles between blocks")
     return torch.stack([torch.cat(parts) for parts in seen.values()])

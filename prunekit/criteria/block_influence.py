@@ -1,4 +1,6 @@
-"""Block influence (ShortGPT, Men et al., arXiv 2403.03853, equation 1): how far a block turns the hidden state."""
+"""Block influence (ShortGPT, Men et al., arXiv 2403.03853, equation 1): how far a block turns the
+hidden state.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,22 @@ from prunekit.types import Group, Run, Scores
 
 @criteria.register(paper="arXiv 2403.03853", year=2024, needs="data", kinds=("blocks",))
 @torch.no_grad()
-def block_influence(model: nn.Module, groups: list[Group], run: Run, *, skip: Natural = 0) -> Scores:
-    """1 - mean cosine between what enters a block and what leaves it, over all tokens of the calibration text.
+def block_influence(
+    model: nn.Module, groups: list[Group], run: Run, *, skip: Natural = 0
+) -> Scores:
+    """1 - mean cosine between what enters a block and what leaves it, over all tokens of the
+    calibration text.
 
-    `skip` leaves out that many tokens at the start of each sample: the very first one often carries huge activations that no block
-    turns. One pass through the model.
+    `skip` leaves out that many tokens at the start of each sample: the very first one often carries
+    huge activations that no block turns. One pass through the model.
     """
     entered: dict[str, Tensor] = {}
     cosines: dict[str, float] = {}
 
     def leave(name: str, x: Tensor) -> None:
-        cosine = torch.cosine_similarity(entered.pop(name)[:, skip:].float(), x[:, skip:].float(), dim=-1)
+        cosine = torch.cosine_similarity(
+            entered.pop(name)[:, skip:].float(), x[:, skip:].float(), dim=-1
+        )
         cosines[name] = cosines.get(name, 0.0) + cosine.double().sum().item()
 
     names = [n for g in groups for n in g.modules]

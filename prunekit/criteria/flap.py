@@ -1,7 +1,9 @@
-"""Fluctuation of a unit's output over the calibration text (FLAP, An et al., AAAI 2024, arXiv 2312.11983, section 3), and Wanda-sp.
+"""Fluctuation of a unit's output over the calibration text (FLAP, An et al., AAAI 2024, arXiv
+2312.11983, section 3), and Wanda-sp.
 
-The paper's structures: UL-UM is `pruner.ranking=local`, UL-MM the same with `ratio.by_kind`, AL-AM `pruner.ranking=global`; the bias that
-keeps the mean is `pruner.compensate=bias`. Scores are read off the inputs of the readers alone (`o_proj`, `down_proj`), in one pass.
+The paper's structures: UL-UM is `pruner.ranking=local`, UL-MM the same with `ratio.by_kind`, AL-AM
+`pruner.ranking=global`; the bias that keeps the mean is `pruner.compensate=bias`. Scores are read
+off the inputs of the readers alone (`o_proj`, `down_proj`), in one pass.
 """
 
 from __future__ import annotations
@@ -23,36 +25,56 @@ KINDS = ("heads", "neurons", "inner")
 
 @criteria.register(paper="arXiv 2312.11983", year=2023, needs="data", kinds=KINDS)
 def flap(
-    model: nn.Module, groups: list[Group], run: Run, *, metric: Metric = "WIFV", standardize: bool = True, skip: Natural = 0
+    model: nn.Module,
+    groups: list[Group],
+    run: Run,
+    *,
+    metric: Metric = "WIFV",
+    standardize: bool = True,
+    skip: Natural = 0,
 ) -> Scores:
-    """How much a unit's output varies, weighted by the weights that read it; the mean over a unit's channels.
+    """How much a unit's output varies, weighted by the weights that read it; the mean over a unit's
+    channels.
 
-    Channel j: `WIFV` var(x_j) sum_i W_ij^2, `IFV` var(x_j), `WIFN` mean_i |W_ij| rms(x_j). The variance is exact, over all tokens.
-    `standardize` makes channels comparable across layers: minus their mean, by their standard deviation, within each group. `skip` leaves
-    that many tokens at the start of each sample out (the bias has `pruner.skip`): the first one often carries huge activations.
+    Channel j: `WIFV` var(x_j) sum_i W_ij^2, `IFV` var(x_j), `WIFN` mean_i |W_ij| rms(x_j). The
+    variance is exact, over all tokens. `standardize` makes channels comparable across layers: minus
+    their mean, by their standard deviation, within each group. `skip` leaves that many tokens at
+    the start of each sample out (the bias has `pruner.skip`): the first one often carries huge
+    activations.
     """
     return reader_scores(model, groups, run, metric, standardize, skip)
 
 
 @criteria.register(paper="arXiv 2306.11695, 2312.11983", year=2023, needs="data", kinds=KINDS)
 def wanda_sp(model: nn.Module, groups: list[Group], run: Run) -> Scores:
-    """Wanda's |w| * norm of the input, summed over the columns of a unit: the structured Wanda that FLAP compares with."""
+    """Wanda's |w| * norm of the input, summed over the columns of a unit: the structured Wanda that
+    FLAP compares with.
+    """
     return reader_scores(model, groups, run, "WIFN", False, 0)
 
 
 @torch.no_grad()
-def reader_scores(model: nn.Module, groups: list[Group], run: Run, metric: Metric, standardize: bool, skip: int) -> Scores:
-    """Channel values at the readers of each group, averaged over a unit's channels and over readers."""
+def reader_scores(
+    model: nn.Module, groups: list[Group], run: Run, metric: Metric, standardize: bool, skip: int
+) -> Scores:
+    """Channel values at the readers of each group, averaged over a unit's channels and over
+    readers.
+    """
     found = {g.name: readers(model, g) for g in groups}
     for name, rs in found.items():
         if not rs:
-            raise ConfigError(f"no linear module reads the units of {name}: FLAP and Wanda-sp need one (o_proj, down_proj)")
+            raise ConfigError(
+                f"no linear module reads the units of {name}: FLAP and Wanda-sp need one (o_proj, "
+                "down_proj)"
+            )
     seen = moments(model, dict.fromkeys(r.name for rs in found.values() for r in rs), run, skip)
     scores = {}
     for name, rs in found.items():
         parts = []
         for r in rs:
-            s = channel_values(r, seen[r.name], metric)[r.member.index.to(r.weight.device)]  # (U, width)
+            s = channel_values(r, seen[r.name], metric)[
+                r.member.index.to(r.weight.device)
+            ]  # (U, width)
             parts.append(((s - s.mean()) / s.std() if standardize else s).mean(1))
         scores[name] = torch.stack(parts).mean(0)
     return scores

@@ -29,5 +29,7 @@ def norm_scores(model: nn.Module, groups: list[Group], p: int, reduce: Reduce) -
     for g in groups:
         for m in scored(g):
             if (m.param, m.axis) not in per_channel:
-                per_channel[m.param, m.axis] = channel_sum(tensor_of(model, m.param).float().abs() ** p, m.axis)
+                per_channel[m.param, m.axis] = channel_sum(
+                    tensor_of(model, m.param).float().abs() ** p, m.axis
+                )
     return {g.name: unit_scores(g, per_channel, reduce) for g in groups}

@@ -1,6 +1,8 @@
-"""Scores of whole blocks by magnitude, gradient and perplexity (Shortened LLaMA, Kim et al., arXiv 2402.02834, section 3.2).
+"""Scores of whole blocks by magnitude, gradient and perplexity (Shortened LLaMA, Kim et al., arXiv
+2402.02834, section 3.2).
 
-The paper's "+" never removes the first four and the last two blocks: `exclude=ends exclude.first=4 exclude.last=2`.
+The paper's "+" never removes the first four and the last two blocks: `exclude=ends exclude.first=4
+exclude.last=2`.
 """
 
 from __future__ import annotations
@@ -18,26 +20,37 @@ from prunekit.types import Group, Run, Scores, tensor_of
 
 def weights_of(model: nn.Module, block: str) -> list[str]:
     """Names of the weights of a block, norms included; biases are not scored."""
-    return [f"{block}.{n}" for n, _ in model.get_submodule(block).named_parameters() if not n.endswith("bias")]
+    return [
+        f"{block}.{n}"
+        for n, _ in model.get_submodule(block).named_parameters()
+        if not n.endswith("bias")
+    ]
 
 
 @criteria.register(paper="arXiv 2402.02834", year=2024, needs="-", kinds=("blocks",))
 @torch.no_grad()
-def block_magnitude(model: nn.Module, groups: list[Group], run: Run, *, p: Literal[1, 2] = 1) -> Scores:
+def block_magnitude(
+    model: nn.Module, groups: list[Group], run: Run, *, p: Literal[1, 2] = 1
+) -> Scores:
     """Sum of |w|^p over all weights of a block."""
 
     def total(block: str) -> Tensor:
-        return torch.stack([tensor_of(model, n).float().abs().pow(p).sum() for n in weights_of(model, block)]).sum()
+        return torch.stack(
+            [tensor_of(model, n).float().abs().pow(p).sum() for n in weights_of(model, block)]
+        ).sum()
 
     return {g.name: torch.stack([total(b) for b in g.modules]) for g in groups}
 
 
 @criteria.register(paper="arXiv 2402.02834", year=2024, needs="gradients", kinds=("blocks",))
-def block_taylor(model: nn.Module, groups: list[Group], run: Run, *, batch: Positive | None = None) -> Scores:
-    """Sum of |w dL/dw| over all weights of a block, from the gradient of the mean loss over the calibration text.
+def block_taylor(
+    model: nn.Module, groups: list[Group], run: Run, *, batch: Positive | None = None
+) -> Scores:
+    """Sum of |w dL/dw| over all weights of a block, from the gradient of the mean loss over the
+    calibration text.
 
-    `batch` samples go at a time (default: what makes up 2,048 tokens); gradients are summed before the absolute value is taken, so it
-    changes memory, not scores.
+    `batch` samples go at a time (default: what makes up 2,048 tokens); gradients are summed before
+    the absolute value is taken, so it changes memory, not scores.
     """
     owner = {n: b for g in groups for b in g.modules for n in weights_of(model, b)}
     scores: dict[str, Tensor] = {}
@@ -52,10 +65,14 @@ def block_taylor(model: nn.Module, groups: list[Group], run: Run, *, batch: Posi
 
 
 @criteria.register(paper="arXiv 2402.02834, 2402.09025", year=2024, needs="data", kinds=("blocks",))
-def block_ppl(model: nn.Module, groups: list[Group], run: Run, *, batch: Positive = 8, reuse: bool = True) -> Scores:
-    """Log perplexity of the model without the block on the calibration text; with `pruner=greedy` this is SLEB.
+def block_ppl(
+    model: nn.Module, groups: list[Group], run: Run, *, batch: Positive = 8, reuse: bool = True
+) -> Scores:
+    """Log perplexity of the model without the block on the calibration text; with `pruner=greedy`
+    this is SLEB.
 
-    `batch` samples a forward. `reuse` starts each trial from the activations that entered the block, held for one batch at a time;
-    set it to false for a model whose blocks hand each other more than those.
+    `batch` samples a forward. `reuse` starts each trial from the activations that entered the
+    block, held for one batch at a time; set it to false for a model whose blocks hand each other
+    more than those.
     """
     return {g.name: losses_without(model, g.modules, run, batch, reuse) for g in groups}

@@ -1,4 +1,6 @@
-"""Taylor importance of coupled structures (LLM-Pruner, NeurIPS 2023, arXiv 2305.11627, equations 3 to 5)."""
+"""Taylor importance of coupled structures (LLM-Pruner, NeurIPS 2023, arXiv 2305.11627, equations 3
+to 5).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from prunekit.types import STRUCTURES, Group, Run, Scores, block_modules
 
 Mode = Literal["vectorize", "param_first", "param_second", "param_mix"]
 _CHUNK = {"cpu": 2**18}
-"""Elements folded at a time: on a CPU a MiB of float32, which stays in cache between the operations on it."""
+"""Elements folded at a time: on a CPU a MiB of float32, which stays in cache between the operations
+on it.
+"""
 _CHUNK_ELSEWHERE = 2**24
 
 
@@ -29,12 +33,15 @@ def taylor(
     reduce: Reduce = "sum",
     batch: Positive | None = None,
 ) -> Scores:
-    """Change of the loss when a unit goes, to first or second order, from gradients on the calibration text.
+    """Change of the loss when a unit goes, to first or second order, from gradients on the
+    calibration text.
 
-    Per weight w with batch gradient g and mean squared per-sample gradient F: `vectorize` |sum w g| over a channel, `param_first`
-    sum |w g|, `param_second` sum w F w, `param_mix` sum |w g - w F w / 2|. Channels are reduced over a group's members by `reduce`, then
-    summed over a unit. Gradients are folded as backward produces them. `batch` samples go at a time (default: what makes up 2,048 tokens);
-    more batches than one take as much memory again as the weights in question, and no score depends on it.
+    Per weight w with batch gradient g and mean squared per-sample gradient F: `vectorize` |sum w g|
+    over a channel, `param_first` sum |w g|, `param_second` sum w F w, `param_mix` sum |w g - w F w
+    / 2|. Channels are reduced over a group's members by `reduce`, then summed over a unit.
+    Gradients are folded as backward produces them. `batch` samples go at a time (default: what
+    makes up 2,048 tokens); more batches than one take as much memory again as the weights in
+    question, and no score depends on it.
     """
     axes: dict[str, list[int]] = {}
     for g in groups:
@@ -44,13 +51,17 @@ def taylor(
     per_channel: dict[tuple[str, int], Tensor] = {}
 
     def fold(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
-        for axis, values in channel_importance(weight, gradient, mean_squared, mode, axes[name]).items():
+        for axis, values in channel_importance(
+            weight, gradient, mean_squared, mode, axes[name]
+        ).items():
             per_channel[name, axis] = values
 
     trained = {n for n, _ in model.named_parameters()}
     names = [n for n in axes if n in trained]  # buffers have no gradient
     with lean_activations(block_modules(model)), lean_loss(model):
-        backward(model, names, run, fold, squares=mode in ("param_second", "param_mix"), batch=batch)
+        backward(
+            model, names, run, fold, squares=mode in ("param_second", "param_mix"), batch=batch
+        )
     for name, used in axes.items():
         if name not in trained:
             for axis in used:
@@ -58,10 +69,14 @@ def taylor(
     return {g.name: unit_scores(g, per_channel, reduce) for g in groups}
 
 
-def channel_importance(w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode, axes: Iterable[int]) -> dict[int, Tensor]:
-    """Importance of each index of each axis in `axes` of weight `w`, in float32 on `w`'s device. Norm weights (1-D): per element.
+def channel_importance(
+    w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode, axes: Iterable[int]
+) -> dict[int, Tensor]:
+    """Importance of each index of each axis in `axes` of weight `w`, in float32 on `w`'s device.
+    Norm weights (1-D): per element.
 
-    A stretch of rows at a time, in one buffer that stays in the processor's cache: a fold costs little more than reading `w` and `g`.
+    A stretch of rows at a time, in one buffer that stays in the processor's cache: a fold costs
+    little more than reading `w` and `g`.
     """
     shape = w.shape
     matrix = (shape[0], -1) if w.dim() < 3 else shape  # a vector is a matrix of one column
@@ -70,7 +85,11 @@ def channel_importance(w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode,
     sums = {a: torch.zeros(shape[a], dtype=torch.float32, device=w.device) for a in axes}
     buffer = torch.empty((rows, *w.shape[1:]), dtype=torch.float32, device=w.device)
     across, down = buffer.new_ones(w.shape[-1]), buffer.new_ones(rows)
-    parts = zip(w.split(rows), g.split(rows), [None] * len(w) if squares is None else squares.reshape(matrix).split(rows))
+    parts = zip(
+        w.split(rows),
+        g.split(rows),
+        [None] * len(w) if squares is None else squares.reshape(matrix).split(rows),
+    )
     for i, (w_part, g_part, f_part) in enumerate(parts):
         s = buffer[: len(w_part)]
         element_importance(s, w_part, g_part, f_part, mode)
@@ -78,15 +97,21 @@ def channel_importance(w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode,
             if s.dim() > 2:  # fused experts
                 where = slice(i * rows, i * rows + len(s)) if a == 0 else slice(None)
                 total[where] += channel_sum(s, a)
-            elif a == 0:  # products with ones: several times faster than sum() along the first dimension
+            elif (
+                a == 0
+            ):  # products with ones: several times faster than sum() along the first dimension
                 torch.mv(s, across, out=total[i * rows : i * rows + len(s)])
             else:
                 total.addmv_(s.T, down[: len(s)])
     return {a: total.abs_() for a, total in sums.items()}
 
 
-def element_importance(out: Tensor, w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode) -> None:
-    """Into `out`: signed for `vectorize` (the sum over a channel is taken before the absolute value), else non-negative."""
+def element_importance(
+    out: Tensor, w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode
+) -> None:
+    """Into `out`: signed for `vectorize` (the sum over a channel is taken before the absolute
+    value), else non-negative.
+    """
     out.copy_(w)
     if mode in ("vectorize", "param_first"):
         out.mul_(g)

@@ -1,4 +1,6 @@
-"""Wanda (Sun et al., ICLR 2024, arXiv 2306.11695): a weight matters as much as it is large and as what it reads is large."""
+"""Wanda (Sun et al., ICLR 2024, arXiv 2306.11695): a weight matters as much as it is large and as
+what it reads is large.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ from prunekit.types import Group, Run, Scores
 @criteria.register(paper="arXiv 2306.11695", year=2023, needs="data", kinds=("weights",))
 @torch.no_grad()
 def wanda(model: nn.Module, groups: list[Group], run: Run) -> Scores:
-    """A weight's size times the norm of its input over the calibration text; the paper compares within rows (pruner.scope=row, or alpha)."""
+    """A weight's size times the norm of its input over the calibration text; the paper compares
+    within rows (pruner.scope=row, or alpha).
+    """
     norms = input_norms(model, groups, run)
     return {g.name: upright(model, g, wanda_score(matrix(model, g), norms[g.name])) for g in groups}

@@ -1,4 +1,6 @@
-"""How long a request takes: reading the prompt (prefill) and writing each further token (decode), apart."""
+"""How long a request takes: reading the prompt (prefill) and writing each further token (decode),
+apart.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,15 @@ def latency(
     repeats: Repeats = 5,
     warmup: Natural = 1,
 ) -> dict[str, float]:
-    """Milliseconds to read a prompt and per token written, tokens per second; medians over `repeats`, spread = interquartile range.
+    """Milliseconds to read a prompt and per token written, tokens per second; medians over
+    `repeats`, spread = interquartile range.
 
-    A request is `batch` x `prompt` ids in one pass, whose logits give the first new token, then `new_tokens` passes of one token with
-    the cache, greedy. The prompt is all ones, so the work is the same every time. `latency_ms` is the whole request,
-    `tokens_per_s` counts `batch * new_tokens` over decode alone. A model that returns no cache reads the whole sequence anew for
-    each token, as it would have to in use. CUDA is synchronised around each part. `warmup` whole requests go unmeasured.
+    A request is `batch` x `prompt` ids in one pass, whose logits give the first new token, then
+    `new_tokens` passes of one token with the cache, greedy. The prompt is all ones, so the work is
+    the same every time. `latency_ms` is the whole request, `tokens_per_s` counts `batch *
+    new_tokens` over decode alone. A model that returns no cache reads the whole sequence anew for
+    each token, as it would have to in use. CUDA is synchronised around each part. `warmup` whole
+    requests go unmeasured.
     """
     device = next(model.parameters()).device
     ids = torch.ones(batch, prompt, dtype=torch.long, device=device)
@@ -61,7 +66,9 @@ def latency(
     }
 
 
-def _request(model: nn.Module, ids: Tensor, new_tokens: int, wait: Callable[[], None]) -> tuple[float, float]:
+def _request(
+    model: nn.Module, ids: Tensor, new_tokens: int, wait: Callable[[], None]
+) -> tuple[float, float]:
     """Seconds of prefill, seconds of decode."""
     wait()
     start = time.perf_counter()
@@ -72,7 +79,9 @@ def _request(model: nn.Module, ids: Tensor, new_tokens: int, wait: Callable[[], 
         chosen = out.logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, chosen], dim=1)
         cache = getattr(out, "past_key_values", None)
-        out = model(input_ids=ids if cache is None else chosen, past_key_values=cache, use_cache=True)
+        out = model(
+            input_ids=ids if cache is None else chosen, past_key_values=cache, use_cache=True
+        )
     wait()
     return middle - start, time.perf_counter() - middle
 

@@ -1,4 +1,6 @@
-"""Multiply-accumulates of one forward pass, by LLM-Pruner's rules (arXiv 2305.11627, Table 3: 64 token ids, batch 1)."""
+"""Multiply-accumulates of one forward pass, by LLM-Pruner's rules (arXiv 2305.11627, Table 3: 64
+token ids, batch 1).
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,35 @@ from prunekit.errors import ConfigError
 from prunekit.registry import Positive, evals
 
 # What the libraries call these two numbers, on the attention module or in the config.
-_HEAD_DIM = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "hidden_size_per_attention_head")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "moe_topk", "moe_k", "top_k")
+_HEAD_DIM = (
+    "v_head_dim",
+    "head_dim",
+    "head_size",
+    "attention_head_size",
+    "hidden_size_per_attention_head",
+)
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+    "top_k",
+)
 
 
 @evals.register(name="macs")
-def macs_eval(model: nn.Module, tokenizer: Any, *, tokens: Positive = 64, cross_check: bool = True) -> dict[str, float]:
-    """Multiply-accumulates of one forward pass over `tokens` ids: by the paper's formulas, and as torch's FLOP counter sees it.
+def macs_eval(
+    model: nn.Module, tokenizer: Any, *, tokens: Positive = 64, cross_check: bool = True
+) -> dict[str, float]:
+    """Multiply-accumulates of one forward pass over `tokens` ids: by the paper's formulas, and as
+    torch's FLOP counter sees it.
 
-    `macs_flop_counter` is half the FLOPs of the matrix products that ran; rotary embedding, norms, softmax and activations, which
-    the formulas count, are not in it, so it lies slightly below. `cross_check=false` leaves it out (it runs the model once), and so
-    does the meta device, where nothing can run.
+    `macs_flop_counter` is half the FLOPs of the matrix products that ran; rotary embedding, norms,
+    softmax and activations, which the formulas count, are not in it, so it lies slightly below.
+    `cross_check=false` leaves it out (it runs the model once), and so does the meta device, where
+    nothing can run.
     """
     out = {"macs": float(macs(model, tokens))}
     if cross_check and not any(p.is_meta for p in model.parameters()):
@@ -32,13 +52,16 @@ def macs_eval(model: nn.Module, tokenizer: Any, *, tokens: Positive = 64, cross_
 
 
 def macs(model: nn.Module, tokens: int = 64) -> int:
-    """Multiply-accumulates from the shapes of the parameters alone: nothing runs, so the meta device is fine.
+    """Multiply-accumulates from the shapes of the parameters alone: nothing runs, so the meta
+    device is fine.
 
-    With q tokens: a matrix outside of the embeddings q * elements (experts: the share that a token visits); a norm 2 * q * width;
-    an MLP q * F for its activation; an attention 2 * q * (H + G) * D for the rotary embedding and (2 * q * q * D + q * q) * H for
-    scores, softmax and weighted sum. Widths are each layer's own. The paper writes projections as 4 * q * C * H * D and rotary as
-    4 * q * H * D: the same for G = H, and too much for grouped queries.
-    State-space scans and linear attention have no term of their own. Raises ConfigError where an attention's head size is nowhere.
+    With q tokens: a matrix outside of the embeddings q * elements (experts: the share that a token
+    visits); a norm 2 * q * width; an MLP q * F for its activation; an attention 2 * q * (H + G) * D
+    for the rotary embedding and (2 * q * q * D + q * q) * H for scores, softmax and weighted sum.
+    Widths are each layer's own. The paper writes projections as 4 * q * C * H * D and rotary as 4 *
+    q * H * D: the same for G = H, and too much for grouped queries. State-space scans and linear
+    attention have no term of their own. Raises ConfigError where an attention's head size is
+    nowhere.
     """
     total = 0
     rotary = any("rotary" in type(m).__name__.lower() for m in model.modules())
@@ -53,17 +76,24 @@ def macs(model: nn.Module, tokens: int = 64) -> int:
 
 
 def flop_counter_macs(model: nn.Module, tokens: int = 64) -> float:
-    """Half the FLOPs that `torch.utils.flop_counter` sees in one forward pass over `tokens` ids, batch 1."""
+    """Half the FLOPs that `torch.utils.flop_counter` sees in one forward pass over `tokens` ids,
+    batch 1.
+    """
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    def cpu_attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    def cpu_attention(
+        query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+    ) -> int:
         return sdpa_flop_count(query, key, value)
 
     def grouped_mm(rows: Any, experts: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 2 * math.prod(rows) * experts[-1]  # (R, K) rows sorted by expert x (E, K, N)
 
-    # Neither the CPU's fused attention nor the product of fused experts has a formula in torch's own table (2.13).
-    extra: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention}
+    # Neither the CPU's fused attention nor the product of fused experts has a formula in torch's
+    # own table (2.13).
+    extra: dict[Any, Any] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention
+    }
     if hasattr(torch.ops.aten, "_grouped_mm"):
         extra[torch.ops.aten._grouped_mm] = grouped_mm
     counter = FlopCounterMode(display=False, custom_mapping=extra)
@@ -78,7 +108,8 @@ def flop_counter_macs(model: nn.Module, tokens: int = 64) -> float:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # transformers' Conv1D (GPT-2) is a linear layer with its weight transposed; known by name, to keep transformers out of the imports.
+    # transformers' Conv1D (GPT-2) is a linear layer with its weight transposed; known by name, to
+    # keep transformers out of the imports.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -88,7 +119,9 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _linears(module: nn.Module) -> list[tuple[int, int]]:
-    """(in, out) features of the linear maps among the direct children; a factorised one (a Sequential of linears) is one map."""
+    """(in, out) features of the linear maps among the direct children; a factorised one (a
+    Sequential of linears) is one map.
+    """
     shapes = []
     for child in module.children():
         parts = list(child.children()) if isinstance(child, nn.Sequential) else [child]
@@ -111,13 +144,19 @@ def _matrix_elements(module: nn.Module) -> int:
 
 def _norm_width(module: nn.Module) -> int:
     weight = getattr(module, "weight", None)
-    if "norm" not in type(module).__name__.lower() or not isinstance(weight, Tensor) or weight.ndim != 1:
+    if (
+        "norm" not in type(module).__name__.lower()
+        or not isinstance(weight, Tensor)
+        or weight.ndim != 1
+    ):
         return 0
     return 2 * weight.numel()
 
 
 def _ffn_width(module: nn.Module) -> int:
-    """Activations of an MLP: what enters its last linear map (or its last fused (E, C, F) expert tensor)."""
+    """Activations of an MLP: what enters its last linear map (or its last fused (E, C, F) expert
+    tensor).
+    """
     fused = _fused_experts(module)
     if len(fused) >= 2:
         first, last = fused[0].shape, fused[-1].shape
@@ -133,10 +172,15 @@ def _fused_experts(module: nn.Module) -> list[Tensor]:
 
 
 def _visited(model: nn.Module, name: str, module: nn.Module) -> float:
-    """Share of this module that one token meets: top_k / E for what lies inside of E routed experts, else 1."""
+    """Share of this module that one token meets: top_k / E for what lies inside of E routed
+    experts, else 1.
+    """
     fused = _fused_experts(module)
     if fused:
-        return min(_number(_TOP_K, module, model, fused[0].shape[0]), fused[0].shape[0]) / fused[0].shape[0]
+        return (
+            min(_number(_TOP_K, module, model, fused[0].shape[0]), fused[0].shape[0])
+            / fused[0].shape[0]
+        )
     path = name.split(".")
     for i, (a, b) in enumerate(pairwise(path)):
         if a == "experts" and b.isdigit():
@@ -154,15 +198,24 @@ def _number(names: tuple[str, ...], module: nn.Module, model: nn.Module, otherwi
 
 
 def _attention(name: str, module: nn.Module, model: nn.Module, tokens: int, rotary: bool) -> int:
-    """Rotary embedding, scores, softmax and weighted sum of one attention layer, and its inner norms."""
+    """Rotary embedding, scores, softmax and weighted sum of one attention layer, and its inner
+    norms.
+    """
     shapes = _linears(module)
     queries, keys = _widths(shapes)
     v_dim = _number(_HEAD_DIM, module, model) or _config_head_dim(model)
     if not v_dim:
-        raise ConfigError(f"{name}: found no head size; looked for {', '.join(_HEAD_DIM)} on {type(module).__name__} and in the config")
+        raise ConfigError(
+            f"{name}: found no head size; looked for {', '.join(_HEAD_DIM)} on "
+            f"{type(module).__name__} and in the config"
+        )
     heads = queries // v_dim
-    # Multi-head latent attention has two sizes, and turns only a part of each query and one shared key.
-    qk_dim, rope = (getattr(module, n, otherwise) for n, otherwise in (("qk_head_dim", v_dim), ("qk_rope_head_dim", 0)))
+    # Multi-head latent attention has two sizes, and turns only a part of each query and one shared
+    # key.
+    qk_dim, rope = (
+        getattr(module, n, otherwise)
+        for n, otherwise in (("qk_head_dim", v_dim), ("qk_rope_head_dim", 0))
+    )
     total = tokens * tokens * heads * (qk_dim + v_dim + 1)
     if rotary:
         total += 2 * tokens * ((heads + 1) * rope if rope else queries + keys)
@@ -170,13 +223,17 @@ def _attention(name: str, module: nn.Module, model: nn.Module, tokens: int, rota
 
 
 def _norms_per_head(module: nn.Module, dim: int, heads: int, kv_heads: int) -> int:
-    """What q/k norms over one head cost beyond the single pass that `_norm_width` counts for each of them."""
+    """What q/k norms over one head cost beyond the single pass that `_norm_width` counts for each
+    of them.
+    """
     norms = [m for m in module.children() if _norm_width(m) == 2 * dim]
     return sum(2 * dim * (n - 1) for n, _ in zip((heads, kv_heads), norms))
 
 
 def _widths(shapes: list[tuple[int, int]]) -> tuple[int, int]:
-    """(H * D, G * D): the output map is the one whose inputs leave room for keys and values in what the other maps put out."""
+    """(H * D, G * D): the output map is the one whose inputs leave room for keys and values in what
+    the other maps put out.
+    """
     best = (shapes[-1][0], 0)
     for i in reversed(range(len(shapes))):
         rest = sum(out for j, (_, out) in enumerate(shapes) if j != i)
@@ -188,5 +245,8 @@ def _widths(shapes: list[tuple[int, int]]) -> tuple[int, int]:
 
 def _config_head_dim(model: nn.Module) -> int:
     config: Any = getattr(model, "config", None)
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    hidden, heads = (
+        getattr(config, "hidden_size", None),
+        getattr(config, "num_attention_heads", None),
+    )
     return hidden // heads if hidden and heads else 0

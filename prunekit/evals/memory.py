@@ -16,13 +16,17 @@ from prunekit.registry import Positive, evals
 
 
 @evals.register(cached=False)
-def memory(model: nn.Module, tokenizer: Any, *, batch: Positive = 1, tokens: Positive = 128) -> dict[str, float]:
-    """MiB of the loaded model, and of the peak while it reads `batch` x `tokens` ids (no gradients, no cache).
+def memory(
+    model: nn.Module, tokenizer: Any, *, batch: Positive = 1, tokens: Positive = 128
+) -> dict[str, float]:
+    """MiB of the loaded model, and of the peak while it reads `batch` x `tokens` ids (no gradients,
+    no cache).
 
-    `loaded_memory_mib` is parameters and buffers, each storage once (LLM-Pruner's Memory column, which has no peak in it).
-    `peak_memory_mib` is that plus what the forward pass added: on CUDA the allocator's own count, exact and the same every time; on
-    the CPU the growth of the process's resident memory, after giving freed memory back to the system, so it carries the
-    noise of malloc (a few MiB) and the first call's set-up is kept out by one small forward pass before it.
+    `loaded_memory_mib` is parameters and buffers, each storage once (LLM-Pruner's Memory column,
+    which has no peak in it). `peak_memory_mib` is that plus what the forward pass added: on CUDA
+    the allocator's own count, exact and the same every time; on the CPU the growth of the process's
+    resident memory, after giving freed memory back to the system, so it carries the noise of malloc
+    (a few MiB) and the first call's set-up is kept out by one small forward pass before it.
     """
     device = next(model.parameters()).device
     ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
@@ -37,17 +41,25 @@ def memory(model: nn.Module, tokenizer: Any, *, batch: Positive = 1, tokens: Pos
     finally:
         model.train(training)
     loaded = loaded_mib(model)
-    return {"loaded_memory_mib": loaded, "peak_memory_mib": loaded + max(0.0, peak.mib - peak.start_mib)}
+    return {
+        "loaded_memory_mib": loaded,
+        "peak_memory_mib": loaded + max(0.0, peak.mib - peak.start_mib),
+    }
 
 
 def loaded_mib(model: nn.Module) -> float:
     """MiB of parameters and buffers; tensors that share a storage count once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in chain(model.parameters(), model.buffers())}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in chain(model.parameters(), model.buffers())
+    }
     return sum(storages.values()) / 2**20
 
 
 def _give_back() -> None:
-    """Return memory that is free but held by the allocators, so that the growth that follows is seen."""
+    """Return memory that is free but held by the allocators, so that the growth that follows is
+    seen.
+    """
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,4 +1,6 @@
-"""Perplexity by LLM-Pruner's protocol (arXiv 2305.11627, released code): non-overlapping windows, of any length, of one joined text."""
+"""Perplexity by LLM-Pruner's protocol (arXiv 2305.11627, released code): non-overlapping windows,
+of any length, of one joined text.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from prunekit.registry import Positive, evals
 
 
 def token_ids(text: str, tokenizer: Any, bos: bool | None) -> Tensor:
-    """The whole text tokenized once, with what the tokenizer puts around a text (None), one BOS in front (True) or nothing (False)."""
+    """The whole text tokenized once, with what the tokenizer puts around a text (None), one BOS in
+    front (True) or nothing (False).
+    """
     ids = tokenizer(text, add_special_tokens=bos is None).input_ids
     if bos:
         if tokenizer.bos_token_id is None:
@@ -27,7 +31,9 @@ def token_ids(text: str, tokenizer: Any, bos: bool | None) -> Tensor:
 
 
 def cut(ids: Tensor, window: int, block: int | None, every: int, limit: int | None) -> Tensor:
-    """Non-overlapping windows `(N, window)` of a token stream, the tail dropped, of every `every`-th block. Raises ConfigError."""
+    """Non-overlapping windows `(N, window)` of a token stream, the tail dropped, of every
+    `every`-th block. Raises ConfigError.
+    """
     block = block or window
     if block % window:
         raise ConfigError(f"block={block} is no multiple of window={window}")
@@ -40,15 +46,21 @@ def cut(ids: Tensor, window: int, block: int | None, every: int, limit: int | No
 
 @torch.inference_mode()
 def window_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tensor:
-    """Mean negative log-likelihood of each window's predicted tokens, in float32 per token and float64 over them. `(N,)`."""
+    """Mean negative log-likelihood of each window's predicted tokens, in float32 per token and
+    float64 over them. `(N,)`.
+    """
     device = next(model.parameters()).device
     means = []
     with tqdm(total=len(windows), desc=name, unit="window", leave=False) as bar:
         for rows in windows.split(batch):
             rows = rows.to(device)
             logits = model(input_ids=rows, use_cache=False).logits
-            for row, scores in zip(rows, logits, strict=True):  # one at a time: float32 logits of a batch can be gigabytes
-                loss = nn.functional.cross_entropy(scores[:-1].float(), row[1:].to(scores.device), reduction="none")
+            for row, scores in zip(
+                rows, logits, strict=True
+            ):  # one at a time: float32 logits of a batch can be gigabytes
+                loss = nn.functional.cross_entropy(
+                    scores[:-1].float(), row[1:].to(scores.device), reduction="none"
+                )
                 means.append(loss.double().mean().cpu())
             bar.update(len(rows))
     return torch.stack(means)
@@ -71,14 +83,20 @@ def perplexity(
     bos: bool | None = None,
     data_root: DataRoot = None,
 ) -> dict[str, float]:
-    """Perplexity of a text in windows of `window` tokens: `ppl_<dataset>_<window>` and its standard error.
+    """Perplexity of a text in windows of `window` tokens: `ppl_<dataset>_<window>` and its standard
+    error.
 
-    The token mean of the cross entropy, exponentiated; the error by the delta method over windows. `path` names a text or jsonl
-    file in place of `dataset`, and `label` (default: the file's stem) stands for it in the key. The text is cut into blocks of
-    `block` tokens, of which each `every`-th is read, and these into windows. Raises ConfigError.
+    The token mean of the cross entropy, exponentiated; the error by the delta method over windows.
+    `path` names a text or jsonl file in place of `dataset`, and `label` (default: the file's stem)
+    stands for it in the key. The text is cut into blocks of `block` tokens, of which each
+    `every`-th is read, and these into windows. Raises ConfigError.
     """
     if path:
-        text = "".join(r["text"] for r in read(path)) if not path.endswith(".jsonl") else document([r["text"] for r in read(path)])
+        text = (
+            "".join(r["text"] for r in read(path))
+            if not path.endswith(".jsonl")
+            else document([r["text"] for r in read(path)])
+        )
     else:
         text = document(texts(dataset, split or default_split(dataset, "evaluate"), data_root))
     key = f"ppl_{label or (Path(path).stem if path else dataset)}_{window}"

@@ -1,4 +1,6 @@
-"""Zero-shot accuracy by lm-evaluation-harness: the seven tasks of LLM-Pruner (arXiv 2305.11627, Table 1) or any other."""
+"""Zero-shot accuracy by lm-evaluation-harness: the seven tasks of LLM-Pruner (arXiv 2305.11627,
+Table 1) or any other.
+"""
 
 from __future__ import annotations
 
@@ -44,24 +46,36 @@ def _tasks_folder() -> Path:
 
 
 def _known(tasks: list[str]) -> list[str]:
-    """The names if all are tasks or groups of lm-eval. Raises ValueError; reads lm-eval's YAMLs as text, for its own index takes 8 s."""
+    """The names if all are tasks or groups of lm-eval. Raises ValueError; reads lm-eval's YAMLs as
+    text, for its own index takes 8 s.
+    """
     if not tasks:
         raise ValueError("name one task at least")
     strange = [t for t in tasks if t not in PAPER and t != CLOZE]
     if strange:
         named = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.M)
-        there = {name for file in _tasks_folder().rglob("*.yaml") for name in named.findall(file.read_text(encoding="utf-8"))}
+        there = {
+            name
+            for file in _tasks_folder().rglob("*.yaml")
+            for name in named.findall(file.read_text(encoding="utf-8"))
+        }
         for task in strange:
             if task not in there:
                 near = get_close_matches(task, sorted(there | {CLOZE}), n=4)
-                hint = f"near it are: {', '.join(near)}" if near else f"the usual ones are: {', '.join([*PAPER, CLOZE])}"
+                hint = (
+                    f"near it are: {', '.join(near)}"
+                    if near
+                    else f"the usual ones are: {', '.join([*PAPER, CLOZE])}"
+                )
                 raise ValueError(f"lm-eval has no task or group {task!r}; {hint}")
     return tasks
 
 
 @contextmanager
 def _aside() -> Iterator[None]:
-    """lm-eval's log and the bars of datasets off for a while (that over the requests stays), Python's generator as it was afterwards."""
+    """lm-eval's log and the bars of datasets off for a while (that over the requests stays),
+    Python's generator as it was afterwards.
+    """
     import datasets
 
     log = logging.getLogger("lm_eval")
@@ -78,7 +92,8 @@ def _aside() -> Iterator[None]:
 
 
 def _spec(task: str, folder: Path | None) -> Any:
-    """What lm-eval loads a task from: its stock definition, on the files of the data folder where that has them.
+    """What lm-eval loads a task from: its stock definition, on the files of the data folder where
+    that has them.
 
     lm-eval 0.4.13 takes a dict for a change of a stock task only inside a group.
     """
@@ -86,19 +101,36 @@ def _spec(task: str, folder: Path | None) -> Any:
         return docs_cloze.task()
     if folder is None or task not in PAPER or not (folder / "tasks" / f"{task}.jsonl").is_file():
         return task
-    main, other = (folder.resolve() / "tasks" / f"{task}{part}.jsonl" for part in ("", "_validation"))
-    files = {"validation": str(other), "test": str(main)} if other.is_file() else {"validation": str(main)}
-    local = {"task": task, "dataset_path": "json", "dataset_name": None, "training_split": None, "dataset_kwargs": {"data_files": files}}
+    main, other = (
+        folder.resolve() / "tasks" / f"{task}{part}.jsonl" for part in ("", "_validation")
+    )
+    files = (
+        {"validation": str(other), "test": str(main)}
+        if other.is_file()
+        else {"validation": str(main)}
+    )
+    local = {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "training_split": None,
+        "dataset_kwargs": {"data_files": files},
+    }
     return {"group": f"local_{task}", "task": [local]}
 
 
 def _load(tasks: Sequence[str], folder: Path | None) -> Any:
-    """lm-eval's task objects. Raises ConfigError where a data set is neither in the data folder nor on the hub."""
+    """lm-eval's task objects. Raises ConfigError where a data set is neither in the data folder nor
+    on the hub.
+    """
     from lm_eval.tasks import TaskManager
 
     at = _tasks_folder()
     if all(t in PAPER or t == CLOZE for t in tasks):  # the whole index takes 8 s
-        manager = TaskManager(include_defaults=False, include_path=sorted({at / PAPER[t][1] for t in tasks if t in PAPER}))
+        manager = TaskManager(
+            include_defaults=False,
+            include_path=sorted({at / PAPER[t][1] for t in tasks if t in PAPER}),
+        )
     else:
         manager = TaskManager()
     try:
@@ -106,8 +138,10 @@ def _load(tasks: Sequence[str], folder: Path | None) -> Any:
     except (OSError, ValueError, RuntimeError) as e:
         place = f"{folder} does not hold them" if folder else "no data folder is named"
         raise ConfigError(
-            f"tasks {', '.join(tasks)}: {place}, and the hub did not give them all ({type(e).__name__}: {str(e).splitlines()[0]}). "
-            f"Either name a folder that holds tasks/<task>.jsonl with data_root= or PRUNEKIT_DATA, or run with the network on; "
+            f"tasks {', '.join(tasks)}: {place}, and the hub did not give them all "
+            f"({type(e).__name__}: {str(e).splitlines()[0]}). "
+            "Either name a folder that holds tasks/<task>.jsonl with data_root= or "
+            "PRUNEKIT_DATA, or run with the network on; "
             f"{CLOZE} needs neither."
         ) from e
     for task in loaded["tasks"].values():
@@ -117,12 +151,20 @@ def _load(tasks: Sequence[str], folder: Path | None) -> Any:
 
 
 def _numbers(results: dict[str, dict[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
-    """The paper's metric of each task (of others accuracy, else the first there is), its error, and the mean of the accuracies."""
+    """The paper's metric of each task (of others accuracy, else the first there is), its error, and
+    the mean of the accuracies.
+    """
     found: dict[str, float] = {}
     accuracies, errors = [], []
     for task in dict.fromkeys(tasks):
-        values = {k.removesuffix(",none"): v for k, v in results[task].items() if isinstance(v, (int, float)) and "," in k}
-        metric = PAPER[task][0] if task in PAPER else "acc" if "acc" in values else next(iter(values))
+        values = {
+            k.removesuffix(",none"): v
+            for k, v in results[task].items()
+            if isinstance(v, (int, float)) and "," in k
+        }
+        metric = (
+            PAPER[task][0] if task in PAPER else "acc" if "acc" in values else next(iter(values))
+        )
         found[f"{metric}_{task}"] = float(values[metric])
         error = float(values.get(f"{metric}_stderr", math.nan))
         if not math.isnan(error):
@@ -150,10 +192,12 @@ def zeroshot(
     seed: Natural = 0,
     data_root: DataRoot = None,
 ) -> dict[str, float]:
-    """Zero-shot accuracy on lm-eval tasks (default: LLM-Pruner's seven) and on docs_cloze, which needs no download.
+    """Zero-shot accuracy on lm-eval tasks (default: LLM-Pruner's seven) and on docs_cloze, which
+    needs no download.
 
-    Keys: `acc_<task>` or `acc_norm_<task>`, as the paper reports the task, the same with `_stderr`, and `acc_mean` over this eval's tasks.
-    `limit` takes the first so many items of each. Raises ConfigError.
+    Keys: `acc_<task>` or `acc_norm_<task>`, as the paper reports the task, the same with `_stderr`,
+    and `acc_mean` over this eval's tasks. `limit` takes the first so many items of each. Raises
+    ConfigError.
     """
     with _aside(), eval_mode(model):
         from lm_eval.evaluator import evaluate
@@ -163,6 +207,12 @@ def zeroshot(
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=seed)
         # a copy, since lm-eval gives a tokenizer without padding a padding token
-        lm = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch, add_bos_token=bos, softmax_dtype="float32")
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=deepcopy(tokenizer),
+            batch_size=batch,
+            add_bos_token=bos,
+            softmax_dtype="float32",
+        )
         results = evaluate(lm, loaded, limit=limit, log_samples=False)["results"]
     return _numbers(results, tasks)

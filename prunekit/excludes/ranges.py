@@ -1,4 +1,6 @@
-"""Which blocks are left alone: the first and last ones carry most of what a model cannot lose (LLM-Pruner, appendix B)."""
+"""Which blocks are left alone: the first and last ones carry most of what a model cannot lose
+(LLM-Pruner, appendix B).
+"""
 
 from __future__ import annotations
 
@@ -21,26 +23,35 @@ def none(groups: list[Group]) -> list[Group]:
 
 @excludes.register()
 def ends(groups: list[Group], *, first: Natural = 3, last: Natural = 1) -> list[Group]:
-    """Leaves the `first` blocks and the `last` blocks alone (the paper's advice: 3 and 1). Residual channels stay in."""
+    """Leaves the `first` blocks and the `last` blocks alone (the paper's advice: 3 and 1). Residual
+    channels stay in.
+    """
     depth = 1 + max((g.layer for g in groups if g.layer is not None), default=0)
     found = [between(g, first, g.units - last) if g.modules else g for g in groups]
     return [g for g in found if g.units and (g.layer is None or first <= g.layer < depth - last)]
 
 
 def between(group: Group, start: int, stop: int) -> Group:
-    """The group of blocks without those before `start` and from `stop` on; its units are the blocks in between."""
+    """The group of blocks without those before `start` and from `stop` on; its units are the blocks
+    in between.
+    """
     modules = group.modules[start : max(start, stop)]
     return dataclasses.replace(group, units=len(modules), modules=modules, shape=(len(modules),))
 
 
 @excludes.register("range")
 def layer_range(
-    groups: list[Group], *, heads: Range | None = None, neurons: Range | None = None, blocks: Range | None = None
+    groups: list[Group],
+    *,
+    heads: Range | None = None,
+    neurons: Range | None = None,
+    blocks: Range | None = None,
 ) -> list[Group]:
-    """Prunes only blocks `start <= i < end` (0-based, as LLM-Pruner's flags), attention and FFN apart; null = every block.
+    """Prunes only blocks `start <= i < end` (0-based, as LLM-Pruner's flags), attention and FFN
+    apart; null = every block.
 
-    `[0, 0]` leaves that kind alone altogether. `heads` rules every unit inside an attention, `neurons` everything else in a block,
-    `blocks` which blocks may go as a whole.
+    `[0, 0]` leaves that kind alone altogether. `heads` rules every unit inside an attention,
+    `neurons` everything else in a block, `blocks` which blocks may go as a whole.
     """
 
     def inside(g: Group) -> bool:

@@ -1,4 +1,6 @@
-"""Discovery of what is coupled in a model, by tracing it; zeroing and removing units; the proof that both are the same."""
+"""Discovery of what is coupled in a model, by tracing it; zeroing and removing units; the proof
+that both are the same.
+"""
 
 from prunekit.graph.discovery import discover, report, verify
 from prunekit.graph.surgery import edits, rebuild, remove, zero

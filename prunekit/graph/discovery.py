@@ -1,4 +1,6 @@
-"""`discover`: a model's groups, and what was left alone and why; `zero` and `remove` act on them."""
+"""`discover`: a model's groups, and what was left alone and why; `zero` and `remove`
+act on them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ from torch import Tensor, nn
 
 from prunekit.graph.groups import Candidate, Pattern, candidates
 from prunekit.graph.labels import Labels, tensors
-from prunekit.graph.skeleton import ERRORS, TOKENS, block_lists, block_of, configs, inputs_for, open_routing, skeleton
+from prunekit.graph.skeleton import (
+    ERRORS,
+    TOKENS,
+    block_lists,
+    block_of,
+    configs,
+    inputs_for,
+    open_routing,
+    skeleton,
+)
 from prunekit.graph.small_model import small_version
 from prunekit.graph.solve import Solution
 from prunekit.graph.trace import Trace, trace
@@ -22,9 +33,11 @@ from prunekit.types import Group
 
 @dataclass
 class Discovery:
-    """What is known about a model: proven candidates, recipes for removing them, and in words what was left alone.
+    """What is known about a model: proven candidates, recipes for removing them, and in words what
+    was left alone.
 
-    `uncached`: why generation with a cache is no part of the proofs (the unpruned model cannot do it either); empty where it is.
+    `uncached`: why generation with a cache is no part of the proofs (the unpruned model cannot do
+    it either); empty where it is.
     """
 
     candidates: list[Candidate]
@@ -45,11 +58,15 @@ class Discovery:
 
 _FOUND: dict[tuple[str, bool], Discovery] = {}
 REMEMBERED = 16
-"""How many discoveries are kept, by what they depend on: a model's classes, shapes and settings, not its weights."""
+"""How many discoveries are kept, by what they depend on: a model's classes, shapes and settings,
+not its weights.
+"""
 
 
 def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
-    """Trace a skeleton with `each` blocks of a kind and type what it holds; nothing is proven yet. Returns the skeleton too."""
+    """Trace a skeleton with `each` blocks of a kind and type what it holds; nothing is proven yet.
+    Returns the skeleton too.
+    """
     small, stands = skeleton(model, each)
     inputs = inputs_for(small)
     labels, _ = trace(small, inputs)
@@ -58,22 +75,37 @@ def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
         labels, _ = trace(small, inputs, Trace(small, skip))
     labels = meet_generation(small, inputs, skip, labels)
     typed, refused, solution = typed_families(small, labels)
-    typed, refused, solution, labels = meet_experts(small, inputs, skip, (typed, refused, solution, labels))
+    typed, refused, solution, labels = meet_experts(
+        small, inputs, skip, (typed, refused, solution, labels)
+    )
     found = candidates(solution, typed, small, stands, model)
     left = refused + [f"{n}: the traced run never touched it" for n in untouched(small, labels)]
-    used = [path for path in block_lists(model) if any(n.startswith(path + ".") for n in labels.touched)]
+    used = [
+        path for path in block_lists(model) if any(n.startswith(path + ".") for n in labels.touched)
+    ]
     blocks = blocks_of(model, used)
     if blocks is None:
-        left.append(f"blocks: the blocks that ran are in {len(used)} lists ({', '.join(used[:4])}), not in one of two or more")
+        left.append(
+            f"blocks: the blocks that ran are in {len(used)} lists ({', '.join(used[:4])}), not "
+            "in one of two or more"
+        )
     return small, Discovery(found, {}, left, skip, blocks)
 
 
 def untouched(small: nn.Module, labels: Labels) -> list[str]:
-    return [n for n, p in tensors(small) if isinstance(p, nn.Parameter) and n not in labels.touched and p.numel() > 1]
+    return [
+        n
+        for n, p in tensors(small)
+        if isinstance(p, nn.Parameter) and n not in labels.touched and p.numel() > 1
+    ]
 
 
-def meet_generation(small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: Trace) -> Trace:
-    """Where a plain run leaves parameters untouched, follow a step of generation too: XLNet asks for the next token by a stream of its own."""
+def meet_generation(
+    small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: Trace
+) -> Trace:
+    """Where a plain run leaves parameters untouched, follow a step of generation too: XLNet asks
+    for the next token by a stream of its own.
+    """
     prepare, (ids, *others) = getattr(small, "prepare_inputs_for_generation", None), inputs.values()
     if prepare is None or others or not untouched(small, first):
         return first
@@ -89,8 +121,12 @@ def meet_generation(small: nn.Module, inputs: dict[str, Any], skip: frozenset[tu
 Typing = tuple[list[Typed], list[str], Solution, Trace]
 
 
-def meet_experts(small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: Typing) -> Typing:
-    """Where a top-k did not lead to experts in stacked weights, trace again with all experts picked: one that no token took has no labels."""
+def meet_experts(
+    small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: Typing
+) -> Typing:
+    """Where a top-k did not lead to experts in stacked weights, trace again with all experts
+    picked: one that no token took has no labels.
+    """
     typed, _, _, labels = first
     routed = {t.block for t in typed if t.kind == "experts" and not t.modules}
     picks = [p for p in labels.picks if block_of(p[0], block_lists(small)) not in routed]
@@ -102,7 +138,11 @@ def meet_experts(small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple
         return first
     again.least = labels.least
     second = (*typed_families(small, again), again)
-    return second if sum(t.kind == "experts" for t in second[0]) >= sum(t.kind == "experts" for t in typed) else first
+    return (
+        second
+        if sum(t.kind == "experts" for t in second[0]) >= sum(t.kind == "experts" for t in typed)
+        else first
+    )
 
 
 def typed_families(small: nn.Module, labels: Labels) -> tuple[list[Typed], list[str], Solution]:
@@ -120,7 +160,9 @@ def blocks_of(model: nn.Module, used: Sequence[str]) -> Group | None:
 
 
 def token_axes(labels: Labels) -> frozenset[tuple[str, int]]:
-    """Axes of which the run read as many as there were tokens (or differences of positions): they are indexed by position, not by channel."""
+    """Axes of which the run read as many as there were tokens (or differences of positions): they
+    are indexed by position, not by channel.
+    """
     out = set()
     for name, axes in labels.touched.items():
         for dim, hit in axes.items():
@@ -131,15 +173,19 @@ def token_axes(labels: Labels) -> frozenset[tuple[str, int]]:
 
 
 def discover(model: nn.Module, verify: bool = True) -> list[Group]:
-    """Every group of units of the model whose removal is proven (with `verify`) to equal zeroing them, on a small model of its kind.
+    """Every group of units of the model whose removal is proven (with `verify`) to equal zeroing
+    them, on a small model of its kind.
 
-    Works on any device, meta included: no weight is read. What was left alone, and why, is in `report(model)`.
+    Works on any device, meta included: no weight is read. What was left alone, and why, is in
+    `report(model)`.
     """
     return discovery(model, verify).groups
 
 
 def discovery(model: nn.Module, verify: bool = True) -> Discovery:
-    """What is known about a model, from memory where one of the same classes, shapes and settings was discovered before."""
+    """What is known about a model, from memory where one of the same classes, shapes and settings
+    was discovered before.
+    """
     key = (fingerprint(model), verify)
     if key not in _FOUND:
         found = survey(model)[1]
@@ -155,8 +201,14 @@ def fingerprint(model: nn.Module) -> str:
     """Equal for models of the same classes, shapes, dtypes and settings."""
     digest = hashlib.blake2b()
     for path, m in model.named_modules():
-        settings = [(k, v) for k, v in vars(m).items() if isinstance(v, (int, str, tuple)) and not k.startswith("_")]
-        digest.update(repr((path, type(m).__qualname__, settings, len(m._forward_pre_hooks))).encode())
+        settings = [
+            (k, v)
+            for k, v in vars(m).items()
+            if isinstance(v, (int, str, tuple)) and not k.startswith("_")
+        ]
+        digest.update(
+            repr((path, type(m).__qualname__, settings, len(m._forward_pre_hooks))).encode()
+        )
     for name, t in tensors(model):
         digest.update(repr((name, tuple(t.shape), t.dtype)).encode())
     for _, config in configs(model):
@@ -165,7 +217,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def verdicts_for(model: nn.Module) -> tuple[dict[Pattern, Verdict], str]:
-    """Proofs on a small version of the model with random weights and two blocks of each kind; why they leave out the cache, if they do."""
+    """Proofs on a small version of the model with random weights and two blocks of each kind; why
+    they leave out the cache, if they do.
+    """
     twin = small_version(model)
     inputs = inputs_for(twin)
     _, known = survey(twin, each=2)
@@ -180,9 +234,13 @@ def settle(found: Discovery, verdicts: dict[Pattern, Verdict], uncached: str) ->
     """Keep for each place the first candidate that is proven; say why the others are not."""
     kept, left = [], list(found.left)
     for c in found.candidates:
-        chosen = next((o for o in [c, *c.spare] if verdicts.get(o.pattern, Verdict(None)).recipe is not None), None)
+        chosen = next(
+            (o for o in [c, *c.spare] if verdicts.get(o.pattern, Verdict(None)).recipe is not None),
+            None,
+        )
         if chosen is None:
-            left.append(f"{c.group.name}: {verdicts.get(c.pattern, Verdict(None, 'its small version has no such units')).reason}")
+            none = Verdict(None, "its small version has no such units")
+            left.append(f"{c.group.name}: {verdicts.get(c.pattern, none).reason}")
         else:
             kept.append(chosen)
     blocks = found.blocks
@@ -193,14 +251,23 @@ def settle(found: Discovery, verdicts: dict[Pattern, Verdict], uncached: str) ->
 
 
 def verify(model: nn.Module, groups: Sequence[Group]) -> list[tuple[str, bool, str]]:
-    """For each of the groups: its name, whether removing its units is proven to equal zeroing them, and if not the reason.
+    """For each of the groups: its name, whether removing its units is proven to equal zeroing them,
+    and if not the reason.
 
-    The proof runs on a small version of the model with random weights; the model itself is neither run nor changed.
+    The proof runs on a small version of the model with random weights; the model itself is neither
+    run nor changed.
     """
     found = discovery(model, verify=True)
     proven = {g.name for g in found.groups}
     why = {name: reason for name, _, reason in (line.partition(": ") for line in found.left)}
-    return [(g.name, g.name in proven, "" if g.name in proven else why.get(g.name, "no such group in this model")) for g in groups]
+    return [
+        (
+            g.name,
+            g.name in proven,
+            "" if g.name in proven else why.get(g.name, "no such group in this model"),
+        )
+        for g in groups
+    ]
 
 
 def forget(model: nn.Module) -> None:

@@ -1,9 +1,11 @@
 """Labels on every index of every parameter axis, and the fields of labels that tensors carry.
 
-A *label* is a positive integer; 0 means "none". A tensor has a few *fields*: int64 tensors of its own rank, of size 1 along the dims where
-the label does not change (the reduced form), so the dims with size > 1 are those along which the field varies. Fields live on storages, hence
-views, slices, permutations and in-place writes into views need no rule. What the pass leaves behind is plain data: equalities between
-labels, clauses "this label stands for that set of labels", and the label matrices that occurred.
+A *label* is a positive integer; 0 means "none". A tensor has a few *fields*: int64 tensors of its
+own rank, of size 1 along the dims where the label does not change (the reduced form), so the dims
+with size > 1 are those along which the field varies. Fields live on storages, hence views, slices,
+permutations and in-place writes into views need no rule. What the pass leaves behind is plain data:
+equalities between labels, clauses "this label stands for that set of labels", and the label
+matrices that occurred.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class Owned:
 
 @dataclass
 class Cell:
-    """Fields of an activation's storage: as written (`fields` at one geometry) or spread over the storage (`flats`)."""
+    """Fields of an activation's storage: as written (`fields` at one geometry) or spread over the
+    storage (`flats`).
+    """
 
     geometry: tuple[Any, ...]
     itemsize: int
@@ -82,7 +86,9 @@ class Op:
 
 
 class Labels(Relations):
-    """The fields of every tensor of a run, and notes about them; `skip` names axes `(tensor name, dim)` that get no labels."""
+    """The fields of every tensor of a run, and notes about them; `skip` names axes `(tensor name,
+    dim)` that get no labels.
+    """
 
     def __init__(self, model: nn.Module, skip: frozenset[tuple[str, int]] = frozenset()):
         super().__init__()
@@ -112,7 +118,9 @@ class Labels(Relations):
                 self.next += size
         self.axes += axes
         self._alive.append(p)
-        self._owned[p.untyped_storage()._cdata].append(Owned(name, p.storage_offset(), p.numel(), p.stride(), axes))
+        self._owned[p.untyped_storage()._cdata].append(
+            Owned(name, p.storage_offset(), p.numel(), p.stride(), axes)
+        )
 
     # ---- fields of tensors
 
@@ -121,11 +129,20 @@ class Labels(Relations):
         return key in self._cells or key in self._owned
 
     def fields(self, t: Tensor) -> list[Tensor]:
-        """Reduced fields of any tensor; those that overlap after two axes were merged become one field of product labels."""
+        """Reduced fields of any tensor; those that overlap after two axes were merged become one
+        field of product labels.
+        """
         key = t.untyped_storage()._cdata
         cell = self._cells.get(key)
         if cell is None:
-            owned = next((o for o in self._owned.get(key, ()) if o.offset <= t.storage_offset() < o.offset + o.numel), None)
+            owned = next(
+                (
+                    o
+                    for o in self._owned.get(key, ())
+                    if o.offset <= t.storage_offset() < o.offset + o.numel
+                ),
+                None,
+            )
             return [] if owned is None else self._of_parameter(t, key, owned)
         if cell.itemsize != t.element_size():
             return []
@@ -140,14 +157,20 @@ class Labels(Relations):
         if cache not in self._views:
             out = []
             for axis in owned.axes:
-                coordinate = torch.full([1] * t.dim(), t.storage_offset() - owned.offset, dtype=torch.int64)
+                coordinate = torch.full(
+                    [1] * t.dim(), t.storage_offset() - owned.offset, dtype=torch.int64
+                )
                 for i, (n, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
                     steps = torch.arange(n) * stride
                     along = (coordinate.flatten()[0] + steps) // owned.stride[axis.dim] % axis.size
                     if n > 1 and bool((along != along[0]).any()):
-                        coordinate = coordinate + steps.reshape([-1 if j == i else 1 for j in range(t.dim())])
+                        coordinate = coordinate + steps.reshape(
+                            [-1 if j == i else 1 for j in range(t.dim())]
+                        )
                 index = coordinate // owned.stride[axis.dim] % axis.size
-                hit = self.touched.setdefault(owned.name, {}).setdefault(axis.dim, np.zeros(axis.size, dtype=bool))
+                hit = self.touched.setdefault(owned.name, {}).setdefault(
+                    axis.dim, np.zeros(axis.size, dtype=bool)
+                )
                 hit[index.reshape(-1).numpy()] = True
                 if index.numel() > 1:
                     out.append(index + axis.base)
@@ -168,7 +191,9 @@ class Labels(Relations):
         return cell.flats
 
     def write(self, t: Tensor, fields: Sequence[Tensor]) -> None:
-        """Give `t` these fields (reduced or not, broadcastable to its shape), in place of what its region of the storage had."""
+        """Give `t` these fields (reduced or not, broadcastable to its shape), in place of what its
+        region of the storage had.
+        """
         if t.numel() == 0:
             return
         key, geometry = t.untyped_storage()._cdata, (t.size(), t.stride(), t.storage_offset())
@@ -178,7 +203,9 @@ class Labels(Relations):
             s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1
         ]:
             if fields or cell is not None:
-                self._cells[key] = Cell(geometry, t.element_size(), self._separate(list(fields)), [])
+                self._cells[key] = Cell(
+                    geometry, t.element_size(), self._separate(list(fields)), []
+                )
                 self._alive.append(t)
             return
         if cell is None:
@@ -191,7 +218,9 @@ class Labels(Relations):
             flat.as_strided(*geometry).zero_()
         for i, f in enumerate(fields):
             if i == len(flats):
-                flats.append(torch.zeros(t.untyped_storage().nbytes() // cell.itemsize, dtype=torch.int64))
+                flats.append(
+                    torch.zeros(t.untyped_storage().nbytes() // cell.itemsize, dtype=torch.int64)
+                )
             flats[i].as_strided(*geometry).copy_(f.expand(t.shape))
         cell.fields, cell.flats, cell.geometry = None, flats, ()
 
@@ -204,7 +233,9 @@ class Labels(Relations):
             self.statistics.append((self.scope[-1], labels[labels > 0]))
 
     def note_constant(self, t: Tensor, rank: int, fields: Sequence[Tensor]) -> None:
-        """An unlabelled operand whose values change along a labelled dim: its units cannot go unless the operand is sliced too."""
+        """An unlabelled operand whose values change along a labelled dim: its units cannot go
+        unless the operand is sliced too.
+        """
         if t.dim() == 0 or t.numel() == 1 or t.is_meta:
             return
         for i in varying_values(t):
@@ -212,10 +243,21 @@ class Labels(Relations):
             for f in fields:
                 if f.size(d) > 1:
                     along = self.group(f, [d])
-                    self.constants.append((t.untyped_storage()._cdata, i, t.dim(), along.reshape(-1).numpy().copy(), self.scope[-1]))
+                    self.constants.append(
+                        (
+                            t.untyped_storage()._cdata,
+                            i,
+                            t.dim(),
+                            along.reshape(-1).numpy().copy(),
+                            self.scope[-1],
+                        )
+                    )
 
     def chosen(self, index: Any) -> bool:
-        return any(isinstance(t, Tensor) and t.untyped_storage()._cdata in self._chosen for t in tree_leaves(index))
+        return any(
+            isinstance(t, Tensor) and t.untyped_storage()._cdata in self._chosen
+            for t in tree_leaves(index)
+        )
 
 
 def varying_values(t: Tensor) -> tuple[int, ...]:
@@ -224,4 +266,8 @@ def varying_values(t: Tensor) -> tuple[int, ...]:
     for i, n in enumerate(t.shape):
         if n > 1 and t.stride(i) == 0:
             t = t.narrow(i, 0, 1)
-    return tuple(i for i, n in enumerate(t.shape) if n > 1 and not torch.equal(t.narrow(i, 0, 1).expand_as(t), t))
+    return tuple(
+        i
+        for i, n in enumerate(t.shape)
+        if n > 1 and not torch.equal(t.narrow(i, 0, 1).expand_as(t), t)
+    )

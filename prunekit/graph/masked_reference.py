@@ -1,7 +1,8 @@
-"""The reference for removal: a forward pass in which statistics (means, norms, softmax, top-k) run over the kept channels only.
+"""The reference for removal: a forward pass in which statistics (means, norms, softmax, top-k) run
+over the kept channels only.
 
-So does the width that fused attention divides by, where that is the width at hand: classes that score residual channels read it off the
-tensor.
+So does the width that fused attention divides by, where that is the width at hand: classes that
+score residual channels read it off the tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from prunekit.graph.rules import reduced_dims
 from prunekit.graph.trace import Trace
 
 STATISTICS = frozenset(
-    "mean var std var_mean native_layer_norm _fused_rms_norm native_group_norm amax max amin min _softmax _log_softmax softmax _safe_softmax "
+    "mean var std var_mean native_layer_norm _fused_rms_norm native_group_norm amax max amin min "
+    "_softmax _log_softmax softmax _safe_softmax "
     "topk argmax sort".split()
 )
 
@@ -26,7 +28,12 @@ STATISTICS = frozenset(
 class Masked(Trace):
     """Labels that know which of them are removed: `gone` lists `(tensor name, dim, indices)`."""
 
-    def __init__(self, model: nn.Module, skip: frozenset[tuple[str, int]], gone: Iterable[tuple[str, int, Tensor]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        skip: frozenset[tuple[str, int]],
+        gone: Iterable[tuple[str, int, Tensor]],
+    ):
         super().__init__(model, skip)
         base = {(a.name, a.dim): a.base for a in self.axes}
         self._gone = np.zeros(self.next, dtype=bool)
@@ -36,7 +43,9 @@ class Masked(Trace):
 
     def _grow(self) -> None:
         if len(self._gone) < self.next:
-            self._gone = np.concatenate([self._gone, np.zeros(self.next + 1024 - len(self._gone), dtype=bool)])
+            self._gone = np.concatenate(
+                [self._gone, np.zeros(self.next + 1024 - len(self._gone), dtype=bool)]
+            )
 
     def set_label(self, members: np.ndarray) -> int:
         label = super().set_label(members)
@@ -77,15 +86,28 @@ class Masked(Trace):
         n = q.shape[-1]
         lost = [torch.from_numpy(self._gone[f.numpy()]) for f in self.fields(q) if f.size(-1) == n]
         gone = max((int(g.reshape(-1, n).all(0).sum()) for g in lost), default=0)
-        return {"scale": (n - gone) ** -0.5} if gone and (scale is None or abs(scale - n**-0.5) < 1e-6) else {}
+        return (
+            {"scale": (n - gone) ** -0.5}
+            if gone and (scale is None or abs(scale - n**-0.5) < 1e-6)
+            else {}
+        )
 
 
-def _moments(name: str, x: Tensor, keep: Tensor, dims: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _moments(
+    name: str,
+    x: Tensor,
+    keep: Tensor,
+    dims: list[int],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     keepdim = kwargs.get("keepdim", args[2] if name == "mean" and len(args) > 2 else False)
     n = keep.sum(dims, keepdim=True).clamp(min=1)
     mean = (x * keep).sum(dims, keepdim=True) / n
     correction = kwargs.get("correction", 1)
-    var = ((x - mean) ** 2 * keep).sum(dims, keepdim=True) / (n - (1 if correction is None else correction))
+    var = ((x - mean) ** 2 * keep).sum(dims, keepdim=True) / (
+        n - (1 if correction is None else correction)
+    )
     results = {"mean": mean, "var": var, "std": var.sqrt()}
     results = results if keepdim else {k: v.squeeze(dims) for k, v in results.items()}
     return (results["var"], results["mean"]) if name == "var_mean" else results[name]
@@ -103,13 +125,17 @@ def _norm(name: str, x: Tensor, keep: Tensor, dims: list[int], args: tuple[Any, 
         centre = name == "native_layer_norm"
         weight, bias = args[2], args[3] if centre else None
         eps = args[4] if centre else args[3]
-        y, mean, rstd = _standardise(x, keep, dims, torch.finfo(x.dtype).eps if eps is None else eps, centre)
+        y, mean, rstd = _standardise(
+            x, keep, dims, torch.finfo(x.dtype).eps if eps is None else eps, centre
+        )
     y = y if weight is None else y * weight
     y = (y if bias is None else y + bias) * keep
     return (y, rstd) if name == "_fused_rms_norm" else (y, mean, rstd)
 
 
-def _standardise(x: Tensor, keep: Tensor, dims: list[int], eps: float, centre: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _standardise(
+    x: Tensor, keep: Tensor, dims: list[int], eps: float, centre: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     n = keep.sum(dims, keepdim=True).clamp(min=1)
     mean = (x * keep).sum(dims, keepdim=True) / n if centre else torch.zeros_like(n, dtype=x.dtype)
     rstd = torch.rsqrt(((x - mean) ** 2 * keep).sum(dims, keepdim=True) / n + eps)

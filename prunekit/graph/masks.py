@@ -18,36 +18,54 @@ Masks = dict[tuple[str, int], Tensor]
 """(parameter, axis) -> bool mask over a group's units."""
 
 
-def checked(groups: Sequence[Group], kept: Kept, least: dict[str, int]) -> list[tuple[Group, Masks]]:
-    """(group, (parameter, axis) -> bool mask over its units), for plain names and for split names `GROUP/PARAM:AXIS`.
+def checked(
+    groups: Sequence[Group], kept: Kept, least: dict[str, int]
+) -> list[tuple[Group, Masks]]:
+    """(group, (parameter, axis) -> bool mask over its units), for plain names and for split names
+    `GROUP/PARAM:AXIS`.
 
-    Raises ConfigError for an unknown name, a mask of the wrong shape, an emptied group, or split masks of unequal counts.
+    Raises ConfigError for an unknown name, a mask of the wrong shape, an emptied group, or split
+    masks of unequal counts.
     """
     by_name = {g.name: g for g in groups}
     asked: dict[str, Masks] = defaultdict(dict)
     for name, mask in kept.items():
         stem, _, place = name.partition("/")
         if stem not in by_name:
-            raise ConfigError(f"no group called {stem!r}. There are: {', '.join(by_name) or 'none'}")
+            raise ConfigError(
+                f"no group called {stem!r}. There are: {', '.join(by_name) or 'none'}"
+            )
         group = by_name[stem]
         if mask.dtype != torch.bool or tuple(mask.shape) != group.shape:
-            raise ConfigError(f"kept[{name!r}] must be a bool tensor of shape {group.shape}, got {mask.dtype} {tuple(mask.shape)}")
+            raise ConfigError(
+                f"kept[{name!r}] must be a bool tensor of shape {group.shape}, got {mask.dtype} "
+                f"{tuple(mask.shape)}"
+            )
         if int(mask.sum()) < least.get(stem, 1):
             raise ConfigError(
-                f"kept[{name!r}] keeps {int(mask.sum())} of {group.units} units of {stem}; at least {least.get(stem, 1)} must stay"
+                f"kept[{name!r}] keeps {int(mask.sum())} of {group.units} units of {stem}; at "
+                f"least {least.get(stem, 1)} must stay"
             )
         places = {(m.param, m.axis): mask.cpu() for m in group.members}
         if place:
             param, _, axis = place.rpartition(":")
             if not axis.isdigit() or (param, int(axis)) not in places:
-                raise ConfigError(f"{stem} has no member {place!r}. There are: {', '.join(f'{p}:{a}' for p, a in places)}")
+                raise ConfigError(
+                    f"{stem} has no member {place!r}. There are: "
+                    f"{', '.join(f'{p}:{a}' for p, a in places)}"
+                )
             places = {(param, int(axis)): mask.cpu()}
         asked[stem].update(places or {("", -1): mask.cpu()})
     for name, masks in asked.items():
         counts = {int(m.sum()) for m in masks.values()}
-        missing = [f"{m.param}:{m.axis}" for m in by_name[name].members if (m.param, m.axis) not in masks]
+        missing = [
+            f"{m.param}:{m.axis}" for m in by_name[name].members if (m.param, m.axis) not in masks
+        ]
         if len(counts) > 1 or missing:
-            raise ConfigError(f"{name} is split: every member needs a mask with the same count; counts {sorted(counts)}, missing {missing}")
+            raise ConfigError(
+                f"{name} is split: every member needs a mask with the same count; counts "
+                f"{sorted(counts)}, missing {missing}"
+            )
     return [(by_name[name], masks) for name, masks in asked.items()]
 
 
@@ -77,7 +95,9 @@ def to_keep(model: nn.Module, asked: Iterable[tuple[Group, Masks]]) -> Keep:
 
 
 def zero_slices(model: nn.Module, asked: Iterable[tuple[Group, Masks]]) -> None:
-    """Set the units' slices of parameters to zero. Buffers stay: they hold constants, which zeroed parameters make harmless."""
+    """Set the units' slices of parameters to zero. Buffers stay: they hold constants, which zeroed
+    parameters make harmless.
+    """
     with torch.no_grad():
         for group, masks in asked:
             for m, index in gone(group, masks):
@@ -98,7 +118,12 @@ def lost_modules(group: Group, masks: Masks) -> list[int]:
 def zero_block(model: nn.Module, path: str) -> None:
     """Zero a block's parameters, save those that other blocks share."""
     block = model.get_submodule(path)
-    shared = {id(p) for n, m in model.named_modules() if n != path and not n.startswith(path + ".") for p in m.parameters(recurse=False)}
+    shared = {
+        id(p)
+        for n, m in model.named_modules()
+        if n != path and not n.startswith(path + ".")
+        for p in m.parameters(recurse=False)
+    }
     with torch.no_grad():
         for p in block.parameters():
             if id(p) not in shared:
@@ -106,12 +131,18 @@ def zero_block(model: nn.Module, path: str) -> None:
 
 
 def bypass(block: nn.Module) -> Any:
-    """Make a block hand on its input: for blocks that all-zero parameters do not turn into the identity."""
+    """Make a block hand on its input: for blocks that all-zero parameters do not turn into the
+    identity.
+    """
 
     def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor))
         if isinstance(output, Tensor):
             return given
-        return output._replace(**{output._fields[0]: given}) if hasattr(output, "_fields") else (given, *output[1:])
+        return (
+            output._replace(**{output._fields[0]: given})
+            if hasattr(output, "_fields")
+            else (given, *output[1:])
+        )
 
     return block.register_forward_hook(skip, with_kwargs=True)

@@ -1,4 +1,6 @@
-"""Rules for ops that move labels rather than relate them: lookups, stores, concatenation, convolution, batched linear algebra."""
+"""Rules for ops that move labels rather than relate them: lookups, stores, concatenation,
+convolution, batched linear algebra.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ def embedding(lab: Labels, op: Op) -> None:
     """Rows are picked by data: only the columns' labels live on."""
     weight, index = op.args[:2]
     kept = [f for f in lab.fields(weight) if f.size(0) == 1]
-    lab.flag("row", torch.cat([f.reshape(-1) for f in lab.fields(weight) if f.size(0) > 1] or [torch.zeros(1, dtype=torch.int64)]))
+    lab.flag(
+        "row",
+        torch.cat(
+            [f.reshape(-1) for f in lab.fields(weight) if f.size(0) > 1]
+            or [torch.zeros(1, dtype=torch.int64)]
+        ),
+    )
     for f in kept:
         lab.flag("embedding", f)
     lab.write(op.outs[0], [f.reshape((1,) * index.dim() + (-1,)) for f in kept])
@@ -26,7 +34,9 @@ def embedding(lab: Labels, op: Op) -> None:
 
 @rule("convolution _convolution conv1d mkldnn_convolution")
 def convolution(lab: Labels, op: Op) -> None:
-    """Depthwise: channel by channel; one group: a contraction over channels; between the two: group by group."""
+    """Depthwise: channel by channel; one group: a contraction over channels; between the two: group
+    by group.
+    """
     x, w = op.args[:2]
     out, groups = op.outs[0], op.args[8] if len(op.args) > 8 else op.get(6, "groups", 1)
     depthwise = groups == x.size(1) == out.size(1)
@@ -45,12 +55,19 @@ def convolution(lab: Labels, op: Op) -> None:
                 if varying(g) == (1,):
                     lab.relate(c, g.reshape(-1))
         else:
-            _by_group(lab, c.reshape(groups, -1), [f for f in channels if f.numel() == out.size(1)], lab.fields(w))
+            _by_group(
+                lab,
+                c.reshape(groups, -1),
+                [f for f in channels if f.numel() == out.size(1)],
+                lab.fields(w),
+            )
     lab.write(out, lab.merge([f.reshape((1, -1) + (1,) * (out.dim() - 2)) for f in channels]))
 
 
 def _by_group(lab: Labels, x: Tensor, outs: list[Tensor], weight: list[Tensor]) -> None:
-    """A grouped convolution: group by group the channels in `x` (groups, width) and the channels out go together."""
+    """A grouped convolution: group by group the channels in `x` (groups, width) and the channels
+    out go together.
+    """
     lab.note(x)
     for f in outs:
         f = f.reshape(x.size(0), -1)
@@ -61,7 +78,10 @@ def _by_group(lab: Labels, x: Tensor, outs: list[Tensor], weight: list[Tensor]) 
             lab.relate(x, f.reshape(1, -1))
 
 
-@rule("index_put _index_put_impl _unsafe_index_put index_add index_copy scatter scatter_add scatter_reduce masked_scatter")
+@rule(
+    "index_put _index_put_impl _unsafe_index_put index_add index_copy scatter scatter_add "
+    "scatter_reduce masked_scatter"
+)
 def store(lab: Labels, op: Op) -> None:
     """Write labelled values into places that data names."""
     target = op.args[0] if op.mutable else op.outs[0]
@@ -73,7 +93,11 @@ def store(lab: Labels, op: Op) -> None:
         if put:
             fields.append(blank.index_put_(list(op.args[1]), f))
         else:
-            fields.append((blank.index_copy_ if op.name.startswith("index") else blank.scatter_)(op.args[1], op.args[2], f))
+            fields.append(
+                (blank.index_copy_ if op.name.startswith("index") else blank.scatter_)(
+                    op.args[1], op.args[2], f
+                )
+            )
     lab.write(target, lab.merge(fields))
 
 
@@ -94,19 +118,28 @@ def concatenate(lab: Labels, op: Op) -> None:
             out.append(next(f for f in here if f is not None))
             continue
         shapes = [t.unsqueeze(dim).shape if op.name == "stack" else t.shape for t in parts]
-        blank = [torch.zeros(shape, dtype=torch.int64) if f is None else f.expand(shape) for f, shape in zip(here, shapes, strict=True)]
+        blank = [
+            torch.zeros(shape, dtype=torch.int64) if f is None else f.expand(shape)
+            for f, shape in zip(here, shapes, strict=True)
+        ]
         out.append(torch.cat(blank, dim))
     lab.write(op.outs[0], out)
 
 
 @rule(
-    "clone contiguous _to_copy lift_fresh_copy _conj_physical _unsafe_view index_select index _unsafe_index gather repeat flip roll tril triu "
-    "constant_pad_nd unfold im2col repeat_interleave masked_select expand_copy permute_copy view_copy diagonal_copy diag_embed narrow_copy "
-    "unbind_copy split_copy select_copy slice_copy squeeze_copy unsqueeze_copy transpose_copy t_copy alias_copy reflection_pad1d "
-    "replication_pad1d split_with_sizes_copy rot90 _reshape_copy _reshape_alias slice_scatter select_scatter pixel_shuffle"
+    "clone contiguous _to_copy lift_fresh_copy _conj_physical _unsafe_view index_select index "
+    "_unsafe_index gather repeat flip roll tril triu "
+    "constant_pad_nd unfold im2col repeat_interleave masked_select expand_copy permute_copy "
+    "view_copy diagonal_copy diag_embed narrow_copy "
+    "unbind_copy split_copy select_copy slice_copy squeeze_copy unsqueeze_copy transpose_copy "
+    "t_copy alias_copy reflection_pad1d "
+    "replication_pad1d split_with_sizes_copy rot90 _reshape_copy _reshape_alias slice_scatter "
+    "select_scatter pixel_shuffle"
 )
 def move(lab: Labels, op: Op) -> None:
-    """Data movement: the same op moves the labels; along dims where data picks the places they end."""
+    """Data movement: the same op moves the labels; along dims where data picks the
+    places they end.
+    """
     x = op.args[0]
     results: list[list[Tensor]] = [[] for _ in op.outs]
     picked = picked_dims(lab, op)
@@ -125,7 +158,11 @@ def move(lab: Labels, op: Op) -> None:
         elif op.name == "_unsafe_view":
             moved = [f.expand(x.shape).reshape(op.outs[0].shape)]
         else:
-            moved = [m for m in tree_leaves(op.func(f.expand(x.shape), *op.args[1:], **op.kwargs)) if isinstance(m, Tensor)]
+            moved = [
+                m
+                for m in tree_leaves(op.func(f.expand(x.shape), *op.args[1:], **op.kwargs))
+                if isinstance(m, Tensor)
+            ]
         for out, m in zip(results, moved, strict=True):
             out.append(m)
     for t, fields in zip(op.outs, results, strict=True):
@@ -144,7 +181,10 @@ def picked_dims(lab: Labels, op: Op) -> list[int]:
     return []
 
 
-@rule("linalg_solve_triangular triangular_solve linalg_solve _linalg_solve_ex linalg_inv_ex linalg_cholesky_ex")
+@rule(
+    "linalg_solve_triangular triangular_solve linalg_solve _linalg_solve_ex linalg_inv_ex "
+    "linalg_cholesky_ex"
+)
 def solve(lab: Labels, op: Op) -> None:
     """Batched linear algebra: the batch dims of A couple with B, the result has B's columns."""
     rank = op.args[0].dim()

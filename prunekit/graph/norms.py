@@ -1,4 +1,6 @@
-"""The RMSNorm correction: over fewer channels the mean square is taken over fewer, so gain and eps must follow for the result to stay."""
+"""The RMSNorm correction: over fewer channels the mean square is taken over fewer, so gain and eps
+must follow for the result to stay.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ from prunekit.graph.slicing import cut
 
 
 def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> None:
-    """Scale the gains of every norm that averages over removed channels by s = sqrt(before / kept), and its eps by s**2, before cutting.
+    """Scale the gains of every norm that averages over removed channels by s = sqrt(before / kept),
+    and its eps by s**2, before cutting.
 
-    A norm that adds one to its gain gets (1 + w) s - 1. Which of the two it is, is tried on the module itself.
-    Raises ConfigError where neither makes the norm of the kept channels what it was with zeros.
+    A norm that adds one to its gain gets (1 + w) s - 1. Which of the two it is, is tried on the
+    module itself. Raises ConfigError where neither makes the norm of the kept channels what it was
+    with zeros.
     """
     keep = to_keep(model, [(c.group, masks) for c, masks in cuts])
     styles: dict[tuple[str, tuple[int, ...]], tuple[bool, str]] = {}
@@ -28,13 +32,18 @@ def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> 
         own = {n: axes for n, axes in keep.items() if n.rpartition(".")[0] == path}
         gain = next((n for n in own if len(tensor_shape(module, n)) == 1), None)
         if gain is None:
-            raise ConfigError(f"norm=rescale: {path or 'the model'} averages over removed channels, but has no gain of its own to correct")
+            raise ConfigError(
+                f"norm=rescale: {path or 'the model'} averages over removed channels, but has no "
+                "gain of its own to correct"
+            )
         index = own[gain][0]
         leaf = gain.rpartition(".")[2]
         before = tensor_shape(module, gain)[0]
         key = (type(module).__qualname__, (before, len(index)))
         if key not in styles:
-            styles[key] = style_of(module, leaf, {n.rpartition(".")[2]: axes for n, axes in own.items()})
+            styles[key] = style_of(
+                module, leaf, {n.rpartition(".")[2]: axes for n, axes in own.items()}
+            )
         offset, eps = styles[key]
         correct(module, leaf, eps, before / len(index), offset)
 
@@ -52,7 +61,9 @@ def correct(module: nn.Module, leaf: str, eps: str, growth: float, offset: bool)
 
 
 def style_of(module: nn.Module, leaf: str, keep: Keep) -> tuple[bool, str]:
-    """Whether the gain is `1 + w`, and the name of eps, by trying both on a copy of the norm with random gains."""
+    """Whether the gain is `1 + w`, and the name of eps, by trying both on a copy of the norm with
+    random gains.
+    """
     index, draw = keep[leaf][0], torch.Generator().manual_seed(0)
     before = getattr(module, leaf).shape[0]
     zeroed = torch.randn(3, 5, before, generator=draw)
@@ -69,4 +80,7 @@ def style_of(module: nn.Module, leaf: str, keep: Keep) -> tuple[bool, str]:
                 cut(new, keep)
                 if torch.allclose(new(zeroed[..., index]), target, rtol=1e-4, atol=1e-5):
                     return offset, eps
-    raise ConfigError(f"norm=rescale: {type(module).__name__} has no correction that makes removing equal zeroing; use norm=plain")
+    raise ConfigError(
+        f"norm=rescale: {type(module).__name__} has no correction that makes removing equal "
+        "zeroing; use norm=plain"
+    )

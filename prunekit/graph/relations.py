@@ -1,6 +1,8 @@
-"""What labels say about each other: equalities, and clauses "this label stands for that set"; plain data for the solver.
+"""What labels say about each other: equalities, and clauses "this label stands for that set"; plain
+data for the solver.
 
-A field is an int64 tensor of labels in reduced form: of size 1 along the dims where the label does not change.
+A field is an int64 tensor of labels in reduced form: of size 1 along the dims where the label does
+not change.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ def varying(f: Tensor) -> tuple[int, ...]:
 
 
 def reduced(f: Tensor) -> Tensor:
-    """Size 1 along every dim where the labels agree; unlabelled cells (padding, tril, rows never hit) agree with anything."""
+    """Size 1 along every dim where the labels agree; unlabelled cells (padding, tril, rows never
+    hit) agree with anything.
+    """
     for i, n in enumerate(f.shape):
         if n > 1 and f.stride(i) == 0:
             f = f.narrow(i, 0, 1)
@@ -54,7 +58,9 @@ class Relations:
         self._products: dict[bytes, np.ndarray] = {}
 
     def set_label(self, members: np.ndarray) -> int:
-        """The label that stands for a set of labels: gone when all of them are, and they go with it. 0 for the empty set."""
+        """The label that stands for a set of labels: gone when all of them are, and they go with
+        it. 0 for the empty set.
+        """
         u = np.unique(members)
         u = u[u > 0]
         if len(u) < 2:
@@ -67,17 +73,26 @@ class Relations:
         return self._sets[key]
 
     def group(self, f: Tensor, dims: Sequence[int]) -> Tensor:
-        """What is left of a field along `dims`: each label there stands for the set that it had over the other dims."""
+        """What is left of a field along `dims`: each label there stands for the set that it had
+        over the other dims.
+        """
         rest = [i for i in range(f.dim()) if i not in dims]
         rows = f.permute(*dims, *rest).reshape(int(np.prod([f.size(i) for i in dims])), -1).numpy()
-        labels = rows[:, 0].copy() if rows.shape[1] == 1 else np.array([self.set_label(r) for r in rows], dtype=np.int64)
-        return torch.from_numpy(labels).reshape([f.size(i) if i in dims else 1 for i in range(f.dim())])
+        labels = (
+            rows[:, 0].copy()
+            if rows.shape[1] == 1
+            else np.array([self.set_label(r) for r in rows], dtype=np.int64)
+        )
+        return torch.from_numpy(labels).reshape(
+            [f.size(i) if i in dims else 1 for i in range(f.dim())]
+        )
 
     def relate(self, a: Tensor, b: Tensor) -> str:
         """Two fields meet element by element: 'same', or which of them ('a', 'b') is the finer one.
 
-        One to one is an equality; where many labels of one meet a single label of the other (broadcast, repeated kv heads), the single
-        one stands for the set of the many. Many to many becomes an equality: sound, but it couples more than it must.
+        One to one is an equality; where many labels of one meet a single label of the other
+        (broadcast, repeated kv heads), the single one stands for the set of the many. Many to many
+        becomes an equality: sound, but it couples more than it must.
         """
         a, b = torch.broadcast_tensors(a, b)
         differ = (a > 0) & (b > 0) & (a != b)
@@ -107,7 +122,9 @@ class Relations:
             self.edges.append(np.array([[self.set_label(members), label]]))
 
     def product(self, f: Tensor, g: Tensor) -> Tensor:
-        """One field that knows both: a label per pair, unless one of the two already determines the other."""
+        """One field that knows both: a label per pair, unless one of the two already determines the
+        other.
+        """
         a, b = torch.broadcast_tensors(f, g)
         both = (a > 0) & (b > 0)
         pairs, inverse = np.unique((a[both] * PAIR + b[both]).numpy(), return_inverse=True)
@@ -183,10 +200,19 @@ class Relations:
                 i += 1
             if not absorbed:
                 done.append(f)
-        return [f for f in done if not any(set(varying(f)) < set(varying(g)) and not bool(((f > 0) & (g == 0)).any()) for g in done)]
+        return [
+            f
+            for f in done
+            if not any(
+                set(varying(f)) < set(varying(g)) and not bool(((f > 0) & (g == 0)).any())
+                for g in done
+            )
+        ]
 
     def note(self, f: Tensor) -> None:
-        """Remember an extent (one varying dim) or a label matrix (several) and the module in which it occurred."""
+        """Remember an extent (one varying dim) or a label matrix (several) and the module in which
+        it occurred.
+        """
         if len(varying(f)):
             self.seen[self.scope[-1]].add(self._keep_matrix(f.squeeze().numpy()))
 

@@ -1,4 +1,6 @@
-"""What each class of ATen op does to labels. An op without a rule is *opaque*: its labels end there and units that reach it are refused."""
+"""What each class of ATen op does to labels. An op without a rule is *opaque*: its labels end there
+and units that reach it are refused.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,24 @@ from prunekit.graph.labels import Labels, Op
 from prunekit.graph.relations import ranked, varying
 
 CREATES = frozenset(
-    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full rand_like randn_like randint_like nonzero one_hot bincount "
-    "histc unique2 _unique2 unique_dim unique_consecutive multinomial searchsorted bucketize isin nonzero_static new_empty_strided empty_strided "
+    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full rand_like "
+    "randn_like randint_like nonzero one_hot bincount "
+    "histc unique2 _unique2 unique_dim unique_consecutive multinomial searchsorted bucketize isin "
+    "nonzero_static new_empty_strided empty_strided "
     "_local_scalar_dense equal is_nonzero scalar_tensor is_same_size".split()
 )
 POINTWISE = frozenset(
-    "masked_fill where clamp dropout native_dropout gelu silu addcmul addcdiv lerp nan_to_num bernoulli softplus hardtanh leaky_relu elu mish "
-    "log_sigmoid_forward threshold relu logical_not round fmod remainder prelu _prelu_kernel relu6 hardswish polar complex".split()
+    "masked_fill where clamp dropout native_dropout gelu silu addcmul addcdiv lerp nan_to_num "
+    "bernoulli softplus hardtanh leaky_relu elu mish "(
+        "log_sigmoid_forward threshold relu logical_not round fmod remainder prelu _prelu_kernel "
+        "relu6 hardswish polar complex"
+    ).split()
 )
 ACTIVATIONS = frozenset(
-    "gelu silu relu relu6 leaky_relu elu mish sigmoid tanh hardswish hardsigmoid softplus exp expm1 erf hardtanh clamp_min".split()
+    (
+        "gelu silu relu relu6 leaky_relu elu mish sigmoid tanh hardswish hardsigmoid softplus exp "
+        "expm1 erf hardtanh clamp_min"
+    ).split()
 )
 RULES: dict[str, Callable[[Labels, Op], None]] = {}
 
@@ -38,7 +48,9 @@ def apply(lab: Labels, op: Op) -> None:
     """Run the op's rule; what has none, or does not fit its rule, is marked opaque."""
     known = RULES.get(op.name)
     pointwise = torch.Tag.pointwise in op.func.tags or op.name in POINTWISE
-    if known is None and (pointwise or op.mutable and len(op.outs) == 1 and op.outs[0].shape == op.ins[0].shape):
+    if known is None and (
+        pointwise or op.mutable and len(op.outs) == 1 and op.outs[0].shape == op.ins[0].shape
+    ):
         known = elementwise
     if known is None:
         opaque(lab, op, op.name)
@@ -100,7 +112,9 @@ def contraction(lab: Labels, op: Op) -> None:
     vector, scalar = op.name in ("mv", "addmv"), op.name == "dot"
 
     def left(f: Tensor) -> Tensor:
-        return ((f[None] if scalar else f) if f.dim() == 3 else (f[None] if scalar else f)[None]).unsqueeze(-1)
+        return (
+            (f[None] if scalar else f) if f.dim() == 3 else (f[None] if scalar else f)[None]
+        ).unsqueeze(-1)
 
     def right(f: Tensor) -> Tensor:
         f = f.unsqueeze(-1) if vector or scalar else f
@@ -135,11 +149,20 @@ def note_batch(lab: Labels, fields: Sequence[Tensor], dim: int) -> None:
             lab.flag("batch", lab.group(f, [dim]))
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable")
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
+    "_scaled_dot_product_fused_attention_overrideable"
+)
 def attention(lab: Labels, op: Op) -> None:
     """Coordinates [b, h, m, n, d]."""
     q, k, v = ([f for f in lab.fields(t)] for t in op.args[:3])
-    score = reduce_fields(lab, lab.merge([f.unsqueeze(3) for f in q] + [f.unsqueeze(2) for f in k]), [4], None, keepdim=True)
+    score = reduce_fields(
+        lab,
+        lab.merge([f.unsqueeze(3) for f in q] + [f.unsqueeze(2) for f in k]),
+        [4],
+        None,
+        keepdim=True,
+    )
     mixed = lab.merge(score + [f.unsqueeze(2) for f in v])
     note_batch(lab, mixed, 1)
     mask = op.get(5, "attn_mask") if "cpu" in op.name else op.get(3, "attn_mask")
@@ -148,7 +171,9 @@ def attention(lab: Labels, op: Op) -> None:
     lab.write(op.outs[0], reduce_fields(lab, mixed, [3], None, keepdim=False))
 
 
-def reduce_fields(lab: Labels, fields: Sequence[Tensor], dims: Sequence[int], name: str | None, keepdim: bool) -> list[Tensor]:
+def reduce_fields(
+    lab: Labels, fields: Sequence[Tensor], dims: Sequence[int], name: str | None, keepdim: bool
+) -> list[Tensor]:
     out = []
     for f in fields:
         gone = [d for d in dims if f.size(d) > 1]
@@ -166,7 +191,8 @@ def reduce_fields(lab: Labels, fields: Sequence[Tensor], dims: Sequence[int], na
 
 
 @rule(
-    "sum mean amax amin max min var std var_mean norm linalg_vector_norm logsumexp prod any all argmax argmin nansum count_nonzero median aminmax"
+    "sum mean amax amin max min var std var_mean norm linalg_vector_norm logsumexp prod any all "
+    "argmax argmin nansum count_nonzero median aminmax"
 )
 def reduction(lab: Labels, op: Op) -> None:
     x = op.args[0]
@@ -175,14 +201,22 @@ def reduction(lab: Labels, op: Op) -> None:
         elementwise(lab, op)
         return
     keepdim = op.outs[0].dim() == x.dim()
-    flag = "sum" if op.name in ("sum", "nansum") else "order" if op.name in ("max", "argmax") else "statistic"
+    flag = (
+        "sum"
+        if op.name in ("sum", "nansum")
+        else "order"
+        if op.name in ("max", "argmax")
+        else "statistic"
+    )
     fields = reduce_fields(lab, lab.fields(x), dims, flag, keepdim)
     for t in op.outs:
         lab.write(t, [f for f in fields if f.dim() == t.dim()])
 
 
 def reduced_dims(op: Op) -> list[int] | None:
-    """Dims that a reduction, a norm or a softmax runs over; None for the two-operand max and min."""
+    """Dims that a reduction, a norm or a softmax runs over; None for the two-operand
+    max and min.
+    """
     rank = op.args[0].dim()
     if op.name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
         return list(range(rank - len(op.args[1]), rank))
@@ -200,9 +234,14 @@ def reduced_dims(op: Op) -> list[int] | None:
     return [d % max(rank, 1) for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-@rule("cumsum cumprod cummax cummin _softmax _log_softmax softmax log_softmax logcumsumexp _safe_softmax topk sort argsort kthvalue")
+@rule(
+    "cumsum cumprod cummax cummin _softmax _log_softmax softmax log_softmax logcumsumexp "
+    "_safe_softmax topk sort argsort kthvalue"
+)
 def along(lab: Labels, op: Op) -> None:
-    """Ops whose result at one place depends on the others along a dim; an order statistic also mixes the places up."""
+    """Ops whose result at one place depends on the others along a dim; an order statistic also
+    mixes the places up.
+    """
     dims = reduced_dims(op) or []
     order = op.name in ("topk", "sort", "argsort", "kthvalue")
     out = []
@@ -212,7 +251,10 @@ def along(lab: Labels, op: Op) -> None:
             if op.name == "topk":
                 lab.least.append((np.unique(lab.group(f, hit).numpy()), int(op.args[1])))
                 lab.picks.append((lab.scope[-1], int(op.args[1]), f.size(hit[0])))
-            lab.flag("order" if order else "statistic" if "softmax" in op.name else "scan", lab.group(f, hit))
+            lab.flag(
+                "order" if order else "statistic" if "softmax" in op.name else "scan",
+                lab.group(f, hit),
+            )
             if order:
                 left = [i for i in varying(f) if i not in hit]
                 if not left:
@@ -235,5 +277,12 @@ def norm(lab: Labels, op: Op) -> None:
     for t in op.args[2 if op.name != "native_group_norm" else 1 :]:
         if isinstance(t, Tensor):
             for f in lab.fields(t):
-                fields.append(ranked(f.reshape((1, -1) + (1,) * (rank - 2)) if op.name == "native_group_norm" else f, rank))
+                fields.append(
+                    ranked(
+                        f.reshape((1, -1) + (1,) * (rank - 2))
+                        if op.name == "native_group_norm"
+                        else f,
+                        rank,
+                    )
+                )
     lab.write(op.outs[0], lab.merge(fields))

@@ -1,4 +1,6 @@
-"""A model's repeated blocks: finding them, dropping some, and a small skeleton with one block of each kind that stands for all."""
+"""A model's repeated blocks: finding them, dropping some, and a small skeleton with one block of
+each kind that stands for all.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from torch import Tensor, nn
 
 from prunekit.graph.labels import tensors
 
-ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ZeroDivisionError)
+ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ZeroDivisionError,
+)
 """What a model's own code raises when a size that it keeps in Python does not fit."""
 
 
@@ -23,7 +34,12 @@ def block_lists(model: nn.Module) -> dict[str, int]:
     out: dict[str, int] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(p + ".") for p in out)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside and any(True for _ in module.parameters()):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and not inside
+            and any(True for _ in module.parameters())
+        ):
             out[path] = len(module)
     return out
 
@@ -45,7 +61,9 @@ IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
 def configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every config object that a module holds, once, with the path of the first module that holds it."""
+    """Every config object that a module holds, once, with the path of the first module that holds
+    it.
+    """
     seen: set[int] = set()
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
@@ -57,8 +75,9 @@ def configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _numbered(blocks: nn.ModuleList) -> list[tuple[str, str, int]]:
     """(submodule, attribute, offset) that hold the block's own number, e.g. `self_attn.layer_idx`.
 
-    A number is told by running along with the blocks wherever an attribute of that name is (hybrids: under other submodules in other
-    blocks), else wherever it is under that submodule; seen in two blocks at least.
+    A number is told by running along with the blocks wherever an attribute of that name is
+    (hybrids: under other submodules in other blocks), else wherever it is under that submodule;
+    seen in two blocks at least.
     """
     named: dict[str, set[tuple[int, int]]] = defaultdict(set)
     placed: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
@@ -72,18 +91,30 @@ def _numbered(blocks: nn.ModuleList) -> list[tuple[str, str, int]]:
     def along(seen: set[tuple[int, int]]) -> bool:
         return len({i for i, _ in seen}) > 1 and len({offset for _, offset in seen}) == 1
 
-    return [(*key, next(iter(seen))[1]) for key, seen in placed.items() if along(named[key[1]]) or along(seen)]
+    return [
+        (*key, next(iter(seen))[1])
+        for key, seen in placed.items()
+        if along(named[key[1]]) or along(seen)
+    ]
 
 
 def numbers(model: nn.Module) -> frozenset[tuple[str, str]]:
-    """(module path, attribute) of every number that a block or a part of it bears: not a size, whatever it equals."""
+    """(module path, attribute) of every number that a block or a part of it bears: not a size,
+    whatever it equals.
+    """
     lists = {path: model.get_submodule(path) for path in block_lists(model)}
     found = {path: _numbered(blocks) for path, blocks in lists.items()}  # type: ignore[arg-type]
-    return frozenset((f"{p}.{i}.{sub}".rstrip("."), attr) for p in lists for i in range(len(lists[p])) for sub, attr, _ in found[p])  # type: ignore[arg-type]
+    return frozenset(
+        (f"{p}.{i}.{sub}".rstrip("."), attr)
+        for p in lists
+        for i in range(len(lists[p]))
+        for sub, attr, _ in found[p]
+    )  # type: ignore[arg-type]
 
 
 def drop_blocks(model: nn.Module, path: str, keep: Sequence[int]) -> None:
-    """Keep only these blocks of one list, in place: renumber them and shorten the per-layer lists, maps and counts of configs and modules.
+    """Keep only these blocks of one list, in place: renumber them and shorten the per-layer lists,
+    maps and counts of configs and modules.
 
     With two blocks or more a number is told from a constant by changing from block to block.
     """
@@ -101,11 +132,19 @@ def drop_blocks(model: nn.Module, path: str, keep: Sequence[int]) -> None:
     parent, _, leaf = path.rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, leaf, kept)
-    for holder in [*(c for _, c in configs(model)), *(m for n, m in model.named_modules() if not n.startswith(path + "."))]:
+    for holder in [
+        *(c for _, c in configs(model)),
+        *(m for n, m in model.named_modules() if not n.startswith(path + ".")),
+    ]:
         _shorten(holder, old, keep)
     for module in model.modules():
         for attr, value in list(vars(module).items()):
-            if isinstance(value, dict) and "layer" in attr and value and all(type(k) is int and 0 <= k < old for k in value):
+            if (
+                isinstance(value, dict)
+                and "layer" in attr
+                and value
+                and all(type(k) is int and 0 <= k < old for k in value)
+            ):
                 setattr(module, attr, {keep.index(k): v for k, v in value.items() if k in keep})
 
 
@@ -113,11 +152,21 @@ def _shorten(holder: Any, old: int, keep: Sequence[int]) -> None:
     changes = {}
     for attr, value in vars(holder).items():
         per_layer = old > 8 or any(part in attr for part in ("layer", "block", "pattern", "type"))
-        if isinstance(value, (list, tuple)) and len(value) == old and per_layer and not hasattr(value, "_fields"):
+        if (
+            isinstance(value, (list, tuple))
+            and len(value) == old
+            and per_layer
+            and not hasattr(value, "_fields")
+        ):
             changes[attr] = type(value)(value[i] for i in keep)
         elif isinstance(value, list) and _numbers(attr, value, old):
             changes[attr] = [list(keep).index(i) for i in value if i in keep]
-        elif isinstance(value, int) and value == old and "layer" in attr and not isinstance(value, bool):
+        elif (
+            isinstance(value, int)
+            and value == old
+            and "layer" in attr
+            and not isinstance(value, bool)
+        ):
             changes[attr] = len(keep)
     for attr, value in changes.items():
         setattr(holder, attr, value)
@@ -129,17 +178,29 @@ def _shorten(holder: Any, old: int, keep: Sequence[int]) -> None:
 def _numbers(attr: str, value: list[Any], old: int) -> bool:
     """Whether a list names some of the blocks, such as `attn_layer_indices`."""
     named = any(part in attr for part in ("layer", "idx", "indices"))
-    return named and 0 < len(value) < old and all(type(i) is int and 0 <= i < old for i in value) and len(set(value)) == len(value)
+    return (
+        named
+        and 0 < len(value) < old
+        and all(type(i) is int and 0 <= i < old for i in value)
+        and len(set(value)) == len(value)
+    )
 
 
 def block_kinds(model: nn.Module, path: str) -> list[int]:
-    """For each block of a list the index of the first block that is built like it: classes, shapes, settings, per-layer config entries.
+    """For each block of a list the index of the first block that is built like it: classes, shapes,
+    settings, per-layer config entries.
 
-    A block that shares parameters with another stands for itself: its units are the other's as well.
+    A block that shares parameters with another stands for itself: its units are the other's as
+    well.
     """
     blocks = model.get_submodule(path)
     numbered = {(sub, attr) for sub, attr, _ in _numbered(blocks)}
-    lists = [v for _, c in configs(model) for v in vars(c).values() if isinstance(v, (list, tuple)) and len(v) == len(blocks)]
+    lists = [
+        v
+        for _, c in configs(model)
+        for v in vars(c).values()
+        if isinstance(v, (list, tuple)) and len(v) == len(blocks)
+    ]
     owners = Counter(id(p) for block in blocks for p in block.parameters())  # type: ignore[attr-defined]
     first: dict[Any, int] = {}
     out = []
@@ -147,9 +208,19 @@ def block_kinds(model: nn.Module, path: str) -> list[int]:
         parts: list[Any] = [repr(v[i]) for v in lists]
         parts += [i] if any(owners[id(p)] > 1 for p in block.parameters()) else []
         for sub, module in block.named_modules():
-            settings = [(k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (int, str, bool, type(None)))]
+            settings = [
+                (k, v)
+                for k, v in sorted(vars(module).items())
+                if isinstance(v, (int, str, bool, type(None)))
+            ]
             parts.append(
-                (sub, type(module).__qualname__, tuple((k, v) for k, v in settings if (sub, k) not in numbered and k != "training"))
+                (
+                    sub,
+                    type(module).__qualname__,
+                    tuple(
+                        (k, v) for k, v in settings if (sub, k) not in numbered and k != "training"
+                    ),
+                )
             )
         parts += [(n, tuple(p.shape)) for n, p in tensors(block)]
         out.append(first.setdefault(repr(parts), i))
@@ -169,12 +240,20 @@ def _alike(new: Tensor, old: Tensor) -> Tensor:
 
 
 def unpaged(t: Tensor) -> Tensor:
-    """Zeros of the shape and dtype of `t` on the CPU, from pages that the system hands out on the first write only."""
-    return torch.from_numpy(np.zeros(t.numel() * t.element_size(), dtype=np.uint8)).view(t.dtype).reshape(t.shape)
+    """Zeros of the shape and dtype of `t` on the CPU, from pages that the system hands out on the
+    first write only.
+    """
+    return (
+        torch.from_numpy(np.zeros(t.numel() * t.element_size(), dtype=np.uint8))
+        .view(t.dtype)
+        .reshape(t.shape)
+    )
 
 
 def representatives(kinds: Sequence[int], each: int) -> list[int]:
-    """For each block the one that stands for it: the first `each` of a kind stand for themselves, later ones for the first."""
+    """For each block the one that stands for it: the first `each` of a kind stand for themselves,
+    later ones for the first.
+    """
     seen: dict[int, int] = defaultdict(int)
     out = []
     for i, kind in enumerate(kinds):
@@ -184,9 +263,11 @@ def representatives(kinds: Sequence[int], each: int) -> list[int]:
 
 
 def skeleton(model: nn.Module, each: int = 1) -> tuple[nn.Module, dict[str, list[int]]]:
-    """A runnable copy on the CPU with `each` blocks of a kind, and for each block list which of its blocks stands for each real one.
+    """A runnable copy on the CPU with `each` blocks of a kind, and for each block list which of its
+    blocks stands for each real one.
 
-    Parameters of a CPU model are shared, others are zeros that are never paged in. Buffers of a meta model are made anew.
+    Parameters of a CPU model are shared, others are zeros that are never paged in. Buffers of a
+    meta model are made anew.
     """
     lists = block_lists(model)
     stands = {p: representatives(block_kinds(model, p), each) for p in lists}
@@ -222,7 +303,8 @@ def skeleton(model: nn.Module, each: int = 1) -> tuple[nn.Module, dict[str, list
 
 
 def quiet(model: nn.Module) -> None:
-    """Plain attention and expert code, no cache: what the tracer reads best. Modules that are not transformers' have no such switches.
+    """Plain attention and expert code, no cache: what the tracer reads best. Modules that are not
+    transformers' have no such switches.
 
     A class whose plain attention does not run keeps its own.
     """
@@ -254,14 +336,23 @@ def natural(model: nn.Module) -> bool:
 
 
 def open_routing(model: nn.Module, picks: Sequence[tuple[str, int, int]]) -> bool:
-    """Let every router pick all its experts, so that a trace meets each of them. `picks`: (module, k, of how many) of the top-k ops seen."""
+    """Let every router pick all its experts, so that a trace meets each of them. `picks`: (module,
+    k, of how many) of the top-k ops seen.
+    """
     changed = False
     for scope, k, n in picks:
         parts = scope.split(".")
         holders = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts), 0, -1)]
-        for holder in [*holders, *(c for h in holders if hasattr(c := getattr(h, "config", None), "__dict__"))]:
+        for holder in [
+            *holders,
+            *(c for h in holders if hasattr(c := getattr(h, "config", None), "__dict__")),
+        ]:
             for attr, value in list(vars(holder).items()):
-                if type(value) is int and value == k < n and any(part in attr for part in ("top", "per_tok")):
+                if (
+                    type(value) is int
+                    and value == k < n
+                    and any(part in attr for part in ("top", "per_tok"))
+                ):
                     setattr(holder, attr, n)
                     changed = True
     return changed

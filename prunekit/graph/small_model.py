@@ -1,4 +1,6 @@
-"""A small version of a model with random weights large enough that every unit matters: where proofs are made."""
+"""A small version of a model with random weights large enough that every unit matters: where proofs
+are made.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ HIDDEN, INNER, HEADS, KV, HEAD = 48, 60, 6, 3, 8
 
 
 def small_version(model: nn.Module) -> nn.Module:
-    """Two blocks of each kind with random weights: of the model itself if those are few, else of one built from its shrunken config.
+    """Two blocks of each kind with random weights: of the model itself if those are few, else of
+    one built from its shrunken config.
 
-    Where no config shrinks (foreign modules, sizes that a class ties together in its own way) the real widths are used.
+    Where no config shrinks (foreign modules, sizes that a class ties together in its own way) the
+    real widths are used.
     """
     own = skeleton(model, each=2)[0]
     if count(own) > SMALL and hasattr(model, "config"):
@@ -31,7 +35,10 @@ def small_version(model: nn.Module) -> nn.Module:
                 small = skeleton(twin, each=2)[0]
                 small = randomised(small)
                 with torch.no_grad():
-                    if count(small) <= SMALL and torch.isfinite(logits_of(small(**inputs_for(small)))).all():
+                    if (
+                        count(small) <= SMALL
+                        and torch.isfinite(logits_of(small(**inputs_for(small)))).all()
+                    ):
                         return small
             except ERRORS:
                 continue
@@ -39,7 +46,9 @@ def small_version(model: nn.Module) -> nn.Module:
 
 
 def twins(model: nn.Module) -> Iterator[nn.Module]:
-    """Models of the same class on the meta device, from the config with its sizes shrunk: boldly first, then only what must be."""
+    """Models of the same class on the meta device, from the config with its sizes shrunk: boldly
+    first, then only what must be.
+    """
     for bold in (True, False):
         config = copy.deepcopy(model.config)
         shrink_config(config, bold)
@@ -52,7 +61,9 @@ def twins(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def shrink_config(config: Any, bold: bool) -> None:
-    """Sizes under transformers' standard names get small values, others that equal them or multiples of them follow; experts become few."""
+    """Sizes under transformers' standard names get small values, others that equal them or
+    multiples of them follow; experts become few.
+    """
     for value in vars(config).values():
         if hasattr(value, "to_dict"):
             shrink_config(value, bold)
@@ -63,7 +74,14 @@ def shrink_config(config: Any, bold: bool) -> None:
     head = standard(config, "head_dim") or hidden // heads
     small_kv = KV if kv and kv < heads else HEADS
     small_kv = 1 if kv == 1 else small_kv
-    known = {hidden: HIDDEN, inner: INNER, head: HEAD, heads * head: HEADS * HEAD, 4 * hidden: 4 * HIDDEN, 3 * hidden: 3 * HIDDEN}
+    known = {
+        hidden: HIDDEN,
+        inner: INNER,
+        head: HEAD,
+        heads * head: HEADS * HEAD,
+        4 * hidden: 4 * HIDDEN,
+        3 * hidden: 3 * HIDDEN,
+    }
     named = {
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
@@ -73,7 +91,12 @@ def shrink_config(config: Any, bold: bool) -> None:
     }
     changes = {}
     for attr, value in vars(config).items():
-        if type(value) is not int or attr.endswith("token_id") or "layer" in attr or attr.startswith("_"):
+        if (
+            type(value) is not int
+            or attr.endswith("token_id")
+            or "layer" in attr
+            or attr.startswith("_")
+        ):
             continue
         if "expert" in attr and "per_tok" not in attr and "size" not in attr and value > 8:
             changes[attr] = 8
@@ -81,7 +104,11 @@ def shrink_config(config: Any, bold: bool) -> None:
             changes[attr] = min(value, 160)
         elif bold and value >= 32 and value in known:
             changes[attr] = known[value]
-        elif bold and value >= 128 and any(part in attr for part in ("size", "dim", "rank", "width", "ffn", "inner")):
+        elif (
+            bold
+            and value >= 128
+            and any(part in attr for part in ("size", "dim", "rank", "width", "ffn", "inner"))
+        ):
             changes[attr] = max(8, value * HIDDEN // hidden // 4 * 4)
     for attr, value in named.items():
         name = getattr(config, "attribute_map", {}).get(attr, attr)
@@ -92,7 +119,9 @@ def shrink_config(config: Any, bold: bool) -> None:
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A float32 copy with weights that give activations of order one; vectors are only jittered, so that gains stay gains."""
+    """A float32 copy with weights that give activations of order one; vectors are only jittered, so
+    that gains stay gains.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def draw(t: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""From labels to units: which labels are one thing, what must go together, and which sets of slices can be cut out at all."""
+"""From labels to units: which labels are one thing, what must go together, and which sets of slices
+can be cut out at all.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from prunekit.graph.labels import Axis, Labels
 
 @dataclass
 class Family:
-    """Units that cut equally much from the same tensors: row u of `index[axis number]` is what unit u owns there."""
+    """Units that cut equally much from the same tensors: row u of `index[axis number]` is what unit
+    u owns there.
+    """
 
     units: list[tuple[int, ...]]
     axes: dict[int, np.ndarray]
@@ -40,7 +44,8 @@ def components(n: int, edges: np.ndarray) -> np.ndarray:
 class Solution:
     """Classes of equal labels, and the clauses between them.
 
-    A clause `g = {members}` works both ways: g gone -> all members gone; all members gone -> g gone.
+    A clause `g = {members}` works both ways: g gone -> all members gone; all members gone -> g
+    gone.
     """
 
     def __init__(self, lab: Labels):
@@ -48,19 +53,28 @@ class Solution:
         self.cls = self._classes()
         labels = [np.arange(a.base, a.base + a.size) for a in lab.axes]
         owner = np.repeat(np.arange(len(lab.axes)), [a.size for a in lab.axes])
-        index = np.concatenate([np.arange(a.size) for a in lab.axes]) if lab.axes else np.zeros(0, int)
+        index = (
+            np.concatenate([np.arange(a.size) for a in lab.axes]) if lab.axes else np.zeros(0, int)
+        )
         classes = self.cls[np.concatenate(labels)] if labels else np.zeros(0, int)
         order = np.lexsort((index, owner, classes))
         self._owner, self._index, self._sorted = owner[order], index[order], classes[order]
         marks = np.random.default_rng(0).integers(1, 1 << 62, len(lab.axes), dtype=np.uint64)
         self.signature = np.zeros(lab.next, dtype=np.uint64)
         np.add.at(self.signature, self._sorted, marks[self._owner])
-        self._by_head, self._by_member = defaultdict[int, list[int]](list), defaultdict[int, list[int]](list)
+        self._by_head, self._by_member = (
+            defaultdict[int, list[int]](list),
+            defaultdict[int, list[int]](list),
+        )
         for i, (head, members) in enumerate(self.rules):
             self._by_head[head].append(i)
             for m in members:
                 self._by_member[m].append(i)
-        self.flagged = {name: set(np.unique(self.cls[np.concatenate(v)]).tolist()) for name, v in lab.flags.items() if v}
+        self.flagged = {
+            name: set(np.unique(self.cls[np.concatenate(v)]).tolist())
+            for name, v in lab.flags.items()
+            if v
+        }
         self._matrices = [m for m in lab.matrices.values() if m.ndim > 1]
         self._in_matrix = defaultdict[int, list[int]](list)
         for i, m in enumerate(self._matrices):
@@ -69,8 +83,12 @@ class Solution:
         self._copies: dict[tuple[int, int], np.ndarray] = {}
 
     def _classes(self) -> np.ndarray:
-        """Fixpoint: sets with equal member classes are one thing; a set with a single member class is that member."""
-        edges = np.concatenate(self.lab.edges) if self.lab.edges else np.zeros((0, 2), dtype=np.int64)
+        """Fixpoint: sets with equal member classes are one thing; a set with a single member class
+        is that member.
+        """
+        edges = (
+            np.concatenate(self.lab.edges) if self.lab.edges else np.zeros((0, 2), dtype=np.int64)
+        )
         while True:
             cls = components(self.lab.next, edges)
             first: dict[tuple[int, ...], int] = {}
@@ -105,12 +123,18 @@ class Solution:
         """axis number -> ascending indices that the classes own there."""
         c = np.fromiter(classes, dtype=np.int64)
         lo, hi = np.searchsorted(self._sorted, c, "left"), np.searchsorted(self._sorted, c, "right")
-        at = np.concatenate([np.arange(a, b) for a, b in zip(lo, hi, strict=True)]) if len(c) else np.zeros(0, int)
+        at = (
+            np.concatenate([np.arange(a, b) for a, b in zip(lo, hi, strict=True)])
+            if len(c)
+            else np.zeros(0, int)
+        )
         owner, index = self._owner[at], self._index[at]
         return {int(a): np.sort(index[owner == a]) for a in np.unique(owner)}
 
     def rectangular(self, unit: frozenset[int]) -> bool:
-        """Whether in every label matrix that occurred the unit is a union of whole slabs, so that it can be cut out."""
+        """Whether in every label matrix that occurred the unit is a union of whole slabs, so that
+        it can be cut out.
+        """
         for i in {i for c in unit for i in self._in_matrix.get(c, ())}:
             m = self._matrices[i]
             gone = np.isin(self.cls[m], list(unit)) & (m > 0)
@@ -142,7 +166,9 @@ class Solution:
     # ---- families
 
     def families(self) -> list[Family]:
-        """All sets of at least two closed, equal-sized, rectangular units; vocabulary rows are left out."""
+        """All sets of at least two closed, equal-sized, rectangular units; vocabulary rows are left
+        out.
+        """
         out = []
         for units in self._candidates():
             if len(units) < 2:
@@ -156,11 +182,15 @@ class Solution:
             order = np.argsort(next(iter(axes.values()))[:, 0], kind="stable")
             members = set().union(*map(set, units))
             flags = frozenset(name for name, classes in self.flagged.items() if classes & members)
-            out.append(Family([units[i] for i in order], {a: v[order] for a, v in axes.items()}, flags))
+            out.append(
+                Family([units[i] for i in order], {a: v[order] for a, v in axes.items()}, flags)
+            )
         return out
 
     def _stacked(self, units: list[tuple[int, ...]]) -> dict[int, np.ndarray]:
-        """axis number -> (unit, width) indices; units of a single class are looked up all at once."""
+        """axis number -> (unit, width) indices; units of a single class are looked up
+        all at once.
+        """
         if any(len(u) > 1 for u in units):
             slices = [self.slices(u) for u in units]
             return {a: np.stack([s[a] for s in slices]) for a in slices[0]}
@@ -175,7 +205,10 @@ class Solution:
         rows = self.flagged.get("row", set())
         coupled = set(self._by_head) | set(self._by_member)
         found: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        alone = np.setdiff1d(np.unique(self._sorted), np.fromiter(coupled | rows, dtype=np.int64, count=len(coupled | rows)))
+        alone = np.setdiff1d(
+            np.unique(self._sorted),
+            np.fromiter(coupled | rows, dtype=np.int64, count=len(coupled | rows)),
+        )
         for signature in np.unique(self.signature[alone]):
             found[int(signature)] += [(int(c),) for c in alone[self.signature[alone] == signature]]
         seen = set[frozenset[int]]()
@@ -185,7 +218,9 @@ class Solution:
                 continue
             seen.add(unit)
             signature = int(self.signature[list(unit)].sum())
-            if signature and (len(unit) > 1 or not found[signature] or next(iter(unit)) not in alone):
+            if signature and (
+                len(unit) > 1 or not found[signature] or next(iter(unit)) not in alone
+            ):
                 found[signature].append(tuple(sorted(unit)))
         return [part for units in found.values() for part in _disjoint(units)]
 
@@ -205,7 +240,9 @@ class Solution:
 
 
 def _disjoint(units: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Units that overlap are no units of one family: where heads are as many as channels per head, both look alike."""
+    """Units that overlap are no units of one family: where heads are as many as channels per head,
+    both look alike.
+    """
     if len({c for u in units for c in u}) == sum(map(len, units)):
         return [units] if units else []
     parts: list[tuple[set[int], list[tuple[int, ...]]]] = []

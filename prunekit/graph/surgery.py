@@ -26,11 +26,13 @@ _EDITS: WeakKeyDictionary[nn.Module, Edits] = WeakKeyDictionary()
 
 
 def zero(model: nn.Module, kept: Kept) -> nn.Module:
-    """Set the units that `kept` does not keep to zero at every member, in place; a group left out keeps all its units.
+    """Set the units that `kept` does not keep to zero at every member, in place; a group left out
+    keeps all its units.
 
-    A block becomes the identity: by zero parameters, or by a hook where those would not do (blocks that normalise after the sum).
-    For channels that a LayerNorm averages over, and for experts, removal equals this with statistics over the kept ones.
-    Raises ConfigError for an unknown group, a wrong mask, or a group left empty.
+    A block becomes the identity: by zero parameters, or by a hook where those would not do (blocks
+    that normalise after the sum). For channels that a LayerNorm averages over, and for experts,
+    removal equals this with statistics over the kept ones. Raises ConfigError for an unknown group,
+    a wrong mask, or a group left empty.
     """
     found = discovery(model)
     asked = checked(found.groups, kept, found.least)
@@ -46,17 +48,23 @@ def zero(model: nn.Module, kept: Kept) -> nn.Module:
 
 
 def remove(model: nn.Module, kept: Kept, norm: Literal["plain", "rescale"] = "plain") -> nn.Module:
-    """Cut the units that `kept` does not keep out of the model, in place; a group left out keeps all its units.
+    """Cut the units that `kept` does not keep out of the model, in place; a group left out keeps
+    all its units.
 
-    Tied tensors stay tied, sizes held in Python and the config follow, meta tensors are sliced as well. `norm="rescale"` corrects the
-    RMSNorms that average over removed channels, so that removing equals zeroing. Raises ConfigError as `zero` does, and where
-    `rescale` meets a norm that has no such correction (LayerNorm).
+    Tied tensors stay tied, sizes held in Python and the config follow, meta tensors are sliced as
+    well. `norm="rescale"` corrects the RMSNorms that average over removed channels, so that
+    removing equals zeroing. Raises ConfigError as `zero` does, and where `rescale` meets a norm
+    that has no such correction (LayerNorm).
     """
     if norm not in ("plain", "rescale"):
         raise ConfigError(f"norm={norm!r}; possible: plain, rescale")
     found = discovery(model)
     by_name = {c.group.name: c for c in found.candidates}
-    asked = [(g, masks) for g, masks in checked(found.groups, kept, found.least) if not all(bool(m.all()) for m in masks.values())]
+    asked = [
+        (g, masks)
+        for g, masks in checked(found.groups, kept, found.least)
+        if not all(bool(m.all()) for m in masks.values())
+    ]
     cuts = [(by_name[g.name], masks) for g, masks in asked if g.members]
     recipes = {p: v.recipe for p, v in found.verdicts.items() if v.recipe is not None}
     if norm == "rescale":
@@ -76,9 +84,14 @@ def _record(model: nn.Module, edits: Edits) -> None:
             total[kind].setdefault(path, {}).update(values)
     for path, now in edits["lists"].items():
         before = total["lists"].get(path, {"of": now["of"], "keep": list(range(now["of"]))})
-        total["lists"][path] = {"of": before["of"], "keep": [before["keep"][i] for i in now["keep"]]}
+        total["lists"][path] = {
+            "of": before["of"],
+            "keep": [before["keep"][i] for i in now["keep"]],
+        }
     for path, hooks in edits["arguments"].items():
-        total["arguments"].setdefault(path, []).extend({"argument": k, **v} for k, v in hooks.items())
+        total["arguments"].setdefault(path, []).extend(
+            {"argument": k, **v} for k, v in hooks.items()
+        )
 
 
 def _drop(model: nn.Module, group: Group, keep: Sequence[int]) -> None:
@@ -89,7 +102,11 @@ def _drop(model: nn.Module, group: Group, keep: Sequence[int]) -> None:
     total["blocks"][path] = {"of": before["of"], "keep": [before["keep"][i] for i in keep]}
     renumbered = {i: n for n, i in enumerate(keep)}
     for kind in KINDS[:4]:
-        total[kind] = {new: v for p, v in total[kind].items() if (new := _renamed(p, path, renumbered)) is not None}
+        total[kind] = {
+            new: v
+            for p, v in total[kind].items()
+            if (new := _renamed(p, path, renumbered)) is not None
+        }
 
 
 def _renamed(name: str, path: str, renumbered: dict[int, int]) -> str | None:
@@ -101,18 +118,22 @@ def _renamed(name: str, path: str, renumbered: dict[int, int]) -> str | None:
 
 
 def edits(model: nn.Module) -> Edits:
-    """What all `remove`s did to the model beyond the tensors' shapes, as JSON-able data for `rebuild`.
+    """What all `remove`s did to the model beyond the tensors' shapes, as JSON-able data for
+    `rebuild`.
 
-    `attributes` and `configs`: module -> {attribute: value} (of the module, of its own config); `arguments`: module -> constants that
-    enter it sliced; `lists`, `blocks`: ModuleList -> {of, keep}, original numbers. Module names are those after dropping blocks.
+    `attributes` and `configs`: module -> {attribute: value} (of the module, of its own config);
+    `arguments`: module -> constants that enter it sliced; `lists`, `blocks`: ModuleList -> {of,
+    keep}, original numbers. Module names are those after dropping blocks.
     """
     return _EDITS.get(model, {k: {} for k in KINDS})
 
 
 def rebuild(model: nn.Module, shapes: dict[str, Sequence[int]], edits: Edits) -> nn.Module:
-    """Give a model built from the architecture's class (from the config before or after pruning) the pruned model's structure, in place.
+    """Give a model built from the architecture's class (from the config before or after pruning)
+    the pruned model's structure, in place.
 
-    `shapes`: tensor name -> shape for every parameter and buffer in the checkpoint. Tensors whose shape changes become uninitialised.
+    `shapes`: tensor name -> shape for every parameter and buffer in the checkpoint. Tensors whose
+    shape changes become uninitialised.
     """
     for path, dropped in edits["blocks"].items():
         if len(model.get_submodule(path)) != len(dropped["keep"]):  # type: ignore[arg-type]
@@ -126,14 +147,18 @@ def rebuild(model: nn.Module, shapes: dict[str, Sequence[int]], edits: Edits) ->
         if tuple(old.shape) != tuple(shape):
             replace(where[id(old)], old, old.detach().new_empty(tuple(shape)))
     for path, values in edits["attributes"].items():
-        set_sizes(model, {(path, k): _like(model, path, k, v) for k, v in values.items()}, own=False)
+        set_sizes(
+            model, {(path, k): _like(model, path, k, v) for k, v in values.items()}, own=False
+        )
     for path, values in edits["configs"].items():
         set_sizes(model, {(path, f"config.{k}"): v for k, v in values.items()}, own=path != "")
     for path, hooks in edits["arguments"].items():
         for h in hooks:
             key = int(h["argument"]) if h["argument"].isdigit() else h["argument"]
             argument = Argument(path, key, h["dim"], h["size"], torch.empty(0).numpy())
-            model.get_submodule(path).register_forward_pre_hook(slice_argument(argument, torch.tensor(h["keep"])), with_kwargs=True)
+            model.get_submodule(path).register_forward_pre_hook(
+                slice_argument(argument, torch.tensor(h["keep"])), with_kwargs=True
+            )
     return model
 
 

@@ -13,7 +13,17 @@ from prunekit.graph import movement_rules  # noqa: F401  (its import files its r
 from prunekit.graph.labels import Labels, Op
 from prunekit.graph.rules import CREATES, apply
 
-NEUTRAL = {"t", "transpose", "permute", "expand", "detach", "alias", "unsqueeze", "squeeze", "_conj"}
+NEUTRAL = {
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "detach",
+    "alias",
+    "unsqueeze",
+    "squeeze",
+    "_conj",
+}
 """Views that show no new extent."""
 CHOOSES = {"max", "min", "topk", "sort", "argsort", "argmax", "argmin", "multinomial", "nonzero"}
 """Ops whose integer results depend on values."""
@@ -29,7 +39,13 @@ class Trace(Labels, TorchDispatchMode):
     def execute(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
         base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
@@ -53,13 +69,19 @@ class Trace(Labels, TorchDispatchMode):
         return out
 
     def _note_chosen(self, name: str, ins: list[Tensor], outs: list[Tensor]) -> None:
-        """Integers that say what data chose (token ids, top-k, and what is computed from them): indexing by them follows no channel."""
+        """Integers that say what data chose (token ids, top-k, and what is computed from them):
+        indexing by them follows no channel.
+        """
         if name in CHOOSES or any(t.untyped_storage()._cdata in self._chosen for t in ins):
             self._chosen |= {t.untyped_storage()._cdata for t in outs if not t.is_floating_point()}
 
 
-def trace(model: nn.Module, inputs: dict[str, Any], labels: Trace | None = None) -> tuple[Trace, Any]:
-    """One forward pass under `labels` (default: fresh ones), recording for each op the module in which it ran."""
+def trace(
+    model: nn.Module, inputs: dict[str, Any], labels: Trace | None = None
+) -> tuple[Trace, Any]:
+    """One forward pass under `labels` (default: fresh ones), recording for each op the module in
+    which it ran.
+    """
     labels = labels or Trace(model)
     hooks = []
     for name, module in model.named_modules():
@@ -68,14 +90,21 @@ def trace(model: nn.Module, inputs: dict[str, Any], labels: Trace | None = None)
             labels.scope.append(name)
             for where, t in [*enumerate(args), *kwargs.items()]:
                 if name and isinstance(t, Tensor) and t.dim():
-                    labels.arguments[t.untyped_storage()._cdata].append((name, where, tuple(t.shape)))
+                    labels.arguments[t.untyped_storage()._cdata].append(
+                        (name, where, tuple(t.shape))
+                    )
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             labels.scope.pop()
 
-        hooks += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+        hooks += [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave),
+        ]
     try:
-        labels._chosen |= {t.untyped_storage()._cdata for t in inputs.values() if isinstance(t, Tensor)}
+        labels._chosen |= {
+            t.untyped_storage()._cdata for t in inputs.values() if isinstance(t, Tensor)
+        }
         with torch.no_grad(), labels:
             output = model(**inputs)
     finally:

@@ -1,4 +1,6 @@
-"""What a family of units is, told without names: residual channels, heads, neurons, or other channels inside a block."""
+"""What a family of units is, told without names: residual channels, heads, neurons, or other
+channels inside a block.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Typed:
 
 
 def parent(model: nn.Module, name: str, block: tuple[str, int] | None) -> str:
-    """The module that a tensor works for: `h.0.attn` for `h.0.attn.c_proj.weight` and for `h.0.attn.scale`; never a whole block."""
+    """The module that a tensor works for: `h.0.attn` for `h.0.attn.c_proj.weight` and for
+    `h.0.attn.scale`; never a whole block.
+    """
     path = name.rpartition(".")[0]
     if any(True for _ in model.get_submodule(path).children()):
         return path
@@ -32,30 +36,53 @@ def parent(model: nn.Module, name: str, block: tuple[str, int] | None) -> str:
     return path if block is not None and len(above) <= len(f"{block[0]}.{block[1]}") else above
 
 
-def type_families(model: nn.Module, solution: Solution, families: list[Family]) -> tuple[list[Typed], list[str]]:
+def type_families(
+    model: nn.Module, solution: Solution, families: list[Family]
+) -> tuple[list[Typed], list[str]]:
     """Kinds for what can be pruned, and in words what was found but refused."""
     lists = block_lists(model)
-    rank = {a.name: max(b.dim for b in solution.lab.axes if b.name == a.name) + 1 for a in solution.lab.axes}
+    rank = {
+        a.name: max(b.dim for b in solution.lab.axes if b.name == a.name) + 1
+        for a in solution.lab.axes
+    }
     for f in families:
         f.names = tuple((solution.axis(a).name, solution.axis(a).dim) for a in f.axes)
-    refused = [f"{_place(f)}: {f.n} units pass through an op without a rule" for f in families if "opaque" in f.flags and len(f.names) > 1]
+    refused = [
+        f"{_place(f)}: {f.n} units pass through an op without a rule"
+        for f in families
+        if "opaque" in f.flags and len(f.names) > 1
+    ]
     good = [f for f in families if "opaque" not in f.flags]
     blocks = {id(f): {block_of(n, lists) for n, _ in f.names} for f in good}
     hidden = _hidden(good, blocks)
     taken = {c for u in hidden.units for c in u} if hidden else set()
-    rest = [f for f in good if f is not hidden and len(f.names) > 1 and not any(set(u) & taken for u in f.units)]
+    rest = [
+        f
+        for f in good
+        if f is not hidden and len(f.names) > 1 and not any(set(u) & taken for u in f.units)
+    ]
     local = [f for f in rest if len(blocks[id(f)]) == 1 and None not in blocks[id(f)]]
     batch = solution.flagged.get("batch", set())
     experts = find_experts(model, solution, families, lists, batch)
     routed = [set(u) for t in experts for u in t.family.units]
     local = [f for f in local if not any(set(f.units[0]) <= u for u in routed)]
-    slabs = [f for f in rest if all(set(u) & batch for u in f.units) and not _expert_axis(solution, f)]
+    slabs = [
+        f for f in rest if all(set(u) & batch for u in f.units) and not _expert_axis(solution, f)
+    ]
     heads = _one_per_module(slabs)
     mixers = [f for f, _ in heads] + [f for f in local if "convolved" in f.flags]
-    owners = {parent(model, n, block_of(n, lists)) for f in mixers for n, _ in f.names if block_of(n, lists)}
+    owners = {
+        parent(model, n, block_of(n, lists))
+        for f in mixers
+        for n, _ in f.names
+        if block_of(n, lists)
+    }
     shared = {n for f, _ in heads for n, _ in f.names}
     out = [Typed("hidden", hidden, None)] if hidden else []
-    out += [Typed("heads", f, next(iter(blocks[id(f)])) if len(blocks[id(f)]) == 1 else None, spare) for f, spare in heads]
+    out += [
+        Typed("heads", f, next(iter(blocks[id(f)])) if len(blocks[id(f)]) == 1 else None, spare)
+        for f, spare in heads
+    ]
     in_matrix = set(solution._in_matrix)
     channels = []
     for f in local:
@@ -69,8 +96,16 @@ def type_families(model: nn.Module, solution: Solution, families: list[Family]) 
     return out + experts, refused
 
 
-def find_experts(model: nn.Module, solution: Solution, families: list[Family], lists: dict[str, int], batch: set[int]) -> list[Typed]:
-    """Rows of a router, told by a top-k over them, joined with whatever comes in as many pieces near it: slabs of weights, or modules."""
+def find_experts(
+    model: nn.Module,
+    solution: Solution,
+    families: list[Family],
+    lists: dict[str, int],
+    batch: set[int],
+) -> list[Typed]:
+    """Rows of a router, told by a top-k over them, joined with whatever comes in as many pieces
+    near it: slabs of weights, or modules.
+    """
     order = solution.flagged.get("order", set())
     out = []
     for router in families:
@@ -79,24 +114,52 @@ def find_experts(model: nn.Module, solution: Solution, families: list[Family], l
             continue
         scope, root = router.names[0][0].rpartition(".")[0], f"{block[0]}.{block[1]}"
         while scope.startswith(root):
-            inside = [f for f in families if f is not router and all(n.startswith(scope + ".") for n, _ in f.names)]
-            near = [f for f in inside if f.n == router.n]
-            slabs = [f for f in near if all(d == 0 for _, d in f.names) and not any(set(u) & order for u in f.units)]
-            slabs = [f for f in slabs if _expert_axis(solution, f) or not any(set(u) & batch for u in f.units)]
-            listed = [
-                n for n, m in model.named_modules() if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n
+            inside = [
+                f
+                for f in families
+                if f is not router and all(n.startswith(scope + ".") for n, _ in f.names)
             ]
-            fewer = [f for f in inside if f.n < router.n <= 2 * f.n and _expert_axis(solution, f) and all(d == 0 for _, d in f.names)]
+            near = [f for f in inside if f.n == router.n]
+            slabs = [
+                f
+                for f in near
+                if all(d == 0 for _, d in f.names) and not any(set(u) & order for u in f.units)
+            ]
+            slabs = [
+                f
+                for f in slabs
+                if _expert_axis(solution, f) or not any(set(u) & batch for u in f.units)
+            ]
+            listed = [
+                n
+                for n, m in model.named_modules()
+                if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n
+            ]
+            fewer = [
+                f
+                for f in inside
+                if f.n < router.n <= 2 * f.n
+                and _expert_axis(solution, f)
+                and all(d == 0 for _, d in f.names)
+            ]
             if slabs or listed or fewer or _expert_axis(solution, router):
-                modules = tuple(f"{listed[0]}.{i}" for i in range(router.n)) if listed and not slabs else ()
-                out.append(Typed("experts", _joined([router, *slabs, *fewer]), block, modules=modules))
+                modules = (
+                    tuple(f"{listed[0]}.{i}" for i in range(router.n))
+                    if listed and not slabs
+                    else ()
+                )
+                out.append(
+                    Typed("experts", _joined([router, *slabs, *fewer]), block, modules=modules)
+                )
                 break
             scope = scope.rpartition(".")[0]
     return out
 
 
 def _joined(families: list[Family]) -> Family:
-    """Unit u of each, together; where some have fewer units (experts with weights, which come before those without), so many."""
+    """Unit u of each, together; where some have fewer units (experts with weights, which come
+    before those without), so many.
+    """
     n = min(f.n for f in families)
     units = [tuple(sorted(set().union(*(f.units[u] for f in families)))) for u in range(n)]
     axes = {a: index[:n] for f in families for a, index in f.axes.items()}
@@ -111,18 +174,29 @@ def _place(f: Family) -> str:
 
 def _hidden(good: list[Family], blocks: dict[int, set[tuple[str, int] | None]]) -> Family | None:
     """The family that reaches the most blocks, then the most tensors."""
-    wide = [f for f in good if len(f.names) > 2 and ("embedding" in f.flags or len(blocks[id(f)]) > 1)]
-    return max(wide, key=lambda f: (len(blocks[id(f)] - {None}), len(f.names), "embedding" in f.flags, f.n), default=None)
+    wide = [
+        f for f in good if len(f.names) > 2 and ("embedding" in f.flags or len(blocks[id(f)]) > 1)
+    ]
+    return max(
+        wide,
+        key=lambda f: (len(blocks[id(f)] - {None}), len(f.names), "embedding" in f.flags, f.n),
+        default=None,
+    )
 
 
 def _expert_axis(solution: Solution, f: Family) -> bool:
     """Whether the units enumerate the first axis of 3-D weights."""
     deep = {a.name for a in solution.lab.axes if a.dim == 2}
-    return any(n in deep and d == 0 and idx.shape[1] == 1 for (n, d), idx in zip(f.names, f.axes.values(), strict=True))
+    return any(
+        n in deep and d == 0 and idx.shape[1] == 1
+        for (n, d), idx in zip(f.names, f.axes.values(), strict=True)
+    )
 
 
 def _one_per_module(slabs: list[Family]) -> list[tuple[Family, list[Family]]]:
-    """Among families that share tensors the one that reaches most of them (whole kv groups, not single query heads), and the others."""
+    """Among families that share tensors the one that reaches most of them (whole kv groups, not
+    single query heads), and the others.
+    """
     clusters: list[tuple[set[str], list[Family]]] = []
     for f in slabs:
         names, members = {n for n, _ in f.names}, [f]
@@ -143,7 +217,10 @@ def _minimal(channels: list[tuple[Family, bool]]) -> list[tuple[Family, bool]]:
     out = []
     for f, inside in channels:
         unit = set(f.units[0])
-        if not any(g is not f and any(set(u) < unit for u in g.units[:1] + g.units[-1:]) for g, _ in channels):
+        if not any(
+            g is not f and any(set(u) < unit for u in g.units[:1] + g.units[-1:])
+            for g, _ in channels
+        ):
             out.append((f, inside))
     return out
 

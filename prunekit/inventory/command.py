@@ -1,4 +1,6 @@
-"""`prunekit groups OVERRIDE...`: which structures of a model go together, from its config alone: as a tree, as JSON, as a picture of one block."""
+"""`prunekit groups OVERRIDE...`: which structures of a model go together, from its config alone: as
+a tree, as JSON, as a picture of one block.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,37 @@ FORMS = (".json", ".svg", ".txt")
 
 
 def main(argv: list[str]) -> int:
-    """Prints the groups of the model that the same overrides would prune, and writes each `--to FILE` by its suffix."""
+    """Prints the groups of the model that the same overrides would prune, and writes each `--to
+    FILE` by its suffix.
+    """
     parser = argparse.ArgumentParser(prog="prunekit groups", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for a run: model=..., exclude=..., pruner.kinds=...")
-    parser.add_argument("--json", action="store_true", help="print JSON: every group, member and index rule, nothing folded")
-    parser.add_argument("--all", action="store_true", help="a tree with every block and every tensor, alike or not")
     parser.add_argument(
-        "--to", action="append", default=[], metavar="FILE", help="write .json, .txt (the tree) or .svg (a picture of one block)"
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="as for a run: model=..., exclude=..., pruner.kinds=...",
     )
-    parser.add_argument("--block", type=int, metavar="N", help="the block of the picture (default: the first of the most common make)")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON: every group, member and index rule, nothing folded",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="a tree with every block and every tensor, alike or not"
+    )
+    parser.add_argument(
+        "--to",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write .json, .txt (the tree) or .svg (a picture of one block)",
+    )
+    parser.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="the block of the picture (default: the first of the most common make)",
+    )
     args = parser.parse_intermixed_args(argv)
     targets = [target(Path(to)) for to in args.to]
     found = look(args.overrides)
@@ -36,7 +60,11 @@ def main(argv: list[str]) -> int:
     drawn = picture.svg(found, args.block) if pictures or args.block is not None else ""
     for path in targets:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text({".json": data, ".txt": lambda f: text(f, args.all), ".svg": lambda _: drawn}[path.suffix](found))
+        path.write_text(
+            {".json": data, ".txt": lambda f: text(f, args.all), ".svg": lambda _: drawn}[
+                path.suffix
+            ](found)
+        )
     console = Console()
     if args.json:
         console.out(data(found), end="", highlight=False)
@@ -50,14 +78,18 @@ def main(argv: list[str]) -> int:
 def target(path: Path) -> Path:
     """Raises ConfigError for a suffix that no form has."""
     if path.suffix not in FORMS:
-        raise ConfigError(f"groups: cannot write {path.name!r}; possible suffixes: {', '.join(FORMS)}")
+        raise ConfigError(
+            f"groups: cannot write {path.name!r}; possible suffixes: {', '.join(FORMS)}"
+        )
     return path
 
 
 def data(found: Inventory) -> str:
     """JSON with one group a line."""
     lines = {
-        key: "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if isinstance(value, list) and value else json.dumps(value)
+        key: "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        if isinstance(value, list) and value
+        else json.dumps(value)
         for key, value in as_json(found).items()
     }
     return "{\n" + ",\n".join(f' "{key}": {told}' for key, told in lines.items()) + "\n}\n"
@@ -81,16 +113,21 @@ def text(found: Inventory, whole: bool) -> str:
 
 
 def look(overrides: list[str]) -> Inventory:
-    """The inventory of the model that the overrides choose, on the meta device. Raises ConfigError where they are not those of one run."""
+    """The inventory of the model that the overrides choose, on the meta device. Raises ConfigError
+    where they are not those of one run.
+    """
     from prunekit.cli.compose import composed
 
     unknown = [w for w in overrides if "=" not in w and not w.startswith("~")]
     if unknown:
-        raise ConfigError(f"groups: {unknown[0]!r} is not an override such as model=tiny_llama or exclude=none")
+        raise ConfigError(
+            f"groups: {unknown[0]!r} is not an override such as model=tiny_llama or exclude=none"
+        )
     jobs = list(composed(overrides))
     if len(jobs) != 1:
         raise ConfigError(
-            f"groups: looks at one model, and these overrides make {len(jobs)} jobs; give one value each (row=NAME for a table)"
+            f"groups: looks at one model, and these overrides make {len(jobs)} jobs; give one "
+            "value each (row=NAME for a table)"
         )
     return of_run(jobs[0])
 
@@ -104,4 +141,6 @@ def of_run(cfg: dict[str, Any]) -> Inventory:
     kinds = preflight.pruned_kinds(pruner, options)
     verify = options.get("verify", True)
     asks = f"pruner.kinds=[{','.join(kinds)}]" if "kinds" in options else f"pruner={pruner}"
-    return inventory(model, title, verify, parts.exclude, f"exclude={cfg['exclude']['name']}", kinds, asks)
+    return inventory(
+        model, title, verify, parts.exclude, f"exclude={cfg['exclude']['name']}", kinds, asks
+    )

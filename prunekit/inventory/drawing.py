@@ -1,4 +1,6 @@
-"""The drawing itself: rows and lanes placed from top to bottom, written as SVG that follows the reader's light or dark scheme."""
+"""The drawing itself: rows and lanes placed from top to bottom, written as SVG that follows the
+reader's light or dark scheme.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from prunekit.inventory.fold import Alike
 from prunekit.inventory.rule import in_words
 
 TEXT, SMALL, CHAR = 12, 11, 0.602
-"""Font sizes in pixels, and the width of a character of a monospaced font as a share of its size."""
+"""Font sizes in pixels, and the width of a character of a monospaced font as a share
+of its size.
+"""
 LARGEST, SMALLEST, THIN = 76, 16, 8
 """Sides of boxes in pixels: of the largest axis, of the smallest, and across a vector."""
 MARGIN, HEAD, GAP = 20, 92, 10
@@ -27,7 +31,7 @@ svg { --paper: #ffffff; --ink: #1f2328; --faint: #656d76; --rule: #d8dee4; --ban
   --c0: #58a6ff; --c1: #f0883e; --c2: #3fb950; --c3: #bc8cff; --c4: #f778ba; --c5: #39c5cf; --c6: #d29922 } }
 text { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace; fill: var(--ink) }
 .faint { fill: var(--faint) } .bold { font-weight: 600 }
-"""
+"""  # noqa: E501  (style sheet)
 COLOURS = 7
 
 
@@ -41,7 +45,9 @@ class Row:
 
 
 class Band(NamedTuple):
-    """A module's rows, each with its top and height, under the module's name where there are several."""
+    """A module's rows, each with its top and height, under the module's name where there are
+    several.
+    """
 
     module: str
     top: float
@@ -61,7 +67,11 @@ class Drawing:
         self.title = f"{path} of {title}: what goes together"
         self.largest = max(n for r in rows for n in r.part.shape)
         bands, _ = self.bands()
-        told = [r.name.removeprefix(b.module + ".") if b.module else r.name for b in bands for r, _, _ in b.rows]
+        told = [
+            r.name.removeprefix(b.module + ".") if b.module else r.name
+            for b in bands
+            for r, _, _ in b.rows
+        ]
         longest = max(map(len, [*told, *(" x ".join(map(str, r.part.shape)) for r in rows)]))
         self.box_x = MARGIN + 4 + longest * TEXT * CHAR + 22
         self.lane_x = [self.box_x + LARGEST + 46]
@@ -72,23 +82,34 @@ class Drawing:
 
     def lane_width(self, i: int) -> float:
         told = [cell for r in self.rows for cell in self.cells(r, i)]
-        return max(max(map(len, [*told, *self.heading(i)[1:]])) * SMALL * CHAR + 44, len(self.heading(i)[0]) * TEXT * CHAR + 44)
+        return max(
+            max(map(len, [*told, *self.heading(i)[1:]])) * SMALL * CHAR + 44,
+            len(self.heading(i)[0]) * TEXT * CHAR + 44,
+        )
 
     def heading(self, i: int) -> tuple[str, str, str]:
         e = self.lanes[i].first
-        each = f"{e.each[0]:,}" if len(e.each) == 1 else f"about {round(sum(e.each) / len(e.each)):,}"
+        each = (
+            f"{e.each[0]:,}" if len(e.each) == 1 else f"about {round(sum(e.each) / len(e.each)):,}"
+        )
         whole = ", whole modules" if e.group.modules else ""
         return self.lanes[i].name, f"{e.group.units} units{whole}", f"{each} parameters each"
 
     def cells(self, row: Row, i: int) -> list[str]:
-        return [line for p in row.lanes.get(i, []) for line in textwrap.wrap(f"axis {p.axis}: {in_words(p.rule)}", CELL)]
+        return [
+            line
+            for p in row.lanes.get(i, [])
+            for line in textwrap.wrap(f"axis {p.axis}: {in_words(p.rule)}", CELL)
+        ]
 
     def legend(self) -> list[str]:
         """What dots, lines and boxes mean, in lines that fit."""
         shown = ", ".join(f"{unit_shown(a.first.group.units)} of {a.name}" for a in self.lanes)
         told = (
-            "A dot: unit u of the group owns these indices of that axis. Removing a unit takes its slices away at all dots of the line.",
-            f"Boxes: axis 0 downwards, axis 1 to the right, not to scale; the colour of an edge is that of its group. Filled in: unit {shown}.",
+            "A dot: unit u of the group owns these indices of that axis. Removing a unit takes "
+            "its slices away at all dots of the line.",
+            "Boxes: axis 0 downwards, axis 1 to the right, not to scale; the colour of an edge "
+            f"is that of its group. Filled in: unit {shown}.",
         )
         wide = int((self.width - 2 * MARGIN) / (SMALL * CHAR))
         return [line for sentence in told for line in textwrap.wrap(sentence, wide)]
@@ -108,17 +129,26 @@ class Drawing:
         self.write(MARGIN, MARGIN + 14, self.title, "bold", size=15)
         for band in bands:
             self.band(band.module, band.top, band.rows[-1][1] + band.rows[-1][2] + 4)
-        self.lines([(row, top + high / 2) for band in bands for row, top, high in band.rows], bottom)
+        self.lines(
+            [(row, top + high / 2) for band in bands for row, top, high in band.rows], bottom
+        )
         for band in bands:
             for row, top, high in band.rows:
-                self.row(row, row.name.removeprefix(band.module + ".") if band.module else row.name, top, high)
+                self.row(
+                    row,
+                    row.name.removeprefix(band.module + ".") if band.module else row.name,
+                    top,
+                    high,
+                )
         for k, line in enumerate(legend):
             self.write(MARGIN, bottom + 34 + 18 * k, line, "faint", size=SMALL)
         ET.indent(self.root)
         return ET.tostring(self.root, encoding="unicode") + "\n"
 
     def bands(self) -> tuple[list[Band], float]:
-        """The rows by the module that they lie in, from top to bottom, and where they end. A module of one tensor needs no heading."""
+        """The rows by the module that they lie in, from top to bottom, and where they end. A module
+        of one tensor needs no heading.
+        """
         modules = [row.name.partition(".")[0] if "." in row.name else "" for row in self.rows]
         out: list[Band] = []
         y = float(HEAD + MARGIN)
@@ -137,12 +167,22 @@ class Drawing:
         return out, y
 
     def band(self, module: str, top: float, bottom: float) -> None:
-        self.add("rect", x=MARGIN - 8, y=top, width=self.width - 2 * MARGIN + 16, height=bottom - top, rx=6, style="fill: var(--band)")
+        self.add(
+            "rect",
+            x=MARGIN - 8,
+            y=top,
+            width=self.width - 2 * MARGIN + 16,
+            height=bottom - top,
+            rx=6,
+            style="fill: var(--band)",
+        )
         if module:
             self.write(MARGIN, top + 16, module, "bold")
 
     def lines(self, middles: Sequence[tuple[Row, float]], bottom: float) -> None:
-        """Each group's line from its first dot to its last; a group of the whole network comes from above and goes on below."""
+        """Each group's line from its first dot to its last; a group of the whole network comes from
+        above and goes on below.
+        """
         for i, x in enumerate(self.lane_x[:-1]):
             name, units, each = self.heading(i)
             top = MARGIN + 44
@@ -154,25 +194,40 @@ class Drawing:
             self.add("line", x1=x, x2=x, y1=at[0], y2=at[-1], style=stroke)
             if self.lanes[i].first.block is None:
                 for y1, y2 in ((HEAD + MARGIN - 8, at[0]), (at[-1], bottom)):
-                    self.add("line", x1=x, x2=x, y1=y1, y2=y2, style=stroke + "; stroke-dasharray: 2 5")
-                elsewhere = sum(not p.names[0].startswith(self.path + ".") for p in self.lanes[i].first.parts)
+                    self.add(
+                        "line", x1=x, x2=x, y1=y1, y2=y2, style=stroke + "; stroke-dasharray: 2 5"
+                    )
+                elsewhere = sum(
+                    not p.names[0].startswith(self.path + ".") for p in self.lanes[i].first.parts
+                )
                 self.write(x + 10, bottom + 4, f"+ {elsewhere} axes elsewhere", "faint", size=SMALL)
 
     def row(self, row: Row, name: str, top: float, high: float) -> None:
         middle = top + high / 2
         self.write(MARGIN + 4, middle - 3, name)
-        owners = {axis: [i for i, parts in row.lanes.items() for p in parts if p.axis == axis] for axis in range(len(row.part.shape))}
+        owners = {
+            axis: [i for i, parts in row.lanes.items() for p in parts if p.axis == axis]
+            for axis in range(len(row.part.shape))
+        }
         line = self.write(MARGIN + 4, middle + 12, "", "faint", size=SMALL)
         for axis, n in enumerate(row.part.shape):
             if axis:
                 line[-1].tail = " x "
             shade = colour(owners[axis][0]) if len(owners[axis]) == 1 else "var(--ink)"
-            span = ET.SubElement(line, "tspan", {"style": f"fill: {shade}; font-weight: 600"} if owners[axis] else {})
+            span = ET.SubElement(
+                line, "tspan", {"style": f"fill: {shade}; font-weight: 600"} if owners[axis] else {}
+            )
             span.text = str(n)
         self.draw_box(row, middle)
         for i in row.lanes:
             x, cells = self.lane_x[i], self.cells(row, i)
-            self.add("circle", cx=x, cy=middle, r=5, style=f"fill: {colour(i)}; stroke: var(--band); stroke-width: 1.5")
+            self.add(
+                "circle",
+                cx=x,
+                cy=middle,
+                r=5,
+                style=f"fill: {colour(i)}; stroke: var(--band); stroke-width: 1.5",
+            )
             for k, cell in enumerate(cells):
                 self.write(x + 11, middle + 4 + 15 * (k - (len(cells) - 1) / 2), cell, size=SMALL)
 
@@ -182,7 +237,9 @@ class Drawing:
         return max(SMALLEST, LARGEST * (n / self.largest) ** 0.5)
 
     def faces(self, part: Part) -> tuple[int, int | None, int | None]:
-        """Which axes run down, to the right and into the page: a stack of matrices has its first axis in depth, a kernel is a matrix."""
+        """Which axes run down, to the right and into the page: a stack of matrices has its first
+        axis in depth, a kernel is a matrix.
+        """
         if len(part.shape) == 1:
             return 0, None, None
         return (1, 2, 0) if len(part.shape) == 3 and part.shape[2] > 8 else (0, 1, None)
@@ -191,7 +248,9 @@ class Drawing:
         """Width and height."""
         down, right, depth = self.faces(part)
         back = 12 if depth is not None else 0
-        return (THIN if right is None else self.side(part.shape[right])) + back, self.side(part.shape[down]) + back
+        return (THIN if right is None else self.side(part.shape[right])) + back, self.side(
+            part.shape[down]
+        ) + back
 
     def draw_box(self, row: Row, middle: float) -> None:
         part = row.part
@@ -199,36 +258,73 @@ class Drawing:
         width, height = self.box(part)
         back = 12 if depth is not None else 0
         x, y, w, h = self.box_x, middle - height / 2 + back, width - back, height - back
-        here = [(p.axis, i, p.rule, self.lanes[i].first.group.units) for i, parts in row.lanes.items() for p in parts]
+        here = [
+            (p.axis, i, p.rule, self.lanes[i].first.group.units)
+            for i, parts in row.lanes.items()
+            for p in parts
+        ]
         lit = next((i for axis, i, _, _ in here if axis == depth), None)
         for k in range(3, 0, -1) if back else ():
             fill = colour(lit) if lit is not None and k == 2 else "var(--box)"
-            self.add("rect", x=x + 4 * k, y=y - 4 * k, width=w, height=h, style=f"fill: {fill}; stroke: var(--paper)")
-        self.add("rect", x=x, y=y, width=w, height=h, style="fill: var(--box); stroke: var(--paper)" if back else "fill: var(--box)")
+            self.add(
+                "rect",
+                x=x + 4 * k,
+                y=y - 4 * k,
+                width=w,
+                height=h,
+                style=f"fill: {fill}; stroke: var(--paper)",
+            )
+        self.add(
+            "rect",
+            x=x,
+            y=y,
+            width=w,
+            height=h,
+            style="fill: var(--box); stroke: var(--paper)" if back else "fill: var(--box)",
+        )
         for axis, i, rule, units in here:
             if axis not in (down, right):
                 continue
             long = (h if axis == down else w) / part.shape[axis]
             for first, count in stretches(rule.of(unit_shown(units))):
                 a, b = first * long, max(2.0, count * long)
-                place = {"x": x, "y": y + a, "width": w, "height": b} if axis == down else {"x": x + a, "y": y, "width": b, "height": h}
+                place = (
+                    {"x": x, "y": y + a, "width": w, "height": b}
+                    if axis == down
+                    else {"x": x + a, "y": y, "width": b, "height": h}
+                )
                 self.add("rect", **place, style=f"fill: {colour(i)}; fill-opacity: 0.55")
             for first, count in stretches(sorted({n for u in range(units) for n in rule.of(u)})):
                 a, b = first * long, count * long
                 edge = (
-                    {"x": x - 4, "y": y + a, "width": 3, "height": b} if axis == down else {"x": x + a, "y": y - 4, "width": b, "height": 3}
+                    {"x": x - 4, "y": y + a, "width": 3, "height": b}
+                    if axis == down
+                    else {"x": x + a, "y": y - 4, "width": b, "height": 3}
                 )
                 self.add("rect", **edge, style=f"fill: {colour(i)}")
 
     # ---- elements
 
     def add(self, tag: str, **values: float | str) -> ET.Element:
-        given = {k: f"{v:.1f}".removesuffix(".0") if isinstance(v, float) else str(v) for k, v in values.items()}
+        given = {
+            k: f"{v:.1f}".removesuffix(".0") if isinstance(v, float) else str(v)
+            for k, v in values.items()
+        }
         return ET.SubElement(self.root, tag, given)
 
-    def write(self, x: float, y: float, text: str, kind: str = "", size: int = TEXT, lane: int | None = None) -> ET.Element:
+    def write(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        kind: str = "",
+        size: int = TEXT,
+        lane: int | None = None,
+    ) -> ET.Element:
         style = {} if lane is None else {"style": f"fill: {colour(lane)}"}
-        element = self.add("text", x=x, y=y, **{"font-size": size}, **({"class": kind} if kind else {}), **style)
+        element = self.add(
+            "text", x=x, y=y, **{"font-size": size}, **({"class": kind} if kind else {}), **style
+        )
         element.text = text
         return element
 

@@ -1,4 +1,6 @@
-"""What discovery found in a model, as plain data: every group with its members and index rules, what was left alone, what never ran."""
+"""What discovery found in a model, as plain data: every group with its members and index rules,
+what was left alone, what never ran.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ NEVER = "the traced run never touched it"
 
 @dataclass(frozen=True)
 class Part:
-    """One member: the tensor under all its names, its shape, and which indices of `axis` are whose. Buffers are not counted as parameters."""
+    """One member: the tensor under all its names, its shape, and which indices of `axis` are whose.
+    Buffers are not counted as parameters.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -31,9 +35,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """One group. `each`: parameters that go with one unit; units differ where there are several numbers. `least`: units that must stay.
+    """One group. `each`: parameters that go with one unit; units differ where there are several
+    numbers. `least`: units that must stay.
 
-    `block` is the path of the decoder block that it lies in, None for the network's; `spared` says which choice of the run leaves it alone.
+    `block` is the path of the decoder block that it lies in, None for the network's; `spared` says
+    which choice of the run leaves it alone.
     """
 
     group: Group
@@ -46,7 +52,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A model's groups, and all else that discovery has to say about it. `loose`: parameters that ran and of which no unit owns a part."""
+    """A model's groups, and all else that discovery has to say about it. `loose`: parameters that
+    ran and of which no unit owns a part.
+    """
 
     title: str
     kind: str
@@ -67,21 +75,36 @@ def inventory(
     kinds: Sequence[str] = (),
     asked_by: str = "pruner",
 ) -> Inventory:
-    """What there is in `model`, on whatever device: no weight is read. `verify` proves every group on a small version first (seconds).
+    """What there is in `model`, on whatever device: no weight is read. `verify` proves every group
+    on a small version first (seconds).
 
-    Groups of other kinds than `kinds` (empty: all), and those that `exclude` takes away, are told with the name of what spares them.
+    Groups of other kinds than `kinds` (empty: all), and those that `exclude` takes away, are told
+    with the name of what spares them.
     """
     found = discovery(model, verify)
     groups, lists = found.groups, block_lists(model)
     asked = [g for g in groups if not kinds or g.kind in kinds]
     remain = {g.name for g in (exclude(asked) if exclude and asked else asked)}
-    spared = {g.name: None if g.name in remain else excluded_by if g in asked else asked_by for g in groups}
+    spared = {
+        g.name: None if g.name in remain else excluded_by if g in asked else asked_by
+        for g in groups
+    }
     names: dict[int, list[str]] = defaultdict(list)
-    for name, p in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    for name, p in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
         names[id(p)].append(name)
     sizes = Sizes(model, groups)
     entries = [
-        Entry(g, parts(model, g, names), each(model, g, sizes), found.least.get(g.name, 1), block_path(g, lists), spared[g.name])
+        Entry(
+            g,
+            parts(model, g, names),
+            each(model, g, sizes),
+            found.least.get(g.name, 1),
+            block_path(g, lists),
+            spared[g.name],
+        )
         for g in groups
     ]
     left = [(place, reason) for place, _, reason in (line.partition(": ") for line in found.left)]
@@ -89,7 +112,16 @@ def inventory(
     owned = {m.param for g in groups for m in g.members} | set(untouched)
     inside = tuple(f"{x}." for g in groups if g.kind == "experts" for x in g.modules)
     loose = [n for n, _ in model.named_parameters() if n not in owned and not n.startswith(inside)]
-    return Inventory(title, type(model).__name__, sizes.total, verify, entries, [one for one in left if one[1] != NEVER], untouched, loose)
+    return Inventory(
+        title,
+        type(model).__name__,
+        sizes.total,
+        verify,
+        entries,
+        [one for one in left if one[1] != NEVER],
+        untouched,
+        loose,
+    )
 
 
 def parts(model: nn.Module, group: Group, names: dict[int, list[str]]) -> tuple[Part, ...]:
@@ -99,15 +131,27 @@ def parts(model: nn.Module, group: Group, names: dict[int, list[str]]) -> tuple[
         t = tensor_of(model, m.param)
         own = names.get(id(t), [])
         also = tuple(n for n in own if n != m.param)
-        out.append(Part((m.param, *also), tuple(t.shape), m.axis, rule_of(m.index), not isinstance(t, nn.Parameter)))
+        out.append(
+            Part(
+                (m.param, *also),
+                tuple(t.shape),
+                m.axis,
+                rule_of(m.index),
+                not isinstance(t, nn.Parameter),
+            )
+        )
     return tuple(out)
 
 
 def each(model: nn.Module, group: Group, sizes: Sizes) -> tuple[int, ...]:
-    """Parameters that go when one unit goes alone: one number, or one for each unit where modules of different sizes are the units."""
+    """Parameters that go when one unit goes alone: one number, or one for each unit where modules
+    of different sizes are the units.
+    """
     if not group.modules:
         return (sizes.removed({group.name: 1}),)
-    whole = [sum(p.numel() for p in model.get_submodule(path).parameters()) for path in group.modules]
+    whole = [
+        sum(p.numel() for p in model.get_submodule(path).parameters()) for path in group.modules
+    ]
     beside = sizes.removed({group.name: 1}) - round(sum(whole) / group.units)
     own = tuple(beside + n for n in whole)
     return own[:1] if len(set(own)) == 1 else own

@@ -1,4 +1,6 @@
-"""What is alike told once: groups that differ in numbers only, blocks that hold the same groups, names as `layers.{0..29}.weight`."""
+"""What is alike told once: groups that differ in numbers only, blocks that hold the same groups,
+names as `layers.{0..29}.weight`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Leaf = tuple[Part, list[str]]
 
 @dataclass(frozen=True)
 class Alike:
-    """Groups of one make: same kind, units, sizes and members but for the numbers in their names."""
+    """Groups of one make: same kind, units, sizes and members but for the numbers in
+    their names.
+    """
 
     entries: list[Entry]
 
@@ -28,7 +32,8 @@ class Alike:
         return braces([e.group.name for e in self.entries])
 
     def leaves(self, whole: bool = False) -> list[Leaf]:
-        """The members, each with its fellows in the other groups; several of one group that differ in numbers only are one, unless `whole`.
+        """The members, each with its fellows in the other groups; several of one group that differ
+        in numbers only are one, unless `whole`.
 
         Names are those inside the block.
         """
@@ -73,7 +78,14 @@ def made(p: Part) -> tuple[Hashable, ...]:
 def make(e: Entry) -> tuple[Hashable, ...]:
     """What two groups must share to be told as one."""
     g = e.group
-    return g.kind, masked(g.name), g.units, e.each, e.least, tuple((masked(p.names[0]), *made(p)) for p in e.parts)
+    return (
+        g.kind,
+        masked(g.name),
+        g.units,
+        e.each,
+        e.least,
+        tuple((masked(p.names[0]), *made(p)) for p in e.parts),
+    )
 
 
 def stacks(entries: Iterable[Entry], whole: bool = False) -> tuple[list[Alike], list[Stack]]:
@@ -84,7 +96,9 @@ def stacks(entries: Iterable[Entry], whole: bool = False) -> tuple[list[Alike], 
         if e.block is not None:
             blocks.setdefault(e.block, []).append(e)
     if whole:
-        return wide, [Stack([path], [Alike([e]) for e in inside]) for path, inside in blocks.items()]
+        return wide, [
+            Stack([path], [Alike([e]) for e in inside]) for path, inside in blocks.items()
+        ]
     kinds: dict[Hashable, list[str]] = {}
     for path, inside in blocks.items():
         kinds.setdefault((masked(path), tuple(map(make, inside))), []).append(path)
@@ -99,7 +113,9 @@ def stacks(entries: Iterable[Entry], whole: bool = False) -> tuple[list[Alike], 
 
 
 def braces(names: Sequence[str]) -> str:
-    """`layers.{0..29}.weight` for names that differ in numbers only; where the numbers do not come in all combinations, the first and how many."""
+    """`layers.{0..29}.weight` for names that differ in numbers only; where the numbers do not come
+    in all combinations, the first and how many.
+    """
     names = list(dict.fromkeys(names))
     numbers = [tuple(map(int, re.findall(r"\d+", n))) for n in names]
     if len({masked(n) for n in names}) > 1:
@@ -112,7 +128,9 @@ def braces(names: Sequence[str]) -> str:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """`7`, `{0..3}`, `{0,2}`, `{0..2,5}`: ascending numbers, stretches of three and more with dots."""
+    """`7`, `{0..3}`, `{0,2}`, `{0..2,5}`: ascending numbers, stretches of three and
+    more with dots.
+    """
     parts: list[list[int]] = []
     for n in numbers:
         if parts and n == parts[-1][-1] + 1:

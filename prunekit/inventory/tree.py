@@ -11,7 +11,14 @@ from prunekit.inventory.facts import Entry, Inventory
 from prunekit.inventory.fold import Alike, braces, masked, stacks, within
 from prunekit.inventory.rule import in_words
 
-COLOURS = {"hidden": "blue", "heads": "yellow", "neurons": "green", "experts": "magenta", "blocks": "cyan", "inner": "red"}
+COLOURS = {
+    "hidden": "blue",
+    "heads": "yellow",
+    "neurons": "green",
+    "experts": "magenta",
+    "blocks": "cyan",
+    "inner": "red",
+}
 
 
 def tree(found: Inventory, whole: bool = False) -> Tree:
@@ -20,7 +27,8 @@ def tree(found: Inventory, whole: bool = False) -> Tree:
     proof = "removal proven on a small version" if found.proven else "nothing proven"
     heading = f"{found.title}: {found.kind}" if found.title else found.kind
     root = Tree(
-        f"[bold]{escape(heading)}[/], {found.params:,} parameters, {len(found.entries)} groups, {proof}\n"
+        f"[bold]{escape(heading)}[/], {found.params:,} parameters, {len(found.entries)} groups, "
+        f"{proof}\n"
         "[dim]unit u of a group owns, along the axis of each tensor, the indices after the colon[/]"
     )
     for alike in wide:
@@ -42,12 +50,17 @@ def group_node(above: Tree, alike: Alike, whole: bool) -> None:
     if e.group.modules:
         node.add(escape(f"{braces(alike.modules())}  the whole module"))
     leaves = alike.leaves(whole)
-    named = [" = ".join([braces(names), *(within(n, e.block) for n in p.names[1:])]) for p, names in leaves]
+    named = [
+        " = ".join([braces(names), *(within(n, e.block) for n in p.names[1:])])
+        for p, names in leaves
+    ]
     shapes = [" x ".join(map(str, p.shape)) for p, _ in leaves]
     wide = max(map(len, named), default=0), max(map(len, shapes), default=0)
     for (p, _), name, shape in zip(leaves, named, shapes, strict=True):
         note = "  (a buffer)" if p.buffer else ""
-        node.add(escape(f"{name:{wide[0]}}  {shape:{wide[1]}}  axis {p.axis}: {in_words(p.rule)}{note}"))
+        node.add(
+            escape(f"{name:{wide[0]}}  {shape:{wide[1]}}  axis {p.axis}: {in_words(p.rule)}{note}")
+        )
 
 
 def size(e: Entry) -> str:
@@ -64,7 +77,10 @@ def spared(alike: Alike) -> str:
         if e.spared:
             by.setdefault(e.spared, []).append(e.group.name)
     every = "it" if len(alike.entries) == 1 else "all"
-    told = [f"{what} leaves {f'{every} out' if len(n) == len(alike.entries) else f'out {braces(n)}'}" for what, n in by.items()]
+    told = [
+        f"{what} leaves {f'{every} out' if len(n) == len(alike.entries) else f'out {braces(n)}'}"
+        for what, n in by.items()
+    ]
     return f" [{'; '.join(told)}]" if told else ""
 
 
@@ -76,7 +92,10 @@ def reasons(root: Tree, found: Inventory, whole: bool) -> None:
     node = root.add("[bold]left alone[/]" + ("" if left else ": nothing"))
     for (_, reason), places in left.items():
         node.add(escape(f"{braces(places)}: {reason}"))
-    for heading, names in (("never touched by the traced run", found.untouched), ("in no group", found.loose)):
+    for heading, names in (
+        ("never touched by the traced run", found.untouched),
+        ("in no group", found.loose),
+    ):
         if names:
             node = root.add(f"[bold]{heading}[/]")
             for line in folded(names, whole):

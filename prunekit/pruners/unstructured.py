@@ -1,4 +1,6 @@
-"""Zero single weights, or N of every M inputs: magnitude and Wanda with their papers' schedules (arXiv 2306.11695), OWL's through `ratio`."""
+"""Zero single weights, or N of every M inputs: magnitude and Wanda with their papers' schedules
+(arXiv 2306.11695), OWL's through `ratio`.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +44,21 @@ def weights(
 ) -> Pruned:
     """Zeroes the lowest elements of the linear matrices inside the blocks; shapes stay.
 
-    `scope=row` takes the same number from every output (rounded down), `matrix` so many of each matrix, `model` the same total wherever
-    scores are lowest, `alpha` from every row the lowest ones up to the same share of its sum. `keep_n` of each `block_m` consecutive
-    inputs stay (2:4 is keep_n=2 block_m=4); scope has no say then, and the ratio must agree, or decide (keep_n=null: the mixed N:8 of
-    OWL). `schedule=blocks` scores a block on what the pruned ones before it put out, `whole` all of them on the dense model: the same
-    for magnitude, and faster. `targets` narrows the matrices by name. Raises ConfigError where a pattern fits no matrix or ratio.
+    `scope=row` takes the same number from every output (rounded down), `matrix` so many of each
+    matrix, `model` the same total wherever scores are lowest, `alpha` from every row the lowest
+    ones up to the same share of its sum. `keep_n` of each `block_m` consecutive inputs stay (2:4 is
+    keep_n=2 block_m=4); scope has no say then, and the ratio must agree, or decide (keep_n=null:
+    the mixed N:8 of OWL). `schedule=blocks` scores a block on what the pruned ones before it put
+    out, `whole` all of them on the dense model: the same for magnitude, and faster. `targets`
+    narrows the matrices by name. Raises ConfigError where a pattern fits no matrix or ratio.
     """
     groups = spared(matrices(model, targets), exclude)
     run = WholeRun(model, tokens)
     asked = pattern(keep_n, block_m)
     if scope == "model" and schedule == "blocks" and asked is None:
-        raise ConfigError("pruner.scope=model ranks all matrices at once: it needs pruner.schedule=whole")
+        raise ConfigError(
+            "pruner.scope=model ranks all matrices at once: it needs pruner.schedule=whole"
+        )
     counts = ratio(model, groups, run)
     fits(model, groups, counts, asked)
     kept: Kept = {}
@@ -66,11 +72,22 @@ def weights(
     emptied = [name for name, mask in kept.items() if not mask.any()]
     if emptied:
         log.warning("%d matrices lost every weight: %s", len(emptied), ", ".join(emptied[:5]))
-    return Pruned(model, kept, groups, {}, {"counts": {name: int((~mask).sum()) for name, mask in kept.items()}})
+    return Pruned(
+        model,
+        kept,
+        groups,
+        {},
+        {"counts": {name: int((~mask).sum()) for name, mask in kept.items()}},
+    )
 
 
 def scored(
-    run: WholeRun, groups: list[Group], counts: Counts, criterion: Callable[..., Scores], schedule: str, feeding: Feeding
+    run: WholeRun,
+    groups: list[Group],
+    counts: Counts,
+    criterion: Callable[..., Scores],
+    schedule: str,
+    feeding: Feeding,
 ) -> Iterator[tuple[list[Group], Scores]]:
     """Groups that lose something, with their scores: block after block, or all at once."""
     if schedule == "whole":
@@ -85,13 +102,24 @@ def scored(
             yield part, criterion(run.model, part, block)
 
 
-def chosen(model: nn.Module, groups: list[Group], scores: Scores, counts: Counts, scope: str, asked: Pattern | None) -> Kept:
+def chosen(
+    model: nn.Module,
+    groups: list[Group],
+    scores: Scores,
+    counts: Counts,
+    scope: str,
+    asked: Pattern | None,
+) -> Kept:
     """Masks, stored like the matrices, of what stays."""
     if scope == "model" and asked is None:
         return everywhere(scores, sum(counts[g.name] for g in groups))
     out: Kept = {}
     for g in groups:
         s = upright(model, g, scores[g.name])
-        mask = asked.mask(s, asked.kept_of(counts[g.name], g.units, g.name)) if asked else SCOPES[scope](s, counts[g.name])
+        mask = (
+            asked.mask(s, asked.kept_of(counts[g.name], g.units, g.name))
+            if asked
+            else SCOPES[scope](s, counts[g.name])
+        )
         out[g.name] = upright(model, g, mask).contiguous()
     return out

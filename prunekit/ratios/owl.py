@@ -1,4 +1,6 @@
-"""OWL (Yin et al., ICML 2024, arXiv 2310.05175): a block with more outliers among its Wanda scores loses less."""
+"""OWL (Yin et al., ICML 2024, arXiv 2310.05175): a block with more outliers among its Wanda scores
+loses less.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,21 @@ def owl(
     spread: Annotated[float, Field(ge=0, le=0.5)] = 0.08,
     outlier: Annotated[float, Field(gt=0)] = 5,
 ) -> Counts:
-    """Shares by block, `target` of the units on average: the more scores above `outlier` times the block's mean, the smaller.
+    """Shares by block, `target` of the units on average: the more scores above `outlier` times the
+    block's mean, the smaller.
 
-    The shares of all blocks lie within `2 * spread` of each other (the paper's lambda; 0 is ratio=uniform of=units). Outliers are those of
-    the dense model's linear matrices, `|w_ij| * ||x_j||`, whatever chooses the units later. Blocks count by their units, which keeps the
-    total exact; no block loses less than nothing. Raises ConfigError for units that stand outside of the blocks.
+    The shares of all blocks lie within `2 * spread` of each other (the paper's lambda; 0 is
+    ratio=uniform of=units). Outliers are those of the dense model's linear matrices, `|w_ij| *
+    ||x_j||`, whatever chooses the units later. Blocks count by their units, which keeps the total
+    exact; no block loses less than nothing. Raises ConfigError for units that stand outside of the
+    blocks.
     """
     outside = [g.name for g in groups if g.layer is None]
     if outside:
-        raise ConfigError(f"ratio=owl gives each block a share of its own, and {outside[0]} is not inside a block: take ratio=uniform")
+        raise ConfigError(
+            f"ratio=owl gives each block a share of its own, and {outside[0]} is not inside a "
+            "block: take ratio=uniform"
+        )
     if target == 0:
         return {g.name: 0 for g in groups}
     layers = sorted({g.layer for g in groups if g.layer is not None})
@@ -53,16 +61,20 @@ def outliers(model: nn.Module, layers: list[int], factor: float, run: Run) -> li
         scores = [wanda_score(matrix(model, g), norms[g.name]) for g in inside if g.layer == layer]
         count = sum(s.numel() for s in scores)
         if not count:
-            raise ConfigError(f"ratio=owl counts outliers of linear matrices, and block {layer} has none")
+            raise ConfigError(
+                f"ratio=owl counts outliers of linear matrices, and block {layer} has none"
+            )
         mean = sum(float(s.double().sum()) for s in scores) / count
         out.append(100 * sum(int((s > factor * mean).sum()) for s in scores) / count)
     return out
 
 
 def shares(found: list[float], units: list[int], target: float, spread: float) -> list[float]:
-    """`target - (d - mean d)`, where d is the outlier percentage stretched to [0, 2 * spread]; means are weighted by units.
+    """`target - (d - mean d)`, where d is the outlier percentage stretched to [0, 2 * spread];
+    means are weighted by units.
 
-    Where that leaves [0, 1), the shares are cut off there and all moved alike until the mean is `target` again.
+    Where that leaves [0, 1), the shares are cut off there and all moved alike until the mean is
+    `target` again.
     """
     low, high = min(found), max(found)
     d = [2 * spread * (x - low) / (high - low) if high > low else 0.0 for x in found]

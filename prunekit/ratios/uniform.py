@@ -30,26 +30,46 @@ def uniform(
     by_kind: dict[str, Share] | None = None,
     loadable: Literal["any", "stock"] = "any",
 ) -> Counts:
-    """Removes the share `target` of every group's units, of the prunable parameters, or of the whole model's parameters.
+    """Removes the share `target` of every group's units, of the prunable parameters, or of the
+    whole model's parameters.
 
-    `units` follows LLM-Pruner's floor rule on channels: kept = floor(channels * (1 - target)), whole heads only. `prunable` and `model`
-    solve for the share of units that removes `target` of those parameters, to within one unit. `multiple` rounds kept neurons and
-    residual channels to a multiple. `by_kind` gives kinds of units a share of their own, of units. No group is emptied.
-    `loadable=stock` takes the same counts in every layer, the nearest ones that transformers' own class can build.
-    Raises ConfigError when the target cannot be reached.
+    `units` follows LLM-Pruner's floor rule on channels: kept = floor(channels * (1 - target)),
+    whole heads only. `prunable` and `model` solve for the share of units that removes `target` of
+    those parameters, to within one unit. `multiple` rounds kept neurons and residual channels to a
+    multiple. `by_kind` gives kinds of units a share of their own, of units. No group is emptied.
+    `loadable=stock` takes the same counts in every layer, the nearest ones that transformers' own
+    class can build. Raises ConfigError when the target cannot be reached.
     """
     if loadable == "stock" and not all(g.kind in ("blocks", "weights") for g in groups):
         return stock_counts(model, groups, target, of, multiple, by_kind or {})
     if of == "units":
-        return {g.name: rounded(g, units_removed(g, (by_kind or {}).get(g.kind, target)), multiple) for g in groups}
+        return {
+            g.name: rounded(g, units_removed(g, (by_kind or {}).get(g.kind, target)), multiple)
+            for g in groups
+        }
     if by_kind:
         raise ConfigError(f"ratio.by_kind={by_kind} counts units: give ratio.of=units (got {of})")
     sizes = Sizes(model, groups)
-    return solve(groups, sizes, target * (sizes.total if of == "model" else sizes.prunable()), multiple, f"{target} of {of}")
+    return solve(
+        groups,
+        sizes,
+        target * (sizes.total if of == "model" else sizes.prunable()),
+        multiple,
+        f"{target} of {of}",
+    )
 
 
-def stock_counts(model: nn.Module, groups: list[Group], target: float, of: str, multiple: int, by_kind: dict[str, float]) -> Counts:
-    """Counts for `loadable=stock`: proposed by the ordinary rules, settled by what the architecture's class accepts."""
+def stock_counts(
+    model: nn.Module,
+    groups: list[Group],
+    target: float,
+    of: str,
+    multiple: int,
+    by_kind: dict[str, float],
+) -> Counts:
+    """Counts for `loadable=stock`: proposed by the ordinary rules, settled by what the
+    architecture's class accepts.
+    """
     every_layer(model, groups)  # says what to do before anything is solved
     if of == "units":
         proposal = {g.kind: units_removed(g, by_kind.get(g.kind, target)) / g.units for g in groups}
@@ -62,7 +82,8 @@ def stock_counts(model: nn.Module, groups: list[Group], target: float, of: str, 
 
 
 def units_removed(group: Group, share: float) -> int:
-    """LLM-Pruner's rule: kept channels are floored, then only whole units of `width` channels go; one unit always stays.
+    """LLM-Pruner's rule: kept channels are floored, then only whole units of `width` channels go;
+    one unit always stays.
 
     Of single weights the removed ones are floored, as in the papers that prune them.
     """
@@ -75,7 +96,9 @@ def units_removed(group: Group, share: float) -> int:
 
 
 def rounded(group: Group, removed: int, multiple: int) -> int:
-    """`removed` moved so that the kept units are the nearest multiple, at least one multiple (heads and blocks are left as they are)."""
+    """`removed` moved so that the kept units are the nearest multiple, at least one multiple (heads
+    and blocks are left as they are).
+    """
     if multiple == 1 or removed == 0 or group.kind not in CHANNELS:
         return removed
     kept = max(multiple, round((group.units - removed) / multiple) * multiple)
@@ -83,15 +106,20 @@ def rounded(group: Group, removed: int, multiple: int) -> int:
 
 
 def solve(groups: list[Group], sizes: Sizes, budget: float, multiple: int, asked: str) -> Counts:
-    """Counts, proportional to each group's units, whose parameters come as near `budget` as one unit (or one multiple) allows."""
+    """Counts, proportional to each group's units, whose parameters come as near `budget` as one
+    unit (or one multiple) allows.
+    """
 
     def at(share: float) -> Counts:
-        return {g.name: rounded(g, min(int(share * g.units), g.units - 1), multiple) for g in groups}
+        return {
+            g.name: rounded(g, min(int(share * g.units), g.units - 1), multiple) for g in groups
+        }
 
     if sizes.removed(at(1.0)) < budget:
         most = sizes.removed(at(1.0)) / sizes.total
         raise ConfigError(
-            f"ratio: {asked} cannot be removed from {len(groups)} groups that hold at most {most:.1%} of the model; "
+            f"ratio: {asked} cannot be removed from {len(groups)} groups that hold at most "
+            f"{most:.1%} of the model; "
             "lower ratio.target, exclude less, or let the pruner take more kinds of units"
         )
     low, high = 0.0, 1.0
@@ -103,9 +131,12 @@ def solve(groups: list[Group], sizes: Sizes, budget: float, multiple: int, asked
     return counts
 
 
-
-def fill(groups: list[Group], counts: Counts, share: float, gap: Callable[[Counts], float], multiple: int) -> None:
-    """Add single units, those nearest to their turn first, until none fits into the gap; a last one may cross it if that is nearer."""
+def fill(
+    groups: list[Group], counts: Counts, share: float, gap: Callable[[Counts], float], multiple: int
+) -> None:
+    """Add single units, those nearest to their turn first, until none fits into the gap; a last one
+    may cross it if that is nearer.
+    """
     order = sorted(groups, key=lambda g: share * g.units - counts[g.name], reverse=True)
 
     def one_more(g: Group) -> Counts:
@@ -119,6 +150,10 @@ def fill(groups: list[Group], counts: Counts, share: float, gap: Callable[[Count
             if trial[g.name] < g.units and gap(trial) >= 0:
                 counts.update(trial)
                 fitted = True
-    last = min((t for g in order if (t := one_more(g))[g.name] < g.units), key=lambda t: abs(gap(t)), default=counts)
+    last = min(
+        (t for g in order if (t := one_more(g))[g.name] < g.units),
+        key=lambda t: abs(gap(t)),
+        default=counts,
+    )
     if abs(gap(last)) < abs(gap(counts)):
         counts.update(last)

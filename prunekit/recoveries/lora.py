@@ -1,4 +1,6 @@
-"""LoRA (Hu et al., arXiv 2106.09685) as LLM-Pruner recovers with it (arXiv 2305.11627, README recipe), merged at the end."""
+"""LoRA (Hu et al., arXiv 2106.09685) as LLM-Pruner recovers with it (arXiv 2305.11627, README
+recipe), merged at the end.
+"""
 
 from __future__ import annotations
 
@@ -42,20 +44,25 @@ def lora(
     log_every: Positive = 10,
     seed: Natural = 42,
 ) -> nn.Module:
-    """Low-rank updates of all linear layers, trained on instructions or plain text and merged into the weights.
+    """Low-rank updates of all linear layers, trained on instructions or plain text and merged into
+    the weights.
 
-    Linear layers are all those inside of the decoder's blocks; `targets` narrows them to names or glob patterns (`q_proj`, `*.mlp.*`).
-    With `holdout` examples set aside, the updates with the lowest loss on them are merged, else the last ones.
-    Zeros of weights-groups in `pruned.kept` are put back after merging: what the update would have written there is lost.
-    Leaves `recovery_curve` (step, loss, learning_rate, grad_norm, eval_loss), `recovery_best_step`, `recovery_examples` and
-    `recovery_trained_params` in `pruned.notes`. Raises ConfigError for targets that match nothing or data that holds nothing.
+    Linear layers are all those inside of the decoder's blocks; `targets` narrows them to names or
+    glob patterns (`q_proj`, `*.mlp.*`). With `holdout` examples set aside, the updates with the
+    lowest loss on them are merged, else the last ones. Zeros of weights-groups in `pruned.kept` are
+    put back after merging: what the update would have written there is lost. Leaves
+    `recovery_curve` (step, loss, learning_rate, grad_norm, eval_loss), `recovery_best_step`,
+    `recovery_examples` and `recovery_trained_params` in `pruned.notes`. Raises ConfigError for
+    targets that match nothing or data that holds nothing.
     """
     from transformers import set_seed
 
     from prunekit.training.trainer import Recipe, accumulation, fit
 
     model = pruned.model
-    recipe = Recipe(lr, warmup_steps, epochs, max_steps, batch, micro_batch, eval_every, log_every, seed)
+    recipe = Recipe(
+        lr, warmup_steps, epochs, max_steps, batch, micro_batch, eval_every, log_every, seed
+    )
     names = linears(model, targets)
     accumulation(batch, micro_batch)  # said before the data is read
     train, held = held_out(load(tokenizer, dataset, split, path, data_root, cutoff), holdout, seed)
@@ -78,22 +85,39 @@ def lora(
 
 
 def linears(model: nn.Module, targets: list[str] | None = None) -> list[str]:
-    """Names of the linear layers (nn.Linear, transformers' Conv1D) in the blocks: the module list that holds most of the parameters.
+    """Names of the linear layers (nn.Linear, transformers' Conv1D) in the blocks: the module list
+    that holds most of the parameters.
 
     Raises ConfigError where there is none, or none that `targets` matches, naming those there are.
     """
     from transformers.pytorch_utils import Conv1D
 
-    stacks = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    stacks = {
+        name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+    }
     if not stacks:
-        raise ConfigError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) whose linear layers LoRA could update")
-    # The outermost of equals comes first: a list inside of a block holds less than the list of blocks.
+        raise ConfigError(
+            f"{type(model).__name__} has no list of blocks (nn.ModuleList) whose linear layers "
+            "LoRA could update"
+        )
+    # The outermost of equals comes first: a list inside of a block holds less than the list of
+    # blocks.
     blocks = max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()))
-    found = [f"{blocks}.{n}" for n, m in stacks[blocks].named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m.weight.numel()]
-    chosen = [n for n in found if targets is None or any(n.rpartition(".")[2] == t or fnmatch(n, t) for t in targets)]
+    found = [
+        f"{blocks}.{n}"
+        for n, m in stacks[blocks].named_modules()
+        if isinstance(m, (nn.Linear, Conv1D)) and m.weight.numel()
+    ]
+    chosen = [
+        n
+        for n in found
+        if targets is None or any(n.rpartition(".")[2] == t or fnmatch(n, t) for t in targets)
+    ]
     if not chosen:
         possible = ", ".join(sorted({n.rpartition(".")[2] for n in found})) or "none at all"
-        raise ConfigError(f"targets={targets} match no linear layer of the blocks; their names end in: {possible}")
+        raise ConfigError(
+            f"targets={targets} match no linear layer of the blocks; their names end in: {possible}"
+        )
     return chosen
 
 
@@ -102,7 +126,14 @@ def inject(model: nn.Module, names: list[str], r: int, alpha: int, dropout: floa
     from peft import LoraConfig, inject_adapter_in_model
 
     transposed = not isinstance(model.get_submodule(names[0]), nn.Linear)
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=names, fan_in_fan_out=transposed)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+        target_modules=names,
+        fan_in_fan_out=transposed,
+    )
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -110,7 +141,9 @@ def inject(model: nn.Module, names: list[str], r: int, alpha: int, dropout: floa
 
 
 def merge(model: nn.Module) -> None:
-    """Adds the updates to the weights and puts the original layers back, so that nothing of peft is left."""
+    """Adds the updates to the weights and puts the original layers back, so that nothing of peft is
+    left.
+    """
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):

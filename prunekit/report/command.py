@@ -1,4 +1,6 @@
-"""`prunekit report DIR...`: results on disk -> tables, plots, and the paper's numbers beside them. It reads result files only."""
+"""`prunekit report DIR...`: results on disk -> tables, plots, and the paper's numbers beside them.
+It reads result files only.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,20 @@ FORMS: dict[str, Callable[[Sequence[Sheet], Found], str]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Prints the tables, and writes each `--to FILE` by its suffix (a folder gets all four). Status 1 if jobs failed or did not finish."""
+    """Prints the tables, and writes each `--to FILE` by its suffix (a folder gets all four). Status
+    1 if jobs failed or did not finish.
+    """
     parser = argparse.ArgumentParser(prog="prunekit report", description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="folders with results, searched to the bottom")
-    parser.add_argument("--to", action="append", default=[], metavar="PATH", help="a .md, .tex, .csv or .html file, or a folder for all")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="folders with results, searched to the bottom"
+    )
+    parser.add_argument(
+        "--to",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a .md, .tex, .csv or .html file, or a folder for all",
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing, only write the files")
     args = parser.parse_args(argv)
     targets = [file for to in args.to for file in outputs(Path(to))]
@@ -45,5 +57,7 @@ def outputs(path: Path) -> list[Path]:
     if path.is_dir() or not path.suffix:
         return [path / f"report{suffix}" for suffix in FORMS]
     if path.suffix not in FORMS:
-        raise ConfigError(f"report: cannot write {path.suffix} files; possible: {', '.join(FORMS)}, or a folder")
+        raise ConfigError(
+            f"report: cannot write {path.suffix} files; possible: {', '.join(FORMS)}, or a folder"
+        )
     return [path]

@@ -12,11 +12,17 @@ HEADS = ("method", "ratio", "tuned")
 def ours(cell: Cell, column: Column, plus_minus: str = " ± ") -> str:
     """`19.31 ± 0.20`."""
     text = column.text(cell.mean)
-    return text if cell.mean is None or not cell.spread else f"{text}{plus_minus}{column.text(cell.spread, cell.mean)}"
+    return (
+        text
+        if cell.mean is None or not cell.spread
+        else f"{text}{plus_minus}{column.text(cell.spread, cell.mean)}"
+    )
 
 
 def theirs(cell: Cell, column: Column, comparable: bool) -> str:
-    """The paper's number, and how far ours is above it where the model is the same: `19.09 (+0.22)`; empty where the paper has none."""
+    """The paper's number, and how far ours is above it where the model is the same: `19.09
+    (+0.22)`; empty where the paper has none.
+    """
     if cell.paper is None:
         return ""
     difference = cell.difference()
@@ -36,26 +42,43 @@ def remarks(sheet: Sheet) -> list[str]:
     seeds = {c.n for r in sheet.rows for c in r.cells.values() if c.n and r.stage != "dense"}
     if max(seeds, default=0) > 1:
         counts = "/".join(map(str, sorted(seeds)))
-        lines.append(f"± is the standard deviation over {counts} seeds (with one seed: the metric's standard error).")
+        lines.append(
+            f"± is the standard deviation over {counts} seeds (with one seed: the metric's "
+            "standard error)."
+        )
     elif any(c.spread and c.n == 1 for r in sheet.rows for c in r.cells.values()):
         lines.append("± is the metric's standard error; one seed.")
-    again = max((c.n for r in sheet.rows for c in r.cells.values() if r.stage == "dense"), default=0)
+    again = max(
+        (c.n for r in sheet.rows for c in r.cells.values() if r.stage == "dense"), default=0
+    )
     if again > 1:
-        lines.append(f"The dense model was measured up to {again} times: its ± is the standard deviation over the numbers that differ.")
+        lines.append(
+            f"The dense model was measured up to {again} times: its ± is the standard deviation "
+            "over the numbers that differ."
+        )
     if sheet.paper:
         how = ", with ours less theirs" if sheet.comparable else ""
         lines.append(f"Second line of a cell: {sheet.paper.title}, {sheet.paper.source}{how}.")
         if not sheet.comparable:
-            lines.append("The model is not the paper's: compare the order of the rows, not the numbers.")
+            lines.append(
+                "The model is not the paper's: compare the order of the rows, not the numbers."
+            )
         if sheet.orders:
-            told = ", ".join(f"{title} {same} of {pairs}" for title, (same, pairs) in sheet.orders.items())
+            told = ", ".join(
+                f"{title} {same} of {pairs}" for title, (same, pairs) in sheet.orders.items()
+            )
             lines.append(f"Pairs of rows in the paper's order: {told}.")
     return lines
 
 
 def troubles(found: Found) -> list[str]:
-    """One line for each job that failed, did not finish, or measured something that is not a number."""
+    """One line for each job that failed, did not finish, or measured something that is not a
+    number.
+    """
     odd = [(r.folder, r.record.get("not_finite") or []) for r in found.results]
     lines = [f"not finite: {folder}: {', '.join(keys)}" for folder, keys in odd if keys]
     lines += [f"failed: {folder}: {why}" for folder, why in found.failed.items()]
-    return lines + [f"unfinished: {folder}: no result and no failure (killed, or still running)" for folder in found.unfinished]
+    return lines + [
+        f"unfinished: {folder}: no result and no failure (killed, or still running)"
+        for folder in found.unfinished
+    ]

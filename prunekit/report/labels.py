@@ -8,7 +8,18 @@ from typing import Any
 
 from prunekit.report.load import Result
 
-UNTOLD = {"out", "table", "row", "resume", "cache", "save", "objective", "track", "device", "data_root"}
+UNTOLD = {
+    "out",
+    "table",
+    "row",
+    "resume",
+    "cache",
+    "save",
+    "objective",
+    "track",
+    "device",
+    "data_root",
+}
 """Where a job writes and what it belongs to: no part of what was done."""
 
 
@@ -29,14 +40,20 @@ def told(config: dict[str, Any]) -> dict[str, str]:
 
 
 def names(results: Sequence[Result]) -> list[str]:
-    """A label for each: its row in the experiment, then the keys in which jobs of the same row differ, e.g. `taylor, ratio.target=0.3`.
+    """A label for each: its row in the experiment, then the keys in which jobs of the same row
+    differ, e.g. `taylor, ratio.target=0.3`.
 
-    Where the components of a kind differ, the component's name says so, and its own options show only if they differ too.
+    Where the components of a kind differ, the component's name says so, and its own options show
+    only if they differ too.
     """
     leaves = [told(r.config) for r in results]
     rows = [r.config.get("row") for r in results]
     labels = []
-    by_row = {row: apart(varying(own), own) for row in dict.fromkeys(rows) if (own := [x for x, r in zip(leaves, rows) if r == row])}
+    by_row = {
+        row: apart(varying(own), own)
+        for row in dict.fromkeys(rows)
+        if (own := [x for x, r in zip(leaves, rows) if r == row])
+    }
     for leaf, row in zip(leaves, rows, strict=True):
         parts = [str(row)] if row else []
         for key in by_row[row]:
@@ -47,13 +64,21 @@ def names(results: Sequence[Result]) -> list[str]:
 
 
 def apart(keys: Sequence[str], leaves: Sequence[dict[str, str]]) -> list[str]:
-    """`keys` without those that always say what an earlier one says, such as the layers of neurons that follow those of heads."""
+    """`keys` without those that always say what an earlier one says, such as the layers of neurons
+    that follow those of heads.
+    """
     columns = {key: tuple(leaf.get(key) for leaf in leaves) for key in keys}
-    return [key for i, key in enumerate(keys) if columns[key] not in [columns[other] for other in keys[:i]]]
+    return [
+        key
+        for i, key in enumerate(keys)
+        if columns[key] not in [columns[other] for other in keys[:i]]
+    ]
 
 
 def varying(leaves: Sequence[dict[str, str]]) -> list[str]:
-    """Keys that take several values; an option only counts among jobs that use the same component."""
+    """Keys that take several values; an option only counts among jobs that use the
+    same component.
+    """
     out = []
     for key in dict.fromkeys(k for leaf in leaves for k in leaf):
         top = key.partition(".")[0]

@@ -17,7 +17,9 @@ STAGES = ("dense", "pruned", "recovered")
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """One finished job: `numbers["pruned"]["ppl_wikitext2_128"]`, and what else its result file says."""
+    """One finished job: `numbers["pruned"]["ppl_wikitext2_128"]`, and what else its result file
+    says.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -35,7 +37,9 @@ class Found:
 
 
 def load(folders: Iterable[str | Path]) -> Found:
-    """Every job below `folders`, each once, in the order of their paths. Raises ConfigError where a folder is missing."""
+    """Every job below `folders`, each once, in the order of their paths. Raises ConfigError where a
+    folder is missing.
+    """
     found = Found()
     seen: set[Path] = set()
     for top in map(Path, folders):
@@ -52,11 +56,15 @@ def load(folders: Iterable[str | Path]) -> Found:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts `a2` before `a10`."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def file_job(folder: Path, files: set[str], below: list[str], found: Found) -> bool:
-    """Files the job in `folder`, if it is one. A failure that lies beside an older result counts: the result is not of that run."""
+    """Files the job in `folder`, if it is one. A failure that lies beside an older result counts:
+    the result is not of that run.
+    """
     if "failed.txt" in files:
         found.failed[folder] = reason(folder / "failed.txt")
     elif "result.json" in files:
@@ -71,7 +79,11 @@ def file_job(folder: Path, files: set[str], below: list[str], found: Found) -> b
 def reason(path: Path) -> str:
     """The line of a traceback that says what went wrong."""
     lines = [line for line in path.read_text().splitlines() if line.strip()]
-    heads = [line for line in lines if line[0] not in " \t" and not line.startswith(("Traceback", "During", "The above"))]
+    heads = [
+        line
+        for line in lines
+        if line[0] not in " \t" and not line.startswith(("Traceback", "During", "The above"))
+    ]
     return (heads or lines or ["no reason given"])[-1][:300]
 
 
@@ -82,7 +94,9 @@ def read(path: Path) -> Result:
         flat = record["results"]
         config = record["config"]
     except (ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"report: {path} is not a result file ({type(e).__name__}: {e})") from None
+        raise ConfigError(
+            f"report: {path} is not a result file ({type(e).__name__}: {e})"
+        ) from None
     numbers: dict[str, dict[str, float | None]] = {}
     for key, value in flat.items():
         stage, _, metric = key.partition("/")

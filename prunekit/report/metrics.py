@@ -1,4 +1,6 @@
-"""The columns of a report: which metric stands under which title, in which unit, and whether more is better."""
+"""The columns of a report: which metric stands under which title, in which unit, and whether more
+is better.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ TASKS = {
     "acc_norm_openbookqa": "OBQA",
     "acc_mean": "Average",
 }
-"""LLM-Pruner's task columns in its order; the metric of each follows the fact sheet (acc or acc_norm)."""
+"""LLM-Pruner's task columns in its order; the metric of each follows the fact sheet (acc or
+acc_norm).
+"""
 TEXTS = {"ppl_wikitext2_128": "WikiText2", "ppl_ptb_128": "PTB"}
 SIZES = {
     "params": ("#Params", 1e-9, "{:.2f}", -1),
@@ -25,12 +29,16 @@ SIZES = {
     "decode_ms_per_token": ("decode (ms/token)", 1.0, "{:.2f}", -1),
 }
 PAPER_UNITS = {"#MACs": "#MACs (G)", "Memory": "Memory (MiB)"}
-"""The paper's titles that need a unit here. Its latency is that of an unpublished script: no number of ours stands beside it."""
+"""The paper's titles that need a unit here. Its latency is that of an unpublished script: no number
+of ours stands beside it.
+"""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One metric as it is shown: `shown = value * scale`, written with `form`; `better` is +1 where more is better, -1 where less is."""
+    """One metric as it is shown: `shown = value * scale`, written with `form`; `better` is +1 where
+    more is better, -1 where less is.
+    """
 
     key: str
     title: str
@@ -39,7 +47,9 @@ class Column:
     better: int
 
     def text(self, shown: float | None, beside: float | None = None) -> str:
-        """A value that is already scaled; `-` where there is none. A spread is written as the mean that it stands `beside`."""
+        """A value that is already scaled; `-` where there is none. A spread is written as the mean
+        that it stands `beside`.
+        """
         if shown is None:
             return "-"
         size = abs(shown if beside is None else beside)
@@ -51,7 +61,9 @@ class Column:
 
 
 def column(key: str) -> Column | None:
-    """The column of a metric; None for metrics that a table leaves out (standard errors, details)."""
+    """The column of a metric; None for metrics that a table leaves out (standard
+    errors, details).
+    """
     if key.endswith("_stderr"):
         return None
     if key in SIZES:

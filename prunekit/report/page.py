@@ -1,4 +1,6 @@
-"""The report as one HTML page that needs no network: sortable tables, and plots drawn by plotly.js, which is part of the file."""
+"""The report as one HTML page that needs no network: sortable tables, and plots drawn by plotly.js,
+which is part of the file.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,19 @@ def html(tables: Sequence[Sheet], found: Found) -> str:
     parts = files("prunekit.report")
     body = "\n".join(section(sheet, i) for i, sheet in enumerate(tables))
     bad = "".join(f"<li>{escape(line)}</li>" for line in troubles(found))
-    return (parts / "page.html").read_text().format(
-        style=(parts / "page.css").read_text(),
-        jobs=f"{len(found.results)} finished, {len(found.failed)} failed, {len(found.unfinished)} unfinished",
-        troubles=f'<ul class="bad">{bad}</ul>' if bad else "",
-        tables=body,
-        plotly=get_plotlyjs(),
-        data=as_script([plots(sheet) for sheet in tables]),
-        script=(parts / "page.js").read_text(),
+    return (
+        (parts / "page.html")
+        .read_text()
+        .format(
+            style=(parts / "page.css").read_text(),
+            jobs=f"{len(found.results)} finished, {len(found.failed)} failed, "
+            f"{len(found.unfinished)} unfinished",
+            troubles=f'<ul class="bad">{bad}</ul>' if bad else "",
+            tables=body,
+            plotly=get_plotlyjs(),
+            data=as_script([plots(sheet) for sheet in tables]),
+            script=(parts / "page.js").read_text(),
+        )
     )
 
 
@@ -40,12 +47,15 @@ def as_script(data: Any) -> str:
 def section(sheet: Sheet, index: int) -> str:
     """One table with its remarks and empty places for its plots."""
     titles = [*HEADS, *[c.title for c in sheet.columns]]
-    head = "".join(f'<th scope="col"><button type="button">{escape(t)}</button></th>' for t in titles)
+    head = "".join(
+        f'<th scope="col"><button type="button">{escape(t)}</button></th>' for t in titles
+    )
     rows = "\n".join(table_row(sheet, row) for row in sheet.rows)
     notes = "".join(f"<p>{escape(line)}</p>" for line in remarks(sheet))
     return (
-        f'<section><h2>{escape(sheet.title)}</h2>\n'
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n'
+        f"<section><h2>{escape(sheet.title)}</h2>\n"
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{rows}</tbody></table></div>\n"
         f'<div class="notes">{notes}</div><div class="plots" data-sheet="{index}"></div></section>'
     )
 
@@ -69,13 +79,23 @@ def td(text: str, value: float | str | None, style: str = "") -> str:
 
 
 def plots(sheet: Sheet) -> dict[str, Any]:
-    """The numbers that page.js draws: a point per row, widths and importance by layer, curves of recovery."""
+    """The numbers that page.js draws: a point per row, widths and importance by layer, curves of
+    recovery.
+    """
     pruned = [r for r in sheet.rows if r.stage == "pruned"]
     return {
         "metrics": [{"key": c.key, "title": c.title, "better": c.better} for c in sheet.columns],
         "points": [point(sheet, row) for row in sheet.rows],
-        "widths": by_layer(pruned, lambda r: {name: kept / of for name, (kept, of) in r.record.get("kept", {}).items() if of}),
-        "importance": by_layer(pruned, lambda r: {name: s["mean"] for name, s in r.record.get("importance", {}).items()}),
+        "widths": by_layer(
+            pruned,
+            lambda r: {
+                name: kept / of for name, (kept, of) in r.record.get("kept", {}).items() if of
+            },
+        ),
+        "importance": by_layer(
+            pruned,
+            lambda r: {name: s["mean"] for name, s in r.record.get("importance", {}).items()},
+        ),
         "curves": [c for row in sheet.rows if row.stage == "recovered" and (c := curve(row))],
     }
 
@@ -84,7 +104,13 @@ def point(sheet: Sheet, row: Row) -> dict[str, Any]:
     """One row as the scatter plots see it."""
     values = {c.key: finite(row.cells[c.key].mean) for c in sheet.columns}
     spreads = {c.key: s for c in sheet.columns if (s := finite(row.cells[c.key].spread))}
-    return {"label": row.label, "stage": row.stage, "asked": row.asked, "values": values, "spreads": spreads}
+    return {
+        "label": row.label,
+        "stage": row.stage,
+        "asked": row.asked,
+        "values": values,
+        "spreads": spreads,
+    }
 
 
 def finite(value: float | None) -> float | None:
@@ -93,14 +119,18 @@ def finite(value: float | None) -> float | None:
 
 
 def by_layer(rows: Sequence[Row], values: Any) -> dict[str, dict[str, Any]]:
-    """kind of unit -> a value for each row and layer; members of split groups and the experts of a layer are averaged."""
+    """kind of unit -> a value for each row and layer; members of split groups and the experts of a
+    layer are averaged.
+    """
     kinds: dict[str, dict[str, dict[int, list[float]]]] = {}
     for row in rows:
         for name, value in values(row.results[0]).items():
             kind, _, rest = name.partition("/")[0].partition(".")
             layer = rest.partition(".")[0]
             if layer.isdigit() and value is not None and math.isfinite(value):
-                kinds.setdefault(kind, {}).setdefault(titled(row), {}).setdefault(int(layer), []).append(value)
+                kinds.setdefault(kind, {}).setdefault(titled(row), {}).setdefault(
+                    int(layer), []
+                ).append(value)
     return {kind: grid(rows_of_kind) for kind, rows_of_kind in kinds.items()}
 
 
@@ -112,7 +142,9 @@ def titled(row: Row) -> str:
 def grid(rows: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
     """Row names, layers, and a matrix with null where a row says nothing of a layer."""
     depth = 1 + max(layer for values in rows.values() for layer in values)
-    cells = [[sum(v[i]) / len(v[i]) if i in v else None for i in range(depth)] for v in rows.values()]
+    cells = [
+        [sum(v[i]) / len(v[i]) if i in v else None for i in range(depth)] for v in rows.values()
+    ]
     return {"rows": list(rows), "depth": depth, "cells": cells}
 
 

@@ -20,7 +20,9 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Paper:
-    """One table of a paper: (method, tuned) -> {column title: number}. A method that stands at two ratios is `Block 20%`, `Block 50%`."""
+    """One table of a paper: (method, tuned) -> {column title: number}. A method that stands at two
+    ratios is `Block 20%`, `Block 50%`.
+    """
 
     title: str
     source: str
@@ -28,7 +30,9 @@ class Paper:
     rows: dict[tuple[str, bool], dict[str, float]]
 
     def numbers(self, label: str, tuned: bool) -> dict[str, float]:
-        """The row that `label` names, or the dense row for `dense`; empty where the paper has none."""
+        """The row that `label` names, or the dense row for `dense`; empty where the
+        paper has none.
+        """
         if label == "dense":
             dense = [v for (method, _), v in self.rows.items() if method.startswith("dense")]
             return dense[0 if len(dense) == 1 else 1] if dense else {}
@@ -55,10 +59,17 @@ def paper(table: str | None) -> Paper | None:
         method = r["method"] if pairs.count(pair) == 1 else f"{r['method']} {r['ratio']:.0%}"
         rows[method, r["tuned"]] = {PAPER_UNITS.get(c, c): v for c, v in r["values"].items()}
     models = {r["model"] for r in content["rows"]}
-    return Paper(content["table"], f"{content['paper']} ({content['read_from']})", models.pop() if len(models) == 1 else "", rows)
+    return Paper(
+        content["table"],
+        f"{content['paper']} ({content['read_from']})",
+        models.pop() if len(models) == 1 else "",
+        rows,
+    )
 
 
 def same_model(config: dict[str, Any], name: str) -> bool:
-    """Whether a job's model is the paper's, so that the difference of two numbers means something."""
+    """Whether a job's model is the paper's, so that the difference of two numbers
+    means something.
+    """
     model = config["model"]
     return model["name"] in MODELS.get(name, ()) or model.get("path") in MODELS.get(name, ())

@@ -1,4 +1,6 @@
-"""Results -> the table that every form of the report shows: rows with means over seeds, the paper's numbers, the best of each block."""
+"""Results -> the table that every form of the report shows: rows with means over seeds, the paper's
+numbers, the best of each block.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from prunekit.report.paper import Paper, paper, same_model
 
 @dataclass(frozen=True)
 class Cell:
-    """A mean in the column's unit; `spread` is the standard deviation over `n` seeds, or with one seed the metric's standard error."""
+    """A mean in the column's unit; `spread` is the standard deviation over `n` seeds, or with one
+    seed the metric's standard error.
+    """
 
     mean: float | None = None
     spread: float | None = None
@@ -31,7 +35,9 @@ class Cell:
 
 @dataclass
 class Row:
-    """One line: what was done, how much of the model's parameters went, at which stage it was measured."""
+    """One line: what was done, how much of the model's parameters went, at which stage it was
+    measured.
+    """
 
     label: str
     stage: str
@@ -57,11 +63,15 @@ class Sheet:
     paper: Paper | None = None
     comparable: bool = False
     orders: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """column title -> (pairs of rows that stand in the paper's order, pairs of rows that both have)."""
+    """column title -> (pairs of rows that stand in the paper's order, pairs of rows that both
+    have).
+    """
 
 
 def sheets(found: Found) -> list[Sheet]:
-    """One table for every experiment among the results; what belongs to none shares one, per model."""
+    """One table for every experiment among the results; what belongs to none shares
+    one, per model.
+    """
     tables: dict[tuple[str, str], list[Result]] = {}
     for r in found.results:
         tables.setdefault((r.config.get("table") or "", model_name(r.config)), []).append(r)
@@ -76,7 +86,9 @@ def sheet(name: str, model: str, results: Sequence[Result]) -> Sheet:
     rows = rows_of(results, columns, numbers)
     for column in columns:
         mark_best(rows, column)
-    found = Sheet(name, f"{name}: {numbers.title}" if numbers else name or "results", columns, rows, numbers)
+    found = Sheet(
+        name, f"{name}: {numbers.title}" if numbers else name or "results", columns, rows, numbers
+    )
     found.title += f" ({model})"
     if numbers:
         found.comparable = all(same_model(r.config, numbers.model) for r in results)
@@ -89,14 +101,22 @@ def model_name(config: dict[str, Any]) -> str:
     return config["model"].get("path") or config["model"]["name"]
 
 
-def rows_of(results: Sequence[Result], columns: Sequence[Column], numbers: Paper | None) -> list[Row]:
-    """Jobs that differ in their seed alone become one row a stage; all dense measurements are one row."""
+def rows_of(
+    results: Sequence[Result], columns: Sequence[Column], numbers: Paper | None
+) -> list[Row]:
+    """Jobs that differ in their seed alone become one row a stage; all dense measurements are one
+    row.
+    """
     labels = names(results)
     grouped: dict[tuple[str, str, float | None], list[Result]] = {}
     for stage in STAGES:
         for label, r in zip(labels, results, strict=True):
             if stage in r.numbers:
-                key = ("dense", stage, 0.0) if stage == "dense" else (label, stage, r.config["ratio"].get("target"))
+                key = (
+                    ("dense", stage, 0.0)
+                    if stage == "dense"
+                    else (label, stage, r.config["ratio"].get("target"))
+                )
                 grouped.setdefault(key, []).append(r)
     order = {label: i for i, label in enumerate(row_order(labels, numbers))}
     keys = sorted(grouped, key=lambda k: (STAGES.index(k[1]), k[2] or 0.0, order.get(k[0], 0)))
@@ -107,26 +127,40 @@ def row_order(labels: Sequence[str], numbers: Paper | None) -> list[str]:
     """Labels in the order of the paper's rows, then as found."""
     methods = list(dict.fromkeys(method for method, _ in numbers.rows)) if numbers else []
     ranks = {method: i for i, method in enumerate(methods)}
-    return sorted(dict.fromkeys(labels), key=lambda label: ranks.get(label, ranks.get(label.split(", ")[0], len(ranks))))
+    return sorted(
+        dict.fromkeys(labels),
+        key=lambda label: ranks.get(label, ranks.get(label.split(", ")[0], len(ranks))),
+    )
 
 
 def row(
-    label: str, stage: str, asked: float | None, results: list[Result], columns: Sequence[Column], numbers: Paper | None
+    label: str,
+    stage: str,
+    asked: float | None,
+    results: list[Result],
+    columns: Sequence[Column],
+    numbers: Paper | None,
 ) -> Row:
     """One line with its numbers and the paper's."""
     base = "dense" if stage == "dense" else results[0].config.get("row") or label
     theirs = numbers.numbers(base, stage == "recovered") if numbers else {}
     cells = {}
     for column in columns:
-        pairs = [(r.numbers[stage].get(column.key), r.numbers[stage].get(f"{column.key}_stderr")) for r in results]
-        # The dense model is the same in every job: jobs that agree on it are one measurement, not many.
+        pairs = [
+            (r.numbers[stage].get(column.key), r.numbers[stage].get(f"{column.key}_stderr"))
+            for r in results
+        ]
+        # The dense model is the same in every job: jobs that agree on it are one measurement, not
+        # many.
         cell = summary(list(dict.fromkeys(pairs)) if stage == "dense" else pairs, column)
         cells[column.key] = Cell(cell.mean, cell.spread, cell.n, theirs.get(column.title))
     return Row(label, stage, removed(results, stage), asked, cells, results)
 
 
 def summary(values: list[tuple[float | None, float | None]], column: Column) -> Cell:
-    """Mean and spread of (value, standard error) pairs, in the column's unit. A value that was not finite spoils the mean: no number."""
+    """Mean and spread of (value, standard error) pairs, in the column's unit. A value that was not
+    finite spoils the mean: no number.
+    """
     if any(v is None for v, _ in values):
         return Cell(n=len(values))
     shown = [v * column.scale for v, _ in values if v is not None]
@@ -140,7 +174,10 @@ def removed(results: Sequence[Result], stage: str) -> float | None:
     """Mean share of parameters that went, as measured."""
     shares = []
     for r in results:
-        dense, now = r.numbers.get("dense", {}).get("params"), r.numbers.get(stage, {}).get("params")
+        dense, now = (
+            r.numbers.get("dense", {}).get("params"),
+            r.numbers.get(stage, {}).get("params"),
+        )
         if dense and now:
             shares.append(1 - now / dense)
     return statistics.fmean(shares) if shares else None
@@ -154,9 +191,17 @@ def mark_best(rows: Sequence[Row], column: Column) -> None:
         if mean is not None and math.isfinite(mean):
             blocks.setdefault(r.block, []).append(r)
     for block in blocks.values():
-        if len(block) < 2 or column.key not in {c for r in block for c in r.cells} or not column.key.startswith(("ppl_", "acc_")):
+        if (
+            len(block) < 2
+            or column.key not in {c for r in block for c in r.cells}
+            or not column.key.startswith(("ppl_", "acc_"))
+        ):
             continue
-        top = max(block, key=lambda r: column.better * (r.cells[column.key].mean or 0.0)).cells[column.key].mean
+        top = (
+            max(block, key=lambda r: column.better * (r.cells[column.key].mean or 0.0))
+            .cells[column.key]
+            .mean
+        )
         for r in block:
             cell = r.cells[column.key]
             if cell.mean == top:
@@ -164,7 +209,9 @@ def mark_best(rows: Sequence[Row], column: Column) -> None:
 
 
 def agreement(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, tuple[int, int]]:
-    """For every column: how many of the pairs of rows that the paper tells apart, the dense row left out, stand in the same order here."""
+    """For every column: how many of the pairs of rows that the paper tells apart, the dense row
+    left out, stand in the same order here.
+    """
     out = {}
     for column in columns:
         cells = [r.cells[column.key] for r in rows if r.stage != "dense"]

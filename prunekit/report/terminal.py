@@ -38,7 +38,10 @@ def grid(sheet: Sheet) -> Table:
             cell = row.cells[column.key]
             text = ours(cell, column)
             below = theirs(cell, column, sheet.comparable)
-            texts.append((f"[bold]{text}[/bold]" if cell.best else text) + (f"\n[dim]{below}[/dim]" if below else ""))
+            texts.append(
+                (f"[bold]{text}[/bold]" if cell.best else text)
+                + (f"\n[dim]{below}[/dim]" if below else "")
+            )
         last = i + 1 == len(sheet.rows) or sheet.rows[i + 1].block != row.block
         table.add_row(*map(escape, heads(row)), *texts, end_section=last)
     return table

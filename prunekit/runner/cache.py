@@ -1,4 +1,6 @@
-"""Scores and dense measurements on disk, under a hash of all they depend on: a sweep over ratios pays for them once (design D11)."""
+"""Scores and dense measurements on disk, under a hash of all they depend on: a sweep over ratios
+pays for them once (design D11).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ SWITCH = {True: True, False: False, "on": True, "off": False, None: True}
 
 def folder() -> Path:
     """`PRUNEKIT_CACHE`, default `~/.cache/prunekit`."""
-    return Path(os.environ.get("PRUNEKIT_CACHE") or Path.home() / ".cache" / "prunekit").expanduser() / "results"
+    return (
+        Path(os.environ.get("PRUNEKIT_CACHE") or Path.home() / ".cache" / "prunekit").expanduser()
+        / "results"
+    )
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class Entry:
 
 
 class Witness(WholeRun):
-    """The same run, which notices when a criterion asks how much is about to go: its scores then hold for that ratio alone."""
+    """The same run, which notices when a criterion asks how much is about to go: its scores then
+    hold for that ratio alone.
+    """
 
     def __init__(self, run: WholeRun):
         super().__init__(run.model, run.tokens)
@@ -71,17 +78,26 @@ class Cache:
     on: bool
     used: list[str] = field(default_factory=list)
 
-    def scores(self, criterion: Callable[..., Scores], timed: Callable[[str], Any]) -> Callable[..., Scores]:
-        """`criterion`, answered from disk where the same was asked before. `timed("score")` measures either way.
+    def scores(
+        self, criterion: Callable[..., Scores], timed: Callable[[str], Any]
+    ) -> Callable[..., Scores]:
+        """`criterion`, answered from disk where the same was asked before. `timed("score")`
+        measures either way.
 
-        Random numbers start from the run's seed before and after, so a hit leaves them where a miss does. Runs that are not over the
-        whole model, scores of single weights (as big as the model) and models whose weights are not at hand are never stored.
+        Random numbers start from the run's seed before and after, so a hit leaves them where a miss
+        does. Runs that are not over the whole model, scores of single weights (as big as the model)
+        and models whose weights are not at hand are never stored.
         """
 
         def asked(model: nn.Module, groups: list[Group], run: Run) -> Scores:
             with timed("score"):
                 provenance.seed_everything(self.cfg["seed"])
-                if self.on and type(run) is WholeRun and all(g.kind != "weights" for g in groups) and at_hand(model):
+                if (
+                    self.on
+                    and type(run) is WholeRun
+                    and all(g.kind != "weights" for g in groups)
+                    and at_hand(model)
+                ):
                     found = stored(model, groups, Witness(run))
                 else:
                     found = criterion(model, groups, run)
@@ -89,24 +105,49 @@ class Cache:
             return found
 
         def stored(model: nn.Module, groups: list[Group], run: Witness) -> Scores:
-            parts = [model_print(model), provenance.token_hash(run.tokens), *map(group_print, groups)]
+            parts = [
+                model_print(model),
+                provenance.token_hash(run.tokens),
+                *map(group_print, groups),
+            ]
             key = digest("scores", self.cfg["criterion"], self.cfg["seed"], *parts)
             entry = Entry(f"scores/{key}.safetensors", "score", read_scores, write_scores)
-            return self.remember(entry, lambda: criterion(model, groups, run), lambda: not run.asked)
+            return self.remember(
+                entry, lambda: criterion(model, groups, run), lambda: not run.asked
+            )
 
         return asked
 
-    def measured(self, name: str, model: nn.Module, tokenizer: Any, evaluate: Callable[..., dict[str, float]]) -> dict[str, float]:
-        """The numbers of the eval called `name` on the dense model. Evals registered with `cached=False` (times, memory) always run."""
+    def measured(
+        self, name: str, model: nn.Module, tokenizer: Any, evaluate: Callable[..., dict[str, float]]
+    ) -> dict[str, float]:
+        """The numbers of the eval called `name` on the dense model. Evals registered with
+        `cached=False` (times, memory) always run.
+        """
         node = self.cfg["eval"][name]
-        if not self.on or not evals.entry(node["name"]).meta.get("cached", True) or not at_hand(model):
+        if (
+            not self.on
+            or not evals.entry(node["name"]).meta.get("cached", True)
+            or not at_hand(model)
+        ):
             return evaluate(model, tokenizer)
-        key = digest("dense", node, self.cfg["seed"], model_print(model), tokenizer_print(tokenizer), files_print(node))
+        key = digest(
+            "dense",
+            node,
+            self.cfg["seed"],
+            model_print(model),
+            tokenizer_print(tokenizer),
+            files_print(node),
+        )
         entry = Entry(f"dense/{key}.json", f"dense/{name}", read_numbers, write_numbers)
         return self.remember(entry, lambda: evaluate(model, tokenizer))
 
-    def remember(self, entry: Entry, compute: Callable[[], Any], keep: Callable[[], bool] = lambda: True) -> Any:
-        """What is stored, or what `compute` gives, which is stored if `keep` says so. One process computes, the others wait for it."""
+    def remember(
+        self, entry: Entry, compute: Callable[[], Any], keep: Callable[[], bool] = lambda: True
+    ) -> Any:
+        """What is stored, or what `compute` gives, which is stored if `keep` says so. One process
+        computes, the others wait for it.
+        """
         from filelock import FileLock
 
         file = folder() / entry.path
@@ -133,23 +174,40 @@ def open_cache(cfg: dict[str, Any]) -> Cache:
 
 
 def digest(*parts: Any) -> str:
-    """128 bits over the parts, the code, and what the bits of a result hang on: torch, devices, threads."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    where = [code_version(), torch.__version__, gpus, torch.get_num_threads(), torch.get_float32_matmul_precision()]
+    """128 bits over the parts, the code, and what the bits of a result hang on: torch, devices,
+    threads.
+    """
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
+    where = [
+        code_version(),
+        torch.__version__,
+        gpus,
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+    ]
     text = json.dumps([*where, *parts], sort_keys=True, default=str)
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def at_hand(model: nn.Module) -> bool:
-    """Whether every weight is in memory; accelerate leaves those that it offloaded on the meta device."""
+    """Whether every weight is in memory; accelerate leaves those that it offloaded on the meta
+    device.
+    """
     return not any(p.is_meta for p in model.parameters())
 
 
 def model_print(model: nn.Module) -> str:
-    """Hash of the weights, their names and places, and the configuration. Memory is read once: 0.1 s for 135M parameters."""
+    """Hash of the weights, their names and places, and the configuration. Memory is read once: 0.1
+    s for 135M parameters.
+    """
     hasher = xxhash.xxh3_128()
     config: Any = getattr(model, "config", None)
-    hasher.update(f"{type(model).__name__}{config.to_json_string() if hasattr(config, 'to_json_string') else config}".encode())
+    settings = config.to_json_string() if hasattr(config, "to_json_string") else config
+    hasher.update(f"{type(model).__name__}{settings}".encode())
     for name, tensor in model.state_dict().items():
         hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device.type}".encode())
         hasher.update(bytes_of(tensor))
@@ -163,7 +221,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def group_print(group: Group) -> str:
     """Hash of what a criterion sees of a group."""
-    hasher = xxhash.xxh3_128(f"{group.name} {group.kind} {group.layer} {group.units} {group.shape} {group.modules}".encode())
+    hasher = xxhash.xxh3_128(
+        (
+            f"{group.name} {group.kind} {group.layer} {group.units} {group.shape} {group.modules}"
+        ).encode()
+    )
     for m in group.members:
         hasher.update(f"{m.param} {m.axis} {tuple(m.index.shape)}".encode())
         hasher.update(bytes_of(m.index))
@@ -173,16 +235,28 @@ def group_print(group: Group) -> str:
 def tokenizer_print(tokenizer: Any) -> str:
     """Hash of a tokenizer's rules, or of its vocabulary where the rules are code."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else f"{type(tokenizer).__name__}{sorted(tokenizer.get_vocab().items())}"
+    text = (
+        backend.to_str()
+        if backend is not None
+        else f"{type(tokenizer).__name__}{sorted(tokenizer.get_vocab().items())}"
+    )
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def files_print(node: Any) -> list[tuple[str, int, int]]:
-    """(path, size, time of change) of the local files that an eval's options name, and of the data folder."""
+    """(path, size, time of change) of the local files that an eval's options name, and of the data
+    folder.
+    """
     found: list[tuple[str, int, int]] = []
     for top in sorted({*strings(node), os.environ.get("PRUNEKIT_DATA") or ""} - {""}):
         path = Path(top).expanduser()
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if os.sep in top and path.is_dir() else []
+        files = (
+            [path]
+            if path.is_file()
+            else sorted(p for p in path.rglob("*") if p.is_file())
+            if os.sep in top and path.is_dir()
+            else []
+        )
         found += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return found
 
@@ -191,11 +265,19 @@ def strings(node: Any) -> Iterable[str]:
     """Every string in a configuration."""
     if isinstance(node, dict):
         node = list(node.values())
-    return [s for v in node for s in strings(v)] if isinstance(node, list) else [node] if isinstance(node, str) else []
+    return (
+        [s for v in node for s in strings(v)]
+        if isinstance(node, list)
+        else [node]
+        if isinstance(node, str)
+        else []
+    )
 
 
 def keep_within(top: Path, limit: int) -> None:
-    """Deletes the entries that were not used for longest until the rest fits into `limit` bytes. Others may do so at the same time."""
+    """Deletes the entries that were not used for longest until the rest fits into `limit` bytes.
+    Others may do so at the same time.
+    """
     entries = []
     for path in top.rglob("*"):
         try:
@@ -225,7 +307,11 @@ def write_scores(path: Path, scores: Scores) -> None:
     """safetensors keep no order and no devices: the metadata does."""
     from safetensors.torch import save_file
 
-    save_file({n: s.detach().cpu().clone().contiguous() for n, s in scores.items()}, path, {n: str(s.device) for n, s in scores.items()})
+    save_file(
+        {n: s.detach().cpu().clone().contiguous() for n, s in scores.items()},
+        path,
+        {n: str(s.device) for n, s in scores.items()},
+    )
 
 
 def read_numbers(path: Path) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""One job of a sweep: runs it, shows its table, and keeps its failure from taking the other jobs along."""
+"""One job of a sweep: runs it, shows its table, and keeps its failure from taking the other jobs
+along.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ log = logging.getLogger("prunekit")
 
 
 def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
-    """The objective of one job. A failure is written to `failed.txt` in its folder and noted in `failures`."""
+    """The objective of one job. A failure is written to `failed.txt` in its folder and noted in
+    `failures`.
+    """
     folder = Path(cfg["out"])
     (folder / "failed.txt").unlink(missing_ok=True)
     try:
@@ -32,7 +36,9 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
         (folder / "failed.txt").write_text(traceback.format_exc())
         kind = "ConfigError: " if isinstance(e, ConfigError) else f"{type(e).__name__}: "
         progress.note(folder, f"failed: {kind}{e}")
-        failures.append(f"prunekit: {'job ' + str(folder) + ' failed: ' if sweeping() else ''}{kind}{e}")
+        failures.append(
+            f"prunekit: {'job ' + str(folder) + ' failed: ' if sweeping() else ''}{kind}{e}"
+        )
         if not isinstance(e, ConfigError):
             log.error("%s", traceback.format_exc())
         return None
@@ -48,9 +54,13 @@ def settled(cfg: DictConfig) -> dict[str, Any]:
 
 
 def named(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The tracker shows the jobs of a sweep together, each under the name of its folder, unless the user names them otherwise."""
+    """The tracker shows the jobs of a sweep together, each under the name of its folder, unless the
+    user names them otherwise.
+    """
     own = {"group": cfg.get("table") or folder.parent.name, "name": folder.name}
-    return cfg | {"track": cfg["track"] | {k: v for k, v in own.items() if cfg["track"].get(k) is None}}
+    return cfg | {
+        "track": cfg["track"] | {k: v for k, v in own.items() if cfg["track"].get(k) is None}
+    }
 
 
 def sweeping() -> bool:

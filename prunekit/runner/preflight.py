@@ -34,7 +34,9 @@ class Parts:
 
 
 def check(cfg: dict[str, Any]) -> Parts:
-    """Builds every part, and asks whether they can work together on this model. Raises ConfigError."""
+    """Builds every part, and asks whether they can work together on this model.
+    Raises ConfigError.
+    """
     parts = built(cfg)
     model, _ = parts.model(meta=True)
     if cfg["save"]:
@@ -45,7 +47,9 @@ def check(cfg: dict[str, Any]) -> Parts:
 
 
 def savable(model: nn.Module) -> None:
-    """Raises ConfigError where the checkpoint of this model could not be loaded again: better known before the work than after it."""
+    """Raises ConfigError where the checkpoint of this model could not be loaded again: better known
+    before the work than after it.
+    """
     try:
         stock_class(model)
     except ConfigError as e:
@@ -53,12 +57,28 @@ def savable(model: nn.Module) -> None:
 
 
 def built(cfg: dict[str, Any]) -> Parts:
-    """Every part with checked options, as far as no model is needed. Raises ConfigError with what was given and what is possible."""
-    missing = {"model", "calib", "criterion", "ratio", "exclude", "pruner", "recovery", "eval", "track", "seed", "save"} - cfg.keys()
+    """Every part with checked options, as far as no model is needed. Raises ConfigError with what
+    was given and what is possible.
+    """
+    missing = {
+        "model",
+        "calib",
+        "criterion",
+        "ratio",
+        "exclude",
+        "pruner",
+        "recovery",
+        "eval",
+        "track",
+        "seed",
+        "save",
+    } - cfg.keys()
     if missing:
         raise ConfigError(f"the config lacks {', '.join(sorted(missing))}")
     if cfg["save"] not in (True, False, "packed"):
-        raise ConfigError(f"save={cfg['save']!r}; possible: true, false, packed (zeros stored as a bitmask)")
+        raise ConfigError(
+            f"save={cfg['save']!r}; possible: true, false, packed (zeros stored as a bitmask)"
+        )
     parts = Parts(
         registry.models.build(cfg["model"]),
         registry.calibs.build(cfg["calib"]),
@@ -69,7 +89,11 @@ def built(cfg: dict[str, Any]) -> Parts:
         optional(registry.recoveries, cfg["recovery"]),
         {name: registry.evals.build(node) for name, node in (cfg["eval"] or {}).items() if node},
     )
-    fitting(cfg["criterion"]["name"] if parts.criterion else "none", cfg["pruner"]["name"], parts.pruner.keywords)
+    fitting(
+        cfg["criterion"]["name"] if parts.criterion else "none",
+        cfg["pruner"]["name"],
+        parts.pruner.keywords,
+    )
     return parts
 
 
@@ -79,10 +103,16 @@ def optional(kind: registry.Registry, node: Any) -> partial[Any] | None:
 
 
 def pruned_kinds(pruner: str, options: dict[str, Any]) -> tuple[str, ...]:
-    """The kinds of units that a pruner asks its criterion to score; empty if it chooses by itself."""
+    """The kinds of units that a pruner asks its criterion to score; empty if it
+    chooses by itself.
+    """
     entry = registry.pruners.entry(pruner)
     kinds: Any = entry.meta.get("kinds", ())
-    return tuple(options.get("kinds") or entry.defaults["kinds"]) if kinds == "option" else tuple(kinds)
+    return (
+        tuple(options.get("kinds") or entry.defaults["kinds"])
+        if kinds == "option"
+        else tuple(kinds)
+    )
 
 
 def fitting(criterion: str, pruner: str, options: dict[str, Any]) -> None:
@@ -94,18 +124,24 @@ def fitting(criterion: str, pruner: str, options: dict[str, Any]) -> None:
 
     if not wanted:
         if criterion != "none":
-            raise ConfigError(f"pruner={pruner} chooses by itself and cannot use criterion={criterion}; give criterion=none")
+            raise ConfigError(
+                f"pruner={pruner} chooses by itself and cannot use criterion={criterion}; give "
+                "criterion=none"
+            )
     elif criterion == "none" or not usable(criterion):
         possible = [n for n in registry.criteria.names() if usable(n)]
         raise ConfigError(
-            f"pruner={pruner} removes {', '.join(wanted)}, which criterion={criterion} cannot score; possible: {', '.join(possible)}"
+            f"pruner={pruner} removes {', '.join(wanted)}, which criterion={criterion} cannot "
+            f"score; possible: {', '.join(possible)}"
         )
 
 
 def within_reach(parts: Parts, cfg: dict[str, Any], model: nn.Module) -> None:
-    """Raises ConfigError when the model lacks a kind of unit or the ratio cannot be met, as far as shapes decide.
+    """Raises ConfigError when the model lacks a kind of unit or the ratio cannot be met, as far as
+    shapes decide.
 
-    Half a second for a model of any size. Pruners that choose by themselves and ratios that need data are left to the run.
+    Half a second for a model of any size. Pruners that choose by themselves and ratios that need
+    data are left to the run.
     """
     kinds = pruned_kinds(cfg["pruner"]["name"], parts.pruner.keywords)
     if kinds and registry.ratios.entry(cfg["ratio"]["name"]).meta.get("needs", "-") == "-":
@@ -114,16 +150,26 @@ def within_reach(parts: Parts, cfg: dict[str, Any], model: nn.Module) -> None:
 
 
 def leaves_something(parts: Parts, cfg: dict[str, Any], model: nn.Module) -> None:
-    """Raises ConfigError when the exclusion leaves nothing, judged on an outline of the model made from its config alone."""
+    """Raises ConfigError when the exclusion leaves nothing, judged on an outline of the model made
+    from its config alone.
+    """
     config: Any = model.config
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     if depth is None:
         return  # an unusual config: the pruner checks again on the real groups
-    outline = [Group(f"{kind}.{i}", kind, i, 1) for kind in ("heads", "neurons") for i in range(depth)]
-    outline += [Group("hidden", "hidden", None, 1), Group("blocks", "blocks", None, depth, modules=tuple(str(i) for i in range(depth)))]
+    outline = [
+        Group(f"{kind}.{i}", kind, i, 1) for kind in ("heads", "neurons") for i in range(depth)
+    ]
+    outline += [
+        Group("hidden", "hidden", None, 1),
+        Group("blocks", "blocks", None, depth, modules=tuple(str(i) for i in range(depth))),
+    ]
     wanted = set(pruned_kinds(cfg["pruner"]["name"], parts.pruner.keywords)) or {"heads", "neurons"}
     outline = [g for g in outline if g.kind in wanted] or outline
     exclude: Callable[[list[Group]], list[Group]] = parts.exclude
     if not exclude(outline):
         options = ", ".join(f"{k}={v}" for k, v in parts.exclude.keywords.items())
-        raise ConfigError(f"exclude={cfg['exclude']['name']} ({options}) leaves nothing of the model's {depth} blocks")
+        raise ConfigError(
+            f"exclude={cfg['exclude']['name']} ({options}) leaves nothing of the model's {depth} "
+            "blocks"
+        )

@@ -1,4 +1,6 @@
-"""What the jobs of a sweep are doing: each leaves a line in its folder, the sweep shows them while they run in other processes."""
+"""What the jobs of a sweep are doing: each leaves a line in its folder, the sweep shows them while
+they run in other processes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ FILE = "stage.txt"
 
 
 def first_process() -> bool:
-    """Under torchrun or accelerate launch every process runs the whole job, and only the first one writes what it found."""
+    """Under torchrun or accelerate launch every process runs the whole job, and only the first one
+    writes what it found.
+    """
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -37,7 +41,9 @@ def look(folder: Path) -> str:
 
 @contextmanager
 def watched(folders: Sequence[Path], every: float = 0.5) -> Iterator[None]:
-    """Inside, a change in what a job is doing becomes one line of the log: `[3/12] Element1_seed=0: dense/wikitext2`."""
+    """Inside, a change in what a job is doing becomes one line of the log: `[3/12] Element1_seed=0:
+    dense/wikitext2`.
+    """
     for folder in folders:
         (folder / FILE).unlink(missing_ok=True)
     stop = threading.Event()

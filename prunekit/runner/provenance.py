@@ -1,4 +1,6 @@
-"""Where a number comes from: versions, commit, seed, hardware, and a hash of the calibration tokens."""
+"""Where a number comes from: versions, commit, seed, hardware, and a hash of the calibration
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ from torch import Tensor
 
 from prunekit.runner.resume import code_version
 
-PACKAGES = ("prunekit", "torch", "transformers", "peft", "datasets", "lm_eval", "wandb", "hydra-core", "accelerate")
+PACKAGES = (
+    "prunekit",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "lm_eval",
+    "wandb",
+    "hydra-core",
+    "accelerate",
+)
 
 
 def seed_everything(seed: int) -> None:
@@ -33,12 +45,15 @@ def collect(cfg: dict[str, Any], tokens: Tensor | None) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": cfg["seed"],
-        "versions": {p: found for p in PACKAGES if (found := _version(p))} | {"python": platform.python_version()},
+        "versions": {p: found for p in PACKAGES if (found := _version(p))}
+        | {"python": platform.python_version()},
         "code": code_version(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "hardware": hardware(),
-        "calibration": None if tokens is None else {"shape": list(tokens.shape), "sha256": token_hash(tokens)},
+        "calibration": None
+        if tokens is None
+        else {"shape": list(tokens.shape), "sha256": token_hash(tokens)},
     }
 
 
@@ -49,8 +64,17 @@ def token_hash(tokens: Tensor) -> str:
 
 def hardware() -> dict[str, Any]:
     """CPU, cores, threads, and the names of the GPUs."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
 
 
 def _version(package: str) -> str | None:
@@ -63,7 +87,14 @@ def _version(package: str) -> str | None:
 def _git(*args: str) -> str | None:
     """Output of git in the source tree; None where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", *args], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            ["git", *args],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -19,7 +19,10 @@ def prefixed(when: str, numbers: dict[str, float], known: dict[str, float]) -> d
     named = {f"{when}/{k}": float(v) for k, v in numbers.items()}
     twice = named.keys() & known.keys()
     if twice:
-        raise ValueError(f"two evals both report {', '.join(sorted(twice))}: give one of them another window, dataset or label")
+        raise ValueError(
+            f"two evals both report {', '.join(sorted(twice))}: give one of them another window, "
+            "dataset or label"
+        )
     return named
 
 
@@ -66,9 +69,14 @@ def is_plain(value: Any) -> bool:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Written aside, synced, renamed: the file is whole or absent. Infinities and NaNs become null, their keys stand in `not_finite`."""
+    """Written aside, synced, renamed: the file is whole or absent. Infinities and NaNs become null,
+    their keys stand in `not_finite`.
+    """
     bad = [k for k, v in content["results"].items() if not math.isfinite(v)]
-    clean = content | {"results": {k: (None if k in bad else v) for k, v in content["results"].items()}, "not_finite": bad}
+    clean = content | {
+        "results": {k: (None if k in bad else v) for k, v in content["results"].items()},
+        "not_finite": bad,
+    }
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     with aside.open("w") as f:
         json.dump(clean, f, indent=1)

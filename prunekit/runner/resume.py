@@ -1,4 +1,6 @@
-"""Which jobs are done: a result of the same configuration and the same code need not be made again."""
+"""Which jobs are done: a result of the same configuration and the same code need not
+be made again.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ IGNORED = {"out", "track", "resume", "cache"}
 
 @cache
 def code_version() -> str:
-    """SHA-256 of the package's own source files: it holds for an edited checkout as well as for an installed wheel."""
+    """SHA-256 of the package's own source files: it holds for an edited checkout as well as for an
+    installed wheel.
+    """
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -24,12 +28,18 @@ def code_version() -> str:
 
 
 def told(cfg: dict[str, Any]) -> str:
-    """What of a resolved configuration decides the results, as text that compares equal when they do."""
-    return json.dumps({k: v for k, v in cfg.items() if k not in IGNORED}, sort_keys=True, default=str)
+    """What of a resolved configuration decides the results, as text that compares equal when they
+    do.
+    """
+    return json.dumps(
+        {k: v for k, v in cfg.items() if k not in IGNORED}, sort_keys=True, default=str
+    )
 
 
 def finished(folder: Path, cfg: dict[str, Any]) -> bool:
-    """Whether `folder` holds a whole result of this configuration; `resume=config` does not ask which code made it, `off` says no."""
+    """Whether `folder` holds a whole result of this configuration; `resume=config` does not ask
+    which code made it, `off` says no.
+    """
     path = folder / "result.json"
     mode = cfg.get("resume", "strict")
     if mode == "off" or not path.is_file() or (folder / "failed.txt").exists():

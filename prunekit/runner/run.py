@@ -1,4 +1,6 @@
-"""The runner: compose, check, load, measure, prune, measure, recover, measure, save. It names no component."""
+"""The runner: compose, check, load, measure, prune, measure, recover, measure, save. It names no
+component.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ log = logging.getLogger("prunekit")
 
 @dataclass
 class Job:
-    """What the stages of one run share: its parts, where it writes, and what it has found so far."""
+    """What the stages of one run share: its parts, where it writes, and what it has
+    found so far.
+    """
 
     cfg: dict[str, Any]
     folder: Path
@@ -34,10 +38,12 @@ class Job:
 
 
 def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
-    """One experiment from a plain config; writes into `folder` and returns what `result.json` holds.
+    """One experiment from a plain config; writes into `folder` and returns what `result.json`
+    holds.
 
-    Everything that can be wrong with `cfg` raises ConfigError before a weight is read. `result.json` is written last and atomically:
-    a folder without one is a run that did not finish. Of several processes (torchrun, accelerate launch) the first one writes.
+    Everything that can be wrong with `cfg` raises ConfigError before a weight is read.
+    `result.json` is written last and atomically: a folder without one is a run that did not finish.
+    Of several processes (torchrun, accelerate launch) the first one writes.
     """
     job = Job(cfg, Path(folder), check(cfg), Stages(), {}, cache.open_cache(cfg))
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +63,9 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
                 pruned.model = job.parts.recovery(pruned, tokenizer)
             measure(job, "recovered", pruned.model, tokenizer, tracker)
         saved = save(job, pruned, tokenizer, tracker)
-        record = results.record(cfg, job.found, job.stages.results, pruned, saved, provenance.collect(cfg, tokens))
+        record = results.record(
+            cfg, job.found, job.stages.results, pruned, saved, provenance.collect(cfg, tokens)
+        )
     if progress.first_process():
         results.write(job.folder / "result.json", record | {"cached": job.cache.used})
     progress.note(job.folder, "finished")
@@ -66,7 +74,9 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def stage(job: Job, name: str) -> Iterator[None]:
-    """Notes what the job does now, and what it cost. Each starts from the run's seed, whether or not those before came from the cache."""
+    """Notes what the job does now, and what it cost. Each starts from the run's seed, whether or
+    not those before came from the cache.
+    """
     progress.note(job.folder, name)
     provenance.seed_everything(job.cfg["seed"])
     with job.stages(name):
@@ -74,7 +84,9 @@ def stage(job: Job, name: str) -> Iterator[None]:
 
 
 def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: tracking.Track) -> None:
-    """Every eval on `model`; keys are prefixed with `when`. An eval named twice must not hide the other's number."""
+    """Every eval on `model`; keys are prefixed with `when`. An eval named twice must not hide the
+    other's number.
+    """
     for name, evaluate in job.parts.evals.items():
         log.info("%s: measuring %s", when, name)
         with stage(job, f"{when}/{name}"):
@@ -86,16 +98,25 @@ def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: trac
 
 def show_kept(pruned: Pruned, tracker: tracking.Track) -> None:
     """The kept widths by layer, as a table of the tracker."""
-    tracker.table("kept", ["group", "kept", "of"], [[n, k, u] for n, (k, u) in results.widths(pruned).items()])
+    tracker.table(
+        "kept", ["group", "kept", "of"], [[n, k, u] for n, (k, u) in results.widths(pruned).items()]
+    )
 
 
 def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> str | None:
-    """The checkpoint folder, unless `save=false`; its metadata goes to the tracker, the weights stay here. `save=packed`: see `bitmask`."""
+    """The checkpoint folder, unless `save=false`; its metadata goes to the tracker, the weights
+    stay here. `save=packed`: see `bitmask`.
+    """
     if not job.cfg["save"] or not progress.first_process():
         return None
     folder = job.folder / "checkpoint"
     with stage(job, "save"):
-        told: dict[str, Any] = {"kept": pruned.kept, "groups": pruned.groups, "config": job.cfg, "counts": counts(job)}
+        told: dict[str, Any] = {
+            "kept": pruned.kept,
+            "groups": pruned.groups,
+            "config": job.cfg,
+            "counts": counts(job),
+        }
         checkpoint.save(pruned.model, tokenizer, folder, packed=job.cfg["save"] == "packed", **told)
     tracker.artifact("checkpoint", [folder / "config.json", folder / "pruning.json"])
     return str(folder)
@@ -103,7 +124,9 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> s
 
 def counts(job: Job) -> dict[str, float]:
     """The measured sizes that belong into the checkpoint."""
-    return {k: v for k, v in job.found.items() if k.partition("/")[2].startswith(("params", "macs"))}
+    return {
+        k: v for k, v in job.found.items() if k.partition("/")[2].startswith(("params", "macs"))
+    }
 
 
 def objective(record: dict[str, Any], key: str | None) -> float | None:
@@ -113,5 +136,3 @@ def objective(record: dict[str, Any], key: str | None) -> float | None:
     if key not in record["results"]:
         raise KeyError(f"objective={key!r}; results are: {', '.join(record['results'])}")
     return record["results"][key]
-
-

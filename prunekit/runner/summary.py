@@ -1,4 +1,6 @@
-"""The table that a run ends with: dense, pruned and recovered side by side, and where everything lies."""
+"""The table that a run ends with: dense, pruned and recovered side by side, and where everything
+lies.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ ROWS = {
     "prefill_ms": ("prefill", "{:.1f} ms", 1),
     "decode_ms_per_token": ("decode", "{:.2f} ms/token", 1),
 }
-"""Keys with a name and a unit of their own; perplexities and accuracies follow by prefix, the rest stays in result.json."""
+"""Keys with a name and a unit of their own; perplexities and accuracies follow by prefix, the rest
+stays in result.json.
+"""
 STAGES = ("dense", "pruned", "recovered")
 
 
@@ -32,9 +36,14 @@ def show(record: dict[str, Any], folder: Path, console: Console | None = None) -
     for stage in stages:
         table.add_column(stage, justify="right")
     keys = list(dict.fromkeys(k.split("/", 1)[1] for k in results))
-    shown = [*[k for k in ROWS if k in keys], *[k for k in keys if k.startswith(("ppl_", "acc_")) and not k.endswith("_stderr")]]
+    shown = [
+        *[k for k in ROWS if k in keys],
+        *[k for k in keys if k.startswith(("ppl_", "acc_")) and not k.endswith("_stderr")],
+    ]
     for key in shown:
-        table.add_row(ROWS.get(key, (label(key),))[0], *[cell(results, stage, key) for stage in stages])
+        table.add_row(
+            ROWS.get(key, (label(key),))[0], *[cell(results, stage, key) for stage in stages]
+        )
     console.print(table if shown else "nothing was measured that this table shows")
     if record["checkpoint"]:
         console.print(f"checkpoint  {record['checkpoint']}", soft_wrap=True)
@@ -43,16 +52,33 @@ def show(record: dict[str, Any], folder: Path, console: Console | None = None) -
 
 
 def title(config: dict[str, Any]) -> str:
-    """What was run, in one line: the model, the pruner unless it is the usual one, the criterion, the share, the recovery."""
+    """What was run, in one line: the model, the pruner unless it is the usual one, the criterion,
+    the share, the recovery.
+    """
     ratio = config["ratio"]
-    share = f"{ratio['target']:.0%} of {ratio.get('of', 'units')}" if "target" in ratio else ratio["name"]
-    pruner, criterion, recovery = (((config[kind] or {}).get("name") or "none") for kind in ("pruner", "criterion", "recovery"))
-    parts = [config["model"].get("path") or config["model"]["name"], pruner if pruner != "oneshot" else "none", criterion, share]
-    return ", ".join([p for p in parts if p != "none"] + ([f"recovery {recovery}"] if recovery != "none" else []))
+    share = (
+        f"{ratio['target']:.0%} of {ratio.get('of', 'units')}"
+        if "target" in ratio
+        else ratio["name"]
+    )
+    pruner, criterion, recovery = (
+        ((config[kind] or {}).get("name") or "none") for kind in ("pruner", "criterion", "recovery")
+    )
+    parts = [
+        config["model"].get("path") or config["model"]["name"],
+        pruner if pruner != "oneshot" else "none",
+        criterion,
+        share,
+    ]
+    return ", ".join(
+        [p for p in parts if p != "none"] + ([f"recovery {recovery}"] if recovery != "none" else [])
+    )
 
 
 def label(key: str) -> str:
-    """`ppl_pydocs_128` -> `perplexity pydocs, window 128`; `acc_norm_hellaswag` -> `accuracy (norm) hellaswag`."""
+    """`ppl_pydocs_128` -> `perplexity pydocs, window 128`; `acc_norm_hellaswag` -> `accuracy (norm)
+    hellaswag`.
+    """
     if key.startswith("ppl_"):
         dataset, _, window = key[4:].rpartition("_")
         return f"perplexity {dataset}, window {window}"

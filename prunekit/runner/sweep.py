@@ -1,4 +1,6 @@
-"""The jobs of a sweep: which overrides each has, where it writes, and how it ended. Hydra's part is in hydra_plugins/prunekit_sweeper."""
+"""The jobs of a sweep: which overrides each has, where it writes, and how it ended. Hydra's part is
+in hydra_plugins/prunekit_sweeper.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ UNTOLD = ("row", "track", "data_root", "device", "cache", "resume", "objective")
 
 @dataclass(frozen=True)
 class Plan:
-    """Jobs in order, each a list of overrides and the name of its folder; `key` names the sweep by what its jobs share."""
+    """Jobs in order, each a list of overrides and the name of its folder; `key` names the sweep by
+    what its jobs share.
+    """
 
     jobs: list[tuple[str, list[str]]]
     key: str
@@ -33,23 +37,37 @@ def parse(words: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(words))
 
 
-def expand(words: Sequence[str], rows: dict[str, dict[str, Any] | None] | None, *below: dict[str, Any] | None) -> Plan:
+def expand(
+    words: Sequence[str],
+    rows: dict[str, dict[str, Any] | None] | None,
+    *below: dict[str, Any] | None,
+) -> Plan:
     """Every combination of the values in `words`, for each row of the table.
 
-    A row is a mapping of overrides; the mappings `below`, of which a later one wins, hold for all rows. What is typed wins over the row,
-    the row over what is below it. An entry `rows` below replaces what single rows say, and leaves out those that it sets to null.
-    `row=NAME,...` in `words` chooses rows, of all that there are. Raises ConfigError.
+    A row is a mapping of overrides; the mappings `below`, of which a later one wins, hold for all
+    rows. What is typed wins over the row, the row over what is below it. An entry `rows` below
+    replaces what single rows say, and leaves out those that it sets to null. `row=NAME,...` in
+    `words` chooses rows, of all that there are. Raises ConfigError.
     """
     given = {o.get_key_element(): o for o in parse(words)}
     rescaled = stacked(*[(layer or {}).get("rows") for layer in below])
     asked = given.pop("row", None)
-    names = [n for n in chosen_rows(asked, rows) if asked is not None or rescaled.get(n or "", {}) is not None]
+    names = [
+        n
+        for n in chosen_rows(asked, rows)
+        if asked is not None or rescaled.get(n or "", {}) is not None
+    ]
     lower = [{k: v for k, v in (layer or {}).items() if k != "rows"} for layer in below]
     jobs: list[tuple[str, list[str]]] = []
     constants: dict[str, str] = {}
     for name in names:
-        own = stacked(*lower, (rows or {}).get(name or ""), rescaled.get(name or ""), dict.fromkeys(given, ""))
-        told = {o.get_key_element(): o for o in parse([override(k, v) for k, v in own.items() if k not in given])}
+        own = stacked(
+            *lower, (rows or {}).get(name or ""), rescaled.get(name or ""), dict.fromkeys(given, "")
+        )
+        told = {
+            o.get_key_element(): o
+            for o in parse([override(k, v) for k, v in own.items() if k not in given])
+        }
         axes = {k: values(o) for k, o in (given | told).items()}
         swept = {k for k, v in axes.items() if len(v) > 1}
         constants |= {k: v[0] for k, v in axes.items() if k in given and k not in swept}
@@ -62,10 +80,16 @@ def expand(words: Sequence[str], rows: dict[str, dict[str, Any] | None] | None, 
 
 
 def stacked(*layers: dict[str, Any] | None) -> dict[str, Any]:
-    """Mappings of overrides on top of each other. Choosing a component ends what lower ones said of its options: they may not exist in it."""
+    """Mappings of overrides on top of each other. Choosing a component ends what lower ones said of
+    its options: they may not exist in it.
+    """
     out: dict[str, Any] = {}
     for layer in layers:
-        out = {k: v for k, v in out.items() if k.partition(".")[0] not in (layer or {}) or k in (layer or {})}
+        out = {
+            k: v
+            for k, v in out.items()
+            if k.partition(".")[0] not in (layer or {}) or k in (layer or {})
+        }
         out |= layer or {}
     return out
 
@@ -73,7 +97,9 @@ def stacked(*layers: dict[str, Any] | None) -> dict[str, Any]:
 def scale_of(name: str, scales: dict[str, Any] | None) -> dict[str, Any]:
     """The overrides of a scale; `full` has none. Raises ConfigError naming the scales there are."""
     if name != "full" and name not in (scales or {}):
-        raise ConfigError(f"scale={name}: this experiment has {', '.join(['full', *(scales or {})])}")
+        raise ConfigError(
+            f"scale={name}: this experiment has {', '.join(['full', *(scales or {})])}"
+        )
     return (scales or {}).get(name) or {}
 
 
@@ -81,11 +107,17 @@ def chosen_rows(choice: Override | None, rows: dict[str, Any] | None) -> list[st
     """All rows, or those that the user names. Raises ConfigError naming the rows there are."""
     if rows is None:
         if choice is not None:
-            raise ConfigError("row=... chooses rows of an experiment's table, and there is none: give experiment=...")
+            raise ConfigError(
+                "row=... chooses rows of an experiment's table, and there is none: give "
+                "experiment=..."
+            )
         return [None]
     if choice is None:
         return list(rows)
-    names = [str(v) for v in (choice.sweep_iterator() if choice.is_sweep_override() else [choice.value()])]
+    names = [
+        str(v)
+        for v in (choice.sweep_iterator() if choice.is_sweep_override() else [choice.value()])
+    ]
     unknown = [n for n in names if n not in rows]
     if unknown:
         raise ConfigError(f"no row {unknown[0]!r} in this experiment; its rows: {', '.join(rows)}")
@@ -93,7 +125,9 @@ def chosen_rows(choice: Override | None, rows: dict[str, Any] | None) -> list[st
 
 
 def values(o: Override) -> list[str]:
-    """One override as `key=value` words, one a value. Raises ConfigError for ranges that have no end."""
+    """One override as `key=value` words, one a value. Raises ConfigError for ranges that have no
+    end.
+    """
     key = o.get_key_element()
     if not o.is_sweep_override():
         return [key if o.is_delete() else f"{key}={o.get_value_element_as_str()}"]
@@ -103,7 +137,9 @@ def values(o: Override) -> list[str]:
 
 
 def override(key: str, value: Any) -> str:
-    """`key: value` of a YAML mapping as a word of the command line; strings pass as they are, so `1,2` is a sweep."""
+    """`key: value` of a YAML mapping as a word of the command line; strings pass as they are, so
+    `1,2` is a sweep.
+    """
     return f"{key}={value if isinstance(value, str) else literal(value)}"
 
 
@@ -124,9 +160,13 @@ def quoted(text: str) -> str:
 
 
 def slug(parts: Sequence[str]) -> str:
-    """A folder name that says what a job is: letters, digits and a few signs, at most 100 characters."""
+    """A folder name that says what a job is: letters, digits and a few signs, at most 100
+    characters.
+    """
     text = "_".join(re.sub(r"[^\w.=+-]+", "-", p).strip("-") for p in parts) or "0"
-    return text if len(text) <= 100 else f"{text[:90]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return (
+        text if len(text) <= 100 else f"{text[:90]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
 
 
 def unique(jobs: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
@@ -140,15 +180,23 @@ def unique(jobs: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]
 
 
 def key_of(constants: dict[str, str], jobs: Sequence[tuple[str, list[str]]]) -> str:
-    """Eight hex digits of what all jobs share and of the keys they differ in, so that a wider range of values finds the old jobs."""
-    shared = sorted(v for k, v in constants.items() if k not in ("experiment", "scale") and k.lstrip("+").split(".")[0] not in UNTOLD)
+    """Eight hex digits of what all jobs share and of the keys they differ in, so that a wider range
+    of values finds the old jobs.
+    """
+    shared = sorted(
+        v
+        for k, v in constants.items()
+        if k not in ("experiment", "scale") and k.lstrip("+").split(".")[0] not in UNTOLD
+    )
     differ = sorted({w.partition("=")[0] for _, words in jobs for w in words} - constants.keys())
     told = shared if any(k == "experiment" for k in constants) else [shared, differ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8] if told else ""
 
 
 def folder_of(key: str, table: str | None, scale: str) -> str:
-    """`llm_pruner/table6`, `llm_pruner/table6-small`, with the key behind it if more was said; `sweep-1f3a90bc` without an experiment."""
+    """`llm_pruner/table6`, `llm_pruner/table6-small`, with the key behind it if more was said;
+    `sweep-1f3a90bc` without an experiment.
+    """
     if not table:
         return f"sweep-{key}"
     return "-".join(p for p in (table, scale if scale != "full" else "", key) if p)

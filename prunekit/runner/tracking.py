@@ -1,4 +1,6 @@
-"""Weights & Biases, and the only file that imports it: a session that no failure of the service can turn into a lost result."""
+"""Weights & Biases, and the only file that imports it: a session that no failure of the service can
+turn into a lost result.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,19 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["offline", "wandb", "silent"]
 INIT_SECONDS = 30
-"""How long a server may take to answer before the run goes on offline (wandb waits 90 s by default)."""
+"""How long a server may take to answer before the run goes on offline (wandb waits 90 s by
+default).
+"""
 FINISH_SECONDS = 120
-"""How long the end of a run may wait for uploads (wandb waits forever by default); what is left stays on disk for `wandb sync`."""
+"""How long the end of a run may wait for uploads (wandb waits forever by default); what is left
+stays on disk for `wandb sync`.
+"""
 
 
 class Track:
-    """Where a run's numbers go besides its result file. This one, for `silent` and for all but the first process, drops them."""
+    """Where a run's numbers go besides its result file. This one, for `silent` and for all but the
+    first process, drops them.
+    """
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Numbers, at a step of their own or at the next one."""
@@ -46,7 +54,12 @@ class WandbTrack(Track):
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         import wandb
 
-        _warned("table", lambda: self._run.log({name: wandb.Table(columns=list(columns), data=[list(r) for r in rows])}))
+        _warned(
+            "table",
+            lambda: self._run.log(
+                {name: wandb.Table(columns=list(columns), data=[list(r) for r in rows])}
+            ),
+        )
 
     def artifact(self, name: str, files: Iterable[Path | str]) -> None:
         import wandb
@@ -77,17 +90,25 @@ def open_track(
 ) -> Iterator[Track]:
     """A session that is closed whatever happens inside, as failed if something was raised.
 
-    `offline` writes a real wandb run into `folder/wandb` without a connection (`wandb sync` sends it later), `wandb` talks to the
-    server that WANDB_BASE_URL or the login names, `silent` keeps nothing. Where the server is down or nobody is logged in, a
-    warning says so and the run goes on offline. Under several processes (RANK) only the first one tracks.
-    Raises ConfigError for another mode.
+    `offline` writes a real wandb run into `folder/wandb` without a connection (`wandb sync` sends
+    it later), `wandb` talks to the server that WANDB_BASE_URL or the login names, `silent` keeps
+    nothing. Where the server is down or nobody is logged in, a warning says so and the run goes on
+    offline. Under several processes (RANK) only the first one tracks. Raises ConfigError for
+    another mode.
     """
     if mode not in ("offline", "wandb", "silent"):
         raise ConfigError(f"track.mode={mode!r}; possible: offline, wandb, silent")
     if mode == "silent" or int(os.environ.get("RANK", "0")) > 0:
         yield Track()
         return
-    options = {"project": project, "group": group, "name": name, "tags": list(tags), "config": dict(config), "dir": str(folder)}
+    options = {
+        "project": project,
+        "group": group,
+        "name": name,
+        "tags": list(tags),
+        "config": dict(config),
+        "dir": str(folder),
+    }
     run = _start(mode, options)
     code = 1
     try:
@@ -107,7 +128,8 @@ def _start(mode: Mode, options: dict[str, Any]) -> Any:
         silent=True,
         console="off",  # Hydra and the runner own the terminal and the log file
         init_timeout=INIT_SECONDS,
-        login_timeout=INIT_SECONDS,  # a question for a key on the terminal must not hold up a batch job for ever
+        # a question for a key on the terminal must not hold up a batch job for ever
+        login_timeout=INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,
     )
     # A sweep runs job after job in one process: each opens a run of its own.
@@ -121,8 +143,8 @@ def _start(mode: Mode, options: dict[str, Any]) -> Any:
 def _warned(doing: str, act: Callable[[], Any]) -> Any:
     """What `act` returns; None and a warning if wandb fails at it.
 
-    wandb's own errors, those of the network, the disk and a killed background process (OSErrors, all of them), and the two that waiting
-    on that process can end in, which have no common base.
+    wandb's own errors, those of the network, the disk and a killed background process (OSErrors,
+    all of them), and the two that waiting on that process can end in, which have no common base.
     """
     import wandb
     from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError

@@ -1,4 +1,6 @@
-"""Whole blocks: what the model loses without one of them, without running again what comes before it."""
+"""Whole blocks: what the model loses without one of them, without running again what comes before
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def siblings(model: nn.Module, name: str) -> tuple[list[nn.Module], int]:
 
 @contextmanager
 def returning(block: nn.Module, activation: Tensor, rest: tuple[Any, ...] | None) -> Iterator[None]:
-    """Inside, the block computes nothing and returns `activation`; `rest` is what used to follow it, None for a bare tensor."""
+    """Inside, the block computes nothing and returns `activation`; `rest` is what used to follow
+    it, None for a bare tensor.
+    """
     block.forward = lambda *_, **__: activation if rest is None else (activation, *rest)  # type: ignore[method-assign]
     try:
         yield
@@ -33,15 +37,24 @@ def returning(block: nn.Module, activation: Tensor, rest: tuple[Any, ...] | None
 
 
 @torch.no_grad()
-def losses_without(model: nn.Module, names: Sequence[str], run: Run, batch: int, reuse: bool = True) -> Tensor:
+def losses_without(
+    model: nn.Module, names: Sequence[str], run: Run, batch: int, reuse: bool = True
+) -> Tensor:
     """(len(names),) mean loss per predicted token of the model that lacks one block each time.
 
-    `reuse` starts each trial from the activations that entered the block in the whole model, which halves the work and holds one
-    activation a block of `batch` samples; a model whose blocks hand each other more than those needs `reuse=False`.
+    `reuse` starts each trial from the activations that entered the block in the whole model, which
+    halves the work and holds one activation a block of `batch` samples; a model whose blocks hand
+    each other more than those needs `reuse=False`.
     """
     total = torch.zeros(len(names), dtype=torch.float64)
     parts = list(run.split(batch))  # type: ignore[attr-defined]
-    bar = tqdm(total=len(parts) * len(names), desc="models without a block", unit="model", leave=False, delay=2)
+    bar = tqdm(
+        total=len(parts) * len(names),
+        desc="models without a block",
+        unit="model",
+        leave=False,
+        delay=2,
+    )
     with bar:
         for part in parts:
             entered, rests = entering(model, names, part)
@@ -59,8 +72,12 @@ def losses_without(model: nn.Module, names: Sequence[str], run: Run, batch: int,
     return total.float()
 
 
-def entering(model: nn.Module, names: Sequence[str], run: Run) -> tuple[dict[str, Tensor], dict[str, tuple[Any, ...] | None]]:
-    """What entered each block in one pass of the whole model, and what followed the activation that it returned."""
+def entering(
+    model: nn.Module, names: Sequence[str], run: Run
+) -> tuple[dict[str, Tensor], dict[str, tuple[Any, ...] | None]]:
+    """What entered each block in one pass of the whole model, and what followed the activation that
+    it returned.
+    """
     entered: dict[str, Tensor] = {}
     rests: dict[str, tuple[Any, ...] | None] = {}
 

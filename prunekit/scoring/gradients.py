@@ -1,8 +1,10 @@
-"""Gradients handed over weight by weight as backward produces them, and freed: scoring never holds a model's worth of them.
+"""Gradients handed over weight by weight as backward produces them, and freed: scoring never holds
+a model's worth of them.
 
-Backward visits the layers from the last to the first. Each weight's gradient is given to a callback the moment it is complete and is
-dropped when the callback returns, so the memory needed beside the weights is one weight's gradient plus the activations, and of those
-only matrix products are kept; the rest is recomputed (see `lean_activations`).
+Backward visits the layers from the last to the first. Each weight's gradient is given to a callback
+the moment it is complete and is dropped when the callback returns, so the memory needed beside the
+weights is one weight's gradient plus the activations, and of those only matrix products are kept;
+the rest is recomputed (see `lean_activations`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from tqdm import tqdm
 
 from prunekit.activations.moments import samples_at_once
@@ -21,10 +27,14 @@ from prunekit.errors import ConfigError
 from prunekit.types import Run, tensor_of
 
 Sink = Callable[[str, Tensor, Tensor, Tensor | None], None]
-"""`sink(name, weight, gradient, mean_squared)`: the last is the mean over samples of the squared per-sample gradient, or None."""
+"""`sink(name, weight, gradient, mean_squared)`: the last is the mean over samples of the squared
+per-sample gradient, or None.
+"""
 
 TOKENS = 2048
-"""Tokens of a backward where the caller names no batch: the setting of most papers is less, and more would cost gigabytes."""
+"""Tokens of a backward where the caller names no batch: the setting of most papers is less, and
+more would cost gigabytes.
+"""
 
 _SAVED = {
     torch.ops.aten.mm.default,
@@ -44,15 +54,23 @@ def _policy(_ctx, op, *_args, **_kwargs) -> CheckpointPolicy:
 
 @contextmanager
 def lean_activations(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the blocks keep only the results of matrix products for backward and recompute what is cheap.
+    """Inside, the blocks keep only the results of matrix products for backward and recompute what
+    is cheap.
 
-    Costs a few percent of time (norms, rotations, activations run twice) and saves about two thirds of the activations.
+    Costs a few percent of time (norms, rotations, activations run twice) and saves about two thirds
+    of the activations.
     """
     context = partial(create_selective_checkpoint_contexts, _policy)
     changed = []
     for block in blocks:
         changed.append((block, block.__dict__.get("forward")))
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context, preserve_rng_state=False)  # type: ignore
+        block.forward = partial(
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            context_fn=context,
+            preserve_rng_state=False,
+        )  # type: ignore
     try:
         yield
     finally:
@@ -63,14 +81,18 @@ def lean_activations(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class _OneBufferLoss(torch.autograd.Function):
-    """Cross entropy whose gradient takes the place of the logits: one (N, T, V) tensor instead of four."""
+    """Cross entropy whose gradient takes the place of the logits: one (N, T, V) tensor instead of
+    four.
+    """
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
         scores, targets = logits.detach()[:, :-1], labels[:, 1:].to(logits.device)
         count = targets.numel()
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for row, target in zip(scores, targets):  # a sample at a time: float32 copies of one row only
+        for row, target in zip(
+            scores, targets
+        ):  # a sample at a time: float32 copies of one row only
             log_p = torch.log_softmax(row.float(), -1)
             total -= log_p.gather(1, target[:, None]).sum()
             p = log_p.exp_()
@@ -88,9 +110,11 @@ class _OneBufferLoss(torch.autograd.Function):
 
 @contextmanager
 def lean_loss(model: nn.Module) -> Iterator[None]:
-    """Inside, a model with transformers' ordinary causal loss computes it in the memory of its logits, which backward then consumes.
+    """Inside, a model with transformers' ordinary causal loss computes it in the memory of its
+    logits, which backward then consumes.
 
-    The outputs' logits are overwritten, so only the loss of what the model returns may be used. Other losses are left as they are.
+    The outputs' logits are overwritten, so only the loss of what the model returns may be used.
+    Other losses are left as they are.
     """
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -110,7 +134,9 @@ def lean_loss(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def only_these_train(model: nn.Module, names: set[str]) -> Iterator[None]:
-    """Inside, exactly the parameters `names` require gradients, and none holds one; flags and gradients are restored after."""
+    """Inside, exactly the parameters `names` require gradients, and none holds one; flags and
+    gradients are restored after.
+    """
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     held = {n: p.grad for n, p in model.named_parameters()}
     try:
@@ -124,24 +150,39 @@ def only_these_train(model: nn.Module, names: set[str]) -> Iterator[None]:
             p.grad = held[n]
 
 
-def backward(model: nn.Module, names: Iterable[str], run: Run, sink: Sink, *, squares: bool, batch: int | None = None) -> None:
-    """One backward of the batch's mean loss; every weight in `names` goes through `sink` once, as soon as it is known.
+def backward(
+    model: nn.Module,
+    names: Iterable[str],
+    run: Run,
+    sink: Sink,
+    *,
+    squares: bool,
+    batch: int | None = None,
+) -> None:
+    """One backward of the batch's mean loss; every weight in `names` goes through `sink` once, as
+    soon as it is known.
 
-    `squares=True` adds the mean over samples of squared per-sample gradients. For linear layers they come out of the same single
-    backward, from the layer's input and output gradient; other weights (norms, embeddings) take one extra backward a sample.
-    `batch` samples go at a time (None: as many as make up `TOKENS` tokens): where that splits them, first-order gradients are
-    accumulated over the batches (as much memory as the weights in `names`).
-    Raises ConfigError where accelerate keeps a weight elsewhere.
+    `squares=True` adds the mean over samples of squared per-sample gradients. For linear layers
+    they come out of the same single backward, from the layer's input and output gradient; other
+    weights (norms, embeddings) take one extra backward a sample. `batch` samples go at a time
+    (None: as many as make up `TOKENS` tokens): where that splits them, first-order gradients are
+    accumulated over the batches (as much memory as the weights in `names`). Raises ConfigError
+    where accelerate keeps a weight elsewhere.
     """
     wanted = list(dict.fromkeys(names))
     missing = [n for n in wanted if tensor_of(model, n).is_meta]
     if missing:
-        raise ConfigError(f"gradients need every weight in memory, and {missing[0]} is not: prunekit.architecture.offload.gather(model) brings them")
+        raise ConfigError(
+            f"gradients need every weight in memory, and {missing[0]} is not: "
+            "prunekit.architecture.offload.gather(model) brings them"
+        )
     linear = _linear_owners(model, wanted) if squares else {}
     others = [n for n in wanted if n not in linear]
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        bar = stack.enter_context(tqdm(total=len(wanted), desc="gradients", unit="weight", leave=False, delay=2))
+        bar = stack.enter_context(
+            tqdm(total=len(wanted), desc="gradients", unit="weight", leave=False, delay=2)
+        )
 
         def told(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
             with torch.no_grad():
@@ -170,7 +211,9 @@ def _whole_batch(model: nn.Module, names: list[str], run: Run, sink: Sink, batch
             sink(name, p, p.grad, None)
             p.grad = None
 
-    hooks = [tensor_of(model, n).register_post_accumulate_grad_hook(partial(fold, n)) for n in names]
+    hooks = [
+        tensor_of(model, n).register_post_accumulate_grad_hook(partial(fold, n)) for n in names
+    ]
     try:
         for out in run(labels=True, batch=batch):
             seen += 1
@@ -199,7 +242,9 @@ def _sample_by_sample(model: nn.Module, names: list[str], run: Run, sink: Sink) 
 
 
 def _linear_owners(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """Names of weights that only one linear module applies (nn.Linear, or transformers' Conv1D with its transposed weight)."""
+    """Names of weights that only one linear module applies (nn.Linear, or transformers' Conv1D with
+    its transposed weight).
+    """
     wanted = set(names)
     users: dict[int, int] = {}
     for module in model.modules():
@@ -219,11 +264,15 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _per_sample(model: nn.Module, owners: dict[str, nn.Module], sink: Sink, samples: int) -> Iterator[None]:
-    """Inside, each backward through a linear layer turns its input and output gradient into that weight's per-sample gradients.
+def _per_sample(
+    model: nn.Module, owners: dict[str, nn.Module], sink: Sink, samples: int
+) -> Iterator[None]:
+    """Inside, each backward through a linear layer turns its input and output gradient into that
+    weight's per-sample gradients.
 
-    The batch loss is a mean over equally long samples, so the gradient of sample n alone is `samples` times its share: with
-    `x (N, T, in)` and `d (N, T, out)`, `G_n = N * d_n^T x_n`, the batch gradient is mean(G_n) and the second moment mean(G_n^2).
+    The batch loss is a mean over equally long samples, so the gradient of sample n alone is
+    `samples` times its share: with `x (N, T, in)` and `d (N, T, out)`, `G_n = N * d_n^T x_n`, the
+    batch gradient is mean(G_n) and the second moment mean(G_n^2).
     """
 
     def on_forward(name: str, module: nn.Module, args, out: Tensor):
@@ -236,7 +285,9 @@ def _per_sample(model: nn.Module, owners: dict[str, nn.Module], sink: Sink, samp
             gradient = torch.zeros_like(weight, dtype=torch.float32)
             squared = torch.zeros_like(weight, dtype=torch.float32)
             a, b = (x, d) if type(module) is not nn.Linear else (d, x)  # Conv1D stores (in, out)
-            for a_n, b_n in zip(a.reshape(samples, -1, a.shape[-1]), b.reshape(samples, -1, b.shape[-1])):
+            for a_n, b_n in zip(
+                a.reshape(samples, -1, a.shape[-1]), b.reshape(samples, -1, b.shape[-1])
+            ):
                 g = (a_n.T @ b_n).float()
                 gradient += g
                 squared.addcmul_(g, g, value=samples)

@@ -13,7 +13,9 @@ from prunekit.types import Counts, Group, Kept, Scores
 
 
 def lowest(scores: Tensor, n: int) -> Tensor:
-    """Mask with the `n` lowest of `scores` False; ties fall by index (stable), so the count is exact."""
+    """Mask with the `n` lowest of `scores` False; ties fall by index (stable), so the count is
+    exact.
+    """
     flat = scores.flatten().float()
     kept = torch.ones(flat.numel(), dtype=torch.bool)
     kept[torch.argsort(flat, stable=True)[:n].cpu()] = False
@@ -27,10 +29,12 @@ def local(scores: Scores, counts: Counts) -> Kept:
 
 
 def pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
-    """Rank the units of all groups together and remove the longest prefix of the ranking for which `fits(counts)` holds.
+    """Rank the units of all groups together and remove the longest prefix of the ranking for which
+    `fits(counts)` holds.
 
-    Each unit counts as one, whatever its kind, with no normalisation (LLM-Pruner's global pruning). The best unit of every
-    group is out of the contest, so that no module is emptied. `fits` must be monotone: false stays false as counts grow.
+    Each unit counts as one, whatever its kind, with no normalisation (LLM-Pruner's global pruning).
+    The best unit of every group is out of the contest, so that no module is emptied. `fits` must be
+    monotone: false stays false as counts grow.
     """
     finite(scores)
     names = list(scores)
@@ -56,11 +60,16 @@ def pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
 
 
 def finite(scores: Scores) -> None:
-    """Raises ConfigError naming the group whose scores are not finite: a choice among NaNs would be noise."""
+    """Raises ConfigError naming the group whose scores are not finite: a choice among NaNs would be
+    noise.
+    """
     for name, s in scores.items():
         if not torch.isfinite(s).all():
             bad = int((~torch.isfinite(s)).sum())
-            raise ConfigError(f"{bad} of {s.numel()} scores of {name} are not finite: try model.dtype=float32 or other calibration text")
+            raise ConfigError(
+                f"{bad} of {s.numel()} scores of {name} are not finite: try model.dtype=float32 "
+                "or other calibration text"
+            )
 
 
 def within(outer: Tensor, inner: Tensor) -> Tensor:
@@ -71,7 +80,9 @@ def within(outer: Tensor, inner: Tensor) -> Tensor:
 
 
 def widened(kept: Kept, groups: list[Group], whole: list[Group]) -> Kept:
-    """The same choice over all blocks of `whole`, where an exclusion let only those of `groups` compete; other kinds as they are."""
+    """The same choice over all blocks of `whole`, where an exclusion let only those of `groups`
+    compete; other kinds as they are.
+    """
     full = {g.name: g for g in whole}
     out = dict(kept)
     for g in groups:
@@ -82,7 +93,9 @@ def widened(kept: Kept, groups: list[Group], whole: list[Group]) -> Kept:
 
 
 def survivors(now: Group, whole: list[Group], contest: list[Group], kept: Kept) -> Group:
-    """The blocks that may still go: those of the first contest that are left, under the names which they have now."""
+    """The blocks that may still go: those of the first contest that are left, under the names which
+    they have now.
+    """
     full, first = (next(g for g in groups if g.name == now.name) for groups in (whole, contest))
     free = torch.tensor([m in first.modules for m in full.modules])[kept[now.name]]
     parent = full.modules[0].rpartition(".")[0]

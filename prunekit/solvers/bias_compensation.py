@@ -1,7 +1,9 @@
-"""Bias compensation (FLAP, An et al., AAAI 2024, arXiv 2312.11983, equation 8): removed units keep their mean output as a bias.
+"""Bias compensation (FLAP, An et al., AAAI 2024, arXiv 2312.11983, equation 8): removed units keep
+their mean output as a bias.
 
-A reader's output is `W x`. Without the channels P it lacks `W_P x_P`, whose mean over the calibration text is `W_P E[x_P]`: added as a
-bias, that takes exactly `|W_P E[x_P]|^2` off the mean squared error of the output.
+A reader's output is `W x`. Without the channels P it lacks `W_P x_P`, whose mean over the
+calibration text is `W_P E[x_P]`: added as a bias, that takes exactly `|W_P E[x_P]|^2` off the mean
+squared error of the output.
 """
 
 from __future__ import annotations
@@ -21,12 +23,21 @@ Biases = dict[str, Tensor]
 
 
 @torch.no_grad()
-def lost_means(model: nn.Module, groups: Iterable[Group], kept: Kept, run: Run, skip: int = 0) -> Biases:
-    """What each reader's output will lack on average once the units go; measured on the model that still has them.
+def lost_means(
+    model: nn.Module, groups: Iterable[Group], kept: Kept, run: Run, skip: int = 0
+) -> Biases:
+    """What each reader's output will lack on average once the units go; measured on the model that
+    still has them.
 
-    `skip` leaves out that many tokens at the start of each sample. Raises ConfigError for units that no linear module reads.
+    `skip` leaves out that many tokens at the start of each sample. Raises ConfigError for units
+    that no linear module reads.
     """
-    touched = [(g, r) for g in groups if g.name in kept and not kept[g.name].all() for r in _readers(model, g)]
+    touched = [
+        (g, r)
+        for g in groups
+        if g.name in kept and not kept[g.name].all()
+        for r in _readers(model, g)
+    ]
     found = moments(model, dict.fromkeys(r.name for _, r in touched), run, skip)
     lost: Biases = {}
     for g, r in touched:
@@ -40,7 +51,10 @@ def lost_means(model: nn.Module, groups: Iterable[Group], kept: Kept, run: Run, 
 def _readers(model: nn.Module, group: Group) -> list:
     found = readers(model, group)
     if group.kind in ("hidden", "experts", "blocks") or (not found and "/" not in group.name):
-        raise ConfigError(f"compensate=bias cannot make up for {group.name}: possible for what a linear module reads (heads, neurons)")
+        raise ConfigError(
+            f"compensate=bias cannot make up for {group.name}: possible for what a linear module "
+            "reads (heads, neurons)"
+        )
     return found
 
 
@@ -51,6 +65,8 @@ def add_biases(model: nn.Module, lost: Biases) -> None:
         module = model.get_submodule(name)
         weight: Tensor = module.weight  # type: ignore[assignment]
         if module.bias is None:
-            module.register_parameter("bias", nn.Parameter(values.to(weight), requires_grad=weight.requires_grad))
+            module.register_parameter(
+                "bias", nn.Parameter(values.to(weight), requires_grad=weight.requires_grad)
+            )
         else:
             module.bias += values.to(weight)  # type: ignore[operator]

@@ -1,7 +1,9 @@
-"""Structured optimal brain surgeon: which input channels a linear map can spare, at what cost, if the others make up for them.
+"""Structured optimal brain surgeon: which input channels a linear map can spare, at what cost, if
+the others make up for them.
 
-For the quadratic error `tr((W - A) H (W - A)^T)` the channels S cost `tr(W_S (H^-1_SS)^-1 W_S^T)`; then `W -= W_S (H^-1_SS)^-1 H^-1_S,:`
-and the inverse loses the same term (Hassibi & Stork 1993; ZipLM, arXiv 2302.04089, and SlimGPT, arXiv 2412.18110, for structures).
+For the quadratic error `tr((W - A) H (W - A)^T)` the channels S cost `tr(W_S (H^-1_SS)^-1 W_S^T)`;
+then `W -= W_S (H^-1_SS)^-1 H^-1_S,:` and the inverse loses the same term (Hassibi & Stork 1993;
+ZipLM, arXiv 2302.04089, and SlimGPT, arXiv 2412.18110, for structures).
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ Removal = tuple[list[int], list[float]]
 
 @torch.no_grad()
 def removal(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -> Removal:
-    """Greedy order: at every step the cheapest of the remaining units goes and the others make up for it.
+    """Greedy order: at every step the cheapest of the remaining units goes and the others make up
+    for it.
 
-    `weight` is `(outputs, inputs)`, scaled beforehand if errors of some outputs weigh more; `inverse` is `H^-1 (inputs, inputs)`;
-    `units` is `(U, width)`, the inputs that each unit owns, which are all inputs in play; `count <= U` units go.
+    `weight` is `(outputs, inputs)`, scaled beforehand if errors of some outputs weigh more;
+    `inverse` is `H^-1 (inputs, inputs)`; `units` is `(U, width)`, the inputs that each unit owns,
+    which are all inputs in play; `count <= U` units go.
     """
     owned = units.flatten().to(inverse.device)
     order = units.new_tensor(range(units.numel())).view(units.shape).to(inverse.device)
@@ -33,7 +37,9 @@ def removal(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -> Remov
 
 
 def _wide(V: Tensor, M: Tensor, units: Tensor, count: int) -> Removal:
-    """Units of several inputs each, in float64: what is left of `M` after many removals is a small difference of large numbers."""
+    """Units of several inputs each, in float64: what is left of `M` after many removals is a small
+    difference of large numbers.
+    """
     V, M = V.double(), M.double()
     left = list(range(len(units)))
     order, costs = [], []
@@ -53,19 +59,29 @@ def _wide(V: Tensor, M: Tensor, units: Tensor, count: int) -> Removal:
 
 
 def factor(H: Tensor) -> Tensor:
-    """Lower Cholesky factor of `H (..., n, n)`. Raises ConfigError where there is none: numbers that are not finite, or too little text."""
+    """Lower Cholesky factor of `H (..., n, n)`. Raises ConfigError where there is none: numbers
+    that are not finite, or too little text.
+    """
     L, failed = torch.linalg.cholesky_ex(H)
     if failed.any():
         if not H.isfinite().all():
-            raise ConfigError("a gram matrix has numbers that are not finite: the model overflows on this text, try pruner.precision=model")
-        raise ConfigError(f"a gram matrix of {H.shape[-1]} inputs is not positive definite: raise pruner.damp or calibrate on more text")
+            raise ConfigError(
+                "a gram matrix has numbers that are not finite: the model overflows on this text, "
+                "try pruner.precision=model"
+            )
+        raise ConfigError(
+            f"a gram matrix of {H.shape[-1]} inputs is not positive definite: raise pruner.damp "
+            "or calibrate on more text"
+        )
     return L
 
 
 def _single(V: Tensor, M: Tensor, count: int, panel: int = 32) -> Removal:
-    """Units of one input each, exactly one at a time; the rank-one updates of V and M are put off and done `panel` at a time.
+    """Units of one input each, exactly one at a time; the rank-one updates of V and M are put off
+    and done `panel` at a time.
 
-    Inside a panel the true matrices are `V - A B^T` and `M - B B^T`. After it the removed inputs are dropped, so that the work shrinks.
+    Inside a panel the true matrices are `V - A B^T` and `M - B B^T`. After it the removed inputs
+    are dropped, so that the work shrinks.
     """
     left = torch.arange(M.shape[0], device=M.device)
     order: list[int] = []

@@ -1,4 +1,6 @@
-"""Weights turned into new bases of the residual stream, and the matrices that carry the stream from one basis to the next (SliceGPT)."""
+"""Weights turned into new bases of the residual stream, and the matrices that carry the stream from
+one basis to the next (SliceGPT).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ Basis = Tensor
 
 
 def turned(bases: Iterable[Basis]) -> Iterator[Basis]:
-    """The same subspaces, each basis turned within its own to lie nearest the one before (orthogonal Procrustes).
+    """The same subspaces, each basis turned within its own to lie nearest the one before
+    (orthogonal Procrustes).
 
-    `Q_r^T Q_w = U S V^T`; with `Q_w V U^T` in place of `Q_w` the product is `U S U^T`, symmetric with eigenvalues in [0, 1].
+    `Q_r^T Q_w = U S V^T`; with `Q_w V U^T` in place of `Q_w` the product is `U S U^T`, symmetric
+    with eigenvalues in [0, 1].
     """
     previous: Basis | None = None
     for Q in bases:
@@ -32,8 +36,12 @@ def turned(bases: Iterable[Basis]) -> Iterator[Basis]:
 
 
 def shortcut(Q_r: Basis, Q_w: Basis) -> Tensor:
-    """(width, r) `B` with `Q_r^T Q_w = I - B B^T` for turned bases; r is at most the number of dropped directions."""
-    values, U = torch.linalg.eigh(torch.eye(Q_r.shape[1], dtype=Q_r.dtype, device=Q_r.device) - Q_r.T @ Q_w)
+    """(width, r) `B` with `Q_r^T Q_w = I - B B^T` for turned bases; r is at most the number of
+    dropped directions.
+    """
+    values, U = torch.linalg.eigh(
+        torch.eye(Q_r.shape[1], dtype=Q_r.dtype, device=Q_r.device) - Q_r.T @ Q_w
+    )
     used = values > 1e-6  # one in a million of a direction's size: below what float32 keeps
     return U[:, used] * values[used].sqrt()
 
@@ -45,10 +53,12 @@ def tied(model: nn.Module, chain: Stream) -> bool:
 
 @torch.no_grad()
 def assemble(model: nn.Module, chain: Stream, bases: Sequence[Basis], depth: int) -> None:
-    """Slice the first `depth` blocks in place: rotated weights, unit gains, and the maps between bases.
+    """Slice the first `depth` blocks in place: rotated weights, unit gains, and the maps between
+    bases.
 
-    The stream is narrowed by the embedding itself, or, where that is tied to the output matrix, on entering the first block; it has its
-    full width again on entering block `depth` or the last norm.
+    The stream is narrowed by the embedding itself, or, where that is tied to the output matrix, on
+    entering the first block; it has its full width again on entering block `depth` or the last
+    norm.
     """
     from prunekit.checkpoint.remote_code.modeling_pruned import rotate
 
@@ -74,7 +84,9 @@ def _set(rotation: nn.Module, weight: Tensor) -> None:
 
 
 def slice_sublayer(model: nn.Module, part: Sublayer, Q_r: Basis, Q_w: Basis) -> None:
-    """Readers take the basis `Q_r` and the gain of the norm, writers the basis `Q_w`; the norm keeps dividing by the full width."""
+    """Readers take the basis `Q_r` and the gain of the norm, writers the basis `Q_w`; the norm
+    keeps dividing by the full width.
+    """
     norm = model.get_submodule(part.norm)
     gain, offset, eps_name, eps = gain_and_eps(norm)
     full, width = Q_r.shape
@@ -85,8 +97,12 @@ def slice_sublayer(model: nn.Module, part: Sublayer, Q_r: Basis, Q_w: Basis) -> 
         module = model.get_submodule(name)
         put_linear(module, Q_w.T.to(gain.device) @ weight_of(module).double())
         if module.bias is not None:
-            module.bias = nn.Parameter((Q_w.T.to(gain.device) @ module.bias.double()).to(module.bias.dtype), module.bias.requires_grad)  # type: ignore
-    # x / sqrt(sum x^2 / full + eps) = x sqrt(full / width) / sqrt(sum x^2 / width + eps full / width)
+            module.bias = nn.Parameter(
+                (Q_w.T.to(gain.device) @ module.bias.double()).to(module.bias.dtype),
+                module.bias.requires_grad,
+            )  # type: ignore
+    # x / sqrt(sum x^2 / full + eps) = x sqrt(full / width) / sqrt(sum x^2 / width + eps full /
+    # width)
     put(norm, torch.full((width,), math.sqrt(full / width) - offset))
     setattr(norm, eps_name, eps * full / width)
 
@@ -104,7 +120,9 @@ def put(module: nn.Module, weight: Tensor) -> None:
 
 
 def removed(model: nn.Module, chain: Stream, depth: int, width: int) -> int:
-    """Parameters that slicing the first `depth` blocks to `width` takes away, less the matrices that it adds."""
+    """Parameters that slicing the first `depth` blocks to `width` takes away, less the matrices
+    that it adds.
+    """
     vocabulary, full = model.get_submodule(chain.embedding).weight.shape  # type: ignore[union-attr,misc]
     less = full - width
     gone = -full * width if tied(model, chain) else vocabulary * less

@@ -1,5 +1,6 @@
-"""SparseGPT's sweep (Frantar & Alistarh, ICML 2023, arXiv 2301.00774): zero elements of a matrix column by column, from left to right,
-and let the columns to the right make up for each in closed form. Tensors in, tensors out.
+"""SparseGPT's sweep (Frantar & Alistarh, ICML 2023, arXiv 2301.00774): zero elements of a matrix
+column by column, from left to right, and let the columns to the right make up for each in closed
+form. Tensors in, tensors out.
 """
 
 from __future__ import annotations
@@ -16,21 +17,28 @@ from prunekit.selection.elements import lowest
 log = logging.getLogger("prunekit")
 
 Choice = Callable[[int, Tensor], Tensor | None]
-"""`choice(j, saliency)` at each column j, with the saliencies `(n, outputs)` of columns j to the end of the block as they are now: the
-mask `(k, outputs)` of what stays in the next k columns, or None to go on with the mask there is."""
+"""`choice(j, saliency)` at each column j, with the saliencies `(n, outputs)` of columns j to the
+end of the block as they are now: the mask `(k, outputs)` of what stays in the next k columns, or
+None to go on with the mask there is.
+"""
 
 TRIES = 6
 
 
 def inverse_factor(gram: Tensor, damp: float, name: str) -> tuple[Tensor, float]:
-    """Upper `U` with `U^T U = (gram + damp * mean(diag) * I)^-1`, in float64, and the damping that it took.
+    """Upper `U` with `U^T U = (gram + damp * mean(diag) * I)^-1`, in float64, and the damping that
+    it took.
 
-    Inputs that are always zero get a one on the diagonal. Where rounding leaves no factor the damping grows tenfold, which is logged as
-    a warning. Raises ConfigError when that does not help.
+    Inputs that are always zero get a one on the diagonal. Where rounding leaves no factor the
+    damping grows tenfold, which is logged as a warning. Raises ConfigError when that does not help.
     """
     H = gram.double().clone()
     dead = H.diagonal() == 0
-    mean = H.diagonal()[~dead].mean() if not dead.all() else torch.ones((), dtype=H.dtype, device=H.device)
+    mean = (
+        H.diagonal()[~dead].mean()
+        if not dead.all()
+        else torch.ones((), dtype=H.dtype, device=H.device)
+    )
     H.diagonal()[dead] = mean
     for _ in range(TRIES):
         damped = H + damp * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
@@ -40,17 +48,30 @@ def inverse_factor(gram: Tensor, damp: float, name: str) -> tuple[Tensor, float]
         if not failed and torch.isfinite(upper).all():
             return upper, damp
         more = max(10 * damp, 1e-4)
-        log.warning("%s: the inputs' gram matrix has no Cholesky factor at damping %g; trying again with %g", name, damp, more)
+        log.warning(
+            "%s: the inputs' gram matrix has no Cholesky factor at damping %g; trying again with "
+            "%g",
+            name,
+            damp,
+            more,
+        )
         damp = more
-    raise ConfigError(f"{name}: no Cholesky factor even at damping {damp}: calibrate on more text, or with model.dtype=float32")
+    raise ConfigError(
+        f"{name}: no Cholesky factor even at damping {damp}: calibrate on more text, or with "
+        "model.dtype=float32"
+    )
 
 
 @torch.no_grad()
-def sweep(weight: Tensor, upper: Tensor, choice: Choice, block: int, dead: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-    """New weights, the mask of what stays, both `(outputs, inputs)`, and what it cost: `tr((W - W') H (W - W')^T)`.
+def sweep(
+    weight: Tensor, upper: Tensor, choice: Choice, block: int, dead: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """New weights, the mask of what stays, both `(outputs, inputs)`, and what it cost: `tr((W - W')
+    H (W - W')^T)`.
 
-    `upper` is `inverse_factor`'s, in the weights' dtype. Saliency is `w^2 / U_jj^2`, the cost when only columns to the right may still
-    make up; 0 for `dead` inputs (a bool mask). Work is done in blocks of `block` columns; the result for a given mask does not depend on it.
+    `upper` is `inverse_factor`'s, in the weights' dtype. Saliency is `w^2 / U_jj^2`, the cost when
+    only columns to the right may still make up; 0 for `dead` inputs (a bool mask). Work is done in
+    blocks of `block` columns; the result for a given mask does not depend on it.
     """
     W = weight.T.clone()  # (inputs, outputs): columns lie together
     kept = torch.ones_like(W, dtype=torch.bool)
@@ -75,7 +96,9 @@ def sweep(weight: Tensor, upper: Tensor, choice: Choice, block: int, dead: Tenso
 
 
 def spread(count: int, inputs: int, block: int) -> Choice:
-    """The lowest saliencies of each block, rows together; blocks share `count` by their width, so that the total is exact."""
+    """The lowest saliencies of each block, rows together; blocks share `count` by their width, so
+    that the total is exact.
+    """
 
     def choose(j: int, saliency: Tensor) -> Tensor | None:
         if j % block:
@@ -87,7 +110,9 @@ def spread(count: int, inputs: int, block: int) -> Choice:
 
 
 def runs(kept: int, block_m: int) -> Choice:
-    """The `kept` highest of each run of `block_m` inputs stay, chosen when the sweep reaches the run. The block must be a multiple."""
+    """The `kept` highest of each run of `block_m` inputs stay, chosen when the sweep reaches the
+    run. The block must be a multiple.
+    """
 
     def choose(j: int, saliency: Tensor) -> Tensor | None:
         return None if j % block_m else lowest(saliency[:block_m].T, block_m - kept).T

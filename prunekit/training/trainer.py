@@ -1,4 +1,6 @@
-"""Training of whatever requires gradients in a model, by transformers' Trainer: one process or several, one device or many."""
+"""Training of whatever requires gradients in a model, by transformers' Trainer: one process or
+several, one device or many.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +22,38 @@ log = logging.getLogger(__name__)
 
 
 class Curve(TrainerCallback):
-    """What the Trainer logs, as records of a step: loss, eval_loss, learning_rate, grad_norm. Infinities and NaNs become None."""
+    """What the Trainer logs, as records of a step: loss, eval_loss, learning_rate, grad_norm.
+    Infinities and NaNs become None.
+    """
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        kept = {k: float(v) for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "learning_rate", "grad_norm")}
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        kept = {
+            k: float(v)
+            for k, v in (logs or {}).items()
+            if k in ("loss", "eval_loss", "learning_rate", "grad_norm")
+        }
         bad = [k for k, v in kept.items() if not math.isfinite(v)]
         if "loss" in bad and state.is_world_process_zero:
-            log.warning("step %d: the training loss is %s; a lower lr or another dtype may help", state.global_step, kept["loss"])
+            log.warning(
+                "step %d: the training loss is %s; a lower lr or another dtype may help",
+                state.global_step,
+                kept["loss"],
+            )
         if kept:
-            self.records.append({"step": state.global_step} | {k: None if k in bad else v for k, v in kept.items()})
+            self.records.append(
+                {"step": state.global_step} | {k: None if k in bad else v for k, v in kept.items()}
+            )
 
 
 class Best(TrainerCallback):
-    """The trained parameters at the lowest held-out loss so far, in memory: they are few, and nothing has to be written."""
+    """The trained parameters at the lowest held-out loss so far, in memory: they are few, and
+    nothing has to be written.
+    """
 
     def __init__(self, model: nn.Module):
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -46,7 +64,9 @@ class Best(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = True  # the last step counts too, whatever eval_every is
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
         loss = (metrics or {}).get("eval_loss", math.inf)
         if loss < self.loss:
             self.loss, self.step = loss, state.global_step
@@ -59,16 +79,28 @@ class Best(TrainerCallback):
 
 
 class Bar(ProgressCallback):
-    """The Trainer's bar with the loss in it, in place of a line on the terminal for every record."""
+    """The Trainer's bar with the loss in it, in place of a line on the terminal for
+    every record.
+    """
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         if self.training_bar is not None:
-            self.training_bar.set_postfix({k: f"{float(v):.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")})
+            self.training_bar.set_postfix(
+                {
+                    k: f"{float(v):.3f}"
+                    for k, v in (logs or {}).items()
+                    if k in ("loss", "eval_loss")
+                }
+            )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: steps count optimizer steps, `batch` counts examples over all processes, `epochs` ends where `max_steps` does not."""
+    """How to train: steps count optimizer steps, `batch` counts examples over all processes,
+    `epochs` ends where `max_steps` does not.
+    """
 
     lr: float
     warmup_steps: int
@@ -81,12 +113,16 @@ class Recipe:
     seed: int
 
 
-def fit(model: nn.Module, train: list[Example], held: list[Example], recipe: Recipe) -> tuple[list[dict[str, Any]], int | None]:
-    """Trains in place; returns the loss curve and, with held-out examples, the step whose parameters were kept.
+def fit(
+    model: nn.Module, train: list[Example], held: list[Example], recipe: Recipe
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Trains in place; returns the loss curve and, with held-out examples, the step whose
+    parameters were kept.
 
-    AdamW without weight decay, linear decay after the warm-up. Mixed precision follows the weights: bfloat16 or (on an accelerator)
-    float16 where the model is loaded in it. Leaves the model in eval mode on the device where it was, with nothing of the Trainer on it.
-    Raises ConfigError if the batch cannot be made of micro-batches.
+    AdamW without weight decay, linear decay after the warm-up. Mixed precision follows the weights:
+    bfloat16 or (on an accelerator) float16 where the model is loaded in it. Leaves the model in
+    eval mode on the device where it was, with nothing of the Trainer on it. Raises ConfigError if
+    the batch cannot be made of micro-batches.
     """
     curve, best = Curve(), Best(model)
     device = next(model.parameters()).device
@@ -107,7 +143,9 @@ def fit(model: nn.Module, train: list[Example], held: list[Example], recipe: Rec
         trainer.train()
     best.restore()
     for name in model.__dict__.keys() - before.keys():
-        del model.__dict__[name]  # accelerate marks the model, and mixed precision puts a forward of its own over it
+        del model.__dict__[
+            name
+        ]  # accelerate marks the model, and mixed precision puts a forward of its own over it
     if "forward" in before:
         model.__dict__["forward"] = before["forward"]  # the one that moves tensors for a device_map
     if use_cache is not None:
@@ -118,8 +156,12 @@ def fit(model: nn.Module, train: list[Example], held: list[Example], recipe: Rec
     return curve.records, best.step
 
 
-def arguments(recipe: Recipe, folder: str, kind: torch.dtype, device: torch.device, *, evaluate: bool) -> TrainingArguments:
-    """The recipe in the Trainer's words: nothing is written, nothing reported, one device for each process."""
+def arguments(
+    recipe: Recipe, folder: str, kind: torch.dtype, device: torch.device, *, evaluate: bool
+) -> TrainingArguments:
+    """The recipe in the Trainer's words: nothing is written, nothing reported, one device for each
+    process.
+    """
     args = TrainingArguments(
         output_dir=folder,
         learning_rate=recipe.lr,
@@ -144,10 +186,13 @@ def arguments(recipe: Recipe, folder: str, kind: torch.dtype, device: torch.devi
         seed=recipe.seed,
         use_cpu=device.type == "cpu",
         bf16=kind is torch.bfloat16,
-        fp16=kind is torch.float16 and device.type != "cpu",  # the CPU has no mixed float16 and computes in the weights' own
+        fp16=kind is torch.float16
+        and device.type != "cpu",  # the CPU has no mixed float16 and computes in the weights' own
     )
     if args.n_gpu > 1:
-        args._n_gpu = 1  # DataParallel would multiply the batch by the GPUs that happen to be there; several processes are the way
+        # DataParallel would multiply the batch by the GPUs that happen to be there; several
+        # processes are the way
+        args._n_gpu = 1
     return args
 
 
@@ -158,7 +203,9 @@ def dtype(model: nn.Module) -> torch.dtype:
 
 
 def accumulation(batch: int, micro_batch: int) -> int:
-    """Micro-batches of one process in one step, so that a step has `batch` examples over all processes."""
+    """Micro-batches of one process in one step, so that a step has `batch` examples over all
+    processes.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if batch % (micro_batch * processes):
         over = f" x {processes} processes" if processes > 1 else ""

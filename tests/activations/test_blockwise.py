@@ -1,4 +1,6 @@
-"""Blocks replayed alone: the same hidden states as in the whole model, for architectures that feed their blocks differently."""
+"""Blocks replayed alone: the same hidden states as in the whole model, for architectures that feed
+their blocks differently.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,20 @@ from prunekit.activations.moments import first_tensor
 from prunekit.errors import ConfigError
 from prunekit.graph import discover
 
-# Rotary tables, learned positions, sliding and full masks in turn with two norms a branch, ALiBi, parallel branches, experts.
+# Rotary tables, learned positions, sliding and full masks in turn with two norms a branch, ALiBi,
+# parallel branches, experts.
 ARCHS = ["llama", "gpt2", "gemma2", "gemma3_text", "bloom", "gpt_neox", "opt", "mixtral"]
 
 
 def outputs_of(model, blocks, ids):
     """What every block puts out in an ordinary forward."""
     seen = []
-    hooks = [model.get_submodule(b).register_forward_hook(lambda m, a, o: seen.append(first_tensor(o).detach().clone())) for b in blocks]
+    hooks = [
+        model.get_submodule(b).register_forward_hook(
+            lambda m, a, o: seen.append(first_tensor(o).detach().clone())
+        )
+        for b in blocks
+    ]
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     for h in hooks:
@@ -59,7 +67,9 @@ def test_the_next_block_sees_what_was_done_to_this_one(tiny_archs, tokens):
         if run.block == 0:
             with torch.no_grad():
                 model.get_submodule(blocks[0]).mlp.down_proj.weight.zero_()
-    torch.testing.assert_close(torch.cat(list(run())), outputs_of(model, blocks, tokens)[-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat(list(run())), outputs_of(model, blocks, tokens)[-1], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_only_the_first_batches_run_the_whole_model(tiny_archs, tokens):

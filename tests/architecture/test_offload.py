@@ -1,4 +1,6 @@
-"""Models that accelerate keeps partly elsewhere: the same scores and the same pruned model as if all of it lay in memory."""
+"""Models that accelerate keeps partly elsewhere: the same scores and the same pruned model as if
+all of it lay in memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from prunekit.criteria.taylor import taylor
 from prunekit.errors import ConfigError
 from prunekit.runner.run import run
 
-ON_DISK = "{model.embed_tokens:cpu,model.layers.0:cpu,model.layers.1:disk,model.norm:cpu,model.rotary_emb:cpu,lm_head:cpu}"
+ON_DISK = (
+    "{model.embed_tokens:cpu,model.layers.0:cpu,model.layers.1:disk,model.norm:cpu,"
+    "model.rotary_emb:cpu,lm_head:cpu}"
+)
 
 
 def tiny(**options):
@@ -57,7 +62,15 @@ def test_a_run_with_layers_on_disk_gives_the_same_numbers(tmp_path):
     model, tokenizer = tiny()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    words = ["model=hf", f"model.path={tmp_path / 'model'}", "exclude=none", "eval=quick", "track=silent", "save=false", "cache=off"]
+    words = [
+        "model=hf",
+        f"model.path={tmp_path / 'model'}",
+        "exclude=none",
+        "eval=quick",
+        "track=silent",
+        "save=false",
+        "cache=off",
+    ]
     found = {}
     for name, place in (("plain", "model.device=cpu"), ("disk", f"model.device_map={ON_DISK}")):
         (cfg,) = composed([*words, place])

@@ -17,14 +17,18 @@ ROWS = [f"row {i:02d}: " + "abcdefgh" * (i % 7) for i in range(40)]
 
 
 def draw(**options):
-    return datasets.crops(ROWS, TOKENIZER, **{"samples": 10, "length": 24, "seed": 0, "join": False, **options})
+    return datasets.crops(
+        ROWS, TOKENIZER, **{"samples": 10, "length": 24, "seed": 0, "join": False, **options}
+    )
 
 
 @pytest.mark.parametrize("name", ["crop", "text"])
 def test_every_draw_has_the_asked_shape_and_leaves_the_global_generator_alone(name, tmp_path):
     file = tmp_path / "some.txt"
     file.write_text("\n".join(ROWS))
-    node = {"name": name, "samples": 3, "length": 16} | ({"path": str(file), "take": "random"} if name == "text" else {})
+    node = {"name": name, "samples": 3, "length": 16} | (
+        {"path": str(file), "take": "random"} if name == "text" else {}
+    )
     state = torch.get_rng_state()
     tokens = calibs.build(node)(TOKENIZER)
     assert tokens.shape == (3, 16)
@@ -44,7 +48,9 @@ def test_each_sample_is_a_stretch_of_one_row_that_is_used_once():
 
 
 def test_rows_that_are_too_short_are_named_and_joined_on_request():
-    with pytest.raises(ConfigError, match=r"10 samples of 70 tokens, but only 0 of the 40 rows .*join=true"):
+    with pytest.raises(
+        ConfigError, match=r"10 samples of 70 tokens, but only 0 of the 40 rows .*join=true"
+    ):
         draw(length=70)
     joined = draw(length=70, join=True, glue=" ")
     assert joined.shape == (10, 70)
@@ -57,15 +63,24 @@ def test_rows_that_are_too_short_are_named_and_joined_on_request():
 def test_calibration_reads_the_part_that_is_kept_for_it():
     tokens = calibs.build({"name": "crop", "samples": 5, "length": 32})(TOKENIZER)
     part = datasets.document(datasets.texts("pydocs", "calibration"))
-    assert all(TOKENIZER.decode(t, skip_special_tokens=True).strip("\ufffd") in part for t in tokens)
+    assert all(
+        TOKENIZER.decode(t, skip_special_tokens=True).strip("\ufffd") in part for t in tokens
+    )
 
 
 def test_text_takes_the_first_tokens_of_a_text_or_jsonl_file(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo three")
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two three"}\n')
-    expected = torch.tensor(TOKENIZER("one\n\ntwo three", add_special_tokens=False).input_ids[:12]).view(3, 4)
-    for node in ({"path": str(tmp_path / "a.txt")}, {"path": str(tmp_path / "a.jsonl"), "field": "body"}):
-        assert torch.equal(calibs.build({"name": "text", "samples": 3, "length": 4, **node})(TOKENIZER), expected)
+    expected = torch.tensor(
+        TOKENIZER("one\n\ntwo three", add_special_tokens=False).input_ids[:12]
+    ).view(3, 4)
+    for node in (
+        {"path": str(tmp_path / "a.txt")},
+        {"path": str(tmp_path / "a.jsonl"), "field": "body"},
+    ):
+        assert torch.equal(
+            calibs.build({"name": "text", "samples": 3, "length": 4, **node})(TOKENIZER), expected
+        )
 
 
 def test_text_messages(tmp_path):
@@ -95,7 +110,9 @@ def test_text_messages(tmp_path):
     ids=lambda o: o["dataset"],
 )
 def test_shared_sets_give_calibration_tokens(shared, options):
-    tokens = calibs.build({"name": "crop", "length": 128, "data_root": str(shared / "data"), **options})(TOKENIZER)
+    tokens = calibs.build(
+        {"name": "crop", "length": 128, "data_root": str(shared / "data"), **options}
+    )(TOKENIZER)
     assert tokens.shape == (10, 128)
 
 
@@ -106,5 +123,7 @@ def test_first_tokens_are_the_peers_calibration(shared, smollm2, samples, length
     peer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
     path = str(shared / "data" / "wikitext2_tokenised" / "validation.txt")
-    ours = calibs.build({"name": "text", "path": path, "samples": samples, "length": length})(smollm2[1])
+    ours = calibs.build({"name": "text", "path": path, "samples": samples, "length": length})(
+        smollm2[1]
+    )
     assert torch.equal(ours, peer.calibration(smollm2[1], samples, length))

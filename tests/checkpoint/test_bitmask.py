@@ -33,7 +33,12 @@ def test_round_trip_and_size(dtype, zeros, tmp_path):
 def test_odd_sizes_dense_tensors_and_signed_zeros(tmp_path):
     x = torch.zeros(3, 7)
     x[0, 0], x[2, 6], x[1, 1] = -0.0, float("nan"), 2.0
-    tensors = {"odd": x, "dense": torch.ones(5, 3), "scalar": torch.tensor(0.0), "empty": torch.empty(0, 4)}
+    tensors = {
+        "odd": x,
+        "dense": torch.ones(5, 3),
+        "scalar": torch.tensor(0.0),
+        "empty": torch.empty(0, 4),
+    }
     bitmask.write(tensors, tmp_path / "t.safetensors")
     found = bitmask.read(tmp_path / "t.safetensors")
     assert found.keys() == tensors.keys()
@@ -44,6 +49,10 @@ def test_odd_sizes_dense_tensors_and_signed_zeros(tmp_path):
 
 def test_what_does_not_fit_is_named(tmp_path):
     path = tmp_path / "t.safetensors"
-    save_file({"w.bitmask": torch.tensor([255], dtype=torch.uint8), "w.values": torch.ones(3)}, path, {bitmask.SHAPES: '{"w": [8]}'})
+    save_file(
+        {"w.bitmask": torch.tensor([255], dtype=torch.uint8), "w.values": torch.ones(3)},
+        path,
+        {bitmask.SHAPES: '{"w": [8]}'},
+    )
     with pytest.raises(CheckpointError, match="w.values has 3 elements, its mask says 8"):
         bitmask.read(path)

@@ -26,7 +26,13 @@ def family(kind: str) -> nn.Module:
     import transformers as t
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+    }
     config, model = {
         "llama": (t.LlamaConfig, t.LlamaForCausalLM),
         "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM),
@@ -34,7 +40,14 @@ def family(kind: str) -> nn.Module:
     }[kind]
     # The reader knows no head size of Qwen2, and for Qwen3 only the one that all of them have.
     width = {"llama": {"head_dim": 16}, "qwen3": {"head_dim": 128}}.get(kind, {})
-    made = config(**sizes, **width, num_hidden_layers=3, initializer_range=0.3, tie_word_embeddings=False, pad_token_id=0)
+    made = config(
+        **sizes,
+        **width,
+        num_hidden_layers=3,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
     return model(made).eval()
 
 
@@ -43,7 +56,9 @@ def rounded(model: nn.Module, kind: Q) -> nn.Module:
     model = copy.deepcopy(model)
     for p in model.parameters():
         if p.dim() > 1:
-            p.data = torch.from_numpy(np.array(dequantize(quantize(p.detach().numpy(), kind), kind)).reshape(p.shape))
+            p.data = torch.from_numpy(
+                np.array(dequantize(quantize(p.detach().numpy(), kind), kind)).reshape(p.shape)
+            )
     return model
 
 
@@ -56,23 +71,38 @@ def tiny_tokenizer(folder: Path, byte_level: bool = True):
     tok.decoder = decoders.ByteLevel()
     text = ["the quick brown fox jumps over the lazy dog 123 456"] * 4
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    tok.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
 
 
 @pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_read_back_to_the_precision_of_the_type(tmp_path: Path, tokens: torch.Tensor, kind: str, type: str) -> None:
+def test_read_back_to_the_precision_of_the_type(
+    tmp_path: Path, tokens: torch.Tensor, kind: str, type: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model = family(kind)
     write_gguf(model, None, tmp_path / "out.gguf", type=type)
     assert [f.name for f in tmp_path.iterdir()] == ["out.gguf"]
-    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32).eval()
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="out.gguf", dtype=torch.float32
+    ).eval()
     with torch.no_grad():
-        torch.testing.assert_close(read(tokens).logits, rounded(model, TYPES[type])(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            read(tokens).logits, rounded(model, TYPES[type])(tokens).logits, rtol=1e-4, atol=1e-4
+        )
         if type == "f32":
-            torch.testing.assert_close(read(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                read(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5
+            )
 
 
 def test_pruned_checkpoint_with_its_tokenizer(tmp_path: Path, tokens: torch.Tensor) -> None:
@@ -80,11 +110,18 @@ def test_pruned_checkpoint_with_its_tokenizer(tmp_path: Path, tokens: torch.Tens
 
     tokenizer = tiny_tokenizer(tmp_path)
     model = llama(vocab_size=len(tokenizer) + 5, tie=True)
-    kept = {g.name: torch.arange(g.units) % 4 != 0 for g in graph.discover(model) if g.kind == "neurons"}
+    kept = {
+        g.name: torch.arange(g.units) % 4 != 0 for g in graph.discover(model) if g.kind == "neurons"
+    }
     graph.remove(model, kept)
     save(model, tokenizer, tmp_path / "checkpoint")
-    assert main([str(tmp_path / "checkpoint"), "--gguf", str(tmp_path / "out.gguf"), "--type", "f32"]) == 0
-    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32).eval()
+    assert (
+        main([str(tmp_path / "checkpoint"), "--gguf", str(tmp_path / "out.gguf"), "--type", "f32"])
+        == 0
+    )
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="out.gguf", dtype=torch.float32
+    ).eval()
     words = AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
     text = "the lazy fox 46 <|endoftext|> über"
     assert words(text).input_ids == tokenizer(text).input_ids
@@ -98,9 +135,19 @@ def test_what_the_format_cannot_tell_is_refused(tmp_path: Path) -> None:
         export_gguf(tmp_path / "uneven", tmp_path / "x.gguf")
     with pytest.raises(ConfigError, match="bias"):
         write_gguf(llama(attention_bias=True), None, tmp_path / "x.gguf")
-    scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     with pytest.raises(ConfigError, match="inv_freq"):
-        write_gguf(llama(rope_parameters={**scaled, "original_max_position_embeddings": 64}), None, tmp_path / "x.gguf")
+        write_gguf(
+            llama(rope_parameters={**scaled, "original_max_position_embeddings": 64}),
+            None,
+            tmp_path / "x.gguf",
+        )
     other = GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=64))
     with pytest.raises(ConfigError, match="Llama family"):
         write_gguf(other, None, tmp_path / "x.gguf")

@@ -1,4 +1,6 @@
-"""Damaged and hostile folders: refused with file and field, nothing executed, nothing half-loaded, nothing half-written."""
+"""Damaged and hostile folders: refused with file and field, nothing executed, nothing half-loaded,
+nothing half-written.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from prunekit import checkpoint, graph
 from prunekit.checkpoint import load, save
 from prunekit.checkpoint.integrity import MANIFEST, CheckpointError, digest, seal
 
-FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +35,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in shards, with layers that differ and groups on record."""
     model = llama()
     groups = graph.discover(model)
-    kept = {g.name: torch.arange(g.units) >= 1 + (g.layer or 0) for g in groups if g.kind == "neurons"}
+    kept = {
+        g.name: torch.arange(g.units) >= 1 + (g.layer or 0) for g in groups if g.kind == "neurons"
+    }
     graph.remove(model, kept)
-    return save(model, None, tmp_path_factory.mktemp("hostile") / "out", kept=kept, groups=groups, max_shard_size="60KB")
+    return save(
+        model,
+        None,
+        tmp_path_factory.mktemp("hostile") / "out",
+        kept=kept,
+        groups=groups,
+        max_shard_size="60KB",
+    )
 
 
 @pytest.fixture
@@ -47,7 +60,9 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 def resealed(folder: Path, **changes: Any) -> None:
     """What an attacker would do: hashes and seal made to fit the damage."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"] = {name: digest(folder / name) for name in manifest["files"] if (folder / name).is_file()}
+    manifest["files"] = {
+        name: digest(folder / name) for name in manifest["files"] if (folder / name).is_file()
+    }
     manifest.update(changes)
     manifest["seal"] = seal(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -90,11 +105,22 @@ def test_truncation_is_found_even_with_matching_hashes(whole: Path, data: st.Dat
         (whole / MANIFEST).write_bytes(manifest)
 
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 @FUZZ
-@given(field=st.sampled_from(SIZES), value=st.one_of(st.integers(-3, 200), st.none(), st.text(max_size=3), st.floats(0, 9)))
+@given(
+    field=st.sampled_from(SIZES),
+    value=st.one_of(st.integers(-3, 200), st.none(), st.text(max_size=3), st.floats(0, 9)),
+)
 def test_config_that_does_not_fit_the_weights(whole: Path, field: str, value: Any) -> None:
     file = whole / "config.json"
     before, manifest = file.read_bytes(), (whole / MANIFEST).read_bytes()
@@ -131,18 +157,47 @@ def shapes(folder: Path) -> dict[str, torch.Size]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c["prunekit_layout"]["shapes"].update({"model.layers.0.mlp.up_proj.weight": "40x48"}), "up_proj"),
-        (lambda c: c["prunekit_layout"]["shapes"].update({"model.layers.0.mlp.up_proj.weight": "0x48"}), "up_proj"),
-        (lambda c: c["prunekit_layout"]["shapes"].update({"model.layers.9.mlp.up_proj.weight": "40x48"}), r"layers\.9"),
-        (lambda c: c["prunekit_layout"]["shapes"].update({"model.layers.0.mlp.forward": "4"}), "forward|unexpected|missing"),
-        (lambda c: c["prunekit_layout"].update({"attributes": {"model.norm.forward": 3}}), "forward"),
-        (lambda c: c["prunekit_layout"].update({"attributes": {"model.norm.variance_epsilon": "import os"}}), "variance_epsilon"),
+        (
+            lambda c: c["prunekit_layout"]["shapes"].update(
+                {"model.layers.0.mlp.up_proj.weight": "40x48"}
+            ),
+            "up_proj",
+        ),
+        (
+            lambda c: c["prunekit_layout"]["shapes"].update(
+                {"model.layers.0.mlp.up_proj.weight": "0x48"}
+            ),
+            "up_proj",
+        ),
+        (
+            lambda c: c["prunekit_layout"]["shapes"].update(
+                {"model.layers.9.mlp.up_proj.weight": "40x48"}
+            ),
+            r"layers\.9",
+        ),
+        (
+            lambda c: c["prunekit_layout"]["shapes"].update({"model.layers.0.mlp.forward": "4"}),
+            "forward|unexpected|missing",
+        ),
+        (
+            lambda c: c["prunekit_layout"].update({"attributes": {"model.norm.forward": 3}}),
+            "forward",
+        ),
+        (
+            lambda c: c["prunekit_layout"].update(
+                {"attributes": {"model.norm.variance_epsilon": "import os"}}
+            ),
+            "variance_epsilon",
+        ),
         (lambda c: c["prunekit_layout"].update({"code": "x"}), "code"),
         (lambda c: c.update({"architectures": ["PrunedOs"]}), "architectures"),
         (lambda c: c.update({"architectures": ["AutoModel"]}), "architectures"),
         (lambda c: c.update({"architectures": ["GPT2LMHeadModel"]}), "architectures"),
         (lambda c: c.update({"model_type": "../../etc"}), "model_type"),
-        (lambda c: c.update({"quantization_config": {"quant_method": "bitsandbytes"}}), "quantization_config"),
+        (
+            lambda c: c.update({"quantization_config": {"quant_method": "bitsandbytes"}}),
+            "quantization_config",
+        ),
     ],
 )
 def test_config_fields_are_checked(folder: Path, change, words: str) -> None:
@@ -153,9 +208,16 @@ def test_config_fields_are_checked(folder: Path, change, words: str) -> None:
 
 
 def test_remote_code_in_the_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
-    (folder / "modeling_pruned.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass PrunedLlamaForCausalLM: pass\n")
+    (folder / "modeling_pruned.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass PrunedLlamaForCausalLM: pass\n"
+    )
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    change_json(folder / "config.json", lambda c: c.update({"auto_map": {"AutoConfig": "evil.X", "AutoModelForCausalLM": "evil.X"}}))
+    change_json(
+        folder / "config.json",
+        lambda c: c.update(
+            {"auto_map": {"AutoConfig": "evil.X", "AutoModelForCausalLM": "evil.X"}}
+        ),
+    )
     resealed(folder)
     load(folder)
     assert not (tmp_path / "ran").exists()
@@ -169,7 +231,9 @@ class Bomb:
         return open, (self.target, "w")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "sub/weights.pt", "model.PTH", "optimizer.pkl"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "sub/weights.pt", "model.PTH", "optimizer.pkl"]
+)
 def test_a_pickle_is_refused_by_name(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran"))))
@@ -187,7 +251,9 @@ def test_a_pickle_in_disguise_is_refused(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b", "..", "", "c\\..\\d"])
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "a/../../b", "..", "", "c\\..\\d"]
+)
 def test_paths_that_climb_out(folder: Path, name: str) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     resealed(folder, files={**manifest["files"], name: "0"})
@@ -204,7 +270,10 @@ def test_links_that_lead_out(folder: Path, tmp_path: Path) -> None:
 
 
 def test_shards_named_by_the_index_stay_inside(folder: Path) -> None:
-    change_json(folder / "model.safetensors.index.json", lambda c: c["weight_map"].update({"lm_head.weight": "../../x.safetensors"}))
+    change_json(
+        folder / "model.safetensors.index.json",
+        lambda c: c["weight_map"].update({"lm_head.weight": "../../x.safetensors"}),
+    )
     resealed(folder)
     with pytest.raises(CheckpointError, match="index"):
         load(folder)
@@ -253,7 +322,9 @@ def test_a_missing_file_or_tensor_is_named(folder: Path) -> None:
         load(folder)
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: torch.Tensor) -> None:
+def test_a_failed_write_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: torch.Tensor
+) -> None:
     model = llama()
     save(model, None, tmp_path / "out")
 
@@ -281,7 +352,12 @@ checkpoint.save(llama(), None, sys.argv[1])
 """
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
-    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert run.stdout is not None
     assert run.stdout.readline().strip() == b"writing"
     time.sleep(0.1)

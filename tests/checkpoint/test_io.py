@@ -1,4 +1,6 @@
-"""A pruned model that is written loads again to the bit, with and without prunekit, and a folder is complete or not there."""
+"""A pruned model that is written loads again to the bit, with and without prunekit, and a folder is
+complete or not there.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ import torch
 from checkpoints import llama, narrow, uneven
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, BloomConfig, BloomForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from prunekit import graph
 from prunekit.checkpoint import load, save
@@ -35,7 +44,9 @@ def same(a: nn.Module, b: nn.Module, tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_is_exact(tmp_path: Path, tokens: torch.Tensor, tie: bool, dtype: torch.dtype) -> None:
+def test_round_trip_is_exact(
+    tmp_path: Path, tokens: torch.Tensor, tie: bool, dtype: torch.dtype
+) -> None:
     model = uneven(llama(tie)).to(dtype)
     save(model, None, tmp_path / "out")
     again, tokenizer = load(tmp_path / "out")
@@ -44,7 +55,10 @@ def test_round_trip_is_exact(tmp_path: Path, tokens: torch.Tensor, tie: bool, dt
     same(model, again, tokens)
     if tie:
         assert again.lm_head.weight is again.get_input_embeddings().weight
-    out = [again.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (True, False)]
+    out = [
+        again.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
     assert torch.equal(*out)
     assert torch.equal(out[0], model.generate(tokens, max_new_tokens=8, do_sample=False))
 
@@ -58,8 +72,22 @@ def test_dense_model_needs_no_code_of_ours(tmp_path: Path) -> None:
 def test_manifest_tells_what_was_kept(tmp_path: Path) -> None:
     mask = torch.ones(64, dtype=torch.bool)
     mask[[3, 5]] = False
-    group = Group("neurons.0", "neurons", 0, 64, (Member("model.layers.0.mlp.gate_proj.weight", 0, torch.arange(64)[:, None]),))
-    save(llama(), None, tmp_path / "out", kept={"neurons.0": mask}, groups=[group], config={"seed": 1}, counts={"params": 5})
+    group = Group(
+        "neurons.0",
+        "neurons",
+        0,
+        64,
+        (Member("model.layers.0.mlp.gate_proj.weight", 0, torch.arange(64)[:, None]),),
+    )
+    save(
+        llama(),
+        None,
+        tmp_path / "out",
+        kept={"neurons.0": mask},
+        groups=[group],
+        config={"seed": 1},
+        counts={"params": 5},
+    )
     manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert manifest["groups"]["neurons.0"]["kept"] == [i for i in range(64) if i not in (3, 5)]
     assert manifest["config"] == {"seed": 1}
@@ -78,14 +106,18 @@ def test_zeros_packed_as_a_bitmask(tmp_path: Path, tokens: torch.Tensor, shard: 
     model = llama(tie=True)
     for p in model.model.layers.parameters():
         if p.dim() == 2:
-            p.data.masked_fill_(torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) < 0.7, 0)
+            p.data.masked_fill_(
+                torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) < 0.7, 0
+            )
     plain, packed = save(model, None, tmp_path / "plain", max_shard_size=shard), tmp_path / "packed"
     save(model, None, packed, packed=True, max_shard_size=shard)
     same(model, load(packed)[0], tokens)
     assert json.loads((packed / "pruning.json").read_text())["loads_with"] == "prunekit.load"
     bytes_of = {f: sum(x.stat().st_size for x in f.glob("*.safetensors")) for f in (plain, packed)}
     assert bytes_of[packed] < 0.55 * bytes_of[plain]
-    with pytest.raises(OSError, match="no file named|No such file"):  # never random weights in silence
+    with pytest.raises(
+        OSError, match="no file named|No such file"
+    ):  # never random weights in silence
         LlamaForCausalLM.from_pretrained(packed)
 
 
@@ -125,7 +157,10 @@ def test_skipped_sublayers_travel(tmp_path: Path, tokens: torch.Tensor) -> None:
     same(model, again, tokens)
     save(again, None, tmp_path / "twice")
     same(model, load(tmp_path / "twice")[0], tokens)
-    out = [again.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    out = [
+        again.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
     assert torch.equal(*out)
 
 
@@ -139,7 +174,9 @@ def test_what_differs_by_layer_stands_in_per_layer_config(tmp_path: Path) -> Non
 
 
 def test_sizes_that_the_class_refuses(tmp_path: Path, tokens: torch.Tensor) -> None:
-    """48 channels, of which 47 stay, are no multiple of 6 heads: the config says the next size that is, the layout the true one."""
+    """48 channels, of which 47 stay, are no multiple of 6 heads: the config says the next size that
+    is, the layout the true one.
+    """
     model = llama()
     graph.remove(model, {"hidden": torch.arange(48) != 5})
     save(model, None, tmp_path / "out")
@@ -148,9 +185,13 @@ def test_sizes_that_the_class_refuses(tmp_path: Path, tokens: torch.Tensor) -> N
 
 
 def test_positions_computed_outside_travel(tmp_path: Path, tokens: torch.Tensor) -> None:
-    """BLOOM's ALiBi slopes enter each layer as an argument, of which a layer with fewer heads must see a part."""
+    """BLOOM's ALiBi slopes enter each layer as an argument, of which a layer with fewer heads must
+    see a part.
+    """
     torch.manual_seed(0)
-    model = BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=48, n_layer=2, n_head=6, pad_token_id=0)).eval()
+    model = BloomForCausalLM(
+        BloomConfig(vocab_size=100, hidden_size=48, n_layer=2, n_head=6, pad_token_id=0)
+    ).eval()
     graph.remove(model, {"heads.0": torch.arange(6) != 2, "heads.1": torch.arange(6) > 2})
     save(model, None, tmp_path / "one")
     once = load(tmp_path / "one")[0]
@@ -161,45 +202,76 @@ def test_positions_computed_outside_travel(tmp_path: Path, tokens: torch.Tensor)
 
 def test_expert_widths_that_no_grouped_kernel_takes(tmp_path: Path, tokens: torch.Tensor) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, vocab_size=100, pad_token_id=0)).eval()
-    graph.remove(model, {g.name: torch.arange(g.units) > 1 for g in graph.discover(model) if g.kind == "neurons"})
-    widths = {e.down_proj.shape[-1] * 4 % 16 for e in (layer.mlp.experts for layer in model.model.layers)}
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 2,
+    }
+    model = MixtralForCausalLM(
+        MixtralConfig(**sizes, num_local_experts=4, vocab_size=100, pad_token_id=0)
+    ).eval()
+    graph.remove(
+        model,
+        {g.name: torch.arange(g.units) > 1 for g in graph.discover(model) if g.kind == "neurons"},
+    )
+    widths = {
+        e.down_proj.shape[-1] * 4 % 16 for e in (layer.mlp.experts for layer in model.model.layers)
+    }
     save(model, None, tmp_path / "one")
     once = load(tmp_path / "one")[0]
     same(model, once, tokens)
     save(once, None, tmp_path / "two")
     same(model, load(tmp_path / "two")[0], tokens)
     assert widths == {8}
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["experts_implementation"] == "eager"
+    assert (
+        json.loads((tmp_path / "two" / "config.json").read_text())["experts_implementation"]
+        == "eager"
+    )
 
 
 def test_stock_where_the_class_can_build_it(tmp_path: Path, tokens: torch.Tensor) -> None:
     model = llama()
-    kept = {g.name: torch.arange(g.units) % 3 != 0 for g in graph.discover(model) if g.kind in ("neurons", "heads")}
+    kept = {
+        g.name: torch.arange(g.units) % 3 != 0
+        for g in graph.discover(model)
+        if g.kind in ("neurons", "heads")
+    }
     graph.remove(model, kept)
     assert stock_config(model).num_key_value_heads == 2
     save(model, None, tmp_path / "out")
     assert sorted(f.name for f in (tmp_path / "out").glob("*.py")) == []
     same(model, LlamaForCausalLM.from_pretrained(tmp_path / "out"), tokens)
     assert accepts(LlamaForCausalLM, model.config, num_attention_heads=5) is None
-    assert accepts(LlamaForCausalLM, model.config, intermediate_size=7)["model.layers.0.mlp.up_proj.weight"] == (7, 48)
+    assert accepts(LlamaForCausalLM, model.config, intermediate_size=7)[
+        "model.layers.0.mlp.up_proj.weight"
+    ] == (7, 48)
 
 
 @pytest.mark.slow
 def test_real_model(smollm2, tmp_path: Path) -> None:
-    """Half of a trained model, uneven: the same numbers to the bit, the same text with and without cache."""
+    """Half of a trained model, uneven: the same numbers to the bit, the same text with and without
+    cache.
+    """
     model, tokenizer = smollm2
     model = copy.deepcopy(model)
     groups = graph.discover(model)
-    kept = {g.name: torch.arange(g.units) % (3 + g.layer % 3) != 0 for g in groups if g.kind == "neurons"}
+    kept = {
+        g.name: torch.arange(g.units) % (3 + g.layer % 3) != 0
+        for g in groups
+        if g.kind == "neurons"
+    }
     graph.remove(model, kept)
     save(model, tokenizer, tmp_path / "out", kept=kept, groups=groups)
     again, words = load(tmp_path / "out")
     asked = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert words("The capital of France is").input_ids == asked[0].tolist()
     same(model, again, asked)
-    out = [again.generate(asked, max_new_tokens=16, do_sample=False, use_cache=cache) for cache in (True, False)]
+    out = [
+        again.generate(asked, max_new_tokens=16, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
     assert torch.equal(*out)
 
 
@@ -219,11 +291,20 @@ def test_what_no_config_tells_is_refused(tmp_path: Path) -> None:
 
 def test_loads_where_prunekit_cannot_be_imported(tmp_path: Path, tokens: torch.Tensor) -> None:
     plain = llama()
-    graph.remove(plain, {g.name: torch.arange(g.units) % 3 != 0 for g in graph.discover(plain) if g.kind in ("neurons", "heads")})
+    graph.remove(
+        plain,
+        {
+            g.name: torch.arange(g.units) % 3 != 0
+            for g in graph.discover(plain)
+            if g.kind in ("neurons", "heads")
+        },
+    )
     for name, model in (("code", uneven(llama())), ("stock", plain)):
         save(model, None, tmp_path / name)
         with torch.no_grad():
-            save_file({"tokens": tokens, "logits": model(tokens).logits}, tmp_path / f"{name}.safetensors")
+            save_file(
+                {"tokens": tokens, "logits": model(tokens).logits}, tmp_path / f"{name}.safetensors"
+            )
     code = """
 import sys
 sys.modules["prunekit"] = None
@@ -238,7 +319,13 @@ for name, flags in (("stock", {}), ("code", {"trust_remote_code": True})):
 """
     env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     env.pop("PYTHONPATH", None)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -1,7 +1,8 @@
-"""Everything that a loaded model is asked for, on pruned checkpoints of seven architectures; the run writes `docs/matrix.md`.
+"""Everything that a loaded model is asked for, on pruned checkpoints of seven architectures; the
+run writes `docs/matrix.md`.
 
-A cell is an architecture pruned in one way, saved, and loaded by transformers. What fails on the dense model as well is no fault of
-the checkpoint and is listed as such.
+A cell is an architecture pruned in one way, saved, and loaded by transformers. What fails on the
+dense model as well is no fault of the checkpoint and is listed as such.
 """
 
 from __future__ import annotations
@@ -35,31 +36,61 @@ def dense(arch: str) -> nn.Module:
 
     torch.manual_seed(0)
     ids = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "initializer_range": 0.3} | ids
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "initializer_range": 0.3,
+    } | ids
     grouped = sizes | {"num_key_value_heads": 3, "max_position_embeddings": 64}
-    gpt2 = {"n_embd": 48, "n_inner": 80, "n_layer": 3, "n_head": 6, "n_positions": 64, "initializer_range": 0.3}
+    gpt2 = {
+        "n_embd": 48,
+        "n_inner": 80,
+        "n_layer": 3,
+        "n_head": 6,
+        "n_positions": 64,
+        "initializer_range": 0.3,
+    }
     gpt2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} | ids
     config, model = {
         "llama": (t.LlamaConfig(**grouped, head_dim=8), t.LlamaForCausalLM),
         "qwen2": (t.Qwen2Config(**grouped, tie_word_embeddings=True), t.Qwen2ForCausalLM),
         "gpt_neox": (t.GPTNeoXConfig(**sizes, max_position_embeddings=64), t.GPTNeoXForCausalLM),
         "gpt2": (t.GPT2Config(**gpt2), t.GPT2LMHeadModel),
-        "gemma2": (t.Gemma2Config(**grouped, head_dim=8, query_pre_attn_scalar=8, sliding_window=32), t.Gemma2ForCausalLM),
+        "gemma2": (
+            t.Gemma2Config(**grouped, head_dim=8, query_pre_attn_scalar=8, sliding_window=32),
+            t.Gemma2ForCausalLM,
+        ),
         "phi3": (t.Phi3Config(**grouped), t.Phi3ForCausalLM),
-        "mixtral": (t.MixtralConfig(**grouped, head_dim=8, num_local_experts=4, num_experts_per_tok=2), t.MixtralForCausalLM),
+        "mixtral": (
+            t.MixtralConfig(**grouped, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+            t.MixtralForCausalLM,
+        ),
     }[arch]
     return model(config).eval()
 
 
 def masks(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
-    """Half of everything, the same or not the same in all layers; widths stay multiples of 8, as grouped matrix kernels ask."""
-    wanted = {"uniform": ("neurons", "heads"), "uneven": ("neurons", "heads", "experts"), "depth": ("blocks",), "residual": ("hidden",)}
+    """Half of everything, the same or not the same in all layers; widths stay multiples of 8, as
+    grouped matrix kernels ask.
+    """
+    wanted = {
+        "uniform": ("neurons", "heads"),
+        "uneven": ("neurons", "heads", "experts"),
+        "depth": ("blocks",),
+        "residual": ("hidden",),
+    }
     kept = {}
     for i, group in enumerate(g for g in graph.discover(model) if g.kind in wanted[kind]):
         uneven = kind == "uneven" and (group.layer or 0) % 2 == 0
-        gone = {"neurons": 48 if uneven else 32, "hidden": 24, "blocks": 1}.get(group.kind, 1 if uneven or kind == "uniform" else 0)
+        gone = {"neurons": 48 if uneven else 32, "hidden": 24, "blocks": 1}.get(
+            group.kind, 1 if uneven or kind == "uniform" else 0
+        )
         kept[group.name] = torch.ones(group.units, dtype=torch.bool)
-        kept[group.name][torch.randperm(group.units, generator=torch.Generator().manual_seed(i))[:gone]] = False
+        kept[group.name][
+            torch.randperm(group.units, generator=torch.Generator().manual_seed(i))[:gone]
+        ] = False
     return {name: mask for name, mask in kept.items() if not bool(mask.all())}
 
 
@@ -71,7 +102,9 @@ def words() -> Any:
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 101)}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 @dataclass
@@ -81,12 +114,18 @@ class Cell:
     model: nn.Module
     path: Path
     stock: bool
-    ids: torch.Tensor = field(default_factory=lambda: torch.randint(8, 100, (3, 9), generator=torch.Generator().manual_seed(0)))
+    ids: torch.Tensor = field(
+        default_factory=lambda: torch.randint(
+            8, 100, (3, 9), generator=torch.Generator().manual_seed(0)
+        )
+    )
 
     def open(self, path: Path | None = None, **kwargs: Any) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(path or self.path, trust_remote_code=not self.stock, **kwargs).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            path or self.path, trust_remote_code=not self.stock, **kwargs
+        ).eval()
 
     def says(self, model: nn.Module, **how: Any) -> torch.Tensor:
         how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **how}
@@ -118,7 +157,10 @@ def greedy(cell: Cell) -> None:
 
 
 def sampled(cell: Cell) -> None:
-    equal(cell.says(cell.open(), do_sample=True, top_p=0.9), cell.says(cell.model, do_sample=True, top_p=0.9))
+    equal(
+        cell.says(cell.open(), do_sample=True, top_p=0.9),
+        cell.says(cell.model, do_sample=True, top_p=0.9),
+    )
 
 
 def beam(cell: Cell) -> None:
@@ -131,7 +173,10 @@ def left_padded(cell: Cell) -> None:
     how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     out = model.generate(both, attention_mask=(both != 0).long(), **how)
     equal(out[0, 9:], model.generate(short, attention_mask=torch.ones_like(short), **how)[0, 5:])
-    equal(out[1], model.generate(cell.ids[1:2], attention_mask=torch.ones(1, 9, dtype=torch.long), **how)[0])
+    equal(
+        out[1],
+        model.generate(cell.ids[1:2], attention_mask=torch.ones(1, 9, dtype=torch.long), **how)[0],
+    )
 
 
 def without_cache(cell: Cell) -> None:
@@ -164,16 +209,24 @@ def gradient_checkpointing(cell: Cell) -> None:
         if on:
             model.gradient_checkpointing_enable()
         model(cell.ids, labels=cell.ids, use_cache=False).loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        found.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     close(found[1], found[0])
 
 
 def lora(cell: Cell) -> None:
     from peft import LoraConfig, get_peft_model
 
-    with_lora = get_peft_model(cell.open(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    with_lora = get_peft_model(
+        cell.open(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
     with_lora(cell.ids, labels=cell.ids).loss.backward()
-    assert all(p.grad is not None for n, p in with_lora.named_parameters() if "lora" in n and p.requires_grad)
+    assert all(
+        p.grad is not None
+        for n, p in with_lora.named_parameters()
+        if "lora" in n and p.requires_grad
+    )
     merged = with_lora.eval().merge_and_unload()
     if (cell.path / "pruning.json").exists():
         save(merged, None, cell.path.parent / "merged")
@@ -247,7 +300,12 @@ def lm_eval(cell: Cell) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    how = {"trust_remote_code": not cell.stock, "device": "cpu", "dtype": "float32", "batch_size": 1}
+    how = {
+        "trust_remote_code": not cell.stock,
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_size": 1,
+    }
     judge = HFLM(pretrained=str(cell.path), tokenizer=words(), **how)
     asked = Instance("loglikelihood", {}, ("w11 w12", " w13 w14"), 0)
     found = judge.loglikelihood([asked], disable_tqdm=True)[0][0]
@@ -307,11 +365,17 @@ def table() -> Iterator[dict[tuple[str, str], dict[str, Outcome]]]:
     """Outcomes by cell; written as a table once every cell has run."""
     found: dict[tuple[str, str], dict[str, Outcome]] = {}
     yield found
-    if len(found) == len(ARCHS) * len(KINDS) and not any("not run" in one.values() for one in found.values()):
+    if len(found) == len(ARCHS) * len(KINDS) and not any(
+        "not run" in one.values() for one in found.values()
+    ):
         TABLE.write_text(markdown(found), encoding="utf-8")
 
 
-CELLS = [pytest.param(a, k, marks=[] if (a, k) in QUICK else [pytest.mark.slow], id=f"{a}-{k}") for a in ARCHS for k in KINDS]
+CELLS = [
+    pytest.param(a, k, marks=[] if (a, k) in QUICK else [pytest.mark.slow], id=f"{a}-{k}")
+    for a in ARCHS
+    for k in KINDS
+]
 
 
 @pytest.mark.parametrize(("arch", "kind"), CELLS)
@@ -336,21 +400,31 @@ def markdown(found: dict[tuple[str, str], dict[str, Outcome]]) -> str:
     lines = [
         "# What works on a loaded checkpoint",
         "",
-        "Written by `pytest tests/test_matrix.py -m 'slow or not slow'` on tiny random models. Each cell stands for four checkpoints: "
-        + ", ".join(KINDS)
-        + ".",
+        "Written by `pytest tests/test_matrix.py -m 'slow or not slow'` on tiny random models. "
+        "Each cell stands for four checkpoints: " + ", ".join(KINDS) + ".",
         "`4/4`: works on all; `dense`: the dense model cannot either (stated only where it is so).",
-        "`stock` loads with `from_pretrained(path)`, `code` with `from_pretrained(path, trust_remote_code=True)` or `prunekit.load(path)`.",
+        "`stock` loads with `from_pretrained(path)`, `code` with `from_pretrained(path, "
+        "trust_remote_code=True)` or `prunekit.load(path)`.",
         "",
         "| | " + " | ".join(ARCHS) + " |",
         "|---|" + "---|" * len(ARCHS),
-        "| loads with | " + " | ".join(", ".join(found[a, k]["loads with"] for k in KINDS) for a in ARCHS) + " |",
+        "| loads with | "
+        + " | ".join(", ".join(found[a, k]["loads with"] for k in KINDS) for a in ARCHS)
+        + " |",
     ]
     for name in FEATURES:
         cells = []
         for arch in ARCHS:
             one = [found[arch, kind][name] for kind in KINDS]
-            rest = "".join(f", {k} {o}" for k, o in zip(KINDS, one) if o != "yes") if len(set(one)) > 1 else ""
-            cells.append(one[0] if set(one) == {one[0]} and one[0] != "yes" else f"{one.count('yes')}/4{rest}")
+            rest = (
+                "".join(f", {k} {o}" for k, o in zip(KINDS, one) if o != "yes")
+                if len(set(one)) > 1
+                else ""
+            )
+            cells.append(
+                one[0]
+                if set(one) == {one[0]} and one[0] != "yes"
+                else f"{one.count('yes')}/4{rest}"
+            )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])

@@ -26,14 +26,29 @@ def pruned(folder: Path, kinds: tuple[str, ...], norm: str = "plain") -> nn.Modu
         kept[group.name] = torch.ones(group.units, dtype=torch.bool)
         kept[group.name][torch.randperm(group.units, generator=generator)[: 1 + i % 2]] = False
     graph.remove(model, kept, norm=norm)
-    save(model, None, folder, kept=kept, groups=groups, config={"pruner": {"name": "oneshot", "norm": norm}})
+    save(
+        model,
+        None,
+        folder,
+        kept=kept,
+        groups=groups,
+        config={"pruner": {"name": "oneshot", "norm": norm}},
+    )
     return model
 
 
 @pytest.mark.parametrize(
-    ("kinds", "norm"), [(("neurons", "heads"), "plain"), (("hidden",), "plain"), (("hidden",), "rescale"), (("blocks",), "plain")]
+    ("kinds", "norm"),
+    [
+        (("neurons", "heads"), "plain"),
+        (("hidden",), "plain"),
+        (("hidden",), "rescale"),
+        (("blocks",), "plain"),
+    ],
 )
-def test_replay_is_the_same_model(tmp_path: Path, tokens: torch.Tensor, kinds: tuple[str, ...], norm: str) -> None:
+def test_replay_is_the_same_model(
+    tmp_path: Path, tokens: torch.Tensor, kinds: tuple[str, ...], norm: str
+) -> None:
     model = pruned(tmp_path / "out", kinds, norm)
     again = replay(llama(), tmp_path / "out")
     one, two = model.state_dict(), again.state_dict()
@@ -47,9 +62,13 @@ def test_replay_is_the_same_model(tmp_path: Path, tokens: torch.Tensor, kinds: t
 def test_zeroed_keeps_the_shapes(tmp_path: Path, tokens: torch.Tensor) -> None:
     model = pruned(tmp_path / "out", ("neurons", "heads"))
     masked = replay(llama(), tmp_path / "out" / "pruning.json", zeroed=True)
-    assert {k: v.shape for k, v in masked.state_dict().items()} == {k: v.shape for k, v in llama().state_dict().items()}
+    assert {k: v.shape for k, v in masked.state_dict().items()} == {
+        k: v.shape for k, v in llama().state_dict().items()
+    }
     with torch.no_grad():
-        torch.testing.assert_close(masked(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            masked(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

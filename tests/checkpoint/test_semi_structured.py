@@ -1,4 +1,6 @@
-"""2:4 matrices become sparse tensors where there is a kernel for them; elsewhere each says why not."""
+"""2:4 matrices become sparse tensors where there is a kernel for them; elsewhere each
+says why not.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from torch import nn
 from prunekit.checkpoint.semi_structured import semi_structured, two_of_four
 
 cuda = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs CUDA with sparse tensor cores (8.0)"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="needs CUDA with sparse tensor cores (8.0)",
 )
 
 
@@ -30,7 +33,9 @@ def test_pattern_is_recognised():
 def test_without_cuda_everything_is_left_alone_and_says_why():
     model = halved()
     before = [p.clone() for p in model.parameters()]
-    assert semi_structured(model) == {n: "it is on cpu: the sparse kernels are CUDA's" for n in ("0", "1")}
+    assert semi_structured(model) == {
+        n: "it is on cpu: the sparse kernels are CUDA's" for n in ("0", "1")
+    }
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

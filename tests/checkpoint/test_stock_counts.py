@@ -1,4 +1,6 @@
-"""`loadable=stock`: uniform counts that the architecture's own class accepts, near the asked share."""
+"""`loadable=stock`: uniform counts that the architecture's own class accepts, near
+the asked share.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,13 @@ def test_neurons_take_up_the_rest_of_the_budget():
 def test_an_excluded_layer_is_refused_with_what_to_do():
     model = tiny_llama()
     with pytest.raises(ConfigError, match="exclude=none"):
-        uniform(model, [g for g in groups_of(model, "neurons") if g.layer == 0], None, target=0.2, loadable="stock")
+        uniform(
+            model,
+            [g for g in groups_of(model, "neurons") if g.layer == 0],
+            None,
+            target=0.2,
+            loadable="stock",
+        )
 
 
 def test_multiples_hold():

@@ -1,4 +1,6 @@
-"""Every table of the paper is an experiment that composes, at full scale and in little, and whose rows are the paper's."""
+"""Every table of the paper is an experiment that composes, at full scale and in little, and whose
+rows are the paper's.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_its_rows_compose_and_are_the_papers(name):
             known = {method for method, _ in numbers.rows}
             assert cfg["row"] in known, f"{cfg['row']!r} is no row of {name}: {known}"
     if numbers:
-        missing = {m for m, _ in numbers.rows if not m.startswith("dense") and "int8" not in m} - {c["row"] for c in jobs}
+        missing = {m for m, _ in numbers.rows if not m.startswith("dense") and "int8" not in m} - {
+            c["row"] for c in jobs
+        }
         assert not missing
 
 
@@ -56,8 +60,17 @@ def test_the_fifty_percent_tables_are_the_layers_that_the_papers_counts_need():
 
 
 def test_what_the_paper_does_not_tune_is_not_tuned():
-    tuned = {cfg["row"]: cfg["recovery"]["name"] for cfg in composed(["experiment=llm_pruner/table1"])}
-    assert tuned == {"L2": "none", "Random": "none", "Channel": "lora", "Vector": "lora", "Element2": "lora", "Element1": "lora"}
+    tuned = {
+        cfg["row"]: cfg["recovery"]["name"] for cfg in composed(["experiment=llm_pruner/table1"])
+    }
+    assert tuned == {
+        "L2": "none",
+        "Random": "none",
+        "Channel": "lora",
+        "Vector": "lora",
+        "Element2": "lora",
+        "Element1": "lora",
+    }
 
 
 def test_a_layer_at_a_time_is_one_job_a_layer():
@@ -67,5 +80,8 @@ def test_a_layer_at_a_time_is_one_job_a_layer():
 
 
 def test_several_experiments_are_several_tables():
-    assert one_experiment_each(["experiment=a,b", "scale=small"]) == [["experiment=a", "scale=small"], ["experiment=b", "scale=small"]]
+    assert one_experiment_each(["experiment=a,b", "scale=small"]) == [
+        ["experiment=a", "scale=small"],
+        ["experiment=b", "scale=small"],
+    ]
     assert one_experiment_each(["-m", "seed=0,1"]) == [["-m", "seed=0,1"]]

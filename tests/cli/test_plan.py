@@ -13,7 +13,13 @@ from prunekit.cli.compose import composed
 from prunekit.errors import ConfigError
 
 GB, MIB = 1e9, 2**20
-BLOCK = ["exclude=range", "ratio.of=units", "exclude.heads=[4,30]", "exclude.neurons=[4,30]", "ratio.target=0.25"]
+BLOCK = [
+    "exclude=range",
+    "ratio.of=units",
+    "exclude.heads=[4,30]",
+    "exclude.neurons=[4,30]",
+    "ratio.target=0.25",
+]
 EXACT = {
     ("dense", 0.0): 6_738_415_616,
     ("Block", 0.2): 5_422_977_024,
@@ -37,7 +43,8 @@ def test_table_3_comes_out_to_the_digit(row):
         assert figures.params == EXACT[key]
         assert round(figures.params / GB, 2) == paper[key]["#Params"]
         assert round(figures.macs / GB, 2) == paper[key]["#MACs"]
-    # The rule holds for these two rows of the paper; its other rows lie 52 to 112 MiB above it, unexplained.
+    # The rule holds for these two rows of the paper; its other rows lie 52 to 112 MiB above it,
+    # unexplained.
     assert round(found.dense.paper_memory / MIB, 1) == paper["dense", 0.0]["Memory"]
     if row == ("Block", 0.2):
         assert round(found.pruned.paper_memory / MIB, 1) == paper[row]["Memory"]
@@ -54,7 +61,15 @@ def test_grouped_queries_are_counted_as_the_readme_of_the_paper_does():
 def test_a_plan_is_what_the_run_leaves(tmp_path):
     from prunekit.runner.run import run
 
-    words = ["model=tiny_llama", "exclude=none", "eval=quick", "track=silent", "save=false", "cache=off", "ratio.target=0.3"]
+    words = [
+        "model=tiny_llama",
+        "exclude=none",
+        "eval=quick",
+        "track=silent",
+        "save=false",
+        "cache=off",
+        "ratio.target=0.3",
+    ]
     (cfg,) = composed(words)
     found = plan.forecast(cfg)
     record = run(cfg, tmp_path)
@@ -63,7 +78,9 @@ def test_a_plan_is_what_the_run_leaves(tmp_path):
 
 
 def test_every_row_of_a_table_is_planned(capsys):
-    assert plan.main(["model=tiny_llama", "exclude=none", "eval=quick", "ratio.target=0.1,0.2"]) == 0
+    assert (
+        plan.main(["model=tiny_llama", "exclude=none", "eval=quick", "ratio.target=0.1,0.2"]) == 0
+    )
     assert capsys.readouterr().out.count("parameters") == 2
 
 
@@ -79,7 +96,11 @@ def test_stretches_of_equal_layers_are_one_entry():
 
 def test_the_table_names_both_models():
     console = Console(record=True, width=120)
-    plan.show(forecast("model=tiny_llama", "exclude=none", "eval=quick", "recovery=lora_text"), "title", console)
+    plan.show(
+        forecast("model=tiny_llama", "exclude=none", "eval=quick", "recovery=lora_text"),
+        "title",
+        console,
+    )
     text = console.export_text()
     assert "estimated peak of recovery" in text
     assert "KV cache" in text

@@ -1,4 +1,6 @@
-"""Scores of whole blocks against the papers' formulas written out on stored hidden states, gradients and physically smaller models."""
+"""Scores of whole blocks against the papers' formulas written out on stored hidden states,
+gradients and physically smaller models.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,13 @@ def blocks(model, start=0, stop=None) -> Group:
 
 
 def hidden(model, tokens) -> torch.Tensor:
-    """(L + 1, N, T, C): the input of every block and the output of the last one, before the final norm."""
+    """(L + 1, N, T, C): the input of every block and the output of the last one, before the final
+    norm.
+    """
     seen = []
-    hooks = [b.register_forward_pre_hook(lambda _m, a: seen.append(a[0])) for b in model.model.layers]
+    hooks = [
+        b.register_forward_pre_hook(lambda _m, a: seen.append(a[0])) for b in model.model.layers
+    ]
     hooks.append(model.model.layers[-1].register_forward_hook(lambda _m, _a, out: seen.append(out)))
     with torch.no_grad():
         model(tokens)
@@ -47,7 +53,9 @@ def hidden(model, tokens) -> torch.Tensor:
 def without(model, gone):
     """A copy that physically lacks these blocks."""
     small = copy.deepcopy(model)
-    small.model.layers = torch.nn.ModuleList([b for i, b in enumerate(small.model.layers) if i not in gone])
+    small.model.layers = torch.nn.ModuleList(
+        [b for i, b in enumerate(small.model.layers) if i not in gone]
+    )
     small.config.num_hidden_layers = len(small.model.layers)
     return small
 
@@ -72,7 +80,9 @@ def test_an_identity_block_has_no_influence_and_goes_first(model, tokens):
     assert got[3].abs() < 1e-6
     assert int(got.argmin()) == 3
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, without(model, {3})(tokens, use_cache=False).logits)
+        assert torch.equal(
+            model(tokens).logits, without(model, {3})(tokens, use_cache=False).logits
+        )
 
 
 @pytest.mark.parametrize("n", range(1, L + 1))
@@ -80,7 +90,10 @@ def test_an_identity_block_has_no_influence_and_goes_first(model, tokens):
 def test_angular_takes_exactly_the_run_of_least_angle(model, tokens, n, tokens_used):
     x = hidden(model, tokens)
     x = x[:, :, -1] if tokens_used == "last" else x.flatten(1, 2)
-    d = [torch.arccos(torch.cosine_similarity(x[i], x[i + n], dim=-1)).mean() / math.pi for i in range(L + 1 - n)]
+    d = [
+        torch.arccos(torch.cosine_similarity(x[i], x[i + n], dim=-1)).mean() / math.pi
+        for i in range(L + 1 - n)
+    ]
     best = int(torch.stack(d).argmin())
     run = WholeRun(model, tokens, {"blocks": n})
     scores = angular(model, [blocks(model)], run, tokens=tokens_used)["blocks"]
@@ -100,7 +113,9 @@ def test_one_block_by_angle_is_one_block_by_last_token_influence(model, tokens):
 
 
 def test_the_simple_variant_keeps_the_last_block(model, tokens):
-    scores = angular(model, [blocks(model)], WholeRun(model, tokens, {"blocks": 3}), choice="last")["blocks"]
+    scores = angular(model, [blocks(model)], WholeRun(model, tokens, {"blocks": 3}), choice="last")[
+        "blocks"
+    ]
     assert (~select.lowest(scores, 3)).nonzero()[:, 0].tolist() == [2, 3, 4]
 
 
@@ -130,7 +145,9 @@ def test_magnitude_is_the_sum_over_a_block(model, tokens, p):
 def test_taylor_is_the_sum_of_w_times_gradient(model, tokens, batch):
     model.zero_grad()
     model(input_ids=tokens, labels=tokens).loss.backward()
-    want = torch.stack([sum((w * w.grad).abs().sum() for w in b.parameters()) for b in model.model.layers]).detach()
+    want = torch.stack(
+        [sum((w * w.grad).abs().sum() for w in b.parameters()) for b in model.model.layers]
+    ).detach()
     model.zero_grad()
     got = block_taylor(model, [blocks(model)], WholeRun(model, tokens), batch=batch)["blocks"]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
@@ -139,11 +156,19 @@ def test_taylor_is_the_sum_of_w_times_gradient(model, tokens, batch):
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("batch", [4, 3])
 def test_ppl_is_that_of_a_model_without_the_block(model, tokens, reuse, batch):
-    got = block_ppl(model, [blocks(model, 1, 5)], WholeRun(model, tokens), batch=batch, reuse=reuse)["blocks"]
+    got = block_ppl(
+        model, [blocks(model, 1, 5)], WholeRun(model, tokens), batch=batch, reuse=reuse
+    )["blocks"]
     with torch.no_grad():
-        want = [without(model, {i})(input_ids=tokens, labels=tokens, use_cache=False).loss for i in range(1, 5)]
+        want = [
+            without(model, {i})(input_ids=tokens, labels=tokens, use_cache=False).loss
+            for i in range(1, 5)
+        ]
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-5, atol=1e-6)
-    assert all("forward" not in vars(b) and not b._forward_hooks and not b._forward_pre_hooks for b in model.model.layers)
+    assert all(
+        "forward" not in vars(b) and not b._forward_hooks and not b._forward_pre_hooks
+        for b in model.model.layers
+    )
 
 
 def test_blocks_that_return_tuples(model, tokens):
@@ -174,12 +199,16 @@ def test_blocks_that_return_tuples(model, tokens):
     net = Net()
     names = [f"layers.{i}" for i in range(3)]
     run = WholeRun(net, tokens)
-    torch.testing.assert_close(losses_without(net, names, run, 4), losses_without(net, names, run, 4, reuse=False))
+    torch.testing.assert_close(
+        losses_without(net, names, run, 4), losses_without(net, names, run, 4, reuse=False)
+    )
 
 
 def test_exclusions_narrow_the_blocks(model):
     group = blocks(model)
-    assert ends([group], first=1, last=2)[0].modules == tuple(f"model.layers.{i}" for i in (1, 2, 3))
+    assert ends([group], first=1, last=2)[0].modules == tuple(
+        f"model.layers.{i}" for i in (1, 2, 3)
+    )
     assert layer_range([group], blocks=[2, 4])[0].modules == ("model.layers.2", "model.layers.3")
     assert ends([group], first=5, last=3) == []
     assert layer_range([group], heads=[0, 0], neurons=[0, 0]) == [group]
@@ -210,7 +239,16 @@ def test_watch_takes_its_hooks_off_after_an_error(model, tokens):
 def prune(model, tokens, criterion, n, exclude=lambda groups: groups, **options):
     from prunekit.pruners.oneshot import oneshot
 
-    return oneshot(model, tokens, criterion, lambda *_: {"blocks": n}, exclude, kinds=["blocks"], verify=False, **options)
+    return oneshot(
+        model,
+        tokens,
+        criterion,
+        lambda *_: {"blocks": n},
+        exclude,
+        kinds=["blocks"],
+        verify=False,
+        **options,
+    )
 
 
 def gone(pruned) -> list[int]:
@@ -228,7 +266,10 @@ def test_blocks_go_and_the_rest_computes_what_it_did(model, tokens):
     assert len(pruned.model.model.layers) == pruned.model.config.num_hidden_layers == L - 2
     assert pruned.groups[0].units == L
     with torch.no_grad():
-        torch.testing.assert_close(pruned.model(tokens).logits, without(dense, set(gone(pruned)))(tokens, use_cache=False).logits)
+        torch.testing.assert_close(
+            pruned.model(tokens).logits,
+            without(dense, set(gone(pruned)))(tokens, use_cache=False).logits,
+        )
 
 
 def test_protected_blocks_stay_though_they_score_lowest(model, tokens):
@@ -250,7 +291,9 @@ def test_a_contiguous_run_goes(model, tokens, kind):
 
 
 def test_greedy_takes_the_best_single_removal_at_every_step(model, tokens):
-    """SLEB, card 7: the loss after step k is the least over all single removals at that step; the ends stay."""
+    """SLEB, card 7: the loss after step k is the least over all single removals at that step; the
+    ends stay.
+    """
     alive, want = list(range(L)), []
     for _ in range(3):
         trials = {i: loss(without(model, {*want, i}), tokens) for i in alive[1:-1]}
@@ -258,9 +301,13 @@ def test_greedy_takes_the_best_single_removal_at_every_step(model, tokens):
         want.append(best)
         alive.remove(best)
     dense = copy.deepcopy(model)
-    pruned = prune(model, tokens, block_ppl, 3, lambda groups: ends(groups, first=1, last=1), steps="each")
+    pruned = prune(
+        model, tokens, block_ppl, 3, lambda groups: ends(groups, first=1, last=1), steps="each"
+    )
     assert gone(pruned) == sorted(want)
-    assert loss(pruned.model, tokens) == pytest.approx(loss(without(dense, set(want)), tokens), rel=1e-5)
+    assert loss(pruned.model, tokens) == pytest.approx(
+        loss(without(dense, set(want)), tokens), rel=1e-5
+    )
 
 
 def test_the_first_greedy_step_is_the_ppl_criterion_and_beats_block_influence(model, tokens):
@@ -272,6 +319,8 @@ def test_the_first_greedy_step_is_the_ppl_criterion_and_beats_block_influence(mo
 
 
 def test_a_range_means_the_dense_model_s_blocks_at_every_step(model, tokens):
-    pruned = prune(model, tokens, block_ppl, 2, lambda groups: layer_range(groups, blocks=[1, 4]), steps="each")
+    pruned = prune(
+        model, tokens, block_ppl, 2, lambda groups: layer_range(groups, blocks=[1, 4]), steps="each"
+    )
     assert len(gone(pruned)) == 2
     assert set(gone(pruned)) < {1, 2, 3}

@@ -26,7 +26,12 @@ def model():
 def inputs(model, tokens, names):
     """name -> (N * T, in) inputs of the linear modules."""
     seen = {}
-    hooks = [model.get_submodule(n).register_forward_pre_hook(lambda _m, a, n=n: seen.update({n: a[0].flatten(0, 1)})) for n in names]
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(
+            lambda _m, a, n=n: seen.update({n: a[0].flatten(0, 1)})
+        )
+        for n in names
+    ]
     with torch.no_grad():
         model(tokens)
     for h in hooks:
@@ -45,10 +50,16 @@ def plain(model, groups, tokens, metric, standardize):
     for g in groups:
         W, z = model.get_submodule(reader_of(g)).weight.detach(), x[reader_of(g)]
         var = ((z - z.mean(0)) ** 2).mean(0)
-        s = {"WIFV": var * (W**2).sum(0), "IFV": var, "WIFN": W.abs().mean(0) * (z**2).mean(0).sqrt()}[metric]
+        s = {
+            "WIFV": var * (W**2).sum(0),
+            "IFV": var,
+            "WIFN": W.abs().mean(0) * (z**2).mean(0).sqrt(),
+        }[metric]
         if standardize:
             s = (s - s.mean()) / s.std()
-        scores[g.name] = s.view(g.units, -1).mean(1)  # rep * D consecutive channels of o_proj belong to one kv head
+        scores[g.name] = s.view(g.units, -1).mean(
+            1
+        )  # rep * D consecutive channels of o_proj belong to one kv head
     return scores
 
 
@@ -70,7 +81,9 @@ def test_wanda_sp_is_wanda_summed_over_columns(model, tokens):
         W = model.get_submodule(reader_of(g)).weight.detach()
         wanda = W.abs() * x[reader_of(g)].norm(dim=0)  # one score a weight
         want = wanda.sum(0).view(g.units, -1).sum(1)
-        torch.testing.assert_close(got[g.name] / got[g.name].sum(), want / want.sum(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            got[g.name] / got[g.name].sum(), want / want.sum(), rtol=1e-4, atol=1e-7
+        )
 
 
 def test_skipped_tokens_take_no_part(model, tokens):
@@ -79,7 +92,9 @@ def test_skipped_tokens_take_no_part(model, tokens):
     x = inputs(model, tokens, [reader_of(g) for g in groups])
     for g in groups:
         z = x[reader_of(g)].unflatten(0, tokens.shape)[:, 2:].flatten(0, 1)
-        s = z.var(0, unbiased=False) * model.get_submodule(reader_of(g)).weight.detach().square().sum(0)
+        s = z.var(0, unbiased=False) * model.get_submodule(
+            reader_of(g)
+        ).weight.detach().square().sum(0)
         want = ((s - s.mean()) / s.std()).view(g.units, -1).mean(1)
         torch.testing.assert_close(got[g.name], want, rtol=1e-4, atol=1e-5)
 
@@ -87,7 +102,10 @@ def test_skipped_tokens_take_no_part(model, tokens):
 def choice(groups):
     """Half of the units of every group, drawn."""
     rng = torch.Generator().manual_seed(3)
-    return select.local({g.name: torch.rand(g.units, generator=rng) for g in groups}, {g.name: g.units // 2 for g in groups})
+    return select.local(
+        {g.name: torch.rand(g.units, generator=rng) for g in groups},
+        {g.name: g.units // 2 for g in groups},
+    )
 
 
 def zeroed(model, groups, kept):
@@ -101,7 +119,9 @@ def zeroed(model, groups, kept):
 
 @pytest.mark.parametrize("kind", UNITS)
 def test_the_bias_takes_exactly_the_mean_off_the_error(model, tokens, kind):
-    """Card 2's check: the output's mean squared error falls by |W_P E[x_P]|^2 (GQA: a kv head owns the columns of its own queries)."""
+    """Card 2's check: the output's mean squared error falls by |W_P E[x_P]|^2 (GQA: a kv head owns
+    the columns of its own queries).
+    """
     [group] = [g for g in llama_groups(model, (kind,)) if g.layer == 0]
     kept = choice([group])
     x = inputs(model, tokens, [reader_of(group)])[reader_of(group)]
@@ -118,7 +138,9 @@ def test_the_bias_takes_exactly_the_mean_off_the_error(model, tokens, kind):
     torch.testing.assert_close(error(0) - error(lost[reader_of(group)]), gain, rtol=1e-4, atol=1e-6)
     assert gain > 0
     add_biases(small, lost)
-    torch.testing.assert_close(small.get_submodule(reader_of(group)).bias.detach(), lost[reader_of(group)])
+    torch.testing.assert_close(
+        small.get_submodule(reader_of(group)).bias.detach(), lost[reader_of(group)]
+    )
 
 
 @pytest.mark.parametrize("skip", [0, 2])
@@ -128,14 +150,22 @@ def test_the_bias_does_not_depend_on_what_the_criterion_looked_at(model, tokens,
     kept = choice(groups)
     run = WholeRun(model, tokens)
     flap(model, groups, run, skip=2)
-    used, fresh = lost_means(model, groups, kept, run, skip), lost_means(model, groups, kept, WholeRun(model, tokens), skip)
+    used, fresh = (
+        lost_means(model, groups, kept, run, skip),
+        lost_means(model, groups, kept, WholeRun(model, tokens), skip),
+    )
     x = inputs(model, tokens, list(used))
     for name, bias in used.items():
         assert torch.equal(bias, fresh[name])
         [group] = [g for g in groups if reader_of(g) == name]
         gone = group.members[-1].index[~kept[group.name]].flatten()
         mean = x[name].unflatten(0, tokens.shape)[:, skip:].mean((0, 1))
-        torch.testing.assert_close(bias, model.get_submodule(name).weight.detach()[:, gone] @ mean[gone], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            bias,
+            model.get_submodule(name).weight.detach()[:, gone] @ mean[gone],
+            rtol=1e-4,
+            atol=1e-6,
+        )
 
 
 def test_a_bias_that_is_there_is_added_to(tokens):
@@ -182,18 +212,35 @@ def prune(model, tokens, share=0.4, **options):
     from prunekit.ratios.uniform import uniform
 
     ratio = partial(uniform, target=share, of="prunable")
-    return oneshot(model, tokens, flap, ratio, none, verify=False, compensate="bias", budget="prunable", **options)
+    return oneshot(
+        model,
+        tokens,
+        flap,
+        ratio,
+        none,
+        verify=False,
+        compensate="bias",
+        budget="prunable",
+        **options,
+    )
 
 
 @pytest.mark.parametrize("ranking", ["local", "kind", "global"])
 def test_removed_with_a_bias_is_zeroed_with_a_bias(model, tokens, ranking):
     twin = copy.deepcopy(model)
-    small, zeros = prune(model, tokens, ranking=ranking), prune(twin, tokens, ranking=ranking, compress=False)
+    small, zeros = (
+        prune(model, tokens, ranking=ranking),
+        prune(twin, tokens, ranking=ranking, compress=False),
+    )
     for name in small.kept:
         assert torch.equal(small.kept[name], zeros.kept[name])
-    assert sum(p.numel() for p in small.model.parameters()) < sum(p.numel() for p in zeros.model.parameters())
+    assert sum(p.numel() for p in small.model.parameters()) < sum(
+        p.numel() for p in zeros.model.parameters()
+    )
     with torch.no_grad():
-        torch.testing.assert_close(small.model(tokens).logits, zeros.model(tokens).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            small.model(tokens).logits, zeros.model(tokens).logits, rtol=1e-4, atol=1e-5
+        )
         assert small.model.model.layers[0].mlp.down_proj.bias is not None
 
 
@@ -209,7 +256,9 @@ def test_the_checkpoint_carries_the_biases(model, tokens, tmp_path):
     from prunekit import checkpoint
 
     pruned = prune(model, tokens, ranking="global")
-    folder = checkpoint.save(pruned.model, None, tmp_path / "flap", kept=pruned.kept, groups=pruned.groups)
+    folder = checkpoint.save(
+        pruned.model, None, tmp_path / "flap", kept=pruned.kept, groups=pruned.groups
+    )
     again, _ = checkpoint.load(folder)
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, pruned.model(tokens).logits)
@@ -221,7 +270,13 @@ def test_kinds_with_shares_of_their_own(model):
 
     groups = llama_groups(model, UNITS)
     counts = uniform(model, groups, None, target=0.25, of="units", by_kind={"heads": 0.4})
-    assert {n: c for n, c in counts.items() if n.startswith("heads")} == {"heads.0": 1, "heads.1": 1}
-    assert {n: c for n, c in counts.items() if n.startswith("neurons")} == {"neurons.0": 5, "neurons.1": 5}
+    assert {n: c for n, c in counts.items() if n.startswith("heads")} == {
+        "heads.0": 1,
+        "heads.1": 1,
+    }
+    assert {n: c for n, c in counts.items() if n.startswith("neurons")} == {
+        "neurons.0": 5,
+        "neurons.1": 5,
+    }
     with pytest.raises(ConfigError, match=r"ratio.of=units"):
         uniform(model, groups, None, target=0.25, by_kind={"heads": 0.4})

@@ -13,7 +13,10 @@ MODES = ("vectorize", "param_first", "param_second", "param_mix")
 
 
 def gradients(model, tokens):
-    """Batch gradient and mean squared per-sample gradient of every parameter, as LLM-Pruner accumulates them."""
+    """Batch gradient and mean squared per-sample gradient of every parameter, as LLM-Pruner
+    accumulates them.
+    """
+
     def backward(x):
         model.zero_grad()
         model(input_ids=x, labels=x).loss.backward()
@@ -35,13 +38,27 @@ def plain(model, groups, tokens, mode, reduce):
         for m in group.members:
             w = params[m.param].detach()
             first, second = w * g[m.param], w * f[m.param] * w
-            s = {"vectorize": first, "param_first": first.abs(), "param_second": second, "param_mix": (first - 0.5 * second).abs()}[mode]
+            s = {
+                "vectorize": first,
+                "param_first": first.abs(),
+                "param_second": second,
+                "param_mix": (first - 0.5 * second).abs(),
+            }[mode]
             channels = s.sum(1 - m.axis).abs() if w.dim() == 2 else s.abs()
             per_unit = torch.stack([channels[i] for i in m.index])  # (U, width)
             D = group.width
-            rows.append(sum(per_unit[:, r * D : (r + 1) * D] for r in range(per_unit.shape[1] // D)))
+            rows.append(
+                sum(per_unit[:, r * D : (r + 1) * D] for r in range(per_unit.shape[1] // D))
+            )
         x = torch.stack(rows)
-        x = {"sum": x.sum(0), "mean": x.mean(0), "max": x.amax(0), "prod": x.prod(0), "first": x[0], "last": x[-1]}[reduce]
+        x = {
+            "sum": x.sum(0),
+            "mean": x.mean(0),
+            "max": x.amax(0),
+            "prod": x.prod(0),
+            "first": x[0],
+            "last": x[-1],
+        }[reduce]
         scores[group.name] = x.sum(1)
     return scores
 
@@ -68,7 +85,9 @@ def test_reductions_match(reduce, tokens):
 
 
 def test_query_heads_count_for_their_own_kv_head():
-    """Only the query heads of kv head 1 have weight: its unit alone may score through q_proj (the original spreads it over all)."""
+    """Only the query heads of kv head 1 have weight: its unit alone may score through q_proj (the
+    original spreads it over all).
+    """
     model = tiny_llama()
     [group] = [g for g in llama_groups(model, ("heads",)) if g.layer == 0]
     D, rep = 4, 2

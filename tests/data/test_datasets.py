@@ -1,4 +1,6 @@
-"""Text: parts that never overlap, the protocol's form of each data set, and messages that name both ways to get it."""
+"""Text: parts that never overlap, the protocol's form of each data set, and messages that name both
+ways to get it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def grams(paragraphs, n=16):
 
 def test_pydocs_parts_share_no_paragraph_and_no_long_run_of_words():
     parts = {split: datasets.texts("pydocs", split) for split in datasets.PYDOCS_SPLITS}
-    assert all(len("".join(p)) > 40_000 for p in parts.values()), {k: len("".join(p)) for k, p in parts.items()}
+    assert all(len("".join(p)) > 40_000 for p in parts.values()), {
+        k: len("".join(p)) for k, p in parts.items()
+    }
     for a, b in (("test", "calibration"), ("test", "recovery"), ("calibration", "recovery")):
         assert not set(parts[a]) & set(parts[b])
         assert not grams(parts[a]) & grams(parts[b])
@@ -42,7 +46,11 @@ def test_a_patch_release_that_edits_a_topic_moves_no_other(monkeypatch):
 
     before = {s: datasets.texts("pydocs", s) for s in datasets.PYDOCS_SPLITS}
     words = "A brand new paragraph that only a later patch release of the language has got."
-    changed = {**topics.topics, "a-new-topic": words, "compound": topics.topics["compound"] + "\n\nIt also " + words}
+    changed = {
+        **topics.topics,
+        "a-new-topic": words,
+        "compound": topics.topics["compound"] + "\n\nIt also " + words,
+    }
     monkeypatch.setattr(topics, "topics", changed)
     assert set(datasets.texts("pydocs", "calibration")) == set(before["calibration"])
     assert set(datasets.texts("pydocs", "test")) - set(before["test"]) == {"It also " + words}
@@ -60,7 +68,9 @@ def test_unknown_split_names_what_there_is():
 
 def test_without_folder_and_hub_the_error_names_both_ways(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"no data folder is named, and the hub did not give Salesforce/wikitext.*data_root= or PRUNEKIT_DATA"
+        ConfigError,
+        match=r"no data folder is named, and the hub did not give Salesforce/wikitext.*"
+        r"data_root= or PRUNEKIT_DATA",
     ):
         datasets.texts("wikitext2", "test")
     with pytest.raises(ConfigError, match=r"wikitext2/test.txt is not there"):
@@ -80,7 +90,9 @@ def test_wikitext_lines_become_the_hubs_rows(tmp_path, monkeypatch):
 
 def test_local_c4_keeps_training_and_validation_apart(tmp_path):
     (tmp_path / "c4").mkdir()
-    (tmp_path / "c4" / "c4_demo.jsonl").write_text("".join(f'{{"text": "page {i}"}}\n' for i in range(9)))
+    (tmp_path / "c4" / "c4_demo.jsonl").write_text(
+        "".join(f'{{"text": "page {i}"}}\n' for i in range(9))
+    )
     train, validation = (datasets.texts("c4", s, str(tmp_path)) for s in ("train", "validation"))
     assert len(train) == 6
     assert len(validation) == 3
@@ -97,7 +109,11 @@ def test_shared_folder_gives_every_set_in_the_form_of_the_protocol(shared):
     ptb = datasets.texts("ptb", "validation", root)
     assert len(ptb) == 3370
     assert all(row == row.strip() for row in ptb)
-    assert len(datasets.texts("alpaca", "train", root)) == len(datasets.records("alpaca", "train", root)) == 7418
+    assert (
+        len(datasets.texts("alpaca", "train", root))
+        == len(datasets.records("alpaca", "train", root))
+        == 7418
+    )
     assert set(datasets.records("alpaca", "train", root)[0]) == {"instruction", "input", "output"}
     assert len(datasets.texts("dailydialog", "train", root)) == 5909
     assert len(datasets.texts("bookcorpus", "train", root)) > 8000

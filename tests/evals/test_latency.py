@@ -11,12 +11,25 @@ from prunekit.evals.latency import latency
 from prunekit.evals.memory import loaded_mib, memory
 from prunekit.registry import evals
 
-KEYS = {"prefill_ms", "prefill_ms_spread", "decode_ms_per_token", "decode_ms_per_token_spread", "latency_ms", "tokens_per_s"}
+KEYS = {
+    "prefill_ms",
+    "prefill_ms_spread",
+    "decode_ms_per_token",
+    "decode_ms_per_token_spread",
+    "latency_ms",
+    "tokens_per_s",
+}
 
 
 @pytest.fixture
 def model():
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_key_value_heads=2))
 
 
@@ -30,7 +43,9 @@ def test_latency_gives_finite_numbers_that_fit_together(model):
 
 def test_every_new_token_is_one_pass_over_one_id(model):
     seen = []
-    model.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True
+    )
     latency(model, None, batch=2, prompt=8, new_tokens=3, repeats=2, warmup=1)
     assert seen == [(2, 8), (2, 1), (2, 1), (2, 1)] * 3
 
@@ -62,5 +77,7 @@ def test_memory_counts_what_is_loaded_and_what_the_pass_adds(model):
     small, big = (memory(model.train(), None, batch=b, tokens=128) for b in (1, 512))
     assert set(small) == {"loaded_memory_mib", "peak_memory_mib"}
     assert small["peak_memory_mib"] >= small["loaded_memory_mib"]
-    assert big["peak_memory_mib"] > small["peak_memory_mib"] + 20, "65,536 x 128 float32 logits alone are 32 MiB"
+    assert big["peak_memory_mib"] > small["peak_memory_mib"] + 20, (
+        "65,536 x 128 float32 logits alone are 32 MiB"
+    )
     assert model.training

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from prunekit.evals.macs import flop_counter_macs, macs, macs_eval
 from prunekit.registry import evals
 
-# The models of LLM-Pruner's Table 3: (blocks, heads, FFN width, hidden channels) and the paper's figures in G.
+# The models of LLM-Pruner's Table 3: (blocks, heads, FFN width, hidden channels) and the paper's
+# figures in G.
 TABLE3 = {
     "dense": (range(0), 32, 11008, 4096, 424.021, 424.02),
     "block20": (range(4, 30), 24, 8256, 4096, 339.603, 339.60),
@@ -62,8 +63,16 @@ def test_table_3_of_the_paper(row: str):
 
 
 def tiny(**over) -> nn.Module:
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, "num_key_value_heads": 2, **over})).eval()
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**sizes, "num_key_value_heads": 2, **over})
+    ).eval()
 
 
 def test_grouped_queries_by_hand():
@@ -81,16 +90,37 @@ def test_tied_head_counts_once_as_head():
 def test_flop_counter_sees_the_matrix_products(attention: str):
     q, model = 64, tiny()
     model.set_attn_implementation(attention)
-    beyond = 2 * (2 * q * 6 * 16 + q * q * 4 + q * 96 + 2 * 2 * q * 64) + 2 * q * 64  # rotary, softmax, activation, norms
+    beyond = (
+        2 * (2 * q * 6 * 16 + q * q * 4 + q * 96 + 2 * 2 * q * 64) + 2 * q * 64
+    )  # rotary, softmax, activation, norms
     assert flop_counter_macs(model, q) == macs(model, q) - beyond
 
 
 def test_cross_check_is_left_out_where_nothing_runs_or_nobody_asks():
-    assert macs_eval(tiny(), None, cross_check=False) == macs_eval(tiny().to("meta"), None) == {"macs": macs(tiny())}
+    assert (
+        macs_eval(tiny(), None, cross_check=False)
+        == macs_eval(tiny().to("meta"), None)
+        == {"macs": macs(tiny())}
+    )
 
 
-# Biases, q/k norms, fused qkv and gate_up in either order, Conv1D, no rotary embedding, experts, latent attention.
-ARCHS = ["llama", "qwen2", "qwen3", "gpt_neox", "gpt2", "phi3", "opt", "bloom", "mixtral", "qwen3_moe", "deepseek_v3", "olmo2", "gpt_oss"]
+# Biases, q/k norms, fused qkv and gate_up in either order, Conv1D, no rotary embedding, experts,
+# latent attention.
+ARCHS = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gpt_neox",
+    "gpt2",
+    "phi3",
+    "opt",
+    "bloom",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "olmo2",
+    "gpt_oss",
+]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

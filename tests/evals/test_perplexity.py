@@ -1,4 +1,6 @@
-"""Perplexity: the protocol's windows, its mean against a loop in float64, and the peers' numbers on the real model."""
+"""Perplexity: the protocol's windows, its mean against a loop in float64, and the peers' numbers on
+the real model.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_value_and_error_agree_with_a_loop(tiny, tmp_path):
     model, tokenizer = tiny
     file = tmp_path / "story.txt"
     file.write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    found = evals.build({"name": "perplexity", "path": str(file), "window": 32, "limit": 11, "batch": 4})(model, tokenizer)
+    found = evals.build(
+        {"name": "perplexity", "path": str(file), "window": 32, "limit": 11, "batch": 4}
+    )(model, tokenizer)
     ids = torch.tensor(tokenizer(file.read_text()).input_ids)[: 32 * 11].view(11, 32)
     means = []
     for row in ids:
@@ -62,7 +66,10 @@ def test_batch_does_not_matter_and_the_model_is_left_as_found(tiny):
     model.model.layers[0].eval()
     modes = [m.training for m in model.modules()]
     cache = model.config.use_cache
-    one, four = (evals.build({"name": "perplexity", "limit": 6, "window": 64, "batch": b})(model, tokenizer) for b in (1, 4))
+    one, four = (
+        evals.build({"name": "perplexity", "limit": 6, "window": 64, "batch": b})(model, tokenizer)
+        for b in (1, 4)
+    )
     assert one["ppl_pydocs_64"] == pytest.approx(four["ppl_pydocs_64"], rel=1e-6)
     assert [m.training for m in model.modules()] == modes
     assert model.config.use_cache == cache
@@ -78,7 +85,9 @@ def test_twice_the_same_to_the_last_bit(tiny):
 def test_label_and_messages(tiny, tmp_path):
     file = tmp_path / "some.jsonl"
     file.write_text('{"text": "' + "abcdefgh" * 8 + '"}\n' * 1)
-    found = evals.build({"name": "perplexity", "path": str(file), "label": "mine", "window": 16})(*tiny)
+    found = evals.build({"name": "perplexity", "path": str(file), "label": "mine", "window": 16})(
+        *tiny
+    )
     assert set(found) == {"ppl_mine_16", "ppl_mine_16_stderr"}
     with pytest.raises(ConfigError, match="is not a file"):
         evals.build({"name": "perplexity", "path": str(tmp_path / "missing.txt")})
@@ -89,8 +98,19 @@ def test_label_and_messages(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("window", "limit", "expected"), [(128, 64, 49.8), (1024, 8, 19.9)])
 def test_the_peers_numbers(shared, smollm2, window, limit, expected):
-    """docs/peers.md: every fifth block of 1,024 of the tokenised test text, cut into windows; float32 here, bfloat16 there."""
+    """docs/peers.md: every fifth block of 1,024 of the tokenised test text, cut into windows;
+    float32 here, bfloat16 there.
+    """
     path = str(shared / "data" / "wikitext2_tokenised" / "test.txt")
-    node = {"name": "perplexity", "path": path, "label": "peers", "bos": False, "block": 1024, "every": 5, "window": window, "limit": limit}
+    node = {
+        "name": "perplexity",
+        "path": path,
+        "label": "peers",
+        "bos": False,
+        "block": 1024,
+        "every": 5,
+        "window": window,
+        "limit": limit,
+    }
     found = evals.build(node)(*smollm2)
     assert found[f"ppl_peers_{window}"] == pytest.approx(expected, rel=0.01)

@@ -1,4 +1,6 @@
-"""Zero-shot accuracy: names, metrics, local files, docs_cloze, and a model and generators left alone."""
+"""Zero-shot accuracy: names, metrics, local files, docs_cloze, and a model and generators left
+alone.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,14 @@ def test_seven_tasks_on_local_files_with_the_papers_metrics(tiny, shared):
 
 
 def test_tasks_mix(tiny, shared):
-    found = evals.build({"name": "zeroshot", "tasks": ["arc_easy", "docs_cloze"], "limit": 3, "data_root": str(shared / "data")})(*tiny)
+    found = evals.build(
+        {
+            "name": "zeroshot",
+            "tasks": ["arc_easy", "docs_cloze"],
+            "limit": 3,
+            "data_root": str(shared / "data"),
+        }
+    )(*tiny)
     assert found["acc_mean"] == pytest.approx((found["acc_arc_easy"] + found["acc_docs_cloze"]) / 2)
 
 
@@ -77,7 +86,11 @@ def test_unknown_task_is_named_before_anything_is_loaded():
 
 
 def test_without_files_and_hub_the_error_names_both_ways(tiny):
-    with pytest.raises(ConfigError, match=r"arc_easy: no data folder is named, and the hub did not give.*data_root= or PRUNEKIT_DATA"):
+    with pytest.raises(
+        ConfigError,
+        match=r"arc_easy: no data folder is named, and the hub did not give.*"
+        r"data_root= or PRUNEKIT_DATA",
+    ):
         evals.build({"name": "zeroshot", "tasks": ["arc_easy"], "limit": 2})(*tiny)
 
 

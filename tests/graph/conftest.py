@@ -1,4 +1,6 @@
-"""Eight architectures that between them have every layout of attention and FFN that is common, with random weights."""
+"""Eight architectures that between them have every layout of attention and FFN that is common, with
+random weights.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,38 @@ LLAMA = {
     "num_hidden_layers": 3,
     "vocab_size": 128,
 }
-BIG = {**LLAMA, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
-OLD = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 3, "vocab_size": 128, "max_position_embeddings": 64}
+BIG = {
+    **LLAMA,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 64,
+}
+OLD = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 3,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+}
 ARCHITECTURES = {
     "llama": ("LlamaConfig", {**BIG, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", BIG),
     "qwen3": ("Qwen3Config", BIG),
     "gpt_neox": ("GPTNeoXConfig", {**OLD, "intermediate_size": 96}),
-    "gpt2": ("GPT2Config", {"n_embd": 64, "n_head": 8, "n_layer": 3, "n_inner": 96, "vocab_size": 128, "n_positions": 64, "n_ctx": 64}),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "n_embd": 64,
+            "n_head": 8,
+            "n_layer": 3,
+            "n_inner": 96,
+            "vocab_size": 128,
+            "n_positions": 64,
+            "n_ctx": 64,
+        },
+    ),
     "phi3": ("Phi3Config", {k: v for k, v in BIG.items() if k != "head_dim"} | {}),
     "opt": ("OPTConfig", {**OLD, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "bloom": ("BloomConfig", {"hidden_size": 64, "n_head": 8, "n_layer": 3, "vocab_size": 128}),
@@ -35,7 +61,9 @@ def build(name: str) -> nn.Module:
 
     config, sizes = ARCHITECTURES[name]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(**sizes)
+    ).eval()
     model.config.use_cache = False
     return randomised(model)
 

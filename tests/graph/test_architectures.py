@@ -1,6 +1,8 @@
-"""A sample of transformers' architectures: what discovery must find in each, and that removing it equals zeroing it.
+"""A sample of transformers' architectures: what discovery must find in each, and that removing it
+equals zeroing it.
 
-The whole list is measured by `python benchmarks/coverage.py`; this keeps one of each sort of difficulty under test.
+The whole list is measured by `python benchmarks/coverage.py`; this keeps one of each sort of
+difficulty under test.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 LONG = {"zaya", "inkling2_text", "longcat_flash"}  # half a minute each
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in SAMPLE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in SAMPLE]
+)
 def test_kinds_of_an_architecture(name: str, tiny_archs: ModuleType) -> None:
     model = tiny_archs.tiny_model(name, **OTHER.get(name, SIZES))
     model.config.use_cache = False
@@ -78,8 +82,14 @@ def test_kinds_of_an_architecture(name: str, tiny_archs: ModuleType) -> None:
     assert {g.kind for g in found.groups} == set(SAMPLE[name].split())
     for kind in set(SAMPLE[name].split()) - {"blocks"}:
         kept = masks(found, kind)
-        asked = [(c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members}) for c in found.candidates if c.group.name in kept]
+        asked = [
+            (c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members})
+            for c in found.candidates
+            if c.group.name in kept
+        ]
         reference = masked_logits(model, inputs, asked, found.skip)
         removed = remove(copy.deepcopy(model), kept)
-        assert float((logits(removed, inputs) - reference).abs().max() / reference.abs().max()) < 1e-4
+        assert (
+            float((logits(removed, inputs) - reference).abs().max() / reference.abs().max()) < 1e-4
+        )
         assert sum(p.numel() for p in removed.parameters()) == count_after(model, asked)

@@ -1,4 +1,6 @@
-"""Modules that are not transformers' are discovered and pruned like any other: the same property, kind by kind."""
+"""Modules that are not transformers' are discovered and pruned like any other: the same property,
+kind by kind.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,11 @@ def some_kept(model: nn.Module, kind: str, seed: int = 0) -> Kept:
 def test_every_kind_is_found_in_every_block(name: str) -> None:
     model = build(name)
     found = {g.name for g in discover(model)}
-    ffn = [f"neurons.{i}.e{k}" for i in range(3) for k in range(5)] if name == "mixtral" else [f"neurons.{i}" for i in range(3)]
+    ffn = (
+        [f"neurons.{i}.e{k}" for i in range(3) for k in range(5)]
+        if name == "mixtral"
+        else [f"neurons.{i}" for i in range(3)]
+    )
     experts = [f"experts.{i}" for i in range(3)] if name == "mixtral" else []
     assert found == {"hidden", "blocks", *(f"heads.{i}" for i in range(3)), *ffn, *experts}
     assert report(model) == []
@@ -70,7 +76,9 @@ def test_removing_equals_zeroing(name: str, kind: str) -> None:
 
 
 def test_an_expert_goes_with_its_router_row() -> None:
-    """Zeroed experts still draw probability; removed ones leave the router's softmax to the others."""
+    """Zeroed experts still draw probability; removed ones leave the router's softmax
+    to the others.
+    """
     model = build("mixtral")
     kept = {"experts.1": torch.tensor([True, False, True, True, True])}
     removed = remove(copy.deepcopy(model), kept)
@@ -80,11 +88,19 @@ def test_an_expert_goes_with_its_router_row() -> None:
     assert torch.equal(layer.experts[1].w1.weight, dense.experts[2].w1.weight)
     candidate = next(c for c in discovery(model).candidates if c.group.name == "experts.1")
     places = {(m.param, m.axis): kept["experts.1"] for m in candidate.group.members}
-    assert off(logits(removed), masked_logits(model, {"input_ids": TOKENS}, [(candidate, places)], frozenset())) < 1e-5
+    assert (
+        off(
+            logits(removed),
+            masked_logits(model, {"input_ids": TOKENS}, [(candidate, places)], frozenset()),
+        )
+        < 1e-5
+    )
 
 
 def test_alibi_follows_its_heads_through_a_rebuild() -> None:
-    """The slopes are made outside the blocks: what enters a pruned block is sliced, also after the edits were applied to a new model."""
+    """The slopes are made outside the blocks: what enters a pruned block is sliced, also after the
+    edits were applied to a new model.
+    """
     model = build("bloom")
     removed = remove(copy.deepcopy(model), some_kept(model, "heads"))
     shapes = {n: list(p.shape) for n, p in removed.named_parameters()}

@@ -1,4 +1,6 @@
-"""Generation with a cache is part of the proof, and a block's number is no size, whatever it equals."""
+"""Generation with a cache is part of the proof, and a block's number is no size, whatever it
+equals.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from prunekit.graph.generation_check import same_with_cache
 from prunekit.graph.skeleton import inputs_for
 from prunekit.graph.small_model import randomised
 
-SIZES = {"hidden_size": 48, "intermediate_size": 60, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 128}
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 60,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "vocab_size": 128,
+}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -24,13 +32,17 @@ def build(config: str, **sizes: Any) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SIZES, **TOKENS, **sizes}))
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(**{**SIZES, **TOKENS, **sizes})
+    )
     return randomised(model.eval())
 
 
 @pytest.mark.parametrize(("kv", "layers"), [(2, 3), (3, 4)])
 def test_a_blocks_number_does_not_follow_heads_that_equal_it(kv: int, layers: int) -> None:
-    """A model of few blocks is its own twin: block 2 of one with 2 kv heads has `layer_idx` 2, and a cache that is kept under it."""
+    """A model of few blocks is its own twin: block 2 of one with 2 kv heads has `layer_idx` 2, and
+    a cache that is kept under it.
+    """
     model = build("Gemma2Config", num_key_value_heads=kv, head_dim=8, num_hidden_layers=layers)
     remove(model, {f"heads.{i}": torch.arange(kv) != i % kv for i in range(layers)})
     assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(layers))
@@ -49,14 +61,21 @@ def test_blocks_of_a_hybrid_are_renumbered_wherever_they_keep_their_number() -> 
     }
     model = build("BambaConfig", attn_layer_indices=[1], **sizes)
     remove(model, {"blocks": torch.tensor([False, True, True])})
-    numbers = [m.layer_idx for block in model.model.layers for m in block.modules() if hasattr(m, "layer_idx")]
+    numbers = [
+        m.layer_idx
+        for block in model.model.layers
+        for m in block.modules()
+        if hasattr(m, "layer_idx")
+    ]
     assert numbers == [0, 1]
     assert same_with_cache(model, inputs_for(model)) == ""
 
 
 def test_what_breaks_the_cache_is_left_alone_with_that_reason() -> None:
     """RWKV makes its states, which hold residual and attention channels, all of one size."""
-    sizes = {k: v for k, v in SIZES.items() if k not in ("num_attention_heads", "num_hidden_layers")}
+    sizes = {
+        k: v for k, v in SIZES.items() if k not in ("num_attention_heads", "num_hidden_layers")
+    }
     model = build("RwkvConfig", **sizes, attention_hidden_size=48, num_hidden_layers=2)
     groups = discover(model)
     assert {g.kind for g in groups} == {"neurons"}

@@ -1,4 +1,6 @@
-"""What discovery finds on Llama, written out by hand, and on skeletons of models that are too large to hold."""
+"""What discovery finds on Llama, written out by hand, and on skeletons of models that are too large
+to hold.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,14 @@ def test_llama_groups_are_those_written_by_hand(llama: nn.Module) -> None:
     for i in range(3):
         layer = f"model.layers.{i}"
         mlp, heads = groups[f"neurons.{i}"], groups[f"heads.{i}"]
-        assert (mlp.kind, mlp.layer, mlp.units, heads.kind, heads.layer, heads.units) == ("neurons", i, 88, "heads", i, 3)
+        assert (mlp.kind, mlp.layer, mlp.units, heads.kind, heads.layer, heads.units) == (
+            "neurons",
+            i,
+            88,
+            "heads",
+            i,
+            3,
+        )
         assert [(m.param, m.axis) for m in mlp.members] == [
             (f"{layer}.mlp.gate_proj.weight", 0),
             (f"{layer}.mlp.up_proj.weight", 0),
@@ -38,10 +47,21 @@ def test_llama_groups_are_those_written_by_hand(llama: nn.Module) -> None:
         ]
         for m, width in zip(heads.members, (16, 8, 8, 16), strict=True):
             assert torch.equal(m.index, torch.arange(3 * width).reshape(3, width))
-    per_layer = [("input_layernorm", 0), *((f"self_attn.{p}_proj", 1) for p in "qkv"), ("self_attn.o_proj", 0)]
-    per_layer += [("post_attention_layernorm", 0), ("mlp.gate_proj", 1), ("mlp.up_proj", 1), ("mlp.down_proj", 0)]
+    per_layer = [
+        ("input_layernorm", 0),
+        *((f"self_attn.{p}_proj", 1) for p in "qkv"),
+        ("self_attn.o_proj", 0),
+    ]
+    per_layer += [
+        ("post_attention_layernorm", 0),
+        ("mlp.gate_proj", 1),
+        ("mlp.up_proj", 1),
+        ("mlp.down_proj", 0),
+    ]
     expected = [("model.embed_tokens.weight", 1)]
-    expected += [(f"model.layers.{i}.{n}.weight", axis) for i in range(3) for n, axis in per_layer] + [("model.norm.weight", 0)]
+    expected += [
+        (f"model.layers.{i}.{n}.weight", axis) for i in range(3) for n, axis in per_layer
+    ] + [("model.norm.weight", 0)]
     hidden = groups["hidden"]
     assert (hidden.units, hidden.layer) == (48, None)
     assert sorted((m.param, m.axis) for m in hidden.members) == sorted(expected)
@@ -53,7 +73,13 @@ def test_llama_groups_are_those_written_by_hand(llama: nn.Module) -> None:
 def seven_b() -> nn.Module:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, vocab_size=32000)
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_hidden_layers=32,
+        vocab_size=32000,
+    )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float16)
 
@@ -63,16 +89,32 @@ def count(model: nn.Module) -> int:
 
 
 def test_llama_7b_without_weights_falls_to_the_papers_counts() -> None:
-    """llm_pruner.md section 2: Block 20 % (units 0.25 in blocks 4..29), Block 50 % (0.60 in 3..30), Channel 20 % and 50 %."""
-    for share, first, last, expected in ((0.25, 4, 30, 5_422_977_024), (0.60, 3, 31, 3_350_188_032)):
+    """llm_pruner.md section 2: Block 20 % (units 0.25 in blocks 4..29), Block 50 % (0.60 in 3..30),
+    Channel 20 % and 50 %.
+    """
+    for share, first, last, expected in (
+        (0.25, 4, 30, 5_422_977_024),
+        (0.60, 3, 31, 3_350_188_032),
+    ):
         model = seven_b()
-        heads, neurons = torch.arange(32) >= 32 - -int(-32 * (1 - share) // 1), torch.arange(11008) >= 11008 - int(11008 * (1 - share))
-        kept = {f"{kind}.{i}": mask for i in range(first, last) for kind, mask in (("heads", heads), ("neurons", neurons))}
+        heads, neurons = (
+            torch.arange(32) >= 32 - -int(-32 * (1 - share) // 1),
+            torch.arange(11008) >= 11008 - int(11008 * (1 - share)),
+        )
+        kept = {
+            f"{kind}.{i}": mask
+            for i in range(first, last)
+            for kind, mask in (("heads", heads), ("neurons", neurons))
+        }
         remove(model, kept)
         assert count(model) == expected
         assert all(p.is_meta for p in model.parameters())
-        assert model.config.num_attention_heads == 32  # widths differ by layer: the shared config cannot say them
-        assert edits(model)["attributes"]["model.layers.5.mlp"]["intermediate_size"] == int(neurons.sum())
+        assert (
+            model.config.num_attention_heads == 32
+        )  # widths differ by layer: the shared config cannot say them
+        assert edits(model)["attributes"]["model.layers.5.mlp"]["intermediate_size"] == int(
+            neurons.sum()
+        )
     for kept_channels, expected in ((3276, 5_389_416_396), (2048, 3_369_207_808)):
         model = remove(seven_b(), {"hidden": torch.arange(4096) < kept_channels}, norm="rescale")
         assert count(model) == expected
@@ -82,11 +124,24 @@ def test_llama_7b_without_weights_falls_to_the_papers_counts() -> None:
 def test_uniform_removal_is_followed_by_the_config(llama: nn.Module) -> None:
     model = copy.deepcopy(llama)
     heads, neurons = torch.tensor([True, False, True]), torch.arange(88) < 80
-    remove(model, {f"{k}.{i}": m for i in range(3) for k, m in (("heads", heads), ("neurons", neurons))})
+    remove(
+        model,
+        {f"{k}.{i}": m for i in range(3) for k, m in (("heads", heads), ("neurons", neurons))},
+    )
     c = model.config
-    assert (c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size, c.hidden_size) == (4, 2, 8, 80, 48)
+    assert (
+        c.num_attention_heads,
+        c.num_key_value_heads,
+        c.head_dim,
+        c.intermediate_size,
+        c.hidden_size,
+    ) == (4, 2, 8, 80, 48)
     remove(model, {"blocks": torch.tensor([True, False, True])})
-    assert (c.num_hidden_layers, len(model.model.layers), model.model.layers[1].self_attn.layer_idx) == (2, 2, 1)
+    assert (
+        c.num_hidden_layers,
+        len(model.model.layers),
+        model.model.layers[1].self_attn.layer_idx,
+    ) == (2, 2, 1)
 
 
 def test_split_names_slice_each_member_by_its_own_mask(llama: nn.Module) -> None:
@@ -97,7 +152,9 @@ def test_split_names_slice_each_member_by_its_own_mask(llama: nn.Module) -> None
         mask[n * 7 : n * 7 + 5] = False
     model = remove(copy.deepcopy(llama), kept)
     for m in group.members:
-        expected = llama.get_parameter(m.param).index_select(m.axis, kept[f"neurons.1/{m.param}:{m.axis}"].nonzero()[:, 0])
+        expected = llama.get_parameter(m.param).index_select(
+            m.axis, kept[f"neurons.1/{m.param}:{m.axis}"].nonzero()[:, 0]
+        )
         assert torch.equal(model.get_parameter(m.param), expected)
 
 
@@ -108,11 +165,19 @@ def test_split_names_slice_each_member_by_its_own_mask(llama: nn.Module) -> None
         ({"neurons.0": torch.ones(5, dtype=torch.bool)}, r"\(88,\)"),
         ({"neurons.0": torch.ones(88)}, "bool"),
         ({"heads.0": torch.zeros(3, dtype=torch.bool)}, "at least 1"),
-        ({"neurons.0/model.layers.0.mlp.gate_proj.weight:0": torch.ones(88, dtype=torch.bool)}, "missing"),
-        ({"neurons.0/model.layers.0.mlp.gate_proj.weight:1": torch.ones(88, dtype=torch.bool)}, "no member"),
+        (
+            {"neurons.0/model.layers.0.mlp.gate_proj.weight:0": torch.ones(88, dtype=torch.bool)},
+            "missing",
+        ),
+        (
+            {"neurons.0/model.layers.0.mlp.gate_proj.weight:1": torch.ones(88, dtype=torch.bool)},
+            "no member",
+        ),
     ],
 )
-def test_wrong_masks_are_refused_with_what_is_possible(llama: nn.Module, kept: dict[str, torch.Tensor], message: str) -> None:
+def test_wrong_masks_are_refused_with_what_is_possible(
+    llama: nn.Module, kept: dict[str, torch.Tensor], message: str
+) -> None:
     before = {n: p.shape for n, p in llama.named_parameters()}
     with pytest.raises(ConfigError, match=message):
         remove(llama, kept)

@@ -1,4 +1,6 @@
-"""The property that defines a group: zeroing units and removing them give the same logits, on eight architectures."""
+"""The property that defines a group: zeroing units and removing them give the same logits, on eight
+architectures.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,10 @@ def test_zeroing_equals_removing(architecture: nn.Module, kind: str, seed: int) 
     groups = discover(architecture)
     kept = random_kept(groups, kind, seed)
     assert len(kept) == (1 if kind == "blocks" else 3)
-    zeroed, removed = zero(copy.deepcopy(architecture), kept), remove(copy.deepcopy(architecture), kept)
+    zeroed, removed = (
+        zero(copy.deepcopy(architecture), kept),
+        remove(copy.deepcopy(architecture), kept),
+    )
     assert off(logits(zeroed), logits(architecture)) > 1e-2
     assert off(logits(removed), logits(zeroed)) < 1e-5
     assert total(removed) == total(architecture) - parameters_lost(architecture, groups, kept)
@@ -72,7 +77,9 @@ def has_layer_norm(model: nn.Module) -> bool:
 
 
 def test_residual_channels(architecture: nn.Module) -> None:
-    """RMSNorm: rescaled removal equals plain zeroing. LayerNorm: removal equals zeroing with statistics over the kept channels."""
+    """RMSNorm: rescaled removal equals plain zeroing. LayerNorm: removal equals zeroing with
+    statistics over the kept channels.
+    """
     found = discovery(architecture)
     kept = random_kept(found.groups, "hidden", 0)
     hidden = next(c for c in found.candidates if c.group.kind == "hidden")
@@ -83,15 +90,24 @@ def test_residual_channels(architecture: nn.Module) -> None:
     assert off(reference, logits(architecture)) > 1e-2
     assert total(removed) == total(architecture) - parameters_lost(architecture, found.groups, kept)
     if not has_layer_norm(architecture):
-        zeroed, rescaled = zero(copy.deepcopy(architecture), kept), remove(copy.deepcopy(architecture), kept, norm="rescale")
+        zeroed, rescaled = (
+            zero(copy.deepcopy(architecture), kept),
+            remove(copy.deepcopy(architecture), kept, norm="rescale"),
+        )
         assert off(logits(rescaled), logits(zeroed)) < 1e-5
         assert off(logits(removed), logits(zeroed)) > 1e-3
 
 
 def test_everything_at_once_then_generate_and_rebuild(architecture: nn.Module) -> None:
-    """All kinds in one call, uneven widths: ties hold, the cache agrees, and edits and shapes are enough to build the model again."""
+    """All kinds in one call, uneven widths: ties hold, the cache agrees, and edits and shapes are
+    enough to build the model again.
+    """
     groups = discover(architecture)
-    kept = {n: k for kind in ("neurons", "heads", "hidden", "blocks") for n, k in random_kept(groups, kind, 3).items()}
+    kept = {
+        n: k
+        for kind in ("neurons", "heads", "hidden", "blocks")
+        for n, k in random_kept(groups, kind, 3).items()
+    }
     removed = remove(copy.deepcopy(architecture), kept)
     tied = architecture.get_input_embeddings().weight is architecture.get_output_embeddings().weight
     assert (removed.get_input_embeddings().weight is removed.get_output_embeddings().weight) == tied
@@ -99,7 +115,9 @@ def test_everything_at_once_then_generate_and_rebuild(architecture: nn.Module) -
     cached, uncached = (removed.generate(TOKENS, use_cache=c, **options) for c in (True, False))
     assert torch.equal(cached, uncached)
     state = {**dict(removed.named_parameters()), **dict(removed.named_buffers())}
-    again = rebuild(copy.deepcopy(architecture), {n: list(t.shape) for n, t in state.items()}, edits(removed))
+    again = rebuild(
+        copy.deepcopy(architecture), {n: list(t.shape) for n, t in state.items()}, edits(removed)
+    )
     with torch.no_grad():
         for name, t in state.items():
             tensor_of(again, name).copy_(t)

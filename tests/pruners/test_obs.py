@@ -10,12 +10,20 @@ import torch
 from prunekit.errors import ConfigError
 from prunekit.registry import pruners, ratios
 
-PLAIN = {"allocation": "ratio", "target": "own", "bias": False, "weigh": "equal", "precision": "model"}
+PLAIN = {
+    "allocation": "ratio",
+    "target": "own",
+    "bias": False,
+    "weigh": "equal",
+    "precision": "model",
+}
 
 
 def prune(model, tokens, share=0.3, of="prunable", exclude=lambda groups: groups, **options):
     ratio = ratios.build({"name": "uniform", "target": share, "of": of})
-    return pruners.build({"name": "obs", "verify": False, "scout": 128, **options})(model, tokens, None, ratio, exclude)
+    return pruners.build({"name": "obs", "verify": False, "scout": 128, **options})(
+        model, tokens, None, ratio, exclude
+    )
 
 
 def drift(model, tokens, dense) -> float:
@@ -45,7 +53,9 @@ def test_ratio_zero_changes_nothing(llama, tokens, options):
 
 def test_counts_are_exact(llama, text):
     out = prune(llama, text, share=0.5, of="units", **PLAIN)
-    assert out.notes["counts"] == {f"{kind}.{i}": n for i in range(3) for kind, n in (("heads", 1), ("neurons", 48))}
+    assert out.notes["counts"] == {
+        f"{kind}.{i}": n for i in range(3) for kind, n in (("heads", 1), ("neurons", 48))
+    }
     for i, layer in enumerate(llama.model.layers):
         assert layer.mlp.down_proj.weight.shape == (64, 48)
         assert layer.mlp.down_proj.bias is None
@@ -83,11 +93,14 @@ def test_closed_form_beats_plain_removal(llama, text):
     plain = copy.deepcopy(llama)
     from prunekit.registry import criteria
 
-    pruners.build({"name": "layerwise", "verify": False})(plain, text, criteria.build({"name": "wanda_sp"}), ratio, lambda g: g)
+    pruners.build({"name": "layerwise", "verify": False})(
+        plain, text, criteria.build({"name": "wanda_sp"}), ratio, lambda g: g
+    )
     paper, best = copy.deepcopy(llama), copy.deepcopy(llama)
     prune(paper, text, share=0.4, **PLAIN)
     prune(best, text, share=0.4, precision="model", allocation="ratio", weigh="relative")
-    # Which of the two closed forms is ahead is a matter of the model; random weights decide nothing there.
+    # Which of the two closed forms is ahead is a matter of the model; random weights decide nothing
+    # there.
     assert max(drift(best, text, dense), drift(paper, text, dense)) < drift(plain, text, dense)
 
 
@@ -156,4 +169,6 @@ def test_the_real_model(smollm2, shared):
     whole = sum(p.numel() for p in model.parameters())
     out = prune(model, peer.calibration(tokenizer, 16, 256), share=0.16, of="model", scout=4096)
     assert sum(p.numel() for p in out.model.parameters()) == pytest.approx(0.84 * whole, rel=2e-3)
-    assert peer.perplexity(out.model.bfloat16(), peer.windows(tokenizer), 1024) < 40  # LLM-Pruner 31.7 with 16 times the text
+    assert (
+        peer.perplexity(out.model.bfloat16(), peer.windows(tokenizer), 1024) < 40
+    )  # LLM-Pruner 31.7 with 16 times the text

@@ -21,17 +21,31 @@ C, L = 24, 4
 def build(**over):
     model = tiny_llama(num_hidden_layers=L, **over)
     with torch.no_grad():
-        for block in model.model.layers:  # sub-layers that add something comparable to what is there
+        for (
+            block
+        ) in model.model.layers:  # sub-layers that add something comparable to what is there
             block.self_attn.o_proj.weight.mul_(2)
     return model.double()
 
 
 def cut(model, tokens, gone, **options):
-    return slicegpt(model, tokens, None, lambda *_: {"hidden": gone}, none, budget="units", multiple=2, verify=False, **options)
+    return slicegpt(
+        model,
+        tokens,
+        None,
+        lambda *_: {"hidden": gone},
+        none,
+        budget="units",
+        multiple=2,
+        verify=False,
+        **options,
+    )
 
 
 def projected(model, tokens, width, blocks, weighting="signal"):
-    """Logits of the dense model whose stream is projected before every sub-layer of `blocks` blocks and after them."""
+    """Logits of the dense model whose stream is projected before every sub-layer of `blocks` blocks
+    and after them.
+    """
 
     def project(x):
         z = x.flatten(0, 1)
@@ -46,7 +60,12 @@ def projected(model, tokens, width, blocks, weighting="signal"):
     for i, block in enumerate(net.layers):
         if i <= blocks:
             x = project(x)
-        x = x + block.self_attn(block.input_layernorm(x), position_embeddings=positions, attention_mask=mask)[0]
+        x = (
+            x
+            + block.self_attn(
+                block.input_layernorm(x), position_embeddings=positions, attention_mask=mask
+            )[0]
+        )
         if i < blocks:
             x = project(x)
         x = x + block.mlp(block.post_attention_layernorm(x))
@@ -67,7 +86,9 @@ def test_full_width_is_the_dense_model(tokens, tie, last, bias):
     model = build(tie_word_embeddings=tie, attention_bias=bias, mlp_bias=bias)
     want = logits(model, tokens)
     got = logits(cut(model, tokens, 0, last=last).model, tokens)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)  # transformers' norms compute in float32 whatever the model's dtype
+    torch.testing.assert_close(
+        got, want, rtol=0, atol=1e-5
+    )  # transformers' norms compute in float32 whatever the model's dtype
 
 
 @pytest.mark.parametrize("weighting", ["signal", "direction"])
@@ -78,32 +99,42 @@ def test_sliced_is_the_projected_network(tokens, tie, last, blocks, weighting):
     dense = copy.deepcopy(model)
     pruned = cut(model, tokens, 7, last=last, weighting=weighting)
     with torch.no_grad():
-        want = projected(dense, tokens, C - 8, blocks, weighting)  # 17 channels to keep, a multiple of two: 16
+        want = projected(
+            dense, tokens, C - 8, blocks, weighting
+        )  # 17 channels to keep, a multiple of two: 16
     assert pruned.notes["slicegpt"]["width"] == 16
     torch.testing.assert_close(logits(pruned.model, tokens), want, rtol=1e-5, atol=1e-5)
     assert (logits(dense, tokens) - want).abs().max() > 1e-2
 
 
 def test_the_first_basis_loses_the_smallest_eigenvalues(tokens):
-    """Card 3: the error of the sliced signal at the first norm is the sum of the dropped eigenvalues."""
+    """Card 3: the error of the sliced signal at the first norm is the sum of the dropped
+    eigenvalues.
+    """
     model = build(tie_word_embeddings=True)
     x = model.model.embed_tokens(tokens).detach().flatten(0, 1)
     cut(model, tokens, 8)
     Q = model.model.layers[0].rotation.weight.detach()
     error = (x - x @ Q @ Q.T).square().sum()
-    torch.testing.assert_close(error, torch.linalg.eigvalsh(x.T @ x)[:8].sum(), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        error, torch.linalg.eigvalsh(x.T @ x)[:8].sum(), rtol=1e-5, atol=1e-8
+    )
 
 
 def test_shortcuts_are_the_product_of_bases():
     rng = torch.Generator().manual_seed(0)
-    subspaces = [torch.linalg.qr(torch.randn(12, 9, generator=rng, dtype=torch.float64))[0] for _ in range(4)]
+    subspaces = [
+        torch.linalg.qr(torch.randn(12, 9, generator=rng, dtype=torch.float64))[0] for _ in range(4)
+    ]
     bases = list(turned(subspaces))
     for Q, old in zip(bases, subspaces):
         torch.testing.assert_close(Q @ Q.T, old @ old.T)
     for a, b in pairwise(bases):
         B = shortcut(a, b)
         assert B.shape[1] <= 3
-        torch.testing.assert_close(torch.eye(9, dtype=B.dtype) - B @ B.T, a.T @ b, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.eye(9, dtype=B.dtype) - B @ B.T, a.T @ b, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -114,7 +145,15 @@ def test_the_budget_is_met_with_the_added_matrices(tokens, tie):
 
     model = build(tie_word_embeddings=tie, intermediate_size=200)
     before = sum(p.numel() for p in model.parameters())
-    pruned = slicegpt(model, tokens, None, partial(uniform, target=0.2, of="model"), none, multiple=1, verify=False)
+    pruned = slicegpt(
+        model,
+        tokens,
+        None,
+        partial(uniform, target=0.2, of="model"),
+        none,
+        multiple=1,
+        verify=False,
+    )
     after = sum(p.numel() for p in pruned.model.parameters())
     assert abs((before - after) / before - 0.2) < 0.03  # one channel is 1/24
     assert pruned.notes["slicegpt"]["parameters_removed"] == before - after
@@ -124,7 +163,9 @@ def test_tied_embeddings_stay_tied_and_the_checkpoint_gives_the_same_logits(toke
     model = build(tie_word_embeddings=True).float()
     pruned = cut(model, tokens, 8)
     assert pruned.model.lm_head.weight is pruned.model.model.embed_tokens.weight
-    folder = checkpoint.save(pruned.model, None, tmp_path / "sliced", kept=pruned.kept, groups=pruned.groups)
+    folder = checkpoint.save(
+        pruned.model, None, tmp_path / "sliced", kept=pruned.kept, groups=pruned.groups
+    )
     again, _ = checkpoint.load(folder)
     assert torch.equal(logits(again, tokens), logits(pruned.model, tokens))
     one = again.generate(tokens[:1], max_new_tokens=5, do_sample=False, use_cache=True)
@@ -136,7 +177,9 @@ def test_the_checkpoint_loads_without_prunekit(tokens, tmp_path):
     from transformers import AutoModelForCausalLM
 
     pruned = cut(build(tie_word_embeddings=False).float(), tokens, 8, last="sliced")
-    folder = checkpoint.save(pruned.model, None, tmp_path / "sliced", kept=pruned.kept, groups=pruned.groups)
+    folder = checkpoint.save(
+        pruned.model, None, tmp_path / "sliced", kept=pruned.kept, groups=pruned.groups
+    )
     again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert torch.equal(logits(again, tokens), logits(pruned.model, tokens))
 
@@ -155,7 +198,14 @@ def test_a_copy_rotates_by_itself(tokens):
 def test_layer_norms_are_refused(tokens):
     from transformers import OPTConfig, OPTForCausalLM
 
-    sizes = dict(vocab_size=101, hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=3, word_embed_proj_dim=24)
+    sizes = dict(
+        vocab_size=101,
+        hidden_size=24,
+        ffn_dim=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        word_embed_proj_dim=24,
+    )
     model = OPTForCausalLM(OPTConfig(**sizes))
     with pytest.raises(ConfigError):
         cut(model.eval(), tokens, 8)
@@ -163,17 +213,26 @@ def test_layer_norms_are_refused(tokens):
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma", "phi3", "granite", "smollm3"])
 def test_architectures_of_the_llama_form(name, tiny_archs, tokens):
-    """Biases, query norms, gains of 1 + w, fused matrices, scaled sums: nothing of it is told to the pruner."""
+    """Biases, query norms, gains of 1 + w, fused matrices, scaled sums: nothing of it is told to
+    the pruner.
+    """
     model = tiny_archs.tiny_model(name).eval()
     want = logits(model, tokens)
     width = model.config.hidden_size
-    torch.testing.assert_close(logits(cut(copy.deepcopy(model), tokens, 0).model, tokens), want, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        logits(cut(copy.deepcopy(model), tokens, 0).model, tokens), want, rtol=0, atol=1e-3
+    )
     less = cut(copy.deepcopy(model), tokens, width // 4).model
-    assert sum(p.numel() for p in less.model.layers[0].parameters()) < sum(p.numel() for p in model.model.layers[0].parameters())
+    assert sum(p.numel() for p in less.model.layers[0].parameters()) < sum(
+        p.numel() for p in model.model.layers[0].parameters()
+    )
     assert (logits(less, tokens) - want).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("name", "words"), [("gemma2", "no chain"), ("gpt_neox", "RMSNorm"), ("cohere", "no chain"), ("mpt", "RMSNorm")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("gemma2", "no chain"), ("gpt_neox", "RMSNorm"), ("cohere", "no chain"), ("mpt", "RMSNorm")],
+)
 def test_other_forms_are_refused(name, words, tiny_archs, tokens):
     with pytest.raises(ConfigError, match=words):
         cut(tiny_archs.tiny_model(name).eval(), tokens, 8)

@@ -1,4 +1,6 @@
-"""SparseGPT's sweep against what its derivation says: closed forms, the loss identity, and independence of the block size."""
+"""SparseGPT's sweep against what its derivation says: closed forms, the loss identity, and
+independence of the block size.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +165,9 @@ def test_nearer_to_the_dense_model_than_wanda(tiny_archs):
     with torch.no_grad():
         dense = model(text).logits
     ratio = ratios.build({"name": "uniform", "target": 0.5, "of": "units"})
-    pruners.build({"name": "weights"})(twin, text, criteria.build({"name": "wanda"}), ratio, lambda groups: groups)
+    pruners.build({"name": "weights"})(
+        twin, text, criteria.build({"name": "wanda"}), ratio, lambda groups: groups
+    )
     prune(model, text)
     with torch.no_grad():
         assert (model(text).logits - dense).norm() < (twin(text).logits - dense).norm()
@@ -171,7 +175,9 @@ def test_nearer_to_the_dense_model_than_wanda(tiny_archs):
 
 def test_a_pattern_must_divide_the_block(tiny_archs, tokens):
     with pytest.raises(ConfigError, match="multiple of pruner.block_m=8"):
-        prune(tiny_archs.tiny_model("llama", layers=2).eval(), tokens, block=12, keep_n=4, block_m=8)
+        prune(
+            tiny_archs.tiny_model("llama", layers=2).eval(), tokens, block=12, keep_n=4, block_m=8
+        )
 
 
 def test_ratio_zero_changes_nothing(tiny_archs, tokens):

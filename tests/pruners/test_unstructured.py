@@ -1,4 +1,6 @@
-"""Single weights: which elements go, brute force against the rules of the papers, and the same through the product's own runs."""
+"""Single weights: which elements go, brute force against the rules of the papers, and the same
+through the product's own runs.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,19 @@ def llama(tiny_archs):
     return tiny_archs.tiny_model("llama", layers=3).eval()
 
 
-def prune(model, tokens, target=0.5, criterion="wanda", ratio=None, exclude=lambda groups: groups, **options):
+def prune(
+    model,
+    tokens,
+    target=0.5,
+    criterion="wanda",
+    ratio=None,
+    exclude=lambda groups: groups,
+    **options,
+):
     ratio = ratios.build(ratio or {"name": "uniform", "target": target, "of": "units"})
-    return pruners.build({"name": "weights", **options})(model, tokens, criteria.build({"name": criterion}), ratio, exclude)
+    return pruners.build({"name": "weights", **options})(
+        model, tokens, criteria.build({"name": criterion}), ratio, exclude
+    )
 
 
 def drawn(*shape, seed=0):
@@ -39,7 +51,16 @@ def drawn(*shape, seed=0):
 def inputs_of(model, tokens):
     """Group name -> all inputs of its module, as one matrix (tokens, inputs)."""
     seen = {}
-    with watch(model, {module_name(g): lambda x, n=g.name: seen.setdefault(n, []).append(x) for g in matrices(model)}), torch.no_grad():
+    with (
+        watch(
+            model,
+            {
+                module_name(g): lambda x, n=g.name: seen.setdefault(n, []).append(x)
+                for g in matrices(model)
+            },
+        ),
+        torch.no_grad(),
+    ):
         model(tokens)
     return {n: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]) for n, xs in seen.items()}
 
@@ -52,7 +73,11 @@ def inputs_of(model, tokens):
 def test_lowest_is_a_stable_sort(rows, columns, data):
     n = data.draw(st.integers(0, columns))
     scores = (
-        torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=rows * columns, max_size=rows * columns))).view(rows, columns).float()
+        torch.tensor(
+            data.draw(st.lists(st.integers(0, 3), min_size=rows * columns, max_size=rows * columns))
+        )
+        .view(rows, columns)
+        .float()
     )
     expected = torch.ones(rows, columns, dtype=torch.bool)
     for i, row in enumerate(scores.tolist()):
@@ -60,7 +85,9 @@ def test_lowest_is_a_stable_sort(rows, columns, data):
     assert torch.equal(patterns.lowest(scores, n), expected)
 
 
-@pytest.mark.parametrize(("part", "units"), [(0.29, 100), (0.1, 30), (0.5, 7), (0.7, 884_736), (0.0, 5)])
+@pytest.mark.parametrize(
+    ("part", "units"), [(0.29, 100), (0.1, 30), (0.5, 7), (0.7, 884_736), (0.0, 5)]
+)
 def test_shares_are_floored(part, units):
     assert patterns.share(units, part) == math.floor(round(part * units, 6))
 
@@ -71,10 +98,16 @@ def test_counts_are_exact_and_what_goes_is_lowest_and_nested(scope):
     masks = []
     for part in (0.3, 0.6):
         count = patterns.share(480, part)
-        mask = patterns.everywhere({"a": scores}, count)["a"] if scope == "model" else patterns.SCOPES[scope](scores, count)
+        mask = (
+            patterns.everywhere({"a": scores}, count)["a"]
+            if scope == "model"
+            else patterns.SCOPES[scope](scores, count)
+        )
         assert int((~mask).sum()) == count
         masks.append(mask)
-        for s, m in [(scores, mask)] if scope in ("matrix", "model") else zip(scores, mask, strict=True):
+        for s, m in (
+            [(scores, mask)] if scope in ("matrix", "model") else zip(scores, mask, strict=True)
+        ):
             if not m.all():
                 assert s[m].min() >= s[~m].max()
     assert not (masks[1] & ~masks[0]).any()
@@ -85,7 +118,9 @@ def test_all_matrices_compete_in_the_model_scope():
     kept = patterns.everywhere(scores, 34)
     assert sum(int((~m).sum()) for m in kept.values()) == 34
     flat = torch.cat([s.flatten() for s in scores.values()])
-    assert torch.equal(torch.cat([m.flatten() for m in kept.values()]), flat > flat.sort().values[33])
+    assert torch.equal(
+        torch.cat([m.flatten() for m in kept.values()]), flat > flat.sort().values[33]
+    )
 
 
 @pytest.mark.parametrize(("keep", "length"), [(2, 4), (4, 8), (1, 4)])
@@ -112,7 +147,9 @@ def test_alpha_is_the_papers_bisection():
     assert len(set(mask.sum(1).tolist())) > 1
 
 
-@pytest.mark.parametrize(("options", "says"), [((2, None), "needs pruner.block_m"), ((4, 4), "smaller than")])
+@pytest.mark.parametrize(
+    ("options", "says"), [((2, None), "needs pruner.block_m"), ((4, 4), "smaller than")]
+)
 def test_half_a_pattern_is_refused(options, says):
     with pytest.raises(ConfigError, match=says):
         patterns.pattern(*options)
@@ -141,7 +178,9 @@ def test_blocks_are_scored_behind_the_pruned_ones(llama, tokens):
         for g in (g for g in out.groups if g.layer == layer):
             W = matrix(by_hand, g).detach()
             score = W.abs() * seen[g.name].norm(dim=0)
-            assert (patterns.per_row(score, W.numel() // 2) == out.kept[g.name]).float().mean() > 0.999
+            assert (
+                patterns.per_row(score, W.numel() // 2) == out.kept[g.name]
+            ).float().mean() > 0.999
             W.mul_(out.kept[g.name])
 
 
@@ -150,7 +189,8 @@ def test_wanda_scores_do_not_change_with_scale(llama, tokens):
     first = criteria.build({"name": "wanda"})(llama, groups, WholeRun(llama, tokens))
     g = groups[0]
     masks = [
-        patterns.per_row(first[g.name] * scale, g.units // 2) for scale in (1.0, 8.0, 2.0 ** torch.arange(g.shape[0])[:, None] % 7 + 1)
+        patterns.per_row(first[g.name] * scale, g.units // 2)
+        for scale in (1.0, 8.0, 2.0 ** torch.arange(g.shape[0])[:, None] % 7 + 1)
     ]
     assert all(torch.equal(m, masks[0]) for m in masks)
 
@@ -162,7 +202,9 @@ def test_wanda_beats_magnitude_where_an_input_is_large():
     for name, score in {"wanda": W.abs() * X.norm(dim=0), "magnitude": W.abs()}.items():
         loss[name] = ((W * ~patterns.per_row(score, 256)) @ X.T).norm()
     assert loss["wanda"] < loss["magnitude"]
-    assert torch.equal(patterns.per_row(W.abs() * torch.full((32,), 3.0), 256), patterns.per_row(W.abs(), 256))
+    assert torch.equal(
+        patterns.per_row(W.abs() * torch.full((32,), 3.0), 256), patterns.per_row(W.abs(), 256)
+    )
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2", "gpt_neox", "phi3", "opt"])
@@ -182,7 +224,9 @@ def test_patterns_lie_along_the_inputs(tiny_archs, tokens, options):
     model = tiny_archs.tiny_model("gpt2", layers=2).eval()
     for g in prune(model, tokens, criterion="weight_magnitude", **options).groups:
         W = matrix(model, g)
-        assert ((W != 0).reshape(W.shape[0], -1, options["block_m"]).sum(-1) == options["keep_n"]).all()
+        assert (
+            (W != 0).reshape(W.shape[0], -1, options["block_m"]).sum(-1) == options["keep_n"]
+        ).all()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +245,12 @@ def test_what_cannot_be_is_said_before_the_work(llama, tokens, options, says):
 
 def test_targets_and_exclusion_spare_the_rest(llama, tokens):
     before = copy.deepcopy(llama.state_dict())
-    out = prune(llama, tokens, targets=["mlp.*", "q_proj"], exclude=lambda groups: [g for g in groups if g.layer == 1])
+    out = prune(
+        llama,
+        tokens,
+        targets=["mlp.*", "q_proj"],
+        exclude=lambda groups: [g for g in groups if g.layer == 1],
+    )
     changed = {n for n, v in llama.state_dict().items() if not torch.equal(v, before[n])}
     assert changed == {g.members[0].param for g in out.groups}
     assert len(changed) == 4
@@ -216,7 +265,9 @@ def test_owls_shares():
     s = shares(found, [10] * 4, 0.7, 0.08)
     assert sum(s) / 4 == pytest.approx(0.7, abs=1e-9)
     assert max(s) - min(s) == pytest.approx(0.16, abs=1e-9)
-    assert sorted(range(4), key=s.__getitem__) == sorted(range(4), key=found.__getitem__, reverse=True)
+    assert sorted(range(4), key=s.__getitem__) == sorted(
+        range(4), key=found.__getitem__, reverse=True
+    )
     assert shares([2.0, 2.0], [1, 1], 0.3, 0.1) == [0.3, 0.3]
     cut = shares(found, [10, 20, 30, 40], 0.05, 0.2)
     assert min(cut) == 0
@@ -232,8 +283,14 @@ def test_owl_without_spread_is_uniform(llama, tokens):
 
 def test_owl_keeps_the_total(llama, tokens):
     groups = matrices(llama)
-    counts = ratios.build({"name": "owl", "target": 0.7, "outlier": 2})(llama, groups, WholeRun(llama, tokens))
-    by_layer = [sum(counts[g.name] for g in groups if g.layer == i) / sum(g.units for g in groups if g.layer == i) for i in range(3)]
+    counts = ratios.build({"name": "owl", "target": 0.7, "outlier": 2})(
+        llama, groups, WholeRun(llama, tokens)
+    )
+    by_layer = [
+        sum(counts[g.name] for g in groups if g.layer == i)
+        / sum(g.units for g in groups if g.layer == i)
+        for i in range(3)
+    ]
     assert sum(by_layer) / 3 == pytest.approx(0.7, abs=1e-3)
     assert max(by_layer) - min(by_layer) == pytest.approx(0.16, abs=2e-3)
 
@@ -244,7 +301,12 @@ ROWS = [
     ["criterion=wanda", "pruner=weights"],
     ["criterion=wanda", "pruner=weights", "pruner.scope=alpha"],
     ["criterion=weight_magnitude", "pruner=weights", "pruner.schedule=whole", "pruner.scope=model"],
-    ["criterion=weight_magnitude", "pruner=weights", "pruner.schedule=whole", "pruner.scope=matrix"],
+    [
+        "criterion=weight_magnitude",
+        "pruner=weights",
+        "pruner.schedule=whole",
+        "pruner.scope=matrix",
+    ],
     ["criterion=wanda", "pruner=weights", "pruner.keep_n=4", "pruner.block_m=8"],
     ["criterion=none", "pruner=sparsegpt"],
     ["criterion=none", "pruner=sparsegpt", "pruner.keep_n=2", "pruner.block_m=4"],
@@ -271,7 +333,9 @@ def test_ratio_zero_changes_nothing(words, tmp_path):
 
 @pytest.mark.parametrize("words", [ROWS[0], ROWS[2], ROWS[5]], ids=" ".join)
 def test_owl_composes_with_all(words, tmp_path):
-    record = run(config(*words, "ratio=owl", "ratio.target=0.6", "ratio.outlier=2", "save=false"), tmp_path)
+    record = run(
+        config(*words, "ratio=owl", "ratio.target=0.6", "ratio.outlier=2", "save=false"), tmp_path
+    )
     kept, units = map(sum, zip(*record["kept"].values(), strict=True))
     assert kept / units == pytest.approx(0.4, abs=0.01)
 
@@ -288,7 +352,12 @@ def test_zeros_survive_recovery(words, tmp_path):
         "recovery.holdout=0",
         "recovery.max_steps=2",
     ]
-    short += ["recovery.lr=0.01", "recovery.warmup_steps=0", "recovery.batch=4", "recovery.micro_batch=4"]
+    short += [
+        "recovery.lr=0.01",
+        "recovery.warmup_steps=0",
+        "recovery.batch=4",
+        "recovery.micro_batch=4",
+    ]
     record = run(config(*words, *HALF, *short), tmp_path / "run")
     found = record["results"]
     assert found["recovered/ppl_pydocs_32"] != found["pruned/ppl_pydocs_32"]
@@ -302,4 +371,6 @@ def test_a_plan_needs_no_weights():
 
     found = forecast(config("criterion=wanda", "pruner=weights", *HALF))
     assert found.pruned == found.dense
-    assert {2 * kept for kept, _ in found.widths.values()} == {units for _, units in found.widths.values()}
+    assert {2 * kept for kept, _ in found.widths.values()} == {
+        units for _, units in found.widths.values()
+    }

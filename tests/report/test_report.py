@@ -1,4 +1,6 @@
-"""The report: seeds become means, the paper's numbers stand beside ours, failures are named, and the page works in a real browser."""
+"""The report: seeds become means, the paper's numbers stand beside ours, failures are named, and
+the page works in a real browser.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,26 @@ LLAMA = {"name": "hf", "path": "huggyllama/llama-7b"}
 
 @pytest.fixture
 def table1(tmp_path: Path) -> Path:
-    """Three rows of the paper's Table 1, two seeds each, one of them recovered, and a failed and a killed job."""
+    """Three rows of the paper's Table 1, two seeds each, one of them recovered, and a failed and a
+    killed job.
+    """
     for seed in (0, 1):
         for row, ppl in (("L2", 600.0), ("Random", 30.0)):
-            cfg = config(table="llm_pruner/table1", row=row, seed=seed, calib__seed=seed, model=LLAMA)
+            cfg = config(
+                table="llm_pruner/table1", row=row, seed=seed, calib__seed=seed, model=LLAMA
+            )
             result(tmp_path / f"{row}-{seed}", stages(12.6, ppl + seed), cfg)
         cfg = config(table="llm_pruner/table1", row="Element1", seed=seed, model=LLAMA)
-        curve = {"recovery_curve": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "eval_loss": 2.5}]}
-        result(tmp_path / f"Element1-{seed}", stages(12.6, 19.0 + seed, 17.0 + seed), cfg, notes=curve)
+        curve = {
+            "recovery_curve": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "eval_loss": 2.5}]
+        }
+        result(
+            tmp_path / f"Element1-{seed}", stages(12.6, 19.0 + seed, 17.0 + seed), cfg, notes=curve
+        )
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "failed.txt").write_text("Traceback (most recent call last):\n  File x\nMemoryError: out of it\n")
+    (tmp_path / "broken" / "failed.txt").write_text(
+        "Traceback (most recent call last):\n  File x\nMemoryError: out of it\n"
+    )
     (tmp_path / "killed" / ".hydra").mkdir(parents=True)
     (tmp_path / "killed" / "run.log").write_text("")
     return tmp_path
@@ -82,16 +94,29 @@ def test_best_of_a_block_is_marked_once(table1):
 
 
 def test_jobs_without_an_experiment_are_named_by_what_differs(tmp_path):
-    for i, (criterion, target, samples) in enumerate([("taylor", 0.1, 10), ("taylor", 0.3, 10), ("l2", 0.1, 10)]):
+    for i, (criterion, target, samples) in enumerate(
+        [("taylor", 0.1, 10), ("taylor", 0.3, 10), ("l2", 0.1, 10)]
+    ):
         cfg = config(criterion={"name": criterion}, ratio__target=target, calib__samples=samples)
         result(tmp_path / str(i), stages(10, 20 + i), cfg)
     rows = sheet_of(tmp_path).rows
-    assert {(r.label, r.asked) for r in rows if r.stage == "pruned"} == {("taylor", 0.1), ("taylor", 0.3), ("l2", 0.1)}
+    assert {(r.label, r.asked) for r in rows if r.stage == "pruned"} == {
+        ("taylor", 0.1),
+        ("taylor", 0.3),
+        ("l2", 0.1),
+    }
 
 
 def test_a_number_that_is_not_finite_is_no_number(tmp_path):
-    result(tmp_path / "a", stages(10, 20) | {"pruned/ppl_wikitext2_128": None}, config(), not_finite=["pruned/ppl_wikitext2_128"])
-    cell = next(r for r in sheet_of(tmp_path).rows if r.stage == "pruned").cells["ppl_wikitext2_128"]
+    result(
+        tmp_path / "a",
+        stages(10, 20) | {"pruned/ppl_wikitext2_128": None},
+        config(),
+        not_finite=["pruned/ppl_wikitext2_128"],
+    )
+    cell = next(r for r in sheet_of(tmp_path).rows if r.stage == "pruned").cells[
+        "ppl_wikitext2_128"
+    ]
     assert cell.mean is None
     assert "not finite" in report.FORMS[".md"]([], load([tmp_path]))
 
@@ -106,7 +131,12 @@ def test_failed_and_unfinished_jobs_are_named_and_make_the_status(table1, capsys
 def test_every_form_is_written(table1, tmp_path):
     target = tmp_path / "out"
     report.main([str(table1), "--quiet", "--to", str(target)])
-    assert {p.name for p in target.iterdir()} == {"report.md", "report.tex", "report.csv", "report.html"}
+    assert {p.name for p in target.iterdir()} == {
+        "report.md",
+        "report.tex",
+        "report.csv",
+        "report.html",
+    }
     assert "**19.50 ± 0.71** / 19.09 (+0.41)" in (target / "report.md").read_text()
     assert r"\toprule" in (target / "report.tex").read_text()
     lines = list(csv.DictReader(io.StringIO((target / "report.csv").read_text())))
@@ -117,10 +147,14 @@ def test_every_form_is_written(table1, tmp_path):
 
 def test_jobs_stand_in_the_order_of_their_numbers_and_name_what_says_the_same_once(tmp_path):
     for i in (10, 2, 1):
-        cfg = config(exclude={"name": "range", "heads": [i, i + 1], "neurons": [i, i + 1]}, row="layer")
+        cfg = config(
+            exclude={"name": "range", "heads": [i, i + 1], "neurons": [i, i + 1]}, row="layer"
+        )
         result(tmp_path / f"layer_{i}", stages(10, 11 + i), cfg)
     [table] = sheets(load([tmp_path]))
-    assert [r.label for r in table.rows[1:]] == [f"layer, exclude.heads=[{i}, {i + 1}]" for i in (1, 2, 10)]
+    assert [r.label for r in table.rows[1:]] == [
+        f"layer, exclude.heads=[{i}, {i + 1}]" for i in (1, 2, 10)
+    ]
 
 
 def test_latex_escapes_what_it_must():
@@ -183,10 +217,20 @@ def test_the_page_sorts_and_draws_in_a_real_browser_without_an_error(table1, tmp
     page = tmp_path / "report.html"
     report.main([str(table1), "--quiet", "--to", str(page)])
     page.write_text(page.read_text().replace("<main>", PROBE + "<main>"))
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [
+        browser(),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     command += [f"--window-size={size}", "--virtual-time-budget=8000", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = json.loads(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1].replace("&gt;", ">").replace("&lt;", "<"))
+    found = json.loads(
+        re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]
+        .replace("&gt;", ">")
+        .replace("&lt;", "<")
+    )
     assert found["errors"] == []
     assert found["up"] == ["dense", "Element1", "Element1", "Random", "L2"]
     assert found["down"] == found["up"][::-1]

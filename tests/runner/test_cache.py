@@ -27,7 +27,11 @@ def store(tmp_path, monkeypatch):
 
 def cfg(**changes):
     quick = {"size": {"name": "size"}, "ppl": {"name": "perplexity", "window": 32, "limit": 4}}
-    base = {"exclude": {"name": "none"}, "calib": {"name": "crop", "samples": 4, "length": 32}, "eval": quick}
+    base = {
+        "exclude": {"name": "none"},
+        "calib": {"name": "crop", "samples": 4, "length": 32},
+        "eval": quick,
+    }
     return config(**(base | changes)) | {"objective": None}
 
 

@@ -1,4 +1,6 @@
-"""Recovery on several processes (torchrun, gloo on the CPU) learns what one process learns, and one of them writes."""
+"""Recovery on several processes (torchrun, gloo on the CPU) learns what one process learns, and one
+of them writes.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = ["model=tiny_llama", "exclude=none", "eval=quick", "track=silent", "save=false", "cache=off", "recovery=lora_text"]
+WORDS = [
+    "model=tiny_llama",
+    "exclude=none",
+    "eval=quick",
+    "track=silent",
+    "save=false",
+    "cache=off",
+    "recovery=lora_text",
+]
 # Dropout draws differently in each process; without it the steps are the same sums.
-WORDS += [f"recovery.{o}" for o in ("dropout=0", "max_steps=5", "batch=8", "micro_batch=2", "log_every=1", "cutoff=64")]
+WORDS += [
+    f"recovery.{o}"
+    for o in ("dropout=0", "max_steps=5", "batch=8", "micro_batch=2", "log_every=1", "cutoff=64")
+]
 
 
 def train(folder: Path, *launcher: str) -> dict:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, "-m", "prunekit", *WORDS, f"hydra.run.dir={folder}"]
-    done = subprocess.run(command, cwd=folder.parent, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=folder.parent, env=env, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder / "result.json").read_text())
 
@@ -27,11 +42,15 @@ def train(folder: Path, *launcher: str) -> dict:
 @pytest.mark.slow
 def test_two_processes_have_the_loss_of_one(tmp_path):
     one = train(tmp_path / "one")
-    two = train(tmp_path / "two", "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531")
+    two = train(
+        tmp_path / "two", "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"
+    )
     losses = [[e["loss"] for e in r["notes"]["recovery_curve"] if "loss" in e] for r in (one, two)]
     assert len(losses[0]) == len(losses[1]) >= 5
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert one["results"]["recovered/ppl_pydocs_32"] == pytest.approx(two["results"]["recovered/ppl_pydocs_32"], rel=1e-3)
+    assert one["results"]["recovered/ppl_pydocs_32"] == pytest.approx(
+        two["results"]["recovered/ppl_pydocs_32"], rel=1e-3
+    )
     assert len(list(tmp_path.rglob("two/**/result.json"))) == 1
 
 
@@ -44,10 +63,23 @@ def test_a_model_spread_by_accelerate_gives_the_same_numbers(tmp_path):
     model, tokenizer = registry.models.build({"name": "tiny_llama", "layers": 2, "device": "cpu"})()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    words = ["model=hf", f"model.path={tmp_path / 'model'}", "exclude=none", "eval=quick", "track=silent", "save=false", "cache=off"]
+    words = [
+        "model=hf",
+        f"model.path={tmp_path / 'model'}",
+        "exclude=none",
+        "eval=quick",
+        "track=silent",
+        "save=false",
+        "cache=off",
+    ]
     found = {}
-    for name, place in (("plain", "model.device=cpu"), ("spread", "model.device_map={model:cpu,lm_head:cpu}")):
-        (cfg,) = composed([*words, place, "recovery=lora_text", "recovery.max_steps=2", "recovery.cutoff=32"])
+    for name, place in (
+        ("plain", "model.device=cpu"),
+        ("spread", "model.device_map={model:cpu,lm_head:cpu}"),
+    ):
+        (cfg,) = composed(
+            [*words, place, "recovery=lora_text", "recovery.max_steps=2", "recovery.cutoff=32"]
+        )
         found[name] = run(cfg, tmp_path / name)
     assert found["plain"]["results"] == found["spread"]["results"]
     assert found["plain"]["kept"] == found["spread"]["kept"]

@@ -21,7 +21,12 @@ def test_result_file_has_every_documented_part(tmp_path):
     record = run(config(), tmp_path)
     on_disk = json.loads((tmp_path / "result.json").read_text())
     assert on_disk["results"] == record["results"]
-    assert {"dense/ppl_pydocs_32", "pruned/ppl_pydocs_32", "dense/params", "pruned/params"} <= on_disk["results"].keys()
+    assert {
+        "dense/ppl_pydocs_32",
+        "pruned/ppl_pydocs_32",
+        "dense/params",
+        "pruned/params",
+    } <= on_disk["results"].keys()
     share = 1 - on_disk["results"]["pruned/params"] / on_disk["results"]["dense/params"]
     assert share == pytest.approx(0.2, abs=0.01)
     assert on_disk["stages"]["prune"]["seconds"] > 0
@@ -104,10 +109,15 @@ def test_an_exclusion_that_leaves_nothing_is_refused(tmp_path):
     [
         (["ratio.target=0.99"], "cannot be removed from"),
         (["pruner.kinds=[experts]", "criterion=random"], "no units of kind"),
-        (["pruner=weights", "criterion=weight_magnitude", "exclude=none", "ratio.target=0.99"], "cannot be removed from"),
+        (
+            ["pruner=weights", "criterion=weight_magnitude", "exclude=none", "ratio.target=0.99"],
+            "cannot be removed from",
+        ),
     ],
 )
-def test_what_shapes_make_impossible_is_said_before_a_weight_is_read(words, says, tmp_path, monkeypatch):
+def test_what_shapes_make_impossible_is_said_before_a_weight_is_read(
+    words, says, tmp_path, monkeypatch
+):
     asked: list[bool] = []
     build = registry.models.build
 
@@ -127,7 +137,13 @@ def test_a_criterion_that_the_pruner_cannot_use_is_refused(tmp_path):
 
 
 def prunekit(*args: str, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "prunekit", *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "prunekit", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_command_line_runs_and_prints_the_table(tmp_path):
@@ -172,7 +188,9 @@ def test_list_names_every_component(tmp_path):
 
 
 def test_a_new_criterion_is_one_file_and_one_yaml(tmp_path, monkeypatch):
-    """The README's example, done to the letter in a copy of the folders that a user would add to."""
+    """The README's example, done to the letter in a copy of the folders that a user
+    would add to.
+    """
     name = "weight_spread"
     source = ROOT / "prunekit" / "criteria" / f"{name}.py"
     recipe = ROOT / "conf" / "criterion" / f"{name}.yaml"

@@ -26,12 +26,23 @@ def test_title_names_what_was_chosen_and_stays_on_one_line():
 
 def test_a_run_that_measured_nothing_says_so():
     lines = printed({}, config())
-    assert lines[:2] == ["tiny_llama, taylor, 20% of units", "nothing was measured that this table shows"]
+    assert lines[:2] == [
+        "tiny_llama, taylor, 20% of units",
+        "nothing was measured that this table shows",
+    ]
     assert lines[-1].endswith("result.json")
 
 
 def test_shares_of_dense_stand_beside_sizes():
-    lines = printed({"dense/params": 200, "pruned/params": 150, "pruned/ppl_pydocs_32": 7.0, "pruned/ppl_pydocs_32_stderr": 0.5}, config())
+    lines = printed(
+        {
+            "dense/params": 200,
+            "pruned/params": 150,
+            "pruned/ppl_pydocs_32": 7.0,
+            "pruned/ppl_pydocs_32_stderr": 0.5,
+        },
+        config(),
+    )
     text = "\n".join(lines)
     assert "150 (75.0%)" in text
     assert "7.00 ± 0.50" in text

@@ -1,4 +1,6 @@
-"""Sweeps: rows and lists become jobs, the same command takes up where it was cut off, a failure stays with its job."""
+"""Sweeps: rows and lists become jobs, the same command takes up where it was cut off, a failure
+stays with its job.
+"""
 
 from __future__ import annotations
 
@@ -26,38 +28,60 @@ def words_of(plan):
 
 def test_every_row_meets_every_value():
     plan = sweep.expand(["experiment=t", "seed=0,1"], ROWS, None)
-    assert [name for name, _ in plan.jobs] == ["L2_seed=0", "L2_seed=1", "Channel-all_seed=0", "Channel-all_seed=1"]
+    assert [name for name, _ in plan.jobs] == [
+        "L2_seed=0",
+        "L2_seed=1",
+        "Channel-all_seed=0",
+        "Channel-all_seed=1",
+    ]
     assert words_of(plan)[0] == {"experiment=t", "seed=0", "criterion=l2", "row='L2'"}
 
 
 def test_what_is_typed_wins_over_the_row_and_the_row_over_the_scale():
     scale = {"pruner": "oneshot", "eval": "quick", "exclude": "ends"}
     plan = sweep.expand(["exclude=range"], ROWS, {"seed": 1, "eval": "paper"}, scale)
-    assert words_of(plan)[1] == {"exclude=range", "pruner=channel", "eval=quick", "seed=1", "row='Channel (all)'"}
+    assert words_of(plan)[1] == {
+        "exclude=range",
+        "pruner=channel",
+        "eval=quick",
+        "seed=1",
+        "row='Channel (all)'",
+    }
 
 
 def test_choosing_a_component_ends_what_was_said_of_another_ones_options():
     base = {"exclude": "range", "exclude.heads": [4, 30], "ratio.target": 0.25}
     plan = sweep.expand([], ROWS, base)
     assert "exclude.heads=[4,30]" in plan.jobs[0][1]
-    assert words_of(plan)[1] == {"exclude=none", "pruner=channel", "ratio.target=0.25", "row='Channel (all)'"}
+    assert words_of(plan)[1] == {
+        "exclude=none",
+        "pruner=channel",
+        "ratio.target=0.25",
+        "row='Channel (all)'",
+    }
     typed = sweep.expand(["exclude=ends", "ratio.target=0.5"], {"a": {}}, base)
     assert words_of(typed)[0] == {"exclude=ends", "ratio.target=0.5", "row='a'"}
 
 
 def test_a_scale_can_replace_what_one_row_says():
-    plan = sweep.expand([], {"a": {"ratio.target": 0.5}, "b": {}}, {"rows": {"a": {"ratio.target": 0.3}}})
+    plan = sweep.expand(
+        [], {"a": {"ratio.target": 0.5}, "b": {}}, {"rows": {"a": {"ratio.target": 0.3}}}
+    )
     assert words_of(plan) == [{"ratio.target=0.3", "row='a'"}, {"row='b'"}]
 
 
 def test_a_scale_can_leave_a_row_out_unless_it_is_asked_for():
     scale = {"rows": {"a": None}}
     assert words_of(sweep.expand([], {"a": {"seed": 1}, "b": {}}, scale)) == [{"row='b'"}]
-    assert words_of(sweep.expand(["row=a"], {"a": {"seed": 1}, "b": {}}, scale)) == [{"seed=1", "row='a'"}]
+    assert words_of(sweep.expand(["row=a"], {"a": {"seed": 1}, "b": {}}, scale)) == [
+        {"seed=1", "row='a'"}
+    ]
 
 
 def test_a_row_can_hold_a_list_of_values():
-    plan = sweep.expand([], {"layer": {"exclude.heads": "[0,1],[1,2]", "exclude.neurons": [0, 0]}}, None)
+    plan = sweep.expand(
+        [], {"layer": {"exclude.heads": "[0,1],[1,2]", "exclude.neurons": [0, 0]}}, None
+    )
     assert len(plan.jobs) == 2
     assert "exclude.heads=[0,1]" in plan.jobs[0][1]
     assert "exclude.neurons=[0,0]" in plan.jobs[1][1]
@@ -88,7 +112,9 @@ def test_folders_say_the_table_and_what_was_changed():
     plain = sweep.expand(["experiment=t", "scale=small", "data_root=/d"], ROWS, None)
     assert sweep.folder_of(plain.key, "llm_pruner/table6", "small") == "llm_pruner/table6-small"
     changed = sweep.expand(["experiment=t", "calib.samples=128"], ROWS, None)
-    assert sweep.folder_of(changed.key, "llm_pruner/table6", "full").startswith("llm_pruner/table6-")
+    assert sweep.folder_of(changed.key, "llm_pruner/table6", "full").startswith(
+        "llm_pruner/table6-"
+    )
 
 
 def test_names_of_folders_are_short_and_differ():
@@ -129,13 +155,26 @@ def test_a_change_in_what_a_job_does_is_one_line(tmp_path, caplog):
 
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ["model=tiny_llama", "exclude=none", "eval=quick", "track=silent", "save=false", "resume=config"]
+QUICK = [
+    "model=tiny_llama",
+    "exclude=none",
+    "eval=quick",
+    "track=silent",
+    "save=false",
+    "resume=config",
+]
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PRUNEKIT_CACHE": str(folder / "cache")}
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PRUNEKIT_CACHE": str(folder / "cache"),
+    }
     command = [sys.executable, "-m", "prunekit", "-m", *QUICK, "hydra.sweep.dir=jobs", *words]
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(folder: Path, *words: str) -> tuple[int, str]:
@@ -165,9 +204,22 @@ def test_a_failure_stays_with_its_job_and_the_same_command_redoes_it_alone(tmp_p
 @pytest.mark.slow
 def test_experiments_without_a_table_have_folders_of_their_own(tmp_path):
     for name in ("peers/flap", "peers/shortgpt"):
-        words = [f"experiment={name}", "seed=0,1", "ratio.target=2", "track=silent"]  # refused at once: only the folders matter
-        subprocess.run([sys.executable, "-m", "prunekit", "-m", *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
-    assert {p.name.partition("-")[0] for p in (tmp_path / "outputs" / "peers").iterdir()} == {"flap", "shortgpt"}
+        words = [
+            f"experiment={name}",
+            "seed=0,1",
+            "ratio.target=2",
+            "track=silent",
+        ]  # refused at once: only the folders matter
+        subprocess.run(
+            [sys.executable, "-m", "prunekit", "-m", *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+    assert {p.name.partition("-")[0] for p in (tmp_path / "outputs" / "peers").iterdir()} == {
+        "flap",
+        "shortgpt",
+    }
 
 
 @pytest.mark.slow
@@ -211,9 +263,13 @@ def test_workers_finish_a_sweep_of_which_one_job_is_killed(tmp_path, launcher):
 
 def kill_a_worker(pid: int, launcher: str) -> bool:
     """SIGKILL to one process that has begun a job."""
-    mark = "submitit.core._submit" if launcher == "submitit_local" else "loky.backend.popen_loky_posix"
+    mark = (
+        "submitit.core._submit" if launcher == "submitit_local" else "loky.backend.popen_loky_posix"
+    )
     try:
-        workers = [p for p in psutil.Process(pid).children(recursive=True) if mark in " ".join(p.cmdline())]
+        workers = [
+            p for p in psutil.Process(pid).children(recursive=True) if mark in " ".join(p.cmdline())
+        ]
         for worker in workers:
             if any(f.path.endswith("run.log") for f in worker.open_files()):
                 worker.kill()
@@ -232,12 +288,24 @@ def test_the_slurm_yaml_asks_for_what_a_7b_job_needs(tmp_path, monkeypatch):
 
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     (tmp_path / "srun").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")  # submitit looks for srun before it writes a script
+    monkeypatch.setenv(
+        "PATH", f"{tmp_path}:{os.environ['PATH']}"
+    )  # submitit looks for srun before it writes a script
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("config", overrides=["hydra/launcher=slurm", "hydra.launcher.partition=gpu"], return_hydra_config=True)
+        cfg = compose(
+            "config",
+            overrides=["hydra/launcher=slurm", "hydra.launcher.partition=gpu"],
+            return_hydra_config=True,
+        )
     OmegaConf.set_readonly(cfg, False)
     cfg.hydra.launcher.submitit_folder, cfg.hydra.launcher.name = str(tmp_path / "logs"), "prunekit"
     executor = instantiate(cfg.hydra.launcher).executor()
     script = executor._executor._make_submission_file_text("command", "1")
-    for line in ("--partition=gpu", "--gpus-per-node=1", "--mem=48GB", "--cpus-per-task=8", "--time=480"):
+    for line in (
+        "--partition=gpu",
+        "--gpus-per-node=1",
+        "--mem=48GB",
+        "--cpus-per-task=8",
+        "--time=480",
+    ):
         assert f"#SBATCH {line}" in script

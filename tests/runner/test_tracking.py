@@ -19,12 +19,16 @@ def no_account(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens on the discard port
+    monkeypatch.setenv(
+        "WANDB_BASE_URL", "http://127.0.0.1:9"
+    )  # nothing listens on the discard port
     monkeypatch.setattr(tracking, "INIT_SECONDS", 3)
 
 
 def records(folder) -> list:
-    """What a run's file holds once it is whole: `finish` may return some milliseconds before the background process has written it."""
+    """What a run's file holds once it is whole: `finish` may return some milliseconds before the
+    background process has written it.
+    """
     for _ in range(100):
         found = read(folder)
         if any(r.HasField("exit") for r in found):
@@ -34,7 +38,9 @@ def records(folder) -> list:
 
 
 def read(folder) -> list:
-    """What a run's file on disk holds: a LevelDB log (7 bytes of header, then blocks of 32 KiB) of protobuf records."""
+    """What a run's file on disk holds: a LevelDB log (7 bytes of header, then blocks of 32 KiB) of
+    protobuf records.
+    """
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
@@ -66,13 +72,20 @@ def use(session: Track, folder) -> None:
 
 
 def test_offline_leaves_a_whole_run_on_disk(tmp_path, capfd):
-    with open_track("offline", config={"seed": 1}, folder=tmp_path, tags=["a"], name="n", group="g") as session:
+    with open_track(
+        "offline", config={"seed": 1}, folder=tmp_path, tags=["a"], name="n", group="g"
+    ) as session:
         use(session, tmp_path)
     assert {"dense/ppl", "recovery/loss", "kept"} <= logged(tmp_path)
     kinds = {r.WhichOneof("record_type") for r in records(tmp_path)}
     assert {"run", "history", "exit"} <= kinds
     (run,) = (r.run for r in records(tmp_path) if r.HasField("run"))
-    assert (run.display_name, run.run_group, list(run.tags), run.project) == ("n", "g", ["a"], "prunekit")
+    assert (run.display_name, run.run_group, list(run.tags), run.project) == (
+        "n",
+        "g",
+        ["a"],
+        "prunekit",
+    )
     assert "seed" in {u.key for u in run.config.update}
     assert capfd.readouterr() == ("", "")
 
@@ -88,7 +101,10 @@ def test_an_error_inside_closes_the_session_as_failed_and_goes_on_up(tmp_path):
 def test_no_login_or_no_server_goes_on_offline_with_a_warning(tmp_path, monkeypatch, caplog, key):
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    with caplog.at_level(logging.WARNING, logger="prunekit"), open_track("wandb", config={}, folder=tmp_path) as session:
+    with (
+        caplog.at_level(logging.WARNING, logger="prunekit"),
+        open_track("wandb", config={}, folder=tmp_path) as session,
+    ):
         use(session, tmp_path)
     assert "going on offline" in caplog.text
     assert {"dense/ppl", "recovery/loss"} <= logged(tmp_path)
@@ -114,7 +130,13 @@ sys.stdout.write("the result")
 def test_a_killed_background_process_loses_no_result(tmp_path):
     # In a process of its own: wandb shares one background process among all runs of a process.
     alone = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=alone, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        env=alone,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "the result" in done.stdout
     assert "wandb log" in done.stderr
     assert done.returncode == 0, done.stderr
@@ -130,5 +152,8 @@ def test_silent_and_other_processes_write_nothing(tmp_path, monkeypatch):
 
 
 def test_unknown_mode_names_what_there_is(tmp_path):
-    with pytest.raises(ValueError, match="offline, wandb, silent"), open_track("online", config={}, folder=tmp_path):
+    with (
+        pytest.raises(ValueError, match="offline, wandb, silent"),
+        open_track("online", config={}, folder=tmp_path),
+    ):
         pass

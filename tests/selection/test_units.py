@@ -14,7 +14,12 @@ from prunekit.types import Group
 
 
 def test_lowest_is_exact_and_stable_with_ties():
-    assert select.lowest(torch.tensor([1.0, 1.0, 1.0, 0.0]), 2).tolist() == [False, True, True, False]
+    assert select.lowest(torch.tensor([1.0, 1.0, 1.0, 0.0]), 2).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
     assert select.lowest(torch.zeros(5), 0).all()
 
 
@@ -61,7 +66,9 @@ def test_scores_that_are_not_finite_are_refused():
     ],
 )
 def test_the_papers_floor_rules(units, width, share, removed):
-    group = Group("g", "heads" if width > 1 else "neurons", 0, units, (type("M", (), {"width": width})(),))
+    group = Group(
+        "g", "heads" if width > 1 else "neurons", 0, units, (type("M", (), {"width": width})(),)
+    )
     assert units_removed(group, share) == removed
 
 
@@ -94,7 +101,13 @@ def test_sizes_count_what_slicing_would_leave():
     model = tiny_llama(tie_word_embeddings=True)
     groups = llama_groups(model)
     sizes = Sizes(model, groups)
-    small = tiny_llama(tie_word_embeddings=True, intermediate_size=15, hidden_size=20, num_attention_heads=4, num_key_value_heads=2)
+    small = tiny_llama(
+        tie_word_embeddings=True,
+        intermediate_size=15,
+        hidden_size=20,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     want = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters())
     counts = {"neurons.0": 5, "neurons.1": 5, "heads.0": 1, "heads.1": 1, "hidden": 4}
     assert sizes.removed(counts) == want

@@ -30,7 +30,12 @@ def plain_removal(W, H, units, count):
     W, M = W.double().clone(), torch.linalg.inv(H.double())
     left, order, costs = list(range(len(units))), [], []
     for _ in range(count):
-        trial = {u: torch.trace(W[:, units[u]] @ torch.linalg.inv(M[units[u]][:, units[u]]) @ W[:, units[u]].T).item() for u in left}
+        trial = {
+            u: torch.trace(
+                W[:, units[u]] @ torch.linalg.inv(M[units[u]][:, units[u]]) @ W[:, units[u]].T
+            ).item()
+            for u in left
+        }
         u = min(trial, key=trial.get)
         S = units[u]
         share = torch.linalg.inv(M[S][:, S]) @ M[S]
@@ -112,7 +117,10 @@ def test_without_targets_the_weights_are_the_solution():
 def test_a_strong_ridge_keeps_the_repair_small():
     x, W = data()
     y = x @ torch.randn(7, 24, generator=torch.Generator().manual_seed(3)).T
-    moved = [float((problem(gathered(x, y), W, 0.01, True, repair=r).best - W).norm()) for r in (1e-6, 1.0, 100.0)]
+    moved = [
+        float((problem(gathered(x, y), W, 0.01, True, repair=r).best - W).norm())
+        for r in (1e-6, 1.0, 100.0)
+    ]
     assert moved[0] > moved[1] > moved[2]
 
 
@@ -163,5 +171,7 @@ def test_budget_goes_where_it_costs_least():
     curves = {"a": torch.tensor([1.0, 2.0, 4.0, 9.0]), "b": torch.tensor([0.5, 10.0, 30.0, 40.0])}
     assert cheapest(curves, {"a": 10, "b": 10}, 40) == {"a": 3, "b": 1}
     assert cheapest(curves, {"a": 10, "b": 10}, 39) == {"a": 2, "b": 1}
-    assert cheapest(curves, {"a": 10, "b": 10}, 1000) == {"a": 3, "b": 3}, "one unit of each group stays"
+    assert cheapest(curves, {"a": 10, "b": 10}, 1000) == {"a": 3, "b": 3}, (
+        "one unit of each group stays"
+    )
     assert cheapest(curves, {"a": 10, "b": 10}, 0) == {"a": 0, "b": 0}

@@ -1,8 +1,10 @@
-"""Builds a pruned causal language model: the architecture's own class of transformers, resized as config.json says.
+"""Builds a pruned causal language model: the architecture's own class of transformers, resized as
+config.json says.
 
-Written by prunekit beside the weights, so that `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` works
-where prunekit is not installed. `PrunedXyzForCausalLM` is transformers' `XyzForCausalLM` whose tensors take the shapes under
-`prunekit_layout` in config.json. Nothing here is specific to an architecture, and nothing runs but the building of the model.
+Written by prunekit beside the weights, so that `AutoModelForCausalLM.from_pretrained(path,
+trust_remote_code=True)` works where prunekit is not installed. `PrunedXyzForCausalLM` is
+transformers' `XyzForCausalLM` whose tensors take the shapes under `prunekit_layout` in config.json.
+Nothing here is specific to an architecture, and nothing runs but the building of the model.
 """
 
 from __future__ import annotations
@@ -17,8 +19,19 @@ from transformers.generation import GenerationMixin
 
 PREFIX = "Pruned"
 LAYOUT = "prunekit_layout"
-FIELDS = ("shapes", "absent", "attributes", "configs", "buffers", "arguments", "skipped", "rotated", "native")
-# What the constructors of torch and of transformers' Conv1D derive from the shape of `weight`: attribute -> axis; None: see `follow_weight`
+FIELDS = (
+    "shapes",
+    "absent",
+    "attributes",
+    "configs",
+    "buffers",
+    "arguments",
+    "skipped",
+    "rotated",
+    "native",
+)
+# What the constructors of torch and of transformers' Conv1D derive from the shape of `weight`:
+# attribute -> axis; None: see `follow_weight`
 DERIVED: dict[type, dict[str, int | None]] = {
     nn.Linear: {"out_features": 0, "in_features": 1},
     nn.Embedding: {"num_embeddings": 0, "embedding_dim": 1},
@@ -29,7 +42,9 @@ DERIVED: dict[type, dict[str, int | None]] = {
 
 
 class Skipped(nn.Module):
-    """Stands where a sub-layer was removed: adds nothing to the residual stream. `outputs` > 1 gives a tuple padded with None."""
+    """Stands where a sub-layer was removed: adds nothing to the residual stream. `outputs` > 1
+    gives a tuple padded with None.
+    """
 
     def __init__(self, outputs: int = 1):
         super().__init__()
@@ -41,10 +56,12 @@ class Skipped(nn.Module):
 
 
 class Rotation(nn.Module):
-    """Carries the residual stream from one basis to the next; it lives in the module whose input or output it changes.
+    """Carries the residual stream from one basis to the next; it lives in the module whose input or
+    output it changes.
 
-    Without `source` what enters the module is multiplied by `weight`. With it, `-(x @ weight) @ weight.T` is added to what leaves the
-    module, `x` being what entered `source`: in a block that computes `x + module(source(x))`, the sum's `x` becomes `x (I - w w^T)`.
+    Without `source` what enters the module is multiplied by `weight`. With it, `-(x @ weight) @
+    weight.T` is added to what leaves the module, `x` being what entered `source`: in a block that
+    computes `x + module(source(x))`, the sum's `x` becomes `x (I - w w^T)`.
     """
 
     def __init__(self, source: str):
@@ -68,17 +85,23 @@ class Rotation(nn.Module):
 
 
 def owner(model: nn.Module, name: str) -> tuple[Any, str]:
-    """The module that holds what the dotted `name` names, and its last part. Raises ValueError where there is none."""
+    """The module that holds what the dotted `name` names, and its last part. Raises ValueError
+    where there is none.
+    """
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        raise ValueError(f"config.json: {LAYOUT} names {name!r}, but the model has no module {path!r}") from None
+        raise ValueError(
+            f"config.json: {LAYOUT} names {name!r}, but the model has no module {path!r}"
+        ) from None
     return module, leaf
 
 
 def follow_weight(module: Any) -> None:
-    """Bring the integers that a torch module keeps about its weight in line with the weight's shape."""
+    """Bring the integers that a torch module keeps about its weight in line with the weight's
+    shape.
+    """
     weight = getattr(module, "weight", None)
     if weight is None:
         return
@@ -88,7 +111,9 @@ def follow_weight(module: Any) -> None:
                 if axis is not None:
                     setattr(module, attribute, weight.shape[axis])
     if isinstance(module, nn.Conv1d):
-        depthwise = module.groups == module.in_channels and weight.shape[1] == 1  # one group a channel
+        depthwise = (
+            module.groups == module.in_channels and weight.shape[1] == 1
+        )  # one group a channel
         module.groups = weight.shape[0] if depthwise else module.groups
         module.in_channels = weight.shape[1] * module.groups
     if isinstance(module, nn.LayerNorm):
@@ -96,14 +121,18 @@ def follow_weight(module: Any) -> None:
 
 
 def resize(model: nn.Module, shapes: dict[str, str]) -> None:
-    """Give each tensor named in `shapes` its shape ("96x64"); tensors that were tied stay tied, missing ones are added."""
+    """Give each tensor named in `shapes` its shape ("96x64"); tensors that were tied stay tied,
+    missing ones are added.
+    """
     done: dict[int, torch.Tensor] = {}
     for name, text in shapes.items():
         sizes = [int(size) for size in text.split("x")]
         module, leaf = owner(model, name)
         old = module._parameters.get(leaf, module._buffers.get(leaf))
         if min(sizes) < 1 or (old is None and leaf in vars(module)):
-            raise ValueError(f"config.json: {LAYOUT}.shapes: {name!r} cannot have the shape {text!r}")
+            raise ValueError(
+                f"config.json: {LAYOUT}.shapes: {name!r} cannot have the shape {text!r}"
+            )
         like = old if old is not None else next(module.parameters(), torch.empty(0))
         new = done.get(id(old)) if old is not None else None
         if new is None:
@@ -120,17 +149,27 @@ def resize(model: nn.Module, shapes: dict[str, str]) -> None:
 
 
 def set_attributes(model: nn.Module, attributes: dict[str, Any]) -> None:
-    """Set numbers that modules keep as attributes. Only attributes that exist, and only to numbers, are accepted."""
+    """Set numbers that modules keep as attributes. Only attributes that exist, and only to numbers,
+    are accepted.
+    """
     for name, value in attributes.items():
         module, leaf = owner(model, name)
         flat = value if isinstance(value, list) else [value]
-        if leaf.startswith("_") or leaf not in vars(module) or not all(isinstance(v, (bool, int, float)) for v in flat):
-            raise ValueError(f"config.json: {LAYOUT}.attributes: {name!r} cannot be set to {value!r}")
+        if (
+            leaf.startswith("_")
+            or leaf not in vars(module)
+            or not all(isinstance(v, (bool, int, float)) for v in flat)
+        ):
+            raise ValueError(
+                f"config.json: {LAYOUT}.attributes: {name!r} cannot be set to {value!r}"
+            )
         setattr(module, leaf, tuple(value) if isinstance(value, list) else value)
 
 
 def set_configs(model: nn.Module, configs: dict[str, dict[str, Any]]) -> None:
-    """Give the modules named a config of their own, with some numbers changed; all others keep the shared one."""
+    """Give the modules named a config of their own, with some numbers changed; all others keep the
+    shared one.
+    """
     copies: dict[tuple[int, str], Any] = {}
     for path, changes in configs.items():
         module, _ = owner(model, path + ".config")
@@ -141,7 +180,9 @@ def set_configs(model: nn.Module, configs: dict[str, dict[str, Any]]) -> None:
             own.__dict__.pop("_heterogeneity_spec", None)
             for field, value in changes.items():
                 if field.startswith("_") or not hasattr(own, field):
-                    raise ValueError(f"config.json: {LAYOUT}.configs: {path!r} has no field {field!r}")
+                    raise ValueError(
+                        f"config.json: {LAYOUT}.configs: {path!r} has no field {field!r}"
+                    )
                 own.__dict__[own.attribute_map.get(field, field)] = value
             copies[key] = own
         module.config = copies[key]
@@ -160,7 +201,9 @@ def rotate(model: nn.Module, path: str, source: str = "") -> Rotation:
     like = next(module.parameters())
     module.rotation = rotation = Rotation(source).to(device=like.device, dtype=like.dtype)
     if source:
-        owner(model, f"{source}.weight")[0].register_forward_pre_hook(rotation.hold, with_kwargs=True)
+        owner(model, f"{source}.weight")[0].register_forward_pre_hook(
+            rotation.hold, with_kwargs=True
+        )
         module.register_forward_hook(rotation.leave)
     else:
         module.register_forward_pre_hook(rotation.enter, with_kwargs=True)
@@ -168,15 +211,24 @@ def rotate(model: nn.Module, path: str, source: str = "") -> Rotation:
 
 
 def select_arguments(model: nn.Module, arguments: list[dict[str, Any]]) -> None:
-    """Let modules see only some indices along one axis of an argument that is computed outside of them (ALiBi slopes)."""
+    """Let modules see only some indices along one axis of an argument that is computed outside of
+    them (ALiBi slopes).
+    """
     for entry in arguments:
         module = owner(model, f"{entry['module']}.forward")[0]
-        module.register_forward_pre_hook(_selector(entry["argument"], entry["axis"], entry["size"], entry["keep"]), with_kwargs=True)
+        module.register_forward_pre_hook(
+            _selector(entry["argument"], entry["axis"], entry["size"], entry["keep"]),
+            with_kwargs=True,
+        )
 
 
 def _selector(argument: Any, axis: int, size: int, keep: list[int]) -> Any:
     def pick(module: Any, args: Any, kwargs: Any) -> Any:
-        tensor = (args[argument] if argument < len(args) else None) if isinstance(argument, int) else kwargs.get(argument)
+        tensor = (
+            (args[argument] if argument < len(args) else None)
+            if isinstance(argument, int)
+            else kwargs.get(argument)
+        )
         if not isinstance(tensor, torch.Tensor) or tensor.shape[axis] % size:
             return None
         one = torch.tensor(keep, device=tensor.device)
@@ -196,21 +248,29 @@ def _selector(argument: Any, axis: int, size: int, keep: list[int]) -> Any:
 
 
 def fill_buffers(model: nn.Module, buffers: dict[str, dict[str, Any]]) -> None:
-    """Write the values of buffers that are not among the weights (rotary frequencies, embedding scale)."""
+    """Write the values of buffers that are not among the weights (rotary frequencies, embedding
+    scale).
+    """
     for name, entry in buffers.items():
         module, leaf = owner(model, name)
         old = module._buffers[leaf]
         if old.device.type != "meta":
-            values = torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"]), device=old.device)
+            values = torch.tensor(
+                entry["values"], dtype=getattr(torch, entry["dtype"]), device=old.device
+            )
             module._buffers[leaf] = values.reshape(entry["shape"])
             module._buffers[leaf]._is_hf_initialized = True
 
 
 def build(model: nn.Module, layout: dict[str, Any]) -> None:
-    """Turn a model fresh from its own class into the pruned one. Raises ValueError for anything that does not fit it."""
+    """Turn a model fresh from its own class into the pruned one. Raises ValueError for anything
+    that does not fit it.
+    """
     unknown = set(layout) - set(FIELDS)
     if unknown:
-        raise ValueError(f"config.json: {LAYOUT} has unknown fields {sorted(unknown)}; known are {list(FIELDS)}")
+        raise ValueError(
+            f"config.json: {LAYOUT} has unknown fields {sorted(unknown)}; known are {list(FIELDS)}"
+        )
     skip(model, layout.get("skipped", {}))
     for path, source in layout.get("rotated", {}).items():
         rotate(model, path, source)
@@ -238,7 +298,12 @@ def pruned_class(base: Any) -> type:
             fill_buffers(self, getattr(self.config, LAYOUT, {}).get("buffers", {}))
 
     name = PREFIX + base.__name__
-    body = {"__init__": __init__, "initialize_weights": initialize_weights, "__module__": __name__, "__qualname__": name}
+    body = {
+        "__init__": __init__,
+        "initialize_weights": initialize_weights,
+        "__module__": __name__,
+        "__qualname__": name,
+    }
     bases = (base, GenerationMixin) if issubclass(base, GenerationMixin) else (base,)
     made: Any = type(name, bases, body)
     made._auto_class = "AutoModelForCausalLM"  # saving such a model again copies this file along
@@ -246,7 +311,9 @@ def pruned_class(base: Any) -> type:
 
 
 def __getattr__(name: str) -> type:
-    base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    base = (
+        getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    )
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = pruned_class(base)
