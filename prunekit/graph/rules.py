@@ -22,10 +22,8 @@ CREATES = frozenset(
 )
 POINTWISE = frozenset(
     "masked_fill where clamp dropout native_dropout gelu silu addcmul addcdiv lerp nan_to_num "
-    "bernoulli softplus hardtanh leaky_relu elu mish "(
-        "log_sigmoid_forward threshold relu logical_not round fmod remainder prelu _prelu_kernel "
-        "relu6 hardswish polar complex"
-    ).split()
+    "bernoulli softplus hardtanh leaky_relu elu mish log_sigmoid_forward threshold relu "
+    "logical_not round fmod remainder prelu _prelu_kernel relu6 hardswish polar complex".split()
 )
 ACTIVATIONS = frozenset(
     (
