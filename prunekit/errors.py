@@ -1,9 +1,14 @@
-"""The one error that a user can mend."""
+"""Errors that a user can mend."""
 
 from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """Something the user asked for cannot be; the message says what was given and
-    what is possible.
+    """Something the user asked for cannot be.
+
+    The message says what was given and what is possible.
     """
+
+
+class NeedsData(ConfigError):
+    """An answer that hangs on weights or text was asked for where only shapes are known."""

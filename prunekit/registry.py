@@ -3,22 +3,21 @@ options.
 
 `@criteria.register()` on `def taylor(model, groups, run, *, mode: Literal[...] = "param_first")`
 makes `criterion=taylor` work. `criteria.build({"name": "taylor", "mode": "vectorize"})` checks
-names and values against the signature and returns a partial.
+names and values against the signature and returns a `Component`: the function with its options.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from prunekit import source
 from prunekit.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -26,15 +25,28 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 
+Function = Callable[..., Any]
+
+
+def built(kind: str, node: Any) -> Component:
+    """The component of that kind; one that is built already is passed on."""
+    return node if isinstance(node, Component) else REGISTRIES[kind].build(node)
+
+
+def _ratio(node: Any) -> Component | None:
+    return None if node is None else built("ratio", node)
+
+
+InnerRatio = Annotated[Any, BeforeValidator(_ratio)]
+"""An option that is another ratio, null for none."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered component: its function, the types and defaults of its options, and free
-    metadata.
-    """
+    """One registered function: the types and defaults of its options, and metadata."""
 
     name: str
-    fn: Callable[..., Any]
+    fn: Function
     types: dict[str, Any]
     defaults: dict[str, Any]
     meta: dict[str, Any]
@@ -42,37 +54,54 @@ class Entry:
     @property
     def summary(self) -> str:
         """First sentence of the docstring."""
-        return " ".join((inspect.getdoc(self.fn) or "").split("\n\n")[0].split())
+        return source.first_sentence(inspect.getdoc(self.fn))
+
+
+@dataclass(frozen=True)
+class Component:
+    """A registered function with checked options, those left at their defaults included."""
+
+    entry: Entry
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return self.entry.meta
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.entry.fn(*args, **{**self.options, **kwargs})
 
 
 class Registry:
-    """Components of one kind, filled on first use by importing every module of
-    `prunekit.<package>`.
+    """Components of one kind. A component's file is imported when it is first asked for; which
+    components there are is read off the files.
     """
 
     def __init__(self, kind: str, package: str):
         self.kind, self.package = kind, package
         self._entries: dict[str, Entry] = {}
-        self._loaded = False
 
-    def register(
-        self, name: str | None = None, **meta: Any
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator: file the function under `name` (default: its own name). Raises ValueError if
-        the name is taken.
+    def register(self, name: str | None = None, **meta: Any) -> Callable[[Function], Function]:
+        """Decorator: file the function under `name` (default: its own name).
+
+        Raises ValueError if the name is taken by another module.
         """
 
-        def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def decorate(fn: Function) -> Function:
             key = name or fn.__name__
-            if key in self._entries and self._entries[key].fn.__module__ != fn.__module__:
+            known = self._entries.get(key)
+            if known and known.fn.__module__ != fn.__module__:
                 raise ValueError(
-                    f"{self.kind} {key!r} is registered twice: {self._entries[key].fn.__module__} "
+                    f"{self.kind} {key!r} is registered twice: {known.fn.__module__} "
                     f"and {fn.__module__}"
                 )
             hints = get_type_hints(fn, include_extras=True)
-            options = [
-                p for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY
-            ]
+            parameters = inspect.signature(fn).parameters.values()
+            options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
             self._entries[key] = Entry(
                 key,
                 fn,
@@ -84,39 +113,32 @@ class Registry:
 
         return decorate
 
-    def _load(self) -> None:
-        if self._loaded:
-            return
-        self._loaded = True
-        package = importlib.import_module(f"prunekit.{self.package}")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
-
     def names(self) -> list[str]:
-        self._load()
-        return sorted(self._entries)
+        return sorted({*self._entries, *source.components(self.package)})
 
     def entry(self, name: str) -> Entry:
         """Raises ConfigError naming what there is."""
-        self._load()
+        listed = source.components(self.package).get(name)
+        if listed is not None and name not in self._entries:
+            importlib.import_module(listed.module)
         if name not in self._entries:
-            near = get_close_matches(str(name), self._entries, n=1)
+            near = get_close_matches(str(name), self.names(), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
                 f"no {self.kind} called {name!r}.{hint} There are: {', '.join(self.names())}"
             )
         return self._entries[name]
 
-    def build(self, node: dict[str, Any]) -> partial[Any]:
-        """Checked options bound to the component that `node["name"]` names.
+    def build(self, node: dict[str, Any]) -> Component:
+        """The component that `node["name"]` names, with the options that stand beside it.
 
         Raises ConfigError for an unknown name, an unknown or missing option, or a value of the
         wrong type or range.
         """
         if not isinstance(node, dict) or "name" not in node:
             raise ConfigError(
-                f"{self.kind} must be a mapping with a `name`, got {node!r}. There are: "
-                f"{', '.join(self.names())}"
+                f"{self.kind} must be a mapping with a `name`, got {node!r}. "
+                f"There are: {', '.join(self.names())}"
             )
         entry = self.entry(node["name"])
         given = {k: v for k, v in node.items() if k != "name"}
@@ -126,20 +148,19 @@ class Registry:
                 raise ConfigError(
                     f"{self.kind}={entry.name} has no option {option!r}. Options: {possible}"
                 )
-        missing = [
-            k
-            for k, v in entry.defaults.items()
-            if v is inspect.Parameter.empty and given.get(k) is None
-        ]
+        required = [k for k, v in entry.defaults.items() if v is inspect.Parameter.empty]
+        missing = [k for k in required if given.get(k) is None]
         if missing:
             raise ConfigError(f"{self.kind}={entry.name} needs {', '.join(missing)}")
-        return partial(entry.fn, **{k: self._checked(entry, k, v) for k, v in given.items()})
+        checked = {k: self._checked(entry, k, v) for k, v in given.items()}
+        return Component(entry, {**entry.defaults, **checked})
 
     def _checked(self, entry: Entry, option: str, value: Any) -> Any:
+        adapter: TypeAdapter[Any] = TypeAdapter(
+            entry.types[option], config=ConfigDict(arbitrary_types_allowed=True)
+        )
         try:
-            return TypeAdapter(
-                entry.types[option], config=ConfigDict(arbitrary_types_allowed=True)
-            ).validate_python(value)
+            return adapter.validate_python(value)
         except ValidationError as e:
             what = "; ".join(err["msg"] for err in e.errors())
             raise ConfigError(f"{self.kind}={entry.name}: {option}={value!r}: {what}") from None

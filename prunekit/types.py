@@ -8,9 +8,9 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +83,67 @@ Scores = dict[str, Tensor]
 Counts = dict[str, int]
 """group name -> how many of its units to remove."""
 Kept = dict[str, Tensor]
-"""group name -> bool tensor of the group's shape, True = stays. A name left out keeps all its
-units.
-"""
-Run = Callable[..., Iterator[Any]]
-"""`run(**kwargs)` pushes the calibration tokens through the model batch by batch and yields the
-model's outputs.
-"""
+"""group name -> bool tensor of the group's shape, True = stays. A name left out keeps all."""
+Of = Literal["units", "prunable", "model"]
+"""Of what a share is: of the units of each group, of the parameters that may go, of all."""
+Budget = Literal["units", "parameters"]
+"""In what a total is counted."""
+Ranking = Literal["local", "kind", "global"]
+"""Which units compete: those of one group, of all groups of a kind, of all groups."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How much goes from where: what a ratio answers.
+
+    counts: units to remove by group.
+    ranking: `local` keeps these numbers; `kind` and `global` let groups exchange units, the total
+        staying what the counts come to.
+    budget: in what that total is counted.
+    """
+
+    counts: Counts
+    ranking: Ranking = "local"
+    budget: Budget = "units"
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is to go."""
+        return not any(self.counts.values())
+
+
+class Run(Protocol):
+    """The calibration text on its way through a model, or through one of its blocks."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def tokens(self) -> Tensor:
+        """(N, T) int64."""
+        ...
+
+    @property
+    def counts(self) -> Counts:
+        """Units about to go, for criteria registered with `uses_counts=True`."""
+        ...
+
+    @property
+    def statistics(self) -> dict[Any, Any]:
+        """Statistics taken on this run, for a second reader of the same ones."""
+        ...
+
+    def forward(self) -> Iterator[int]:
+        """Pushes all tokens through, batch by batch, for the sake of hooks; yields the number of
+        samples that each batch held.
+        """
+        ...
+
+    def losses(self, batch: int | None = None) -> Iterator[Any]:
+        """Outputs with `.loss`, the mean over the batch's shifted tokens; `batch` samples at a
+        time, None for all N at once. Raises ConfigError where there is no loss.
+        """
+        ...
 
 
 @dataclass

@@ -115,14 +115,12 @@ class TableSweeper(Sweeper):
 
     def resolved(self, folder: Path, said: Sequence[str]) -> dict[str, Any]:
         """The configuration that this job will see."""
-        from prunekit.runner.job import settled
-
         composed = self.context.config_loader.load_sweep_config(self.config, list(said))  # type: ignore[arg-type]
         OmegaConf.set_readonly(composed, False)
         with open_dict(composed):
             del composed["hydra"]
             composed.out = str(folder)
-        return settled(composed)
+        return sweep.plain_config(composed)
 
     def be_patient(self) -> None:
         """submitit's own launchers give up at the first killed job; ours take their place, with the

@@ -1,100 +1,32 @@
 """The pass block by block: every decoder block run on inputs that are kept from the block before,
 so that one block is at work at a time.
 
-`capture` takes the inputs of the first block and the arguments of all; `Feed` replays a block with
-them; `walk` goes through the blocks.
+`capture_inputs` takes the inputs of the first block and the arguments of all; `BlockInputs` replays
+a block with them; `iterate_blocks` goes through the blocks.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.activations.moments import first_tensor
+from prunekit.activations.hooks import first_tensor, raise_stop, stop_early
+from prunekit.activations.runs import samples_at_once
+from prunekit.activations.storage import Activations, PassOptions, Precision, autocast
 from prunekit.errors import ConfigError
 from prunekit.types import Counts, Group
 
-Store = Literal["memory", "half", "disk"]
-"""Where cached activations live: as they are, in bfloat16, or in a file that the system maps into
-memory.
-"""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments after the hidden state, and keyword arguments, of one call of a block."""
 
 
-class Feeding(NamedTuple):
-    """How tokens go through the blocks: samples a forward, where activations wait, and whether
-    forwards run in bfloat16.
-    """
-
-    batch: int
-    store: Store = "memory"
-    bf16: bool = False
-
-
-def precision(bf16: bool, device: torch.device) -> Any:
-    """A context in which matrix products of a forward run in bfloat16, or as the model has them."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-
-
-class Activations:
-    """The hidden state `(N, T, C)` between two blocks, read and written by batch."""
-
-    def __init__(self, samples: int, like: Tensor, store: Store):
-        shape = (samples, *like.shape[1:])
-        self._dtype, self._device, self._store = like.dtype, like.device, store
-        kept = torch.bfloat16 if store == "half" else like.dtype
-        if store == "disk":
-            self._folder = tempfile.TemporaryDirectory(prefix="prunekit-")  # goes with this object
-            file = str(Path(self._folder.name) / "activations")
-            count = torch.Size(shape).numel()
-            self._data = torch.from_file(file, shared=True, size=count, dtype=kept).view(shape)
-        else:
-            self._data = torch.empty(
-                shape, dtype=kept, device="cpu" if store == "half" else like.device
-            )
-
-    def clone(self) -> Activations:
-        """A copy of its own, kept in the same way."""
-        other = Activations(len(self._data), self[slice(0, 1)], self._store)
-        other._data.copy_(self._data)
-        return other
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self._data[rows].to(self._device, self._dtype, copy=True)
-
-    def __setitem__(self, rows: slice, x: Tensor) -> None:
-        self._data[rows] = x.to(self._data)
-
-
-class _Reached(Exception):
-    """The forward has shown what was wanted; the rest need not run."""
-
-
-@contextmanager
-def until_seen() -> Iterator[None]:
-    """A forward inside may be cut short by `enough()`; nothing else is caught."""
-    try:
-        yield
-    except _Reached:
-        return
-
-
-def enough() -> None:
-    """End the forward around which `until_seen` stands."""
-    raise _Reached
-
-
 @dataclass(frozen=True)
-class Feed:
+class BlockInputs:
     """The arguments that each block gets besides the hidden state, by batch:
     `calls[block][batch]`.
     """
@@ -102,21 +34,21 @@ class Feed:
     blocks: tuple[str, ...]
     rows: tuple[slice, ...]
     calls: tuple[tuple[Call, ...], ...]
-    bf16: bool = False
+    precision: Precision = "model"
 
     def forward(self, module: nn.Module, block: int, batch: int, x: Tensor) -> Tensor:
         """Output of `module`, standing where block number `block` stands, for the hidden state `x
         (n, T, C)`.
         """
         args, kwargs = self.calls[block][batch]
-        with precision(self.bf16, x.device):
+        with autocast(self.precision, x.device):
             return first_tensor(module(x, *args, **kwargs))
 
 
 @torch.no_grad()
-def capture(
-    model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, feeding: Feeding
-) -> tuple[Activations, Feed]:
+def capture_inputs(
+    model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, options: PassOptions
+) -> tuple[Activations, BlockInputs]:
     """The first block's inputs for `tokens (N, T)`, and all arguments of every block.
 
     The first two batches (and a last, smaller one) go through the whole model; where their
@@ -128,7 +60,7 @@ def capture(
         raise ConfigError(
             "the pass block by block needs a model with a stack of blocks; discovery found none"
         )
-    batch = feeding.batch
+    batch = options.batch or samples_at_once(tokens)
     rows = tuple(slice(i, min(i + batch, len(tokens))) for i in range(0, len(tokens), batch))
     device = next(model.parameters()).device
     inputs: Activations | None = None
@@ -138,15 +70,18 @@ def capture(
     ):
         full = part.stop - part.start == batch
         known = full and i >= 2 and _agree(calls[0], calls[1])
-        with precision(feeding.bf16, device):
+        with autocast(options.precision, device):
             x, seen = _trace(model, blocks, tokens[part].to(device), short=known)
         if inputs is None:
-            inputs = Activations(len(tokens), x, feeding.store)
+            inputs = Activations(len(tokens), x, options.store)
         inputs[part] = x
         calls.append(calls[0] if known else _shared(seen, calls))
     assert inputs is not None  # tokens are never empty: the runner checks calibration data
-    return inputs, Feed(
-        blocks, rows, tuple(tuple(c[b] for c in calls) for b in range(len(blocks))), feeding.bf16
+    return inputs, BlockInputs(
+        blocks,
+        rows,
+        tuple(tuple(c[b] for c in calls) for b in range(len(blocks))),
+        options.precision,
     )
 
 
@@ -167,7 +102,7 @@ def _trace(
             )
         seen.append((x, (args[1:], rest)))
         if short:
-            enough()
+            raise_stop()
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         last[:] = [first_tensor(out)]
@@ -177,7 +112,7 @@ def _trace(
         m.register_forward_hook(after) for m in modules
     ]
     try:
-        with until_seen():
+        with stop_early():
             body = getattr(model, "base_model", model)
             body(input_ids=ids, use_cache=False)
     finally:
@@ -220,56 +155,62 @@ def _shared(calls: list[Call], earlier: list[list[Call]]) -> list[Call]:
 
 
 class BlockRun:
-    """`for out in run():` forwards of one block on its cached inputs, for criteria that only watch
-    what happens inside.
+    """A `Run` over one block on its cached inputs, for criteria that watch what happens inside.
 
-    `tokens` is `(N, T)`. The batches are those in which the inputs were captured. There is no loss:
-    `labels=True` raises ConfigError. `seen` holds statistics taken on this run (see
-    `stats.moments`).
+    `tokens` is `(N, T)`; the batches are those in which the inputs were captured.
     """
 
     def __init__(
-        self, model: nn.Module, tokens: Tensor, feed: Feed, block: int, inputs: Activations
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        feed: BlockInputs,
+        block: int,
+        inputs: Activations,
     ):
         self.model, self.tokens = model, tokens
         self.feed, self.block, self.inputs = feed, block, inputs
         self.counts: Counts = {}
-        self.seen: dict[str, Any] = {}
+        self.statistics: dict[Any, Any] = {}
 
     @property
     def module(self) -> nn.Module:
         """The block, as it is now."""
         return self.model.get_submodule(self.feed.blocks[self.block])
 
-    def __call__(
-        self, labels: bool = False, batch: int | None = None, head: bool = True
-    ) -> Iterator[Tensor]:
-        if labels:
-            raise ConfigError(
-                "a criterion that needs the loss cannot score one block alone: take "
-                "pruner=oneshot, or another criterion"
-            )
+    def outputs(self) -> Iterator[tuple[slice, Tensor]]:
+        """What the block puts out, as it is now, and the samples that it is of."""
         for i, rows in enumerate(self.feed.rows):
-            yield self.feed.forward(self.module, self.block, i, self.inputs[rows])
+            yield rows, self.feed.forward(self.module, self.block, i, self.inputs[rows])
+
+    def forward(self) -> Iterator[int]:
+        for _, out in self.outputs():
+            yield len(out)
+
+    def losses(self, batch: int | None = None) -> Iterator[Any]:
+        raise ConfigError(
+            "a criterion that needs the loss cannot score one block alone: take pruner=oneshot, "
+            "or another criterion"
+        )
 
 
 @torch.no_grad()
-def walk(
-    model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, feeding: Feeding
+def iterate_blocks(
+    model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, options: PassOptions
 ) -> Iterator[BlockRun]:
     """One BlockRun after the other; what the caller does to a block in between, the next block sees
     in its inputs.
     """
-    inputs, feed = capture(model, blocks, tokens, feeding)
+    inputs, feed = capture_inputs(model, blocks, tokens, options)
     for b in tqdm(range(len(blocks)), desc="blocks", unit="block", delay=2):
         run = BlockRun(model, tokens, feed, b, inputs)
         yield run
         if b + 1 < len(blocks):
-            for rows, out in zip(feed.rows, run()):
+            for rows, out in run.outputs():
                 inputs[rows] = out
 
 
-def stack(groups: list[Group]) -> tuple[str, ...]:
+def block_stack(groups: list[Group]) -> tuple[str, ...]:
     """Names of the decoder blocks, in order, from the group of kind `blocks` among `groups`. Raises
     ConfigError if there is none.
     """
@@ -281,7 +222,7 @@ def stack(groups: list[Group]) -> tuple[str, ...]:
     )
 
 
-def inside(groups: list[Group], blocks: tuple[str, ...]) -> list[list[Group]]:
+def groups_by_block(groups: list[Group], blocks: tuple[str, ...]) -> list[list[Group]]:
     """The groups of each block. Raises ConfigError for one that is not inside a single block."""
     rows: list[list[Group]] = [[] for _ in blocks]
     for g in groups:

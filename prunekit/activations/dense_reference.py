@@ -11,15 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prunekit.activations.blockwise import Activations, Feed, enough, until_seen
-from prunekit.activations.gram import Normal
-from prunekit.activations.moments import watch
+from prunekit.activations.blockwise import BlockInputs
+from prunekit.activations.gram import GramStatistics
+from prunekit.activations.hooks import hook_activations, raise_stop, stop_early
+from prunekit.activations.storage import Activations
 from prunekit.architecture.linear import Reader, readers
+from prunekit.errors import ConfigError
 from prunekit.types import Group
 
 
 @dataclass(frozen=True)
-class Part:
+class UnitReader:
     """One module of a block that adds to the residual stream, and the group of units
     that it reads.
     """
@@ -30,16 +32,40 @@ class Part:
     """Its name inside the block."""
 
 
-def parts_of(model: nn.Module, block: str, groups: list[Group]) -> list[Part]:
-    """The parts of a block, in the order of its modules; groups with no single reader in it are
-    left out.
+def unit_readers(model: nn.Module, block: str, groups: list[Group]) -> list[UnitReader]:
+    """The readers in a block, in the order of its modules; groups with no single one are left
+    out.
     """
     order = {id(m): i for i, m in enumerate(model.get_submodule(block).modules())}
     found = []
     for g in groups:
         inside = [r for r in readers(model, g) if r.name.startswith(block + ".")]
-        found += [Part(g, r, r.name[len(block) + 1 :]) for r in inside if len(inside) == 1]
+        found += [UnitReader(g, r, r.name[len(block) + 1 :]) for r in inside if len(inside) == 1]
     return sorted(found, key=lambda p: order[id(p.reader.module)])
+
+
+READABLE = ("heads", "neurons")
+"""Kinds of units that one linear module of a block reads, as a rule."""
+
+
+def readers_by_block(
+    model: nn.Module, blocks: tuple[str, ...], groups: list[Group]
+) -> list[list[UnitReader]]:
+    """The readers of the heads and neurons among `groups`, in each block."""
+    readable = [g for g in groups if g.kind in READABLE]
+    return [unit_readers(model, block, readable) for block in blocks]
+
+
+def check_readers(groups: list[Group], readers: list[list[UnitReader]]) -> None:
+    """Raises ConfigError naming a group that no single linear module of a block reads."""
+    served = {r.group.name for row in readers for r in row}
+    lost = [g.name for g in groups if g.name not in served]
+    if lost:
+        more = f" and {len(lost) - 1} more groups" if len(lost) > 1 else ""
+        raise ConfigError(
+            "structured OBS needs one linear module in the block that reads the units; "
+            f"{lost[0]}{more} have none: narrow pruner.kinds"
+        )
 
 
 class Seen(NamedTuple):
@@ -53,8 +79,8 @@ class Seen(NamedTuple):
     out: Tensor
 
 
-def look(
-    feed: Feed,
+def forward_until(
+    feed: BlockInputs,
     module: nn.Module,
     block: int,
     batch: int,
@@ -72,11 +98,11 @@ def look(
         seen.y[name] = y.float().reshape(*x.shape[:-1], -1)  # OPT flattens samples and tokens
         seen.after[name] = sum(seen.y.values(), x.float())
         if name == last:
-            enough()
+            raise_stop()
 
     with (
-        until_seen(),
-        watch(
+        stop_early(),
+        hook_activations(
             module,
             {n: partial(seen.x.__setitem__, n) for n in names},
             {n: partial(leave, n) for n in names},
@@ -86,13 +112,13 @@ def look(
     return seen._replace(out=out)
 
 
-HUGE = 4.0
+SINK_FACTOR = 4.0
 """A token whose size exceeds this many times the median is a sink: attention rests on it, and its
 activations are of a class of their own.
 """
 
 
-def importance(residual: Tensor, relative: bool) -> tuple[Tensor | None, Tensor]:
+def token_weights(residual: Tensor, relative: bool) -> tuple[Tensor | None, Tensor]:
     """How much each token's error counts `(...)` at a place of the residual stream `(..., C)`
     (None: all alike), and which are sinks.
 
@@ -100,10 +126,12 @@ def importance(residual: Tensor, relative: bool) -> tuple[Tensor | None, Tensor]
     by.
     """
     size = residual.float().square().mean(-1).sqrt().clamp(min=1e-6)
-    return (size.square().reciprocal() if relative else None), size > HUGE * size.median()
+    return (size.square().reciprocal() if relative else None), size > SINK_FACTOR * size.median()
 
 
-def adds_up(feed: Feed, b: int, module: nn.Module, inputs: Activations, names: list[str]) -> bool:
+def is_residual_sum(
+    feed: BlockInputs, b: int, module: nn.Module, inputs: Activations, names: list[str]
+) -> bool:
     """Whether the block's output is its input plus what the modules `names` put out, seen on one
     batch.
 
@@ -111,14 +139,14 @@ def adds_up(feed: Feed, b: int, module: nn.Module, inputs: Activations, names: l
     too.
     """
     x = inputs[feed.rows[0]]
-    seen = look(feed, module, b, 0, x, names)
+    seen = forward_until(feed, module, b, 0, x, names)
     added = seen.after[names[-1]] - x if names else torch.zeros_like(x)
     moved = seen.out - x
     return bool((moved - added).float().norm() <= 0.01 * moved.float().norm())
 
 
 @dataclass
-class Streams:
+class PairedStreams:
     """The network being pruned and the dense one, side by side at one block.
 
     With `adds`, a reader's output should move so that the network's residual stream after it
@@ -126,7 +154,7 @@ class Streams:
     should stay.
     """
 
-    feed: Feed
+    feed: BlockInputs
     block: int
     names: list[str]
     before: nn.Module
@@ -136,22 +164,27 @@ class Streams:
     passed: bool = False
     """Whether the dense stream stands behind this block already."""
 
-    def regression(self, module: nn.Module, p: Part, relative: bool) -> Normal:
+    def regression(self, module: nn.Module, p: UnitReader, relative: bool) -> GramStatistics:
         """Sums over what a reader gets in the network pruned so far and, beside the dense one, how
         far its output should move.
         """
         outputs, inputs = p.reader.weight.shape
-        stats = Normal(
-            inputs, 0 if self.dense is None else outputs, p.reader.weight.device, self.feed.bf16
+        stats = GramStatistics(
+            inputs,
+            0 if self.dense is None else outputs,
+            p.reader.weight.device,
+            self.feed.precision == "bf16",
         )
         ends = (
             p.inside == self.names[-1]
         )  # what the dense block puts out is known then, and its input not needed any more
         for i, rows in enumerate(self.feed.rows):
-            mine = look(self.feed, module, self.block, i, self.own[rows], self.names, p.inside)
+            mine = forward_until(
+                self.feed, module, self.block, i, self.own[rows], self.names, p.inside
+            )
             after, move = mine.after[p.inside], None
             if self.dense is not None:
-                theirs = look(
+                theirs = forward_until(
                     self.feed,
                     self.before,
                     self.block,
@@ -168,7 +201,7 @@ class Streams:
                     if self.adds
                     else theirs.y[p.inside] - mine.y[p.inside]
                 )
-            stats.add(mine.x[p.inside], move, *importance(after, relative))
+            stats.add(mine.x[p.inside], move, *token_weights(after, relative))
         self.passed = ends and self.dense is not None
         return stats
 

@@ -1,5 +1,5 @@
-"""Normal equations of a linear module, streamed: `H = sum_t w_t x_t x_t^T` and `C = sum_t w_t x_t
-y_t^T`, and what follows from them.
+"""Gram statistics of linear modules, streamed: `H = sum_t w_t x_t x_t^T`, `C = sum_t w_t x_t
+y_t^T`.
 """
 
 from __future__ import annotations
@@ -7,22 +7,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunekit.solvers.obs import factor
+from prunekit.activations.hooks import hook_activations, pass_tokens
+from prunekit.architecture.matrices import module_name
+from prunekit.errors import ConfigError
+from prunekit.types import Group, Run
 
 log = logging.getLogger("prunekit")
 
-ROUNDING = 1e-6
-"""Error of a float32 sum relative to its largest terms; a ridge below it would leave the matrix
-without a Cholesky factor.
-"""
 
-
-class Normal:
+class GramStatistics:
     """Sums over tokens of a module's inputs `x (inputs)` and of the outputs `y (outputs)` it should
     give, float32 on the inputs' device.
 
@@ -99,67 +97,50 @@ def rounding(bf16: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Least squares with the map `best (outputs, inputs)` as its solution: `min_A tr((A - best)
-    gram (A - best)^T)`, in float64.
-
-    `gram` is damped. With `affine`, maps have a bias that makes the mean output `mean_y`; sums are
-    centred then.
+class SharedGrams:
+    """Gram matrices of several modules' inputs; modules that are shown the same tensor (q, k and v)
+    share one.
     """
 
-    gram: Tensor
-    best: Tensor
-    mean_x: Tensor
-    mean_y: Tensor
-    affine: bool
+    def __init__(self) -> None:
+        self.sums: dict[str, GramStatistics] = {}
+        self.owner: dict[str, str] = {}
+        self.last: tuple[str, Tensor] | None = None
 
-    def solve(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weights `(outputs, kept inputs)` and bias of the best map from the inputs `kept`
-        (indices) alone.
+    def see(self, name: str, x: Tensor) -> None:
+        """Take in `x (..., inputs)` of module `name`. The last tensor is held, so that its memory
+        cannot become another one's.
         """
-        A = torch.cholesky_solve(self.gram[kept] @ self.best.T, factor(self.gram[kept][:, kept])).T
-        return A, self.mean_y - A @ self.mean_x[kept] if self.affine else None
+        if name not in self.owner:
+            same = (
+                self.last is not None
+                and self.last[1].data_ptr() == x.data_ptr()
+                and self.last[1].shape == x.shape
+            )
+            self.owner[name] = self.last[0] if same and self.last else name
+        if self.owner[name] == name:
+            self.sums.setdefault(name, GramStatistics(x.shape[-1], 0, x.device)).add(x)
+            self.last = (name, x)
 
-    def inverse(self) -> Tensor:
-        """Inverse of the damped gram matrix."""
-        return torch.cholesky_inverse(factor(self.gram))
 
+def grams(model: nn.Module, groups: list[Group], run: Run) -> list[tuple[list[Group], Tensor]]:
+    """Groups that read the same input, and the mean of `x x^T` over the tokens of that input; one
+    pass of the block.
 
-def problem(
-    stats: Normal, weight: Tensor, damp: float, affine: bool, repair: float = 32768
-) -> Problem:
-    """The regression around a module's weights `(outputs, inputs)`: what they put out, plus the `y`
-    of the sums, if those were taken.
-
-    Ridges are in units of the gram's mean diagonal over ordinary tokens. `damp` is that of the map
-    as a whole. What is fitted to `y`, which says how far the output should move from where it is,
-    has noise in it where the rest has none: its ridge weighs as much as `repair` tokens do, and so
-    loses its hold as the text grows.
+    Raises ConfigError for a module that no token reaches: it has no input to go by.
     """
-    H, best = stats.gram.double(), weight.double()
-    mean_x = stats.sum_x.double() / stats.weight
-    mean_y = best @ mean_x
-    if affine:
-        H = H - stats.weight * torch.outer(mean_x, mean_x)
-    unit = (
-        H.diagonal()
-        .mean()
-        .clamp(
-            min=torch.finfo(torch.float32).tiny,
-            max=max(stats.level, torch.finfo(torch.float32).tiny),
-        )
-    )
-    floor = (
-        ROUNDING * stats.gram.double().diagonal().max()
-    )  # of the sums as they were taken: centring cancels most of a large mean
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    if stats.cross.shape[1]:
-        C, shift = stats.cross.double(), stats.sum_y.double() / stats.weight
-        C = C - stats.weight * torch.outer(mean_x, shift) if affine else C
-        best = (
-            best
-            + torch.cholesky_solve(C, factor(H + max(repair / stats.tokens * unit, floor) * eye)).T
-        )
-        mean_y = mean_y + shift
-    return Problem(H + max(damp * unit, floor if damp else 0) * eye, best, mean_x, mean_y, affine)
+    shared = SharedGrams()
+    with hook_activations(
+        model, inputs={module_name(g): partial(shared.see, module_name(g)) for g in groups}
+    ):
+        pass_tokens(run, "inputs")
+    mates: dict[str, list[Group]] = {}
+    for g in groups:
+        name = module_name(g)
+        if name not in shared.owner:
+            raise ConfigError(
+                f"no calibration token reaches {name} (an idle expert?): calibrate on more text, "
+                "or narrow pruner.targets"
+            )
+        mates.setdefault(shared.owner[name], []).append(g)
+    return [(row, shared.sums[name].gram / shared.sums[name].tokens) for name, row in mates.items()]

@@ -1,64 +1,17 @@
-"""Streaming statistics of activations, behind hooks that always come off."""
+"""Mean, variance and norm of activations, streamed over the calibration text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.architecture.linear import weight_of
 from prunekit.types import Run
-
-See = Callable[[Tensor], None]
-"""Called with an activation `(N, T, channels)`; it must not keep or change it."""
-
-
-def first_tensor(args: Any, kwargs: Mapping[str, Any] | None = None) -> Tensor:
-    """The activation among a module's arguments or results: transformers passes it first, or as
-    `hidden_states`.
-    """
-    if isinstance(args, Tensor):
-        return args
-    if isinstance(args, (tuple, list)) and args:
-        return args[0]
-    return (kwargs or {})["hidden_states"]
-
-
-@contextmanager
-def watch(
-    model: nn.Module,
-    inputs: Mapping[str, See] | None = None,
-    outputs: Mapping[str, See] | None = None,
-) -> Iterator[None]:
-    """Inside, the modules named show each input (or output) to their function, detached. The hooks
-    come off whatever happens.
-    """
-
-    def before(see: See, module: nn.Module, args: Any, kwargs: Any) -> None:
-        see(first_tensor(args, kwargs).detach())
-
-    def after(see: See, module: nn.Module, args: Any, out: Any) -> None:
-        see(first_tensor(out).detach())
-
-    hooks: list[Any] = []
-    try:
-        for name, see in (inputs or {}).items():
-            hooks.append(
-                model.get_submodule(name).register_forward_pre_hook(
-                    partial(before, see), with_kwargs=True
-                )
-            )
-        for name, see in (outputs or {}).items():
-            hooks.append(model.get_submodule(name).register_forward_hook(partial(after, see)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Moments:
@@ -72,26 +25,26 @@ class Moments:
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
         self.mean = torch.zeros(channels, device=device)
-        self.spread = torch.zeros(channels, device=device)
+        self.m2 = torch.zeros(channels, device=device)
 
     def add(self, x: Tensor) -> None:
         """Take in `x (..., channels)`; sums are float32."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self.mean, self.spread = (
+        self.mean, self.m2 = (
             self.mean.to(x.device),
-            self.spread.to(x.device),
+            self.m2.to(x.device),
         )  # offloaded modules run elsewhere than they rest
         mean = x.mean(0)
         gap = mean - self.mean
         total = self.count + len(x)
-        self.spread += (x - mean).square().sum(0) + gap.square() * (self.count * len(x) / total)
+        self.m2 += (x - mean).square().sum(0) + gap.square() * (self.count * len(x) / total)
         self.mean += gap * (len(x) / total)
         self.count = total
 
     @property
     def variance(self) -> Tensor:
         """(channels,) mean squared distance from the mean."""
-        return self.spread / self.count
+        return self.m2 / self.count
 
     @property
     def square(self) -> Tensor:
@@ -106,7 +59,7 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
 
     `skip` leaves out that many tokens at the start of each sample.
     """
-    seen: dict[Any, Moments] = getattr(run, "seen", {})
+    seen: dict[Any, Moments] = run.statistics
     names = list(names)
     weights = {
         name: weight_of(model.get_submodule(name)) for name in names if (name, skip) not in seen
@@ -115,8 +68,10 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
         name: Moments(W.shape[1], "cpu" if W.is_meta else W.device) for name, W in weights.items()
     }
     if missing:
-        with watch(model, inputs={name: partial(_add, m, skip) for name, m in missing.items()}):
-            drain(run, "activations")
+        with hook_activations(
+            model, inputs={name: partial(_add, m, skip) for name, m in missing.items()}
+        ):
+            pass_tokens(run, "activations")
         seen.update({(name, skip): m for name, m in missing.items()})
     return {name: seen[name, skip] for name in names}
 
@@ -125,25 +80,3 @@ def _add(found: Moments, skip: int, x: Tensor) -> None:
     found.add(
         x[:, skip:] if skip else x
     )  # a module inside an expert sees a flat list of tokens, which has no beginning to skip
-
-
-TOKENS = 4096
-"""Tokens a forward takes where nothing depends on the batch."""
-
-
-def samples_at_once(run: Run, tokens: int = TOKENS) -> int:
-    """Samples that make up about so many tokens, at least one."""
-    return max(1, tokens // run.tokens.shape[1])  # type: ignore[attr-defined]
-
-
-@torch.no_grad()
-def drain(run: Run, what: str) -> None:
-    """Push all calibration tokens through, up to the output matrix, for the sake of
-    what watches.
-    """
-    batch = samples_at_once(run)
-    total = -(-len(run.tokens) // batch)  # type: ignore[attr-defined]
-    for _ in tqdm(
-        run(batch=batch, head=False), total=total, desc=what, unit="batch", leave=False, delay=2
-    ):
-        pass

@@ -1,4 +1,4 @@
-"""The run over the whole model: pushes calibration tokens through it and yields what comes out."""
+"""The run over the whole model: pushes calibration tokens through it, batch by batch."""
 
 from __future__ import annotations
 
@@ -9,36 +9,51 @@ from torch import Tensor, nn
 
 from prunekit.types import Counts
 
+FORWARD_TOKENS = 4096
+"""Tokens a forward takes where nothing depends on the batch."""
 
-class WholeRun:
-    """`for out in run():` forwards under the caller's grad mode.
 
-    `tokens` is (N, T). `labels=True` makes outputs carry `.loss`, the mean over the batch's shifted
-    tokens. `batch` is the number of samples a forward takes; None takes all N at once, as
-    LLM-Pruner does. `head=False` stops before the output matrix, for callers that only watch what
-    happens inside. `counts` says how many units are about to go, for the few criteria whose choice
-    depends on it. `seen` holds statistics that were taken on this run, so that a second reader of
-    the same ones needs no second pass; a run is made anew when the model changes.
+def samples_at_once(tokens: Tensor, count: int = FORWARD_TOKENS) -> int:
+    """Samples of `tokens (N, T)` that make up about `count` tokens, at least one."""
+    return max(1, count // tokens.shape[1])
+
+
+def forward(model: nn.Module, ids: Tensor, *, head: bool = True, labels: bool = False) -> Any:
+    """The outputs of one forward of `ids (n, T)` without a cache.
+
+    head: false stops before the output matrix, for callers that only watch what happens inside.
+    labels: outputs carry `.loss`, the mean over the shifted tokens.
+    """
+    ids = ids.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+    body = model if head else getattr(model, "base_model", model)
+    return body(input_ids=ids, use_cache=False, **({"labels": ids} if labels else {}))
+
+
+class ModelRun:
+    """A `Run` over the whole model, under the caller's grad mode.
+
+    `counts` says how many units are about to go; None for a criterion that is not registered with
+    `uses_counts=True`, whose scores hold for every ratio. A run is made anew when the model
+    changes, so that `statistics` hold for the model as it is.
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, counts: Counts | None = None):
-        self.model = model
-        self.tokens = tokens
-        self.counts = counts or {}
-        self.seen: dict[Any, Any] = {}
+        self.model, self.tokens = model, tokens
+        self.statistics: dict[Any, Any] = {}
+        self._counts = counts
 
-    def __call__(
-        self, labels: bool = False, batch: int | None = None, head: bool = True
-    ) -> Iterator[Any]:
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        model = self.model if head else getattr(self.model, "base_model", self.model)
-        for x in self.tokens.split(batch or len(self.tokens)):
-            ids = x.to(device)
-            yield model(input_ids=ids, use_cache=False, **({"labels": ids} if labels else {}))
+    @property
+    def counts(self) -> Counts:
+        """Raises RuntimeError where the criterion's registration does not say that it asks."""
+        if self._counts is None:
+            raise RuntimeError("a criterion that reads run.counts is registered uses_counts=True")
+        return self._counts
 
-    def split(self, batch: int) -> Iterator[WholeRun]:
-        """Runs over `batch` samples each, for callers that need several passes over the same few
-        samples.
-        """
-        for x in self.tokens.split(batch):
-            yield WholeRun(self.model, x, self.counts)
+    def forward(self) -> Iterator[int]:
+        for ids in self.tokens.split(samples_at_once(self.tokens)):
+            forward(self.model, ids, head=False)
+            yield len(ids)
+
+    def losses(self, batch: int | None = None) -> Iterator[Any]:
+        for ids in self.tokens.split(batch or len(self.tokens)):
+            yield forward(self.model, ids, labels=True)

@@ -1,5 +1,5 @@
 """The linear matrices inside the decoder blocks as groups of kind `weights`, whose units are single
-elements, and their input norms.
+elements.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor, nn
 
-from prunekit.activations.moments import Moments, moments
 from prunekit.architecture.linear import is_linear, weight_of
 from prunekit.errors import ConfigError
-from prunekit.selection.elements import Pattern
-from prunekit.types import Counts, Group, Kept, Member, Run, block_modules, tensor_of
+from prunekit.types import Group, Kept, Member, block_modules, tensor_of
 
 log = logging.getLogger("prunekit")
 
@@ -86,24 +84,9 @@ def matrix(model: nn.Module, group: Group) -> Tensor:
     return weight_of(model.get_submodule(module_name(group)))
 
 
-def upright(model: nn.Module, group: Group, x: Tensor) -> Tensor:
+def to_out_in(model: nn.Module, group: Group, x: Tensor) -> Tensor:
     """`x`, stored like the group's matrix, as (outputs, inputs); the same call turns it back."""
     return x if isinstance(model.get_submodule(module_name(group)), nn.Linear) else x.T
-
-
-def fits(model: nn.Module, groups: Iterable[Group], counts: Counts, asked: Pattern | None) -> None:
-    """Raises ConfigError before any work where a pattern does not divide a matrix, or is not what
-    the ratio asks for.
-    """
-    for g in groups if asked else ():
-        inputs = matrix(model, g).shape[1]
-        if asked and counts.get(g.name):
-            if inputs % asked.block_m:
-                raise ConfigError(
-                    f"{g.name} has {inputs} inputs, which pruner.block_m={asked.block_m} does not "
-                    "divide: narrow pruner.targets"
-                )
-            asked.kept_of(counts[g.name], g.units, g.name)
 
 
 @torch.no_grad()
@@ -113,26 +96,3 @@ def zero_elements(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None
         if g.name in kept:
             weight = tensor_of(model, g.members[0].param)
             weight.masked_fill_(~kept[g.name].to(weight.device), 0)
-
-
-@torch.no_grad()
-def input_norms(model: nn.Module, groups: Iterable[Group], run: Run) -> dict[str, Tensor]:
-    """Group name -> (inputs,) `||X_j||_2` over all calibration tokens that enter the module; zero
-    where none does (an idle expert).
-    """
-    groups = list(groups)
-    found = moments(model, dict.fromkeys(module_name(g) for g in groups), run)
-    return {g.name: _norm(found[module_name(g)], matrix(model, g)) for g in groups}
-
-
-def _norm(m: Moments, weight: Tensor) -> Tensor:
-    return (
-        (m.square * m.count).sqrt()
-        if m.count
-        else torch.zeros(weight.shape[1], device=weight.device)
-    )
-
-
-def wanda_score(weight: Tensor, norms: Tensor) -> Tensor:
-    """`|W_ij| * ||X_j||_2` for `weight (outputs, inputs)` and `norms (inputs)`."""
-    return weight.float().abs() * norms.to(weight.device)

@@ -26,7 +26,7 @@ TRIES = 64
 """How many neighbouring counts are offered to the class before giving up."""
 
 
-def alike(
+def same_in_every_layer(
     model: nn.Module,
     groups: list[Group],
     share: dict[str, float],

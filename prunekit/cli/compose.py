@@ -16,13 +16,13 @@ def composed(words: Sequence[str]) -> Iterator[dict[str, Any]]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
 
-    from prunekit.cli.main import conf_dir, known_keys
+    from prunekit.cli.overrides import check_keys
+    from prunekit.cli.paths import conf_dir
     from prunekit.errors import ConfigError
     from prunekit.runner import sweep
-    from prunekit.runner.job import settled
 
     words = [w for w in words if w not in ("-m", "--multirun")]
-    known_keys(list(words))
+    check_keys(list(words))
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             first = compose(
@@ -40,6 +40,6 @@ def composed(words: Sequence[str]) -> Iterator[dict[str, Any]]:
                 cfg = compose("config", overrides=said)
                 with open_dict(cfg):
                     cfg.out = name
-                yield settled(cfg)
+                yield sweep.plain_config(cfg)
     except HydraException as e:
         raise ConfigError(f"cannot compose {' '.join(words)}: {e}") from None

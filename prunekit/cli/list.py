@@ -4,15 +4,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from prunekit.cli.main import conf_dir
+from prunekit.cli.paths import PACKAGES, conf_dir
 from prunekit.errors import ConfigError
-from prunekit.registry import REGISTRIES, Entry
+from prunekit.source import Listed, components
 
 METHOD_KINDS = ("criterion", "ratio", "pruner", "recovery")
 
@@ -23,15 +21,14 @@ def main(argv: list[str]) -> int:
     if argv == ["--markdown"]:
         console.out(methods_table(), end="", highlight=False)
         return 0
-    unknown = [k for k in argv if k not in REGISTRIES]
+    unknown = [k for k in argv if k not in PACKAGES]
     if unknown:
-        raise ConfigError(f"no kind {unknown[0]!r}; kinds: {', '.join(REGISTRIES)}")
-    for kind in argv or REGISTRIES:
+        raise ConfigError(f"no kind {unknown[0]!r}; kinds: {', '.join(PACKAGES)}")
+    for kind in argv or PACKAGES:
         table = Table(title=kind, title_justify="left", box=None, pad_edge=False)
         for column in ("name", "what it does", "options"):
             table.add_column(column, overflow="fold")
-        for name in REGISTRIES[kind].names():
-            entry = REGISTRIES[kind].entry(name)
+        for name, entry in sorted(components(PACKAGES[kind]).items()):
             table.add_row(name, entry.summary, options(entry))
         for name, summary, said in presets(kind):
             table.add_row(name, summary, said)
@@ -39,13 +36,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def options(entry: Entry) -> str:
+def options(entry: Listed) -> str:
     """`mode=param_first, reduce=sum`; an option without default stands alone."""
-    return ", ".join(
-        k if v is inspect.Parameter.empty else f"{k}={v}"
-        for k, v in entry.defaults.items()
-        if k != "meta"
-    )
+    return ", ".join(f"{k}={v.strip(chr(39))}" if v else k for k, v in entry.options.items())
 
 
 def presets(kind: str) -> list[tuple[str, str, str]]:
@@ -54,7 +47,7 @@ def presets(kind: str) -> list[tuple[str, str, str]]:
     """
     found = []
     for path in sorted((conf_dir() / kind).glob("*.yaml")):
-        if path.stem not in REGISTRIES[kind].names():
+        if path.stem not in components(PACKAGES[kind]):
             text = path.read_text(encoding="utf-8")
             node = yaml.safe_load(text)
             own = (
@@ -75,8 +68,7 @@ def methods_table() -> str:
     """
     lines = ["| method | what it does | paper | needs | comes out |", "|---|---|---|---|---|"]
     for kind in METHOD_KINDS:
-        for name in REGISTRIES[kind].names():
-            entry = REGISTRIES[kind].entry(name)
+        for name, entry in sorted(components(PACKAGES[kind]).items()):
             if name != "none":
                 source = (
                     f"{entry.meta.get('paper', '-')}, {entry.meta['year']}"

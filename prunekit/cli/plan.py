@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from itertools import groupby
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,11 +15,11 @@ from rich.table import Table
 from torch import nn
 
 from prunekit import graph
+from prunekit.activations.runs import FORWARD_TOKENS
+from prunekit.architecture.macs import macs
 from prunekit.errors import ConfigError
-from prunekit.evals.macs import macs
-from prunekit.registry import criteria
 from prunekit.runner import preflight
-from prunekit.selection.eligible import entered
+from prunekit.scoring.gradients import TOKENS as BACKWARD_TOKENS
 from prunekit.types import Counts, Group, Kept, block_modules
 
 MIB = 2**20
@@ -47,7 +48,7 @@ class Forecast:
 
     dense: Figures
     pruned: Figures
-    widths: dict[str, tuple[int, int]]
+    widths: list[tuple[Group, tuple[int, int]]]
     scoring: int | None
     recovery: int | None
     remarks: list[str]
@@ -73,46 +74,21 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     """The same discovery and the same counts as the run, on the meta device. Raises ConfigError
     where only weights or data can tell.
     """
-    parts = preflight.built(cfg)
-    options = parts.pruner.keywords
-    kinds = preflight.pruned_kinds(cfg["pruner"]["name"], options)
-    if not kinds:
-        raise ConfigError(
-            f"plan: what pruner={cfg['pruner']['name']} removes depends on the weights; plan "
-            "knows pruners that take a ratio"
-        )
+    parts = preflight.build_components(cfg)
     model, _ = parts.model(meta=True)
     dense = figures(model)
-    groups = entered(model, kinds, parts.exclude, options.get("targets"))
-    counts = parts.ratio(model, groups, no_data(cfg["ratio"]["name"]))
-    scoring = scoring_peak(model, cfg)
-    remarks = []
-    if options.get("ranking", "local") != "local":
-        remarks.append(
-            "A global ranking moves units between layers: the widths are those of a local one, "
-            "the totals are about the same."
-        )
-    if options.get("compress", True) and not set(kinds) <= {"weights"}:
-        graph.remove(model, first_units(groups, counts))
-    widths = {g.name: (g.units - counts.get(g.name, 0), g.units) for g in groups}
+    expected = preflight.expected_outcome(parts, model)
+    if expected is None or expected.counts is None:
+        why = expected.remark if expected else f"pruner={parts.pruner.name} does not say."
+        raise ConfigError(f"plan: shapes alone do not tell what goes. {why}")
+    scoring = scoring_peak(model, parts, cfg)
+    if expected.smaller:
+        graph.remove(model, first_units(expected.groups, expected.counts))
+    counts = expected.counts
+    widths = [(g, (g.units - counts.get(g.name, 0), g.units)) for g in expected.groups]
     recovery = recovery_peak(model, cfg) if parts.recovery else None
+    remarks = [expected.remark] if expected.remark else []
     return Forecast(dense, figures(model), widths, scoring, recovery, remarks)
-
-
-def no_data(ratio: str) -> Any:
-    """A run that cannot be made: there are no weights to push the calibration text through."""
-
-    class NoRun:
-        def __call__(self, *_: Any, **__: Any) -> NoReturn:
-            raise ConfigError(
-                f"plan: ratio={ratio} needs the weights and the calibration text; plan knows "
-                "ratios that shapes decide"
-            )
-
-        def __getattr__(self, name: str) -> NoReturn:
-            self()
-
-    return NoRun()
 
 
 def first_units(groups: Sequence[Group], counts: Counts) -> Kept:
@@ -157,25 +133,29 @@ def kv_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
 
-def scoring_peak(model: nn.Module, cfg: dict[str, Any]) -> int | None:
+def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, Any]) -> int | None:
     """Weights, and what the criterion adds: nothing, one layer's activations, or all products of a
-    backward and the largest gradient.
+    backward and the largest gradient. None without a criterion.
     """
-    name = cfg["criterion"]["name"]
-    if name == "none":
+    if parts.criterion is None:
         return None
-    needs = criteria.entry(name).meta.get("needs", "-")
+    needs = parts.criterion.meta.get("needs", "-")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if needs == "-":
         return weights
     item = next(model.parameters()).element_size()
-    tokens = calibration_tokens(cfg)
-    logits = tokens * model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+    most = cfg["calib"].get("samples", 10) * cfg["calib"].get("length", 64)
     if needs == "data":
-        return weights + tokens * widest(model) * item + logits * item
+        tokens = min(most, FORWARD_TOKENS)
+        return weights + tokens * widest(model) * item
+    samples = parts.criterion.options.get("batch")
+    tokens = min(most, samples * cfg["calib"].get("length", 64) if samples else BACKWARD_TOKENS)
     products = tokens * outputs(model) * item
     largest = max(p.numel() for p in model.parameters())
-    return weights + products + logits * (item + 4) + largest * item
+    split = tokens < most  # gradients of several backwards add up, as large as the weights
+    gradients = weights if split else largest * item
+    return weights + products + tokens * vocabulary * (item + 4) + gradients
 
 
 def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
@@ -196,18 +176,12 @@ def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
         if rank
         else sum(p.numel() for p in model.parameters())
     )
-    tokens = options.get("micro_batch", 1) * options.get("cutoff", 256)
+    tokens = options.get("micro_batch", 1) * options.get("max_length", 256)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
     # Autograd keeps the input and the output of every product, and about as much again for norms,
     # rotations and activations.
     activations = 3 * tokens * outputs(model) * next(model.parameters()).element_size()
     return weights + trained * ADAM + activations + 2 * tokens * vocabulary * 4
-
-
-def calibration_tokens(cfg: dict[str, Any]) -> int:
-    """N x T of one backward."""
-    samples = cfg["criterion"].get("batch") or cfg["calib"].get("samples", 10)
-    return samples * cfg["calib"].get("length", 64)
 
 
 def outputs(model: nn.Module) -> int:
@@ -270,25 +244,20 @@ def show(found: Forecast, heading: str, console: Console | None = None) -> None:
         console.print(line, highlight=False)
 
 
-def stretches(widths: dict[str, tuple[int, int]]) -> list[str]:
+def stretches(widths: list[tuple[Group, tuple[int, int]]]) -> list[str]:
     """Kept of all units by kind, one entry for every stretch of layers that are alike: `neurons
     4-29: 8256/11008`.
     """
-    by_kind: dict[str, list[tuple[str, tuple[int, int]]]] = {}
-    for name, width in widths.items():
-        kind, _, layer = name.partition(".")
-        by_kind.setdefault(kind, []).append((layer, width))
+    by_kind: dict[str, list[tuple[int | None, tuple[int, int]]]] = {}
+    for group, width in widths:
+        by_kind.setdefault(group.kind, []).append((group.layer, width))
     lines = []
     for kind, found in by_kind.items():
-        parts: list[tuple[str, str, tuple[int, int]]] = []
-        for layer, width in found:
-            if parts and parts[-1][2] == width and layer.isdigit():
-                parts[-1] = (parts[-1][0], layer, width)
-            else:
-                parts.append((layer, layer, width))
-        told = ", ".join(
-            (f"{a}-{b}: " if a != b else f"{a}: " if a else "") + f"{kept}/{of}"
-            for a, b, (kept, of) in parts
-        )
-        lines.append(f"{kind}  {told}")
+        entries: list[str] = []
+        for (width, _), run in groupby(found, key=lambda x: (x[1], x[0] is None)):
+            layers = [layer for layer, _ in run]
+            first, last = layers[0], layers[-1]
+            where = "" if first is None else f"{first}: " if first == last else f"{first}-{last}: "
+            entries.append(f"{where}{width[0]}/{width[1]}")
+        lines.append(f"{kind}  {', '.join(entries)}")
     return lines

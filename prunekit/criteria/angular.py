@@ -11,13 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from prunekit.activations.moments import drain, watch
+from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.errors import ConfigError
 from prunekit.registry import criteria
 from prunekit.types import Group, Run, Scores
 
 
-@criteria.register(paper="arXiv 2403.17887", year=2024, needs="data", kinds=("blocks",))
+@criteria.register(
+    paper="arXiv 2403.17887", year=2024, needs="data", kinds=("blocks",), uses_counts=True
+)
 @torch.no_grad()
 def angular(
     model: nn.Module,
@@ -37,7 +39,7 @@ def angular(
     """
     scores = {}
     for g in groups:
-        n = max(1, run.counts.get(g.name, 1))  # type: ignore[attr-defined]
+        n = max(1, run.counts.get(g.name, 1))
         if choice == "angular":
             d = run_angles(states(model, g, run, tokens), n)
         else:
@@ -72,10 +74,10 @@ def states(model: nn.Module, group: Group, run: Run, tokens: str) -> Tensor:
     def see(name: str, x: Tensor) -> None:
         seen[name].append((x[:, -1] if tokens == "last" else x.flatten(0, 1)).float())
 
-    with watch(
+    with hook_activations(
         model,
         {n: partial(see, n) for n in group.modules},
         {group.modules[-1]: partial(see, "after")},
     ):
-        drain(run, "angles between blocks")
+        pass_tokens(run, "angles between blocks")
     return torch.stack([torch.cat(parts) for parts in seen.values()])

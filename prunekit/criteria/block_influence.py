@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from prunekit.activations.moments import drain, watch
+from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.registry import Natural, criteria
 from prunekit.types import Group, Run, Scores
 
@@ -36,7 +36,7 @@ def block_influence(
 
     names = [n for g in groups for n in g.modules]
     inputs = {n: partial(entered.__setitem__, n) for n in names}
-    with watch(model, inputs=inputs, outputs={n: partial(leave, n) for n in names}):
-        drain(run, "block influence")
-    tokens = run.tokens[:, skip:].numel()  # type: ignore[attr-defined]
+    with hook_activations(model, inputs=inputs, outputs={n: partial(leave, n) for n in names}):
+        pass_tokens(run, "block influence")
+    tokens = run.tokens[:, skip:].numel()
     return {g.name: torch.tensor([1 - cosines[n] / tokens for n in g.modules]) for g in groups}

@@ -1,8 +1,8 @@
 """Fluctuation of a unit's output over the calibration text (FLAP, An et al., AAAI 2024, arXiv
 2312.11983, section 3), and Wanda-sp.
 
-The paper's structures: UL-UM is `pruner.ranking=local`, UL-MM the same with `ratio.by_kind`, AL-AM
-`pruner.ranking=global`; the bias that keeps the mean is `pruner.compensate=bias`. Scores are read
+The paper's structures: UL-UM is `ratio.ranking=local`, UL-MM the same with `ratio.per_kind`, AL-AM
+`ratio.ranking=global`; the bias that keeps the mean is `pruner.compensate=bias`. Scores are read
 off the inputs of the readers alone (`o_proj`, `down_proj`), in one pass.
 """
 

@@ -1,4 +1,6 @@
-"""Weight magnitude of coupled structures: the l1 and l2 baselines of LLM-Pruner's tables."""
+"""Weight magnitude: the l1 and l2 baselines of LLM-Pruner's tables for structures, |w| for single
+weights.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +35,10 @@ def norm_scores(model: nn.Module, groups: list[Group], p: int, reduce: Reduce) -
                     tensor_of(model, m.param).float().abs() ** p, m.axis
                 )
     return {g.name: unit_scores(g, per_channel, reduce) for g in groups}
+
+
+@criteria.register(paper="arXiv 1506.02626", year=2015, needs="-", kinds=("weights",))
+@torch.no_grad()
+def weight_magnitude(model: nn.Module, groups: list[Group], run: Run) -> Scores:
+    """The size of each single weight."""
+    return {g.name: tensor_of(model, g.members[0].param).detach().float().abs() for g in groups}

@@ -7,8 +7,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from prunekit.architecture.matrices import input_norms, matrix, upright, wanda_score
+from prunekit.architecture.matrices import matrix, to_out_in
 from prunekit.registry import criteria
+from prunekit.scoring.wanda import input_norms, wanda_score
 from prunekit.types import Group, Run, Scores
 
 
@@ -19,4 +20,6 @@ def wanda(model: nn.Module, groups: list[Group], run: Run) -> Scores:
     within rows (pruner.scope=row, or alpha).
     """
     norms = input_norms(model, groups, run)
-    return {g.name: upright(model, g, wanda_score(matrix(model, g), norms[g.name])) for g in groups}
+    return {
+        g.name: to_out_in(model, g, wanda_score(matrix(model, g), norms[g.name])) for g in groups
+    }

@@ -134,13 +134,16 @@ def look(overrides: list[str]) -> Inventory:
 
 def of_run(cfg: dict[str, Any]) -> Inventory:
     """The inventory with what the run's exclusion and pruner would leave alone."""
-    parts = preflight.built(cfg)
-    pruner, options = cfg["pruner"]["name"], parts.pruner.keywords
+    parts = preflight.build_components(cfg)
+    pruner = parts.pruner.name
     model, _ = parts.model(meta=True)
     title = str(cfg["model"].get("path") or cfg["model"]["name"])
-    kinds = preflight.pruned_kinds(pruner, options)
-    verify = options.get("verify", True)
-    asks = f"pruner.kinds=[{','.join(kinds)}]" if "kinds" in options else f"pruner={pruner}"
+    kinds = preflight.pruned_kinds(parts.pruner)
+    asks = (
+        f"pruner.kinds=[{','.join(kinds)}]"
+        if "kinds" in parts.pruner.options
+        else f"pruner={pruner}"
+    )
     return inventory(
-        model, title, verify, parts.exclude, f"exclude={cfg['exclude']['name']}", kinds, asks
+        model, title, True, parts.exclude, f"exclude={cfg['exclude']['name']}", kinds, asks
     )

@@ -72,6 +72,7 @@ def _pruned(
 
 @models.register()
 def hf(
+    meta: bool = False,
     *,
     path: str,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -81,7 +82,6 @@ def hf(
     trust_remote_code: bool = False,
     auto: AUTO = "AutoModelForCausalLM",
     config: dict[str, Any] | None = None,
-    meta: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Any model that transformers loads, and prunekit's own checkpoints: `path` is a local folder
     or a hub name.

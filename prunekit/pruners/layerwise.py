@@ -8,73 +8,82 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from prunekit import graph
-from prunekit.activations.blockwise import Feeding, Store, inside, stack, walk
-from prunekit.activations.moments import samples_at_once
-from prunekit.activations.runs import WholeRun
+from prunekit.activations.storage import PassOptions, Precision, Store
+from prunekit.errors import ConfigError
+from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import pruners
-from prunekit.selection import units as select
-from prunekit.selection.eligible import of_kinds, spared
+from prunekit.selection.units import choose
 from prunekit.solvers.bias_compensation import add_biases, lost_means
-from prunekit.types import Counts, Group, Kept, Pruned, Scores
+from prunekit.types import Allocation, Kept, Pruned, Scores
+
+
+def check_layerwise(problem: Problem, *, kinds: list[str], **_: Any) -> Expected:
+    """Raises ConfigError where the ratio cannot be met or ranks groups of several blocks."""
+    expected = expect(problem, problem.groups(kinds))
+    if expected.counts is not None:
+        _local(problem.allocate(expected.groups))
+    return expected
+
+
+def _local(allocation: Allocation) -> Allocation:
+    if allocation.ranking != "local":
+        raise ConfigError(
+            f"ratio.ranking={allocation.ranking} needs all scores at once, and pruner=layerwise "
+            "has one block's at a time: give ratio.ranking=local or pruner=oneshot"
+        )
+    return allocation
 
 
 @pruners.register(
-    paper="arXiv 2306.11695", year=2023, needs="data", out="self-contained", kinds="option"
+    paper="arXiv 2306.11695",
+    year=2023,
+    needs="data",
+    out="self-contained",
+    scored=True,
+    check=check_layerwise,
 )
 @torch.no_grad()
 def layerwise(
-    model: nn.Module,
-    tokens: Tensor,
-    criterion: Callable[..., Scores],
-    ratio: Callable[..., Counts],
-    exclude: Callable[[list[Group]], list[Group]],
+    problem: Problem,
     *,
     kinds: list[Literal["neurons", "heads", "experts", "inner"]] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
     compensate: Literal["none", "bias"] = "none",
     store: Store = "memory",
-    precision: Literal["model", "bf16"] = "model",
-    compress: bool = True,
-    verify: bool = True,
+    precision: Precision = "model",
+    remove: bool = True,
 ) -> Pruned:
     """Scores a block's units on what reaches it, removes the lowest, and goes on to the next block
     with what the pruned one puts out.
 
-    Counts come from `ratio`, once, on the dense model. `compensate=bias` leaves the mean output of
-    what goes as a bias (FLAP). `store` says where the activations between two blocks wait: memory,
-    half (bfloat16) or disk; beyond them and the statistics of one block nothing is held.
-    `precision=bf16` runs the forwards in bfloat16. `compress=false` zeroes the units and keeps the
-    shapes. `verify` proves on a small twin that removing equals zeroing. Raises ConfigError for a
-    criterion that needs the loss, and for units that stand outside the blocks.
+    Args:
+        kinds: of units that compete.
+        compensate: `bias` leaves the mean output of what goes as a bias (FLAP).
+        store: where the activations between two blocks wait; beyond them and the statistics of one
+            block nothing is held.
+        precision: `bf16` runs the forwards in bfloat16.
+        remove: false zeroes the units and keeps the shapes.
+
+    Counts come from the ratio, once, on the dense model. Raises ConfigError for a criterion that
+    needs the loss, and for units that stand outside the blocks.
     """
-    everything = graph.discover(model, verify=verify)
-    groups = spared(of_kinds(model, everything, kinds), exclude)
-    blocks = stack(everything)
-    rows = inside(groups, blocks)
-    run = WholeRun(model, tokens)
-    counts = ratio(model, groups, run)
+    model = problem.model
+    groups = problem.groups(kinds)
+    allocation = _local(problem.allocate(groups))
     kept: Kept = {}
     first: Scores = {}
-    if any(counts.values()):
-        for block in walk(
-            model, blocks, tokens, Feeding(samples_at_once(run), store, precision == "bf16")
-        ):
-            row = rows[block.block]
-            if not any(counts[g.name] for g in row):
-                continue
-            scores = criterion(model, row, block)
-            mask = select.local(scores, counts)
-            lost = lost_means(model, row, mask, block) if compensate == "bias" else {}
-            graph.zero(model, mask)
-            add_biases(model, lost)
-            kept |= mask
-            first |= scores
-    if compress:
+    for row, run in problem.by_block(groups, allocation.counts, PassOptions(store, precision)):
+        scores = problem.score(row, run)
+        mask = choose(model, row, scores, allocation)
+        lost = lost_means(model, row, mask, run) if compensate == "bias" else {}
+        graph.zero(model, mask)
+        add_biases(model, lost)
+        kept |= mask
+        first |= scores
+    if remove:
         graph.remove(model, kept)
-    return Pruned(model, kept, groups, first, {"counts": counts})
+    return Pruned(model, kept, groups, first, {"counts": allocation.counts})

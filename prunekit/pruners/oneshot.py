@@ -5,98 +5,133 @@ schedule).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
-
-from torch import Tensor, nn
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from prunekit import graph
-from prunekit.activations.runs import WholeRun
-from prunekit.architecture.sizes import Sizes
+from prunekit.errors import ConfigError
+from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Natural, Positive, pruners
-from prunekit.selection import units as select
-from prunekit.selection.eligible import of_kinds, spared
-from prunekit.solvers.bias_compensation import add_biases, lost_means
-from prunekit.types import Counts, Group, Kept, Pruned, Scores
+from prunekit.selection.units import choose, expand_to_all_blocks, remaining_blocks, restrict
+from prunekit.solvers.bias_compensation import UNREAD, add_biases, lost_means
+from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Scores
 
 Kind = Literal["neurons", "heads", "hidden", "experts", "inner", "blocks"]
 
 
-@pruners.register(paper="arXiv 2305.11627", year=2023, out="self-contained", kinds="option")
+def check_oneshot(
+    problem: Problem, *, kinds: list[str], compensate: str, remove: bool, **_: Any
+) -> Expected:
+    """Raises ConfigError where the ratio cannot be met, or nothing reads what a bias would make up
+    for.
+    """
+    unread = sorted(set(kinds) & set(UNREAD))
+    if compensate == "bias" and unread:
+        raise ConfigError(
+            f"pruner.compensate=bias cannot make up for {', '.join(unread)}: possible for what a "
+            "linear module reads (heads, neurons)"
+        )
+    return expect(problem, problem.groups(kinds), smaller=remove)
+
+
+@dataclass(frozen=True)
+class Step:
+    """How the units of one step are chosen and applied."""
+
+    kinds: Sequence[str]
+    grouping: Literal["coupled", "none"]
+    compensate: Literal["none", "bias"]
+    skip: int
+    norm: Literal["plain", "rescale"]
+    remove: bool
+
+
+@dataclass
+class State:
+    """Where a run over several steps stands: all groups and those that may lose units, at the
+    start, and what is kept of them by now.
+    """
+
+    everything: list[Group]
+    eligible: list[Group]
+    kept: Kept = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+
+
+@pruners.register(
+    paper="arXiv 2305.11627", year=2023, out="self-contained", scored=True, check=check_oneshot
+)
 def oneshot(
-    model: nn.Module,
-    tokens: Tensor,
-    criterion: Callable[..., Scores],
-    ratio: Callable[..., Counts],
-    exclude: Callable[[list[Group]], list[Group]],
+    problem: Problem,
     *,
-    kinds: list[Kind] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states the same)
+    kinds: list[Kind] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
     grouping: Literal["coupled", "none"] = "coupled",
-    ranking: Literal["local", "kind", "global"] = "local",
-    budget: Literal["units", "prunable", "model"] = "model",
     steps: Positive | Literal["each"] = 1,
     compensate: Literal["none", "bias"] = "none",
     skip: Natural = 0,
     norm: Literal["plain", "rescale"] = "plain",
-    compress: bool = True,
-    verify: bool = True,
+    remove: bool = True,
 ) -> Pruned:
     """Scores every unit of `kinds` on the model as it is, removes the lowest, in one step or in
     several.
 
-    `kinds` heads + neurons is the paper's Block strategy, hidden its Channel strategy, blocks drops
-    whole layers. `grouping=none` lets every matrix choose its own units (the paper's Table 6: no
-    dependency). `ranking=global` pools all groups, `kind` those of one kind; `budget` says in what
-    the pool is counted (follows ratio.of). `steps=each` takes one unit of a group at a time.
-    `compensate=bias` leaves the mean output of what goes as a bias (FLAP), over all but the first
-    `skip` tokens of a sample. `norm=rescale` corrects RMSNorm for removed residual channels.
-    `compress=false` zeroes instead of removing. `verify` proves on a small twin that removing
-    equals zeroing. Raises ConfigError when nothing is left to prune.
+    Args:
+        kinds: heads + neurons is the paper's Block strategy, hidden its Channel strategy, blocks
+            drops whole layers.
+        grouping: `none` lets every matrix choose its own units (the paper's Table 6: no
+            dependency).
+        steps: score and prune in this many steps; `each` takes one unit of a group at a time.
+        compensate: `bias` leaves the mean output of what goes as a bias (FLAP).
+        skip: tokens at the start of each sample that this mean leaves out.
+        norm: `rescale` corrects RMSNorm for removed residual channels.
+        remove: false zeroes instead of removing.
+
+    Raises ConfigError when nothing is left to prune.
     """
-    kept: Kept = {}
-    first: Scores = {}
-    whole = now = of_kinds(model, graph.discover(model, verify=verify), kinds)
-    dense = groups = spared(now, exclude)
-    counts = ratio(model, groups, WholeRun(model, tokens))
+    everything = problem.units(kinds)
+    state = State(everything, problem.groups(kinds))
+    allocation = problem.allocate(state.eligible)
+    counts = allocation.counts
     total = max(1, *counts.values()) if steps == "each" else steps
+    how = Step(kinds, grouping, compensate, skip, norm, remove)
     for step in range(1, total + 1):
-        if step > 1 and compress:
-            now = of_kinds(model, graph.discover(model, verify=False), kinds)
-            groups = [
-                select.survivors(g, whole, dense, kept) if g.modules else g
-                for g in spared(now, exclude)
-            ]
-        goals = {
-            g.name: counts[g.name] * step // total
-            - ((dense_units(dense, g) - g.units) if compress else 0)
-            for g in groups
-        }
-        contest, goals = split(groups, goals) if grouping == "none" else (groups, goals)
-        run = WholeRun(model, tokens, goals)
-        scores = criterion(model, contest, run)
-        mask = select.widened(choose(model, contest, scores, goals, ranking, budget), contest, now)
-        lost = lost_means(model, contest, mask, run, skip) if compensate == "bias" else {}
-        if compress:
-            graph.remove(model, mask, norm=norm)
-            kept = {n: select.within(kept[n], m) if n in kept else m for n, m in mask.items()}
-        else:
-            graph.zero(model, mask)
-            kept = mask
-        add_biases(model, lost)
-        first = first or scores
-    took_part = [g for g in whole if g.name in counts]
-    return Pruned(
-        model,
-        kept,
-        split(took_part, counts)[0] if grouping == "none" else took_part,
-        first,
-        {"counts": counts},
-    )
+        by_now = {name: count * step // total for name, count in counts.items()}
+        prune_once(problem, state, dataclasses.replace(allocation, counts=by_now), how)
+    groups = [g for g in everything if g.name in counts]
+    if grouping == "none":
+        groups = split(groups, counts)[0]
+    return Pruned(problem.model, state.kept, groups, state.scores, {"counts": counts})
 
 
-def dense_units(dense: list[Group], group: Group) -> int:
-    """How many units `group` had at the start."""
-    return next(g.units for g in dense if g.name == group.name)
+def prune_once(problem: Problem, state: State, allocation: Allocation, how: Step) -> None:
+    """Score the model as it is, and take units until as many are gone as `allocation` says."""
+    model = problem.model
+    now, groups, left = state.everything, state.eligible, allocation.counts
+    if state.kept and how.remove:
+        now = problem.units(how.kinds)
+        groups = [
+            remaining_blocks(g, state.everything, state.eligible, state.kept) if g.modules else g
+            for g in problem.groups(how.kinds)
+        ]
+        before = {g.name: g.units for g in state.eligible}
+        left = {g.name: left[g.name] - (before[g.name] - g.units) for g in groups}
+    if how.grouping == "none":
+        groups, left = split(groups, left)
+    run = problem.run(left)
+    scores = problem.score(groups, run)
+    chosen = choose(model, groups, scores, dataclasses.replace(allocation, counts=left))
+    mask = expand_to_all_blocks(chosen, groups, now)
+    lost = lost_means(model, groups, mask, run, how.skip) if how.compensate == "bias" else {}
+    if how.remove:
+        graph.remove(model, mask, norm=how.norm)
+        kept = state.kept
+        state.kept = {n: restrict(kept[n], m) if n in kept else m for n, m in mask.items()}
+    else:
+        graph.zero(model, mask)
+        state.kept = mask
+    add_biases(model, lost)
+    state.scores = state.scores or scores
 
 
 def split(groups: list[Group], counts: Counts) -> tuple[list[Group], Counts]:
@@ -109,26 +144,3 @@ def split(groups: list[Group], counts: Counts) -> tuple[list[Group], Counts]:
         for m in g.members
     ]
     return [part for _, part in parts], {part.name: counts[g.name] for g, part in parts}
-
-
-def choose(
-    model: nn.Module, groups: list[Group], scores: Scores, counts: Counts, ranking: str, budget: str
-) -> Kept:
-    """Local: so many of each group. Global, kind: the same total, in units or in parameters,
-    wherever the scores are lowest.
-    """
-    if ranking == "local":
-        return select.local(scores, counts)
-    if ranking == "kind":
-        out: Kept = {}
-        for kind in dict.fromkeys(g.kind for g in groups):
-            part = [g for g in groups if g.kind == kind]
-            of = {g.name: counts[g.name] for g in part}
-            out |= choose(model, part, {n: scores[n] for n in of}, of, "global", budget)
-        return out
-    if budget == "units":
-        total = sum(counts.values())
-        return select.pooled(scores, lambda c: sum(c.values()) <= total)
-    sizes = Sizes(model, groups)
-    total = sizes.removed(counts)
-    return select.pooled(scores, lambda c: sizes.removed(c) <= total)

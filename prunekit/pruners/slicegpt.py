@@ -13,8 +13,9 @@ the extra parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,74 +23,89 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit import graph
-from prunekit.activations.blockwise import Activations, Feed, Feeding, Store, capture, stack
-from prunekit.activations.moments import samples_at_once, watch
-from prunekit.activations.runs import WholeRun
+from prunekit.activations.blockwise import BlockInputs, capture_inputs
+from prunekit.activations.hooks import hook_activations
+from prunekit.activations.runs import forward, samples_at_once
+from prunekit.activations.storage import Activations, PassOptions, Precision, Store
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps, stream
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
+from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Positive, pruners
 from prunekit.scoring.block_ablation import returning
-from prunekit.selection.eligible import of_kinds, spared
 from prunekit.solvers.rotation import Basis, assemble, removed, turned
-from prunekit.types import Counts, Group, Pruned, Scores
+from prunekit.types import Group, Pruned
 
 Weighting = Literal["signal", "direction"]
 Rests = dict[str, tuple[Any, ...] | None]
 """sub-layer -> what follows the activation in its output, None for a bare tensor."""
 
 
-@pruners.register(paper="arXiv 2401.15024", year=2024, out="self-contained", kinds=())
-@torch.no_grad()
-def slicegpt(
-    model: nn.Module,
-    tokens: Tensor,
-    criterion: Callable[..., Scores] | None,
-    ratio: Callable[..., Counts],
-    exclude: Callable[[list[Group]], list[Group]],
-    *,
-    budget: Literal["units", "prunable", "model"] = "model",
-    multiple: Positive = 8,
-    weighting: Weighting = "signal",
-    last: Literal["whole", "sliced"] = "whole",
-    store: Store = "memory",
-    precision: Literal["model", "bf16"] = "model",
-    verify: bool = True,
-) -> Pruned:
-    """Narrows the residual stream to its principal directions, sub-layer by sub-layer, each on the
-    output of the narrowed ones.
-
-    `budget=units`: the ratio is a share of the d channels (the paper's slicing); else d' is chosen
-    so that as many parameters go as the ratio asked for, the added matrices counted. `multiple`
-    rounds d'. `weighting=direction` gives every token the same weight. `last=whole` leaves the last
-    block and the output matrix at full width, `sliced` narrows up to the last norm. `store` says
-    where activations wait, `precision=bf16` runs the forwards in bfloat16; sums are float32 or
-    finer either way. Tied embeddings stay tied. Raises ConfigError for a model whose blocks are no
-    chain of RMSNorm, sub-layer and sum.
+def check_slicegpt(problem: Problem, *, multiple: int, last: str, **_: Any) -> Expected:
+    """Raises ConfigError for a model whose blocks are no chain of norm, sub-layer and sum, and for
+    a ratio that cannot be met.
     """
-    groups = graph.discover(model, verify=verify)
-    [hidden] = spared(of_kinds(model, groups, ["hidden"]), exclude)
-    chain = stream(model, hidden, stack(groups))
+    [hidden] = problem.groups(["hidden"])
+    chain = stream(problem.model, hidden, problem.blocks())
+    depth = sliced_blocks(chain, last)
+    expected = expect(problem, [hidden])
+    if expected.counts is not None:
+        narrowed(problem, chain, hidden, depth, multiple)
+    remark = "SliceGPT narrows the stream of the sliced blocks; its added matrices are not counted."
+    return replace(expected, counts=None, remark=remark)
+
+
+def sliced_blocks(chain: Stream, last: str) -> int:
+    """How many blocks are narrowed. Raises ConfigError where that is none."""
     depth = len(chain.blocks) - (last == "whole")
     if depth < 1:
         raise ConfigError(
             "slicegpt: last=whole leaves nothing of a model with one block; give last=sliced"
         )
-    run = WholeRun(model, tokens)
-    wanted = ratio(model, [hidden], run)[hidden.name]
-    width = narrowed(model, chain, hidden, wanted, depth, budget, multiple)
+    return depth
+
+
+@pruners.register(
+    paper="arXiv 2401.15024", year=2024, needs="data", out="self-contained", check=check_slicegpt
+)
+@torch.no_grad()
+def slicegpt(
+    problem: Problem,
+    *,
+    multiple: Positive = 8,
+    weighting: Weighting = "signal",
+    last: Literal["whole", "sliced"] = "whole",
+    store: Store = "memory",
+    precision: Precision = "model",
+) -> Pruned:
+    """Narrows the residual stream to its principal directions, sub-layer by sub-layer, each on the
+    output of the narrowed ones.
+
+    Args:
+        multiple: the width that stays is a multiple of this.
+        weighting: `direction` gives every token the same weight in the covariance.
+        last: `whole` leaves the last block and the output matrix at full width, `sliced` narrows
+            up to the last norm.
+        store: where activations between blocks wait.
+        precision: of the forwards; sums are float32 or finer either way.
+
+    With ratio.of=units the ratio is a share of the d channels (the paper's slicing); else the
+    width is chosen so that as many parameters go as the ratio asked for, the added matrices
+    counted. Tied embeddings stay tied. Raises ConfigError for a model whose blocks are no chain of
+    RMSNorm, sub-layer and sum.
+    """
+    model, tokens = problem.model, problem.tokens
+    [hidden] = problem.groups(["hidden"])
+    chain = stream(model, hidden, problem.blocks())
+    depth = sliced_blocks(chain, last)
+    width = narrowed(problem, chain, hidden, depth, multiple)
     for part in (part for parts in chain.sublayers for part in parts):
         gain_and_eps(model.get_submodule(part.norm))  # refuses other norms before the long pass
     rests = forms(model, chain, tokens)
     # Small batches: capturing runs the whole model on two of them.
-    inputs, feed = capture(
-        model,
-        chain.blocks,
-        tokens,
-        Feeding(max(1, samples_at_once(run) // 4), store, precision == "bf16"),
-    )
+    options = PassOptions(store, precision, max(1, samples_at_once(tokens) // 4))
+    inputs, feed = capture_inputs(model, chain.blocks, tokens, options)
     bases = list(turned(principal(model, chain, feed, inputs, depth, width, weighting, rests)))
     before = Sizes(model, [hidden]).total
     assemble(model, chain, bases, depth)
@@ -102,23 +118,17 @@ def slicegpt(
     return Pruned(model, {}, [], notes={"slicegpt": sizes})
 
 
-def narrowed(
-    model: nn.Module,
-    chain: Stream,
-    hidden: Group,
-    wanted: int,
-    depth: int,
-    budget: str,
-    multiple: int,
-) -> int:
+def narrowed(problem: Problem, chain: Stream, hidden: Group, depth: int, multiple: int) -> int:
     """d': as many channels as are to stay, or the width whose parameters, added matrices included,
-    come nearest to that request.
+    come nearest to what the ratio asks for.
     """
+    allocation = problem.allocate([hidden])
+    wanted = allocation.counts[hidden.name]
     widths = range(multiple, hidden.units + 1, multiple)
-    if budget == "units":
+    if allocation.budget == "units":
         return max((w for w in widths if w <= hidden.units - wanted), default=multiple)
-    goal = Sizes(model, [hidden]).removed({hidden.name: wanted})
-    sizes = {w: removed(model, chain, depth, w) for w in widths}
+    goal = Sizes(problem.model, [hidden]).removed({hidden.name: wanted})
+    sizes = {w: removed(problem.model, chain, depth, w) for w in widths}
     most = max(sizes.values())
     if most < goal:
         raise ConfigError(
@@ -131,7 +141,7 @@ def narrowed(
 def principal(
     model: nn.Module,
     chain: Stream,
-    feed: Feed,
+    feed: BlockInputs,
     inputs: Activations,
     depth: int,
     width: int,
@@ -176,7 +186,7 @@ def directions(gram: Tensor, width: int) -> Basis:
 def through(
     model: nn.Module,
     chain: Stream,
-    feed: Feed,
+    feed: BlockInputs,
     inputs: Activations,
     b: int,
     part: Sublayer,
@@ -209,7 +219,7 @@ def forms(model: nn.Module, chain: Stream, tokens: Tensor) -> Rests:
     names = [part.module for parts in chain.sublayers for part in parts]
     hooks = [model.get_submodule(n).register_forward_hook(partial(see, n)) for n in names]
     try:
-        next(WholeRun(model, tokens[:1, :8])())
+        forward(model, tokens[:1, :8])
     finally:
         for hook in hooks:
             hook.remove()
@@ -217,19 +227,26 @@ def forms(model: nn.Module, chain: Stream, tokens: Tensor) -> Rests:
 
 
 def same(
-    model: nn.Module, chain: Stream, tokens: Tensor, inputs: Activations, feed: Feed, depth: int
+    model: nn.Module,
+    chain: Stream,
+    tokens: Tensor,
+    inputs: Activations,
+    feed: BlockInputs,
+    depth: int,
 ) -> None:
     """Raises ConfigError unless the sliced model's stream is the projected stream of the model as
     it was.
     """
     rows = feed.rows[0]
     seen: list[Tensor] = []
-    with watch(model, inputs={(*chain.blocks, chain.norm)[depth]: seen.append}):
-        next(WholeRun(model, tokens[rows])(head=False))
+    with hook_activations(model, inputs={(*chain.blocks, chain.norm)[depth]: seen.append}):
+        forward(model, tokens[rows], head=False)
     want = inputs[rows].float()
     far = float((seen[0].float() - want).norm() / want.norm())
     if far > (
-        1e-2 if inputs[rows].dtype in (torch.float32, torch.float64) and not feed.bf16 else 0.2
+        1e-2
+        if inputs[rows].dtype in (torch.float32, torch.float64) and feed.precision == "model"
+        else 0.2
     ):
         name = type(model).__name__
         raise ConfigError(

@@ -4,151 +4,117 @@ the others of a row making up for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunekit.activations.blockwise import Feeding, Store, inside, walk
-from prunekit.activations.gram import Normal, warn_of_little_text
-from prunekit.activations.moments import drain, samples_at_once, watch
-from prunekit.activations.runs import WholeRun
-from prunekit.architecture.matrices import block_names, fits, matrices, matrix, module_name, upright
+from prunekit.activations.gram import grams, warn_of_little_text
+from prunekit.activations.storage import PassOptions, Precision, Store
+from prunekit.architecture.matrices import matrix, to_out_in
 from prunekit.errors import ConfigError
+from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Positive, pruners
-from prunekit.selection.elements import Pattern, pattern
-from prunekit.selection.eligible import spared
-from prunekit.solvers.sparsegpt import inverse_factor, runs, spread, sweep
-from prunekit.types import Counts, Group, Kept, Pruned, Run, Scores
+from prunekit.selection.elements import NM, Pattern, check_pattern
+from prunekit.solvers.sparsegpt import inverse_factor, lowest_of_block, of_each_run, solve_columns
+from prunekit.types import Group, Kept, Pruned
 
-Damp = Annotated[float, Field(ge=0)]
+Ridge = Annotated[float, Field(ge=0)]
 
 
-@pruners.register(paper="arXiv 2301.00774", year=2023, needs="data", out="zeros", kinds=())
+def check_sparsegpt(
+    problem: Problem,
+    *,
+    pattern: Pattern | None,
+    block: int,
+    targets: list[str] | None,
+    **_: Any,
+) -> Expected:
+    """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or block."""
+    if pattern and block % pattern.m:
+        raise ConfigError(f"pruner.block={block} must be a multiple of the {pattern.m} of pattern")
+    expected = expect(problem, problem.matrices(targets), smaller=False)
+    if expected.counts is not None:
+        _local(problem, expected.groups, pattern)
+    return expected
+
+
+def _local(problem: Problem, groups: list[Group], pattern: Pattern | None) -> dict[str, int]:
+    allocation = problem.allocate(groups)
+    if allocation.ranking != "local":
+        raise ConfigError(
+            f"ratio.ranking={allocation.ranking}: pruner=sparsegpt sees one matrix at a time and "
+            "cannot rank them together; give ratio.ranking=local"
+        )
+    check_pattern(problem.model, groups, allocation.counts, pattern)
+    return allocation.counts
+
+
+@pruners.register(
+    paper="arXiv 2301.00774", year=2023, needs="data", out="zeros", check=check_sparsegpt
+)
 @torch.no_grad()
 def sparsegpt(
-    model: nn.Module,
-    tokens: Tensor,
-    criterion: Callable[..., Scores] | None,
-    ratio: Callable[..., Counts],
-    exclude: Callable[[list[Group]], list[Group]],
+    problem: Problem,
     *,
-    keep_n: Positive | None = None,
-    block_m: Positive | None = None,
+    pattern: NM = None,
     block: Positive = 128,
-    damp: Damp = 0.01,
+    ridge: Ridge = 0.01,
     targets: list[str] | None = None,
     store: Store = "memory",
-    precision: Literal["model", "bf16"] = "model",
+    precision: Precision = "model",
 ) -> Pruned:
     """Zeroes elements of the linear matrices by their exact cost on the calibration text, and
     corrects the rest of each row.
 
-    Elements go in blocks of `block` inputs, those with the least `w^2 / U_jj^2` of the block.
-    `keep_n` of each `block_m` consecutive inputs stay (2:4 is keep_n=2 block_m=4); the ratio must
-    agree, or decide (keep_n=null). `damp` is the ridge in units of the gram's mean diagonal; it
-    grows, with a warning, where rounding leaves no Cholesky factor. Raises ConfigError where a
-    pattern fits no matrix or ratio.
+    Args:
+        pattern: "2:4" keeps 2 of every 4 consecutive inputs; the ratio must agree. "N:8" lets the
+            ratio decide for each matrix.
+        block: inputs among whose elements those with the least `w^2 / U_jj^2` go.
+        ridge: in units of the gram's mean diagonal; it grows, with a warning, where rounding
+            leaves no Cholesky factor.
+        targets: names or globs of the linear modules in a block; null takes all.
+        store: where activations between blocks wait.
+        precision: of the forwards.
+
+    Raises ConfigError where a pattern fits no matrix or ratio.
     """
-    groups = spared(matrices(model, targets), exclude)
-    asked = pattern(keep_n, block_m)
-    if asked and block % asked.block_m:
-        raise ConfigError(
-            f"pruner.block={block} must be a multiple of pruner.block_m={asked.block_m}"
-        )
-    warn_of_little_text(tokens, max(matrix(model, g).shape[1] for g in groups))
-    run = WholeRun(model, tokens)
-    counts = ratio(model, groups, run)
-    fits(model, groups, counts, asked)
+    model = problem.model
+    groups = problem.matrices(targets)
+    warn_of_little_text(problem.tokens, max(matrix(model, g).shape[1] for g in groups))
+    counts = _local(problem, groups, pattern)
     kept: Kept = {}
     costs: dict[str, float] = {}
-    damped: dict[str, float] = {}
-    if any(counts.values()):
-        blocks = block_names(model)
-        rows = inside(groups, blocks)
-        for here in walk(
-            model, blocks, tokens, Feeding(samples_at_once(run), store, precision == "bf16")
-        ):
-            row = [g for g in rows[here.block] if counts[g.name]]
-            for mates, gram in grams(model, row, here) if row else ():
-                U, took = inverse_factor(gram, damp, mates[0].name)
-                for g in mates:
-                    kept[g.name], costs[g.name] = operate(
-                        model, g, gram, U, counts[g.name], asked, block
-                    )
-                    damped |= {g.name: took} if took != damp else {}
+    grown: dict[str, float] = {}
+    for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
+        for alike, gram in grams(model, row, run):
+            U, took = inverse_factor(gram, ridge, alike[0].name)
+            for g in alike:
+                kept[g.name], costs[g.name] = prune_matrix(
+                    model, g, gram, U, counts[g.name], pattern, block
+                )
+                grown |= {g.name: took} if took != ridge else {}
     gone = {name: int((~mask).sum()) for name, mask in kept.items()}
-    return Pruned(model, kept, groups, {}, {"counts": gone, "costs": costs, "more_damping": damped})
+    return Pruned(model, kept, groups, {}, {"counts": gone, "costs": costs, "larger_ridge": grown})
 
 
-def operate(
+def prune_matrix(
     model: nn.Module,
     g: Group,
     gram: Tensor,
     U: Tensor,
     count: int,
-    asked: Pattern | None,
+    pattern: Pattern | None,
     block: int,
 ) -> tuple[Tensor, float]:
-    """Sweep one matrix in place. Returns the mask, stored like the matrix, and the cost."""
+    """Solve one matrix in place. Returns the mask, stored like the matrix, and the cost."""
     W = matrix(model, g)
-    choice = (
-        runs(asked.kept_of(count, g.units, g.name), asked.block_m)
-        if asked
-        else spread(count, W.shape[1], block)
-    )
-    new, mask, cost = sweep(
-        W.float(), U.to(W.device, torch.float32), choice, block, gram.diagonal().to(W.device) == 0
-    )
+    if pattern:
+        rule = of_each_run(pattern.kept_of(count, g.units, g.name), pattern.m)
+    else:
+        rule = lowest_of_block(count, W.shape[1], block)
+    dead = gram.diagonal().to(W.device) == 0
+    new, mask, cost = solve_columns(W.float(), U.to(W.device, torch.float32), rule, block, dead)
     W.copy_(new.to(W).masked_fill_(~mask, 0))
-    return upright(model, g, mask).contiguous(), cost
-
-
-class Shared:
-    """Gram matrices of several modules' inputs; modules that are shown the same tensor (q, k and v)
-    share one.
-    """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Normal] = {}
-        self.owner: dict[str, str] = {}
-        self.last: tuple[str, Tensor] | None = None
-
-    def see(self, name: str, x: Tensor) -> None:
-        """Take in `x (..., inputs)` of module `name`. The last tensor is held, so that its memory
-        cannot become another one's.
-        """
-        if name not in self.owner:
-            same = (
-                self.last is not None
-                and self.last[1].data_ptr() == x.data_ptr()
-                and self.last[1].shape == x.shape
-            )
-            self.owner[name] = self.last[0] if same and self.last else name
-        if self.owner[name] == name:
-            self.sums.setdefault(name, Normal(x.shape[-1], 0, x.device)).add(x)
-            self.last = (name, x)
-
-
-def grams(model: nn.Module, groups: list[Group], run: Run) -> list[tuple[list[Group], Tensor]]:
-    """Groups that read the same input, and the mean of `x x^T` over the tokens of that input; one
-    pass of the block.
-
-    Raises ConfigError for a module that no token reaches: it has no input to go by.
-    """
-    shared = Shared()
-    with watch(model, inputs={module_name(g): partial(shared.see, module_name(g)) for g in groups}):
-        drain(run, "inputs")
-    mates: dict[str, list[Group]] = {}
-    for g in groups:
-        name = module_name(g)
-        if name not in shared.owner:
-            raise ConfigError(
-                f"no calibration token reaches {name} (an idle expert?): calibrate on more text, "
-                "or narrow pruner.targets"
-            )
-        mates.setdefault(shared.owner[name], []).append(g)
-    return [(row, shared.sums[name].gram / shared.sums[name].tokens) for name, row in mates.items()]
+    return to_out_in(model, g, mask).contiguous(), cost

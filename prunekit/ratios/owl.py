@@ -8,33 +8,35 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import nn
 
-from prunekit.architecture.matrices import input_norms, matrices, matrix, wanda_score
+from prunekit.architecture.matrices import matrices, matrix
 from prunekit.errors import ConfigError
+from prunekit.problem import Problem
 from prunekit.registry import Share, ratios
-from prunekit.selection.elements import share
-from prunekit.types import Counts, Group, Run
+from prunekit.scoring.wanda import input_norms, wanda_score
+from prunekit.selection.elements import floor_share
+from prunekit.types import Allocation, Group
 
 
 @ratios.register(paper="arXiv 2310.05175", year=2023, needs="data")
 def owl(
-    model: nn.Module,
+    problem: Problem,
     groups: list[Group],
-    run: Run,
     *,
     target: Share = 0.5,
-    spread: Annotated[float, Field(ge=0, le=0.5)] = 0.08,
-    outlier: Annotated[float, Field(gt=0)] = 5,
-) -> Counts:
-    """Shares by block, `target` of the units on average: the more scores above `outlier` times the
-    block's mean, the smaller.
+    lamda: Annotated[float, Field(ge=0, le=0.5)] = 0.08,
+    M: Annotated[float, Field(gt=0)] = 5,
+) -> Allocation:
+    """Shares by block, `target` of the units on average: the more outliers among a block's Wanda
+    scores, the smaller its share.
 
-    The shares of all blocks lie within `2 * spread` of each other (the paper's lambda; 0 is
-    ratio=uniform of=units). Outliers are those of the dense model's linear matrices, `|w_ij| *
-    ||x_j||`, whatever chooses the units later. Blocks count by their units, which keeps the total
-    exact; no block loses less than nothing. Raises ConfigError for units that stand outside of the
-    blocks.
+    Args:
+        lamda: shares of all blocks lie within `2 * lamda` of each other; 0 gives all the same.
+        M: a score above M times the block's mean is an outlier.
+
+    Outliers are those of the dense model's linear matrices, `|w_ij| * ||x_j||`, whatever chooses
+    the units later. Blocks count by their units, which keeps the total exact; no block loses less
+    than nothing. Raises ConfigError for units that stand outside of the blocks.
     """
     outside = [g.name for g in groups if g.layer is None]
     if outside:
@@ -43,19 +45,22 @@ def owl(
             "block: take ratio=uniform"
         )
     if target == 0:
-        return {g.name: 0 for g in groups}
+        return Allocation({g.name: 0 for g in groups})
     layers = sorted({g.layer for g in groups if g.layer is not None})
     units = [sum(g.units for g in groups if g.layer == i) for i in layers]
-    found = outliers(model, layers, outlier, run) if spread else [0.0] * len(layers)
-    by_layer = dict(zip(layers, shares(found, units, target, spread), strict=True))
-    return {g.name: min(share(g.units, by_layer[g.layer or 0]), g.units - 1) for g in groups}
+    found = outliers(problem, layers, M) if lamda else [0.0] * len(layers)
+    by_layer = dict(zip(layers, shares(found, units, target, lamda), strict=True))
+    return Allocation(
+        {g.name: min(floor_share(g.units, by_layer[g.layer or 0]), g.units - 1) for g in groups}
+    )
 
 
 @torch.no_grad()
-def outliers(model: nn.Module, layers: list[int], factor: float, run: Run) -> list[float]:
+def outliers(problem: Problem, layers: list[int], factor: float) -> list[float]:
     """Percentage of a block's Wanda scores above `factor` times their mean, on the dense model."""
+    model = problem.model
     inside = [g for g in matrices(model) if g.layer in layers]
-    norms = input_norms(model, inside, run)
+    norms = input_norms(model, inside, problem.run())
     out = []
     for layer in layers:
         scores = [wanda_score(matrix(model, g), norms[g.name]) for g in inside if g.layer == layer]
@@ -69,15 +74,15 @@ def outliers(model: nn.Module, layers: list[int], factor: float, run: Run) -> li
     return out
 
 
-def shares(found: list[float], units: list[int], target: float, spread: float) -> list[float]:
-    """`target - (d - mean d)`, where d is the outlier percentage stretched to [0, 2 * spread];
+def shares(found: list[float], units: list[int], target: float, lamda: float) -> list[float]:
+    """`target - (d - mean d)`, where d is the outlier percentage stretched to [0, 2 * lamda];
     means are weighted by units.
 
     Where that leaves [0, 1), the shares are cut off there and all moved alike until the mean is
     `target` again.
     """
     low, high = min(found), max(found)
-    d = [2 * spread * (x - low) / (high - low) if high > low else 0.0 for x in found]
+    d = [2 * lamda * (x - low) / (high - low) if high > low else 0.0 for x in found]
     total = sum(units)
 
     def at(shift: float) -> list[float]:
@@ -86,7 +91,7 @@ def shares(found: list[float], units: list[int], target: float, spread: float) -
     first = target + sum(x * u for x, u in zip(d, units)) / total
     if first - max(d) >= 0 and first - min(d) < 1:
         return at(first)
-    below, above = 0.0, 1 + 2 * spread
+    below, above = 0.0, 1 + 2 * lamda
     for _ in range(100):
         middle = (below + above) / 2
         reached = sum(s * u for s, u in zip(at(middle), units)) / total

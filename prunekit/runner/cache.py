@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from prunekit.activations.runs import WholeRun
+from prunekit.activations.runs import ModelRun
 from prunekit.errors import ConfigError
-from prunekit.registry import evals
+from prunekit.registry import Component
 from prunekit.runner import provenance
-from prunekit.runner.resume import code_version
-from prunekit.types import Counts, Group, Run, Scores
+from prunekit.source import code_hash, module_file
+from prunekit.types import Group, Run, Scores
 
 LIMIT = 2 * 2**30
 """Bytes kept; beyond them the entries that were not used for longest go."""
@@ -45,31 +45,6 @@ class Entry:
     write: Callable[[Path, Any], None]
 
 
-class Witness(WholeRun):
-    """The same run, which notices when a criterion asks how much is about to go: its scores then
-    hold for that ratio alone.
-    """
-
-    def __init__(self, run: WholeRun):
-        super().__init__(run.model, run.tokens)
-        self.seen, self._run, self.asked = run.seen, run, False
-
-    @property
-    def counts(self) -> Counts:  # type: ignore[override]
-        self.asked = True
-        return self._run.counts
-
-    @counts.setter
-    def counts(self, value: Counts) -> None:
-        """The parent sets it when it is made."""
-
-    def split(self, batch: int) -> Iterator[WholeRun]:
-        for x in self.tokens.split(batch):
-            part = Witness(WholeRun(self.model, x, self._run.counts))
-            yield part
-            self.asked |= part.asked
-
-
 @dataclass
 class Cache:
     """One run's view of the store. `used` collects the names of what was not computed anew."""
@@ -78,60 +53,61 @@ class Cache:
     on: bool
     used: list[str] = field(default_factory=list)
 
-    def scores(
-        self, criterion: Callable[..., Scores], timed: Callable[[str], Any]
-    ) -> Callable[..., Scores]:
+    def scores(self, criterion: Component, timed: Callable[[str], Any]) -> Component:
         """`criterion`, answered from disk where the same was asked before. `timed("score")`
         measures either way.
 
         Random numbers start from the run's seed before and after, so a hit leaves them where a miss
-        does. Runs that are not over the whole model, scores of single weights (as big as the model)
-        and models whose weights are not at hand are never stored.
+        does. Never stored: runs that are not over the whole model, scores of single weights (as big
+        as the model) or for one ratio alone, of models whose weights are not at hand, and of
+        criteria whose code lies outside of prunekit.
         """
+        module = criterion.entry.fn.__module__
+        storable = self.on and not criterion.meta.get("uses_counts") and module_file(module)
 
-        def asked(model: nn.Module, groups: list[Group], run: Run) -> Scores:
+        def cached(model: nn.Module, groups: list[Group], run: Run, **_: Any) -> Scores:
+            whole = isinstance(run, ModelRun) and all(g.kind != "weights" for g in groups)
             with timed("score"):
                 provenance.seed_everything(self.cfg["seed"])
-                if (
-                    self.on
-                    and type(run) is WholeRun
-                    and all(g.kind != "weights" for g in groups)
-                    and at_hand(model)
-                ):
-                    found = stored(model, groups, Witness(run))
+                if storable and whole and at_hand(model):
+                    found = self._stored_scores(criterion, model, groups, run)
                 else:
                     found = criterion(model, groups, run)
             provenance.seed_everything(self.cfg["seed"])
             return found
 
-        def stored(model: nn.Module, groups: list[Group], run: Witness) -> Scores:
-            parts = [
-                model_print(model),
-                provenance.token_hash(run.tokens),
-                *map(group_print, groups),
-            ]
-            key = digest("scores", self.cfg["criterion"], self.cfg["seed"], *parts)
-            entry = Entry(f"scores/{key}.safetensors", "score", read_scores, write_scores)
-            return self.remember(
-                entry, lambda: criterion(model, groups, run), lambda: not run.asked
-            )
+        return replace(criterion, entry=replace(criterion.entry, fn=cached))
 
-        return asked
+    def _stored_scores(
+        self, criterion: Component, model: nn.Module, groups: list[Group], run: Run
+    ) -> Scores:
+        key = digest(
+            [criterion.entry.fn.__module__, __name__],
+            "scores",
+            self.cfg["criterion"],
+            self.cfg["seed"],
+            model_print(model),
+            provenance.token_hash(run.tokens),
+            *map(group_print, groups),
+        )
+        entry = Entry(f"scores/{key}.safetensors", "score", read_scores, write_scores)
+        found: Scores = self.remember(entry, lambda: criterion(model, groups, run))
+        return found
 
     def measured(
-        self, name: str, model: nn.Module, tokenizer: Any, evaluate: Callable[..., dict[str, float]]
+        self, name: str, model: nn.Module, tokenizer: Any, evaluate: Component
     ) -> dict[str, float]:
         """The numbers of the eval called `name` on the dense model. Evals registered with
         `cached=False` (times, memory) always run.
         """
         node = self.cfg["eval"][name]
-        if (
-            not self.on
-            or not evals.entry(node["name"]).meta.get("cached", True)
-            or not at_hand(model)
-        ):
-            return evaluate(model, tokenizer)
+        module = evaluate.entry.fn.__module__
+        storable = self.on and evaluate.meta.get("cached", True) and module_file(module)
+        if not storable or not at_hand(model):
+            measured: dict[str, float] = evaluate(model, tokenizer)
+            return measured
         key = digest(
+            [module, __name__],
             "dense",
             node,
             self.cfg["seed"],
@@ -140,13 +116,12 @@ class Cache:
             files_print(node),
         )
         entry = Entry(f"dense/{key}.json", f"dense/{name}", read_numbers, write_numbers)
-        return self.remember(entry, lambda: evaluate(model, tokenizer))
+        stored: dict[str, float] = self.remember(entry, lambda: evaluate(model, tokenizer))
+        return stored
 
-    def remember(
-        self, entry: Entry, compute: Callable[[], Any], keep: Callable[[], bool] = lambda: True
-    ) -> Any:
-        """What is stored, or what `compute` gives, which is stored if `keep` says so. One process
-        computes, the others wait for it.
+    def remember(self, entry: Entry, compute: Callable[[], Any]) -> Any:
+        """What is stored, or what `compute` gives, stored then. One process computes, the others
+        wait for it.
         """
         from filelock import FileLock
 
@@ -158,10 +133,9 @@ class Cache:
                 self.used.append(entry.name)
                 return entry.read(file)
             value = compute()
-            if keep():
-                aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-                entry.write(aside, value)
-                aside.replace(file)
+            aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+            entry.write(aside, value)
+            aside.replace(file)
         keep_within(folder(), LIMIT)
         return value
 
@@ -173,9 +147,9 @@ def open_cache(cfg: dict[str, Any]) -> Cache:
     return Cache(cfg, SWITCH[cfg.get("cache")])
 
 
-def digest(*parts: Any) -> str:
-    """128 bits over the parts, the code, and what the bits of a result hang on: torch, devices,
-    threads.
+def digest(modules: list[str], *parts: Any) -> str:
+    """128 bits over the parts, the code of `modules` and of all that they import, and what the bits
+    of a result hang on: torch, devices, threads.
     """
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -183,7 +157,7 @@ def digest(*parts: Any) -> str:
         else []
     )
     where = [
-        code_version(),
+        code_hash(modules),
         torch.__version__,
         gpus,
         torch.get_num_threads(),

@@ -11,7 +11,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
 
 from prunekit.errors import ConfigError
 from prunekit.runner import progress
@@ -45,12 +44,6 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
     if progress.first_process():
         show(record, folder)
     return objective(record, cfg["objective"])
-
-
-def settled(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as a plain dict, without what only the sweep needs."""
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    return {k: v for k, v in plain.items() if k not in ("base", "rows", "scales")}
 
 
 def named(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:

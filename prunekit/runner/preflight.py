@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,73 +10,58 @@ from torch import nn
 from prunekit import registry
 from prunekit.checkpoint.layout import stock_class
 from prunekit.errors import ConfigError
-from prunekit.selection.eligible import entered
-from prunekit.types import Group
+from prunekit.problem import Expected, Problem
+from prunekit.registry import Component
+from prunekit.runner.resume import check_mode
 
-log = logging.getLogger("prunekit")
-
-
-@dataclass
-class Parts:
-    """The built components of one run."""
-
-    model: partial[Any]
-    calib: partial[Any]
-    criterion: partial[Any] | None
-    ratio: partial[Any]
-    exclude: partial[Any]
-    pruner: partial[Any]
-    recovery: partial[Any] | None
-    evals: dict[str, partial[Any]]
+STAGES = ("dense", "pruned", "recovered")
+KEYS = ("model", "calib", "criterion", "ratio", "exclude", "pruner", "recovery", "eval")
+"""What a configuration must have, besides `track`, `seed` and `save`."""
 
 
-def check(cfg: dict[str, Any]) -> Parts:
-    """Builds every part, and asks whether they can work together on this model.
-    Raises ConfigError.
+@dataclass(frozen=True)
+class Components:
+    """The components of one run, with checked options."""
+
+    model: Component
+    calib: Component
+    criterion: Component | None
+    ratio: Component
+    exclude: Component
+    pruner: Component
+    recovery: Component | None
+    evals: dict[str, Component]
+
+
+def check(cfg: dict[str, Any]) -> Components:
+    """Builds every component, and asks whether they can work together on this model, judged by its
+    shapes. Raises ConfigError.
     """
-    parts = built(cfg)
+    parts = build_components(cfg)
+    check_objective(cfg.get("objective"))
+    check_mode(cfg)
     model, _ = parts.model(meta=True)
     if cfg["save"]:
-        savable(model)
-    leaves_something(parts, cfg, model)
-    within_reach(parts, cfg, model)
+        check_savable(model)
+    expected_outcome(parts, model)
+    if parts.recovery and "check" in parts.recovery.meta:
+        parts.recovery.meta["check"](model, **parts.recovery.options)
     return parts
 
 
-def savable(model: nn.Module) -> None:
-    """Raises ConfigError where the checkpoint of this model could not be loaded again: better known
-    before the work than after it.
-    """
-    try:
-        stock_class(model)
-    except ConfigError as e:
-        raise ConfigError(f"save=true cannot be: {e}; or run with save=false") from e
+def build_components(cfg: dict[str, Any]) -> Components:
+    """Every component with checked options, as far as no model is needed.
 
-
-def built(cfg: dict[str, Any]) -> Parts:
-    """Every part with checked options, as far as no model is needed. Raises ConfigError with what
-    was given and what is possible.
+    Raises ConfigError with what was given and what is possible.
     """
-    missing = {
-        "model",
-        "calib",
-        "criterion",
-        "ratio",
-        "exclude",
-        "pruner",
-        "recovery",
-        "eval",
-        "track",
-        "seed",
-        "save",
-    } - cfg.keys()
+    missing = {*KEYS, "track", "seed", "save"} - cfg.keys()
     if missing:
         raise ConfigError(f"the config lacks {', '.join(sorted(missing))}")
     if cfg["save"] not in (True, False, "packed"):
         raise ConfigError(
             f"save={cfg['save']!r}; possible: true, false, packed (zeros stored as a bitmask)"
         )
-    parts = Parts(
+    parts = Components(
         registry.models.build(cfg["model"]),
         registry.calibs.build(cfg["calib"]),
         optional(registry.criteria, cfg["criterion"]),
@@ -89,87 +71,69 @@ def built(cfg: dict[str, Any]) -> Parts:
         optional(registry.recoveries, cfg["recovery"]),
         {name: registry.evals.build(node) for name, node in (cfg["eval"] or {}).items() if node},
     )
-    fitting(
-        cfg["criterion"]["name"] if parts.criterion else "none",
-        cfg["pruner"]["name"],
-        parts.pruner.keywords,
-    )
+    check_criterion(parts.criterion, parts.pruner)
     return parts
 
 
-def optional(kind: registry.Registry, node: Any) -> partial[Any] | None:
+def optional(kind: registry.Registry, node: Any) -> Component | None:
     """None for `name: none`, which every optional kind has as a YAML."""
     return None if node is None or node.get("name") == "none" else kind.build(node)
 
 
-def pruned_kinds(pruner: str, options: dict[str, Any]) -> tuple[str, ...]:
-    """The kinds of units that a pruner asks its criterion to score; empty if it
-    chooses by itself.
+def check_objective(key: str | None) -> None:
+    """Raises ConfigError for an objective that no run could report."""
+    if key is not None and key.partition("/")[0] not in STAGES:
+        raise ConfigError(
+            f"objective={key!r}; possible: a key of result.json's `results`, such as "
+            "pruned/ppl_pydocs_128"
+        )
+
+
+def check_savable(model: nn.Module) -> None:
+    """Raises ConfigError where the checkpoint of this model could not be loaded again: better known
+    before the work than after it.
     """
-    entry = registry.pruners.entry(pruner)
-    kinds: Any = entry.meta.get("kinds", ())
-    return (
-        tuple(options.get("kinds") or entry.defaults["kinds"])
-        if kinds == "option"
-        else tuple(kinds)
-    )
+    try:
+        stock_class(model)
+    except ConfigError as e:
+        raise ConfigError(f"save=true cannot be: {e}; or run with save=false") from e
 
 
-def fitting(criterion: str, pruner: str, options: dict[str, Any]) -> None:
+def pruned_kinds(pruner: Component) -> tuple[str, ...]:
+    """The kinds of units that a pruner takes, whatever chooses among them; empty if unknown."""
+    return tuple(pruner.options.get("kinds") or pruner.meta.get("kinds", ()))
+
+
+def check_criterion(criterion: Component | None, pruner: Component) -> None:
     """Raises ConfigError when `pruner` cannot use `criterion`, naming the criteria that it can."""
-    wanted = pruned_kinds(pruner, options)
-
-    def usable(name: str) -> bool:
-        return set(wanted) <= set(registry.criteria.entry(name).meta.get("kinds", ()))
-
-    if not wanted:
-        if criterion != "none":
+    name = criterion.name if criterion else "none"
+    if not pruner.meta.get("scored"):
+        if criterion:
             raise ConfigError(
-                f"pruner={pruner} chooses by itself and cannot use criterion={criterion}; give "
+                f"pruner={pruner.name} chooses by itself and cannot use criterion={name}; give "
                 "criterion=none"
             )
-    elif criterion == "none" or not usable(criterion):
-        possible = [n for n in registry.criteria.names() if usable(n)]
+        return
+    wanted = set(pruned_kinds(pruner))
+
+    def usable(meta: dict[str, Any]) -> bool:
+        return wanted <= set(meta.get("kinds", ()))
+
+    if criterion is None or not usable(criterion.meta):
+        entries = [registry.criteria.entry(n) for n in registry.criteria.names()]
+        possible = ", ".join(e.name for e in entries if usable(e.meta))
         raise ConfigError(
-            f"pruner={pruner} removes {', '.join(wanted)}, which criterion={criterion} cannot "
-            f"score; possible: {', '.join(possible)}"
+            f"pruner={pruner.name} removes {', '.join(sorted(wanted))}, which criterion={name} "
+            f"cannot score; possible: {possible}"
         )
 
 
-def within_reach(parts: Parts, cfg: dict[str, Any], model: nn.Module) -> None:
-    """Raises ConfigError when the model lacks a kind of unit or the ratio cannot be met, as far as
-    shapes decide.
-
-    Half a second for a model of any size. Pruners that choose by themselves and ratios that need
-    data are left to the run.
+def expected_outcome(parts: Components, model: nn.Module) -> Expected | None:
+    """What the pruner's own check tells of its outcome from shapes alone, on `model` on the meta
+    device; None where it has no check. Raises ConfigError for what cannot be.
     """
-    kinds = pruned_kinds(cfg["pruner"]["name"], parts.pruner.keywords)
-    if kinds and registry.ratios.entry(cfg["ratio"]["name"]).meta.get("needs", "-") == "-":
-        groups = entered(model, kinds, parts.exclude, parts.pruner.keywords.get("targets"))
-        parts.ratio(model, groups, None)
-
-
-def leaves_something(parts: Parts, cfg: dict[str, Any], model: nn.Module) -> None:
-    """Raises ConfigError when the exclusion leaves nothing, judged on an outline of the model made
-    from its config alone.
-    """
-    config: Any = model.config
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if depth is None:
-        return  # an unusual config: the pruner checks again on the real groups
-    outline = [
-        Group(f"{kind}.{i}", kind, i, 1) for kind in ("heads", "neurons") for i in range(depth)
-    ]
-    outline += [
-        Group("hidden", "hidden", None, 1),
-        Group("blocks", "blocks", None, depth, modules=tuple(str(i) for i in range(depth))),
-    ]
-    wanted = set(pruned_kinds(cfg["pruner"]["name"], parts.pruner.keywords)) or {"heads", "neurons"}
-    outline = [g for g in outline if g.kind in wanted] or outline
-    exclude: Callable[[list[Group]], list[Group]] = parts.exclude
-    if not exclude(outline):
-        options = ", ".join(f"{k}={v}" for k, v in parts.exclude.keywords.items())
-        raise ConfigError(
-            f"exclude={cfg['exclude']['name']} ({options}) leaves nothing of the model's {depth} "
-            "blocks"
-        )
+    if "check" not in parts.pruner.meta:
+        return None
+    problem = Problem(model, criterion=parts.criterion, ratio=parts.ratio, exclude=parts.exclude)
+    found: Expected = parts.pruner.meta["check"](problem, **parts.pruner.options)
+    return found

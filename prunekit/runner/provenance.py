@@ -47,7 +47,7 @@ def collect(cfg: dict[str, Any], tokens: Tensor | None) -> dict[str, Any]:
         "seed": cfg["seed"],
         "versions": {p: found for p in PACKAGES if (found := _version(p))}
         | {"python": platform.python_version()},
-        "code": code_version(),
+        "code": code_version(cfg),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "hardware": hardware(),

@@ -1,33 +1,62 @@
-"""Which jobs are done: a result of the same configuration and the same code need not
-be made again.
+"""Which jobs are done: a result of the same configuration and the same code need not be made
+again. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Resume = Literal["strict", "config", "off"]
+from prunekit.errors import ConfigError
+from prunekit.registry import REGISTRIES
+from prunekit.source import code_hash, components
+
+MODES = ("strict", "config", "off")
 IGNORED = {"out", "track", "resume", "cache"}
 """Keys that change no number and leave nothing out of a job's folder."""
+RUNNER = "prunekit.runner.run"
 
 
-@cache
-def code_version() -> str:
-    """SHA-256 of the package's own source files: it holds for an edited checkout as well as for an
-    installed wheel.
+def code_version(cfg: dict[str, Any]) -> str:
+    """SHA-256 of the source that this configuration runs: the runner, the components that it names,
+    and all that they import. A file that the run does not use changes nothing.
     """
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return code_hash([RUNNER, *component_modules(cfg)])
 
 
-def told(cfg: dict[str, Any]) -> str:
+def component_modules(cfg: dict[str, Any]) -> list[str]:
+    """The modules of the components that a configuration names, those in options included."""
+    found = set()
+    for kind, registry in REGISTRIES.items():
+        listed = components(registry.package)
+        found |= {listed[n].module for n in names_in(cfg.get(kind)) if n in listed}
+    return sorted(found)
+
+
+def names_in(node: Any) -> Iterator[str]:
+    """Every `name` in a configuration's node, at any depth."""
+    if isinstance(node, dict):
+        if isinstance(node.get("name"), str):
+            yield node["name"]
+        for value in node.values():
+            yield from names_in(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from names_in(value)
+
+
+def check_mode(cfg: dict[str, Any]) -> str:
+    """`resume` of a configuration. Raises ConfigError for one that there is not."""
+    mode = cfg.get("resume", "strict")
+    mode = {False: "off", True: "strict"}.get(mode, mode)  # YAML reads a bare off as false
+    if mode not in MODES:
+        raise ConfigError(f"resume={mode!r}; possible: {', '.join(MODES)}")
+    return str(mode)
+
+
+def result_key(cfg: dict[str, Any]) -> str:
     """What of a resolved configuration decides the results, as text that compares equal when they
     do.
     """
@@ -38,12 +67,12 @@ def told(cfg: dict[str, Any]) -> str:
 
 def finished(folder: Path, cfg: dict[str, Any]) -> bool:
     """Whether `folder` holds a whole result of this configuration; `resume=config` does not ask
-    which code made it, `off` says no.
+    which code made it, `off` says no. Raises ConfigError for another `resume`.
     """
     path = folder / "result.json"
-    mode = cfg.get("resume", "strict")
+    mode = check_mode(cfg)
     if mode == "off" or not path.is_file() or (folder / "failed.txt").exists():
         return False
     record = json.loads(path.read_text())
-    same_code = mode == "config" or record["provenance"].get("code") == code_version()
-    return same_code and told(record["config"]) == told(cfg)
+    same_code = mode == "config" or record["provenance"].get("code") == code_version(cfg)
+    return same_code and result_key(record["config"]) == result_key(cfg)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit import checkpoint
 from prunekit.architecture import offload
+from prunekit.errors import ConfigError
+from prunekit.problem import CALIBRATION, Problem
 from prunekit.profiling import Stages
 from prunekit.runner import cache, progress, provenance, results, tracking
-from prunekit.runner.preflight import Parts, check
+from prunekit.runner.preflight import Components, check
 from prunekit.types import Pruned
 
 log = logging.getLogger("prunekit")
@@ -31,7 +33,7 @@ class Job:
 
     cfg: dict[str, Any]
     folder: Path
-    parts: Parts
+    parts: Components
     stages: Stages
     found: dict[str, float]
     cache: cache.Cache
@@ -54,22 +56,42 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
             tokens = job.parts.calib(tokenizer)
         measure(job, "dense", model, tokenizer, tracker)
         with stage(job, "prune"), offload.in_memory(model):
-            criterion = job.parts.criterion and job.cache.scores(job.parts.criterion, job.stages)
-            pruned = job.parts.pruner(model, tokens, criterion, job.parts.ratio, job.parts.exclude)
+            problem = pose(job, model, tokenizer, tokens)
+            pruned = job.parts.pruner(problem)
         show_kept(pruned, tracker)
         measure(job, "pruned", pruned.model, tokenizer, tracker)
         if job.parts.recovery:
             with stage(job, "recover"):
-                pruned.model = job.parts.recovery(pruned, tokenizer)
+                pruned.model = job.parts.recovery(problem, pruned)
             measure(job, "recovered", pruned.model, tokenizer, tracker)
         saved = save(job, pruned, tokenizer, tracker)
         record = results.record(
-            cfg, job.found, job.stages.results, pruned, saved, provenance.collect(cfg, tokens)
+            cfg,
+            job.found,
+            job.stages.results,
+            pruned,
+            saved,
+            provenance.collect(cfg, tokens),
         )
     if progress.first_process():
         results.write(job.folder / "result.json", record | {"cached": job.cache.used})
     progress.note(job.folder, "finished")
     return record
+
+
+def pose(job: Job, model: nn.Module, tokenizer: Any, tokens: Tensor) -> Problem:
+    """What the pruner and the recovery work on."""
+    parts = job.parts
+    criterion = parts.criterion and job.cache.scores(parts.criterion, job.stages)
+    return Problem(
+        model,
+        tokenizer,
+        {CALIBRATION: tokens},
+        criterion,
+        parts.ratio,
+        parts.exclude,
+        load_dense=lambda: parts.model()[0],
+    )
 
 
 @contextmanager
@@ -111,13 +133,15 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> s
         return None
     folder = job.folder / "checkpoint"
     with stage(job, "save"):
-        told: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "kept": pruned.kept,
             "groups": pruned.groups,
             "config": job.cfg,
             "counts": counts(job),
         }
-        checkpoint.save(pruned.model, tokenizer, folder, packed=job.cfg["save"] == "packed", **told)
+        checkpoint.save(
+            pruned.model, tokenizer, folder, packed=job.cfg["save"] == "packed", **facts
+        )
     tracker.artifact("checkpoint", [folder / "config.json", folder / "pruning.json"])
     return str(folder)
 
@@ -130,9 +154,9 @@ def counts(job: Job) -> dict[str, float]:
 
 
 def objective(record: dict[str, Any], key: str | None) -> float | None:
-    """The number that a sweeper minimises. Raises KeyError naming the keys there are."""
+    """The number that a sweeper minimises. Raises ConfigError naming the keys there are."""
     if key is None:
         return None
     if key not in record["results"]:
-        raise KeyError(f"objective={key!r}; results are: {', '.join(record['results'])}")
+        raise ConfigError(f"objective={key!r}; results are: {', '.join(record['results'])}")
     return record["results"][key]

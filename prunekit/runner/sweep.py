@@ -15,10 +15,11 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
 
 from prunekit.errors import ConfigError
 
-UNTOLD = ("row", "track", "data_root", "device", "cache", "resume", "objective")
+NEUTRAL = ("row", "track", "data_root", "cache", "resume", "objective")
 """Keys that do not make it another sweep."""
 
 
@@ -186,7 +187,7 @@ def key_of(constants: dict[str, str], jobs: Sequence[tuple[str, list[str]]]) -> 
     shared = sorted(
         v
         for k, v in constants.items()
-        if k not in ("experiment", "scale") and k.lstrip("+").split(".")[0] not in UNTOLD
+        if k not in ("experiment", "scale") and k.lstrip("+").split(".")[0] not in NEUTRAL
     )
     differ = sorted({w.partition("=")[0] for _, words in jobs for w in words} - constants.keys())
     told = shared if any(k == "experiment" for k in constants) else [shared, differ]
@@ -209,3 +210,9 @@ def state(folder: Path) -> str:
     if (folder / "failed.txt").exists():
         return f"failed: {reason(folder / 'failed.txt')}"
     return "finished" if (folder / "result.json").exists() else "unfinished"
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as a plain dict, without what only the sweep needs."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    return {k: v for k, v in plain.items() if k not in ("base", "rows", "scales")}

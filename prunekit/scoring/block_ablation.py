@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.activations.moments import watch
+from prunekit.activations.hooks import hook_activations
+from prunekit.activations.runs import forward
 from prunekit.graph.masks import bypass
 from prunekit.types import Run
 
@@ -47,17 +48,11 @@ def losses_without(
     each other more than those needs `reuse=False`.
     """
     total = torch.zeros(len(names), dtype=torch.float64)
-    parts = list(run.split(batch))  # type: ignore[attr-defined]
-    bar = tqdm(
-        total=len(parts) * len(names),
-        desc="models without a block",
-        unit="model",
-        leave=False,
-        delay=2,
-    )
-    with bar:
-        for part in parts:
-            entered, rests = entering(model, names, part)
+    parts = run.tokens.split(batch)
+    trials = len(parts) * len(names)
+    with tqdm(total=trials, desc="models without a block", unit="model", leave=False) as bar:
+        for ids in parts:
+            entered, rests = entering(model, names, ids)
             for i, name in enumerate(names):
                 with ExitStack() as stack:
                     blocks, place = siblings(model, name)
@@ -66,16 +61,16 @@ def losses_without(
                             stack.enter_context(returning(b, entered[name], rests[name]))
                     else:
                         stack.callback(bypass(blocks[place]).remove)
-                    loss = next(part(labels=True)).loss
-                total[i] += float(loss) * len(part.tokens) / len(run.tokens)  # type: ignore[attr-defined]
+                    loss = forward(model, ids, labels=True).loss
+                total[i] += float(loss) * len(ids) / len(run.tokens)
                 bar.update()
     return total.float()
 
 
 def entering(
-    model: nn.Module, names: Sequence[str], run: Run
+    model: nn.Module, names: Sequence[str], ids: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Any, ...] | None]]:
-    """What entered each block in one pass of the whole model, and what followed the activation that
+    """What entered each block in one forward of `ids (n, T)`, and what followed the activation that
     it returned.
     """
     entered: dict[str, Tensor] = {}
@@ -86,8 +81,8 @@ def entering(
 
     hooks = [model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
     try:
-        with watch(model, inputs={n: partial(entered.__setitem__, n) for n in names}):
-            next(run(head=False))
+        with hook_activations(model, inputs={n: partial(entered.__setitem__, n) for n in names}):
+            forward(model, ids, head=False)
     finally:
         for h in hooks:
             h.remove()

@@ -10,7 +10,7 @@ the rest is recomputed (see `lean_activations`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -22,9 +22,10 @@ from torch.utils.checkpoint import (
 )
 from tqdm import tqdm
 
-from prunekit.activations.moments import samples_at_once
+from prunekit.activations.runs import samples_at_once
+from prunekit.architecture.linear import is_linear
 from prunekit.errors import ConfigError
-from prunekit.types import Run, tensor_of
+from prunekit.types import Run, block_modules, tensor_of
 
 Sink = Callable[[str, Tensor, Tensor, Tensor | None], None]
 """`sink(name, weight, gradient, mean_squared)`: the last is the mean over samples of the squared
@@ -160,14 +161,17 @@ def backward(
     batch: int | None = None,
 ) -> None:
     """One backward of the batch's mean loss; every weight in `names` goes through `sink` once, as
-    soon as it is known.
+    soon as it is known. A weight that no token reached has a gradient of zeros.
 
-    `squares=True` adds the mean over samples of squared per-sample gradients. For linear layers
-    they come out of the same single backward, from the layer's input and output gradient; other
-    weights (norms, embeddings) take one extra backward a sample. `batch` samples go at a time
-    (None: as many as make up `TOKENS` tokens): where that splits them, first-order gradients are
-    accumulated over the batches (as much memory as the weights in `names`). Raises ConfigError
-    where accelerate keeps a weight elsewhere.
+    squares: adds the mean over samples of squared per-sample gradients. For linear layers that see
+        every token they come out of the same single backward, from the layer's input and output
+        gradient; other weights (norms, embeddings, routed experts) take one extra backward a
+        sample.
+    batch: samples at a time (None: as many as make up `TOKENS` tokens): where that splits them,
+        first-order gradients are accumulated over the batches (as much memory as the weights in
+        `names`).
+
+    Raises ConfigError where accelerate keeps a weight elsewhere.
     """
     wanted = list(dict.fromkeys(names))
     missing = [n for n in wanted if tensor_of(model, n).is_meta]
@@ -176,60 +180,104 @@ def backward(
             f"gradients need every weight in memory, and {missing[0]} is not: "
             "prunekit.architecture.offload.gather(model) brings them"
         )
-    linear = _linear_owners(model, wanted) if squares else {}
-    others = [n for n in wanted if n not in linear]
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        bar = stack.enter_context(
-            tqdm(total=len(wanted), desc="gradients", unit="weight", leave=False, delay=2)
-        )
 
-        def told(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
-            with torch.no_grad():
-                sink(name, weight, gradient, mean_squared)
-            bar.update()
+    def deliver(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
+        with torch.no_grad():
+            sink(name, weight, gradient, mean_squared)
 
-        if linear:
-            with only_these_train(model, set()), _per_sample(model, linear, told, len(run.tokens)):  # type: ignore[attr-defined]
-                for out in run(labels=True):
+    with torch.enable_grad(), _Progress(model, len(run.tokens)) as progress:
+        if not squares:
+            with only_these_train(model, set(wanted)):
+                at_once = batch or samples_at_once(run.tokens, TOKENS)
+                _whole_batch(model, wanted, run, deliver, at_once, progress)
+            return
+        owners = _linear_owners(model, wanted)
+        done: set[str] = set()
+        if owners:
+            with only_these_train(model, set()), _per_sample(owners, deliver, run.tokens, done):
+                for out in run.losses():
                     out.loss.backward()
-        stack.enter_context(only_these_train(model, set(others)))
-        if others and squares:
-            _sample_by_sample(model, others, run, told)
-        elif others:
-            _whole_batch(model, others, run, told, batch or samples_at_once(run, TOKENS))
+        others = [n for n in wanted if n not in done]
+        if others:
+            with only_these_train(model, set(others)):
+                _sample_by_sample(model, others, run, deliver, progress)
 
 
-def _whole_batch(model: nn.Module, names: list[str], run: Run, sink: Sink, batch: int) -> None:
-    total = len(run.tokens)  # type: ignore[attr-defined]
+class _Progress:
+    """A bar over samples that moves with every block of a forward, not only with every batch."""
+
+    def __init__(self, model: nn.Module, samples: int):
+        self.blocks, self.samples = block_modules(model), samples
+
+    def __enter__(self) -> _Progress:
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} samples [{elapsed}<{remaining}]"
+        self.bar = tqdm(total=self.samples, desc="gradients", bar_format=form, leave=False)
+        self.hooks = [b.register_forward_hook(self._forward) for b in self.blocks]
+        self.reported = 0.0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.bar.close()
+
+    def _forward(self, *_: object) -> None:
+        # A forward is a third of the work; what is recomputed in a backward must not run ahead.
+        self._to(self.reported + (self.bar.n - self.reported) + 0.33 / len(self.blocks), 0.33)
+
+    def _to(self, n: float, ahead: float) -> None:
+        n = min(n, self.reported + ahead, self.samples)
+        if n > self.bar.n:
+            self.bar.update(n - self.bar.n)
+
+    def done(self, samples: int) -> None:
+        """So many samples went forward and backward."""
+        self.reported += samples
+        self.bar.update(max(0.0, min(self.reported, self.samples) - self.bar.n))
+
+
+def _whole_batch(
+    model: nn.Module, names: list[str], run: Run, sink: Sink, batch: int, progress: _Progress
+) -> None:
+    total = len(run.tokens)
     batches = -(-total // batch)
     seen = 0
+    waiting = dict.fromkeys(names)
 
     def fold(name: str, p: Tensor) -> None:
         if seen == batches:
             assert p.grad is not None
             sink(name, p, p.grad, None)
             p.grad = None
+            del waiting[name]
 
     hooks = [
         tensor_of(model, n).register_post_accumulate_grad_hook(partial(fold, n)) for n in names
     ]
     try:
-        for out in run(labels=True, batch=batch):
+        for out in run.losses(batch):
             seen += 1
+            size = min(batch, total - (seen - 1) * batch)
             # The mean over all N samples, whatever the size of the last batch.
-            (out.loss * (min(batch, total - (seen - 1) * batch) / total)).backward()
+            (out.loss * (size / total)).backward()
+            progress.done(size)
     finally:
         for h in hooks:
             h.remove()
+    for name in list(waiting):  # the last batch did not reach them: experts that had no token
+        p = tensor_of(model, name)
+        sink(name, p, torch.zeros_like(p) if p.grad is None else p.grad, None)
+        p.grad = None
 
 
-def _sample_by_sample(model: nn.Module, names: list[str], run: Run, sink: Sink) -> None:
+def _sample_by_sample(
+    model: nn.Module, names: list[str], run: Run, sink: Sink, progress: _Progress
+) -> None:
     params = {n: tensor_of(model, n) for n in names}
     mean = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in params.items()}
     squared = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in params.items()}
-    total = len(run.tokens)  # type: ignore[attr-defined]
-    for out in run(labels=True, batch=1):
+    total = len(run.tokens)
+    for out in run.losses(1):
         out.loss.backward()
         for n, p in params.items():
             if p.grad is not None:
@@ -237,14 +285,13 @@ def _sample_by_sample(model: nn.Module, names: list[str], run: Run, sink: Sink) 
                 mean[n] += g / total
                 squared[n] += g.square() / total
                 p.grad = None
+        progress.done(1)
     for n, p in params.items():
         sink(n, p, mean.pop(n), squared.pop(n))
 
 
 def _linear_owners(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """Names of weights that only one linear module applies (nn.Linear, or transformers' Conv1D with
-    its transposed weight).
-    """
+    """Names of weights that only one linear module applies."""
     wanted = set(names)
     users: dict[int, int] = {}
     for module in model.modules():
@@ -254,43 +301,43 @@ def _linear_owners(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     found = {}
     for prefix, module in model.named_modules():
         name = f"{prefix}.weight"
-        if name in wanted and _is_linear(module) and users[id(module.weight)] == 1:
+        if name in wanted and is_linear(module) and users[id(module.weight)] == 1:
             found[name] = module
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
 @contextmanager
 def _per_sample(
-    model: nn.Module, owners: dict[str, nn.Module], sink: Sink, samples: int
+    owners: dict[str, nn.Module], sink: Sink, tokens: Tensor, done: set[str]
 ) -> Iterator[None]:
     """Inside, each backward through a linear layer turns its input and output gradient into that
-    weight's per-sample gradients.
+    weight's per-sample gradients; `done` collects the names. A layer that sees other rows than all
+    tokens (an expert behind a router) is left out: its rows do not tell their sample.
 
     The batch loss is a mean over equally long samples, so the gradient of sample n alone is
     `samples` times its share: with `x (N, T, in)` and `d (N, T, out)`, `G_n = N * d_n^T x_n`, the
     batch gradient is mean(G_n) and the second moment mean(G_n^2).
     """
+    samples, count = len(tokens), tokens.numel()
 
-    def on_forward(name: str, module: nn.Module, args, out: Tensor):
+    def on_forward(name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         x = args[0].detach()
         if not out.requires_grad:
             out.requires_grad_()  # nothing below trains: the graph starts here
+        if x.numel() != count * x.shape[-1]:
+            return
 
         def on_backward(d: Tensor) -> None:
             weight: Tensor = module.weight  # type: ignore[assignment]
             gradient = torch.zeros_like(weight, dtype=torch.float32)
             squared = torch.zeros_like(weight, dtype=torch.float32)
-            a, b = (x, d) if type(module) is not nn.Linear else (d, x)  # Conv1D stores (in, out)
-            for a_n, b_n in zip(
-                a.reshape(samples, -1, a.shape[-1]), b.reshape(samples, -1, b.shape[-1])
-            ):
+            a, b = (d, x) if isinstance(module, nn.Linear) else (x, d)  # Conv1D stores (in, out)
+            a, b = (t.reshape(samples, -1, t.shape[-1]) for t in (a, b))
+            for a_n, b_n in zip(a, b, strict=True):
                 g = (a_n.T @ b_n).float()
                 gradient += g
                 squared.addcmul_(g, g, value=samples)
+            done.add(name)
             sink(name, weight, gradient, squared)
 
         out.register_hook(on_backward)

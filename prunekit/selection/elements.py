@@ -7,23 +7,27 @@ counts are exact.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from pydantic import BeforeValidator
+from torch import Tensor, nn
 
+from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError
-from prunekit.types import Kept, Scores
+from prunekit.types import Counts, Group, Kept, Scores
 
 
-def share(units: int, part: float) -> int:
+def floor_share(units: int, part: float) -> int:
     """floor(part * units): 1e-12 keeps a product such as 0.29 * 100 from falling
     below its integer.
     """
     return int(part * units * (1 + 1e-12))
 
 
-def lowest(scores: Tensor, n: int) -> Tensor:
+def drop_lowest(scores: Tensor, n: int) -> Tensor:
     """Mask of `scores (R, K)` with the `n` lowest of each row False: a stable sort's answer without
     the sort.
     """
@@ -40,12 +44,12 @@ def per_row(scores: Tensor, count: int) -> Tensor:
     """Every row loses the same number: `count`, the number for the matrix, divided by the rows and
     rounded down.
     """
-    return lowest(scores, count // scores.shape[0])
+    return drop_lowest(scores, count // scores.shape[0])
 
 
 def per_matrix(scores: Tensor, count: int) -> Tensor:
     """The `count` lowest of the matrix."""
-    return lowest(scores.reshape(1, -1), count).view(scores.shape)
+    return drop_lowest(scores.reshape(1, -1), count).view(scores.shape)
 
 
 def by_alpha(scores: Tensor, count: int) -> Tensor:
@@ -66,7 +70,7 @@ def everywhere(scores: Scores, count: int) -> Kept:
     """The `count` lowest of all matrices together (Essential Sparsity, arXiv 2306.03805); a matrix
     may lose all it has.
     """
-    mask = lowest(torch.cat([s.reshape(1, -1) for s in scores.values()], 1), count)[0]
+    mask = drop_lowest(torch.cat([s.reshape(1, -1) for s in scores.values()], 1), count)[0]
     parts = mask.split([s.numel() for s in scores.values()])
     return {name: m.view(s.shape) for (name, s), m in zip(scores.items(), parts, strict=True)}
 
@@ -76,42 +80,65 @@ SCOPES = {"row": per_row, "matrix": per_matrix, "alpha": by_alpha}
 
 
 class Pattern(NamedTuple):
-    """`keep_n` of every `block_m` consecutive inputs stay. `keep_n` None: as many as the ratio
-    leaves of that matrix, rounded.
+    """Of every `m` consecutive inputs `n` stay; `n` None: as many as the ratio leaves of that
+    matrix, rounded.
     """
 
-    keep_n: int | None
-    block_m: int
+    n: int | None
+    m: int
 
     def kept_of(self, count: int, units: int, name: str) -> int:
-        """How many of a block stay in a matrix that should lose `count` of its `units`. Raises
-        ConfigError where the two disagree.
+        """How many of a run stay in a matrix that should lose `count` of its `units`.
+
+        Raises ConfigError where the two disagree.
         """
-        asked = self.block_m - round(self.block_m * count / units)
-        if self.keep_n is not None and asked != self.keep_n:
+        asked = self.m - round(self.m * count / units)
+        if self.n is not None and asked != self.n:
+            share = f"{1 - self.n / self.m:.4g}"
             raise ConfigError(
-                f"{self.keep_n}:{self.block_m} removes {1 - self.keep_n / self.block_m:.4g} of "
-                "each matrix, but the ratio asks for "
-                f"{count / units:.4g} of {name}: give ratio.of=prunable "
-                f"ratio.target={1 - self.keep_n / self.block_m:.4g}, or pruner.keep_n=null"
+                f"pruner.pattern={self.n}:{self.m} removes {share} of each matrix, but the ratio "
+                f"asks for {count / units:.4g} of {name}: give ratio.of=prunable "
+                f"ratio.target={share}, or pruner.pattern=N:{self.m}"
             )
         return asked
 
     def mask(self, scores: Tensor, kept: int) -> Tensor:
-        """The `kept` highest of each run of `block_m` inputs stay."""
-        return lowest(scores.reshape(-1, self.block_m), self.block_m - kept).view(scores.shape)
+        """The `kept` highest of each run of `m` inputs stay."""
+        return drop_lowest(scores.reshape(-1, self.m), self.m - kept).view(scores.shape)
 
 
-def pattern(keep_n: int | None, block_m: int | None) -> Pattern | None:
-    """The pattern that two options ask for, None for none. Raises ConfigError for half a pattern,
-    or one that keeps all or more.
+def parse_pattern(text: Any) -> Pattern | None:
+    """`"2:4"` -> 2 of 4 stay, `"N:8"` -> as many of 8 as the ratio leaves, None -> no pattern.
+
+    Raises ValueError for anything else, and for a pattern that keeps all or more.
     """
-    if block_m is None:
-        if keep_n is not None:
-            raise ConfigError(
-                f"pruner.keep_n={keep_n} needs pruner.block_m: 2:4 is keep_n=2 block_m=4"
-            )
-        return None
-    if keep_n is not None and keep_n >= block_m:
-        raise ConfigError(f"pruner.keep_n={keep_n} must be smaller than pruner.block_m={block_m}")
-    return Pattern(keep_n, block_m)
+    if text is None or isinstance(text, Pattern):
+        return text
+    found = re.fullmatch(r"(N|\d+):(\d+)", str(text))
+    if found is None:
+        raise ValueError(f"{text!r} is no pattern such as '2:4' or 'N:8' (in quotes in YAML)")
+    n, m = None if found[1] == "N" else int(found[1]), int(found[2])
+    if m < 2 or n is not None and not 0 < n < m:
+        raise ValueError(f"{text}: of M >= 2 inputs at least one must stay and one must go")
+    return Pattern(n, m)
+
+
+NM = Annotated[Pattern | None, BeforeValidator(parse_pattern)]
+"""An option that is a pattern or null."""
+
+
+def check_pattern(
+    model: nn.Module, groups: Iterable[Group], counts: Counts, pattern: Pattern | None
+) -> None:
+    """Raises ConfigError where a pattern does not divide a matrix, or is not what the ratio asks
+    for.
+    """
+    for g in groups if pattern else ():
+        inputs = matrix(model, g).shape[1]
+        if pattern and counts.get(g.name):
+            if inputs % pattern.m:
+                raise ConfigError(
+                    f"{g.name} has {inputs} inputs, which the {pattern.m} of pruner.pattern do not "
+                    "divide: narrow pruner.targets"
+                )
+            pattern.kept_of(counts[g.name], g.units, g.name)

@@ -1,4 +1,4 @@
-"""Scores and counts to kept units. Pure functions: nothing here touches a model."""
+"""Scores and an allocation to kept units; nothing here changes a model."""
 
 from __future__ import annotations
 
@@ -6,29 +6,48 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
-from prunekit.types import Counts, Group, Kept, Scores
+from prunekit.selection.elements import drop_lowest
+from prunekit.types import Allocation, Counts, Group, Kept, Scores
 
 
-def lowest(scores: Tensor, n: int) -> Tensor:
-    """Mask with the `n` lowest of `scores` False; ties fall by index (stable), so the count is
-    exact.
+def choose(model: nn.Module, groups: list[Group], scores: Scores, allocation: Allocation) -> Kept:
+    """The units that stay: of each group as many as `allocation` leaves, or, where it ranks groups
+    together, the same total wherever scores are highest.
     """
-    flat = scores.flatten().float()
-    kept = torch.ones(flat.numel(), dtype=torch.bool)
-    kept[torch.argsort(flat, stable=True)[:n].cpu()] = False
-    return kept.view(scores.shape)
+    counts = allocation.counts
+    if allocation.ranking == "local":
+        return keep_local(scores, counts)
+    if allocation.ranking == "kind":
+        kept: Kept = {}
+        for kind in dict.fromkeys(g.kind for g in groups):
+            alike = [g for g in groups if g.kind == kind]
+            part = Allocation({g.name: counts[g.name] for g in alike}, "global", allocation.budget)
+            kept |= choose(model, alike, {g.name: scores[g.name] for g in alike}, part)
+        return kept
+    if allocation.budget == "units":
+        total = sum(counts.values())
+        return keep_pooled(scores, lambda c: sum(c.values()) <= total)
+    sizes = Sizes(model, groups)
+    parameters = sizes.removed(counts)
+    return keep_pooled(scores, lambda c: sizes.removed(c) <= parameters)
 
 
-def local(scores: Scores, counts: Counts) -> Kept:
-    """Remove `counts[name]` lowest units inside each group, never all of them."""
-    finite(scores)
-    return {name: lowest(s, min(counts.get(name, 0), s.numel() - 1)) for name, s in scores.items()}
+def keep_local(scores: Scores, counts: Counts) -> Kept:
+    """Remove the `counts[name]` lowest units of each group, never all of them."""
+    check_finite(scores)
+    return {name: without(s, min(counts.get(name, 0), s.numel() - 1)) for name, s in scores.items()}
 
 
-def pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
+def without(scores: Tensor, n: int) -> Tensor:
+    """Mask on the CPU with the `n` lowest of all `scores` False."""
+    return drop_lowest(scores.reshape(1, -1).float().cpu(), n).view(scores.shape)
+
+
+def keep_pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
     """Rank the units of all groups together and remove the longest prefix of the ranking for which
     `fits(counts)` holds.
 
@@ -36,7 +55,7 @@ def pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
     The best unit of every group is out of the contest, so that no module is emptied. `fits` must be
     monotone: false stays false as counts grow.
     """
-    finite(scores)
+    check_finite(scores)
     names = list(scores)
     flat = [scores[n].flatten().float().cpu().clone() for n in names]
     for s in flat:
@@ -59,7 +78,7 @@ def pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
     return {name: mask.view(scores[name].shape) for name, mask in kept.items()}
 
 
-def finite(scores: Scores) -> None:
+def check_finite(scores: Scores) -> None:
     """Raises ConfigError naming the group whose scores are not finite: a choice among NaNs would be
     noise.
     """
@@ -72,14 +91,14 @@ def finite(scores: Scores) -> None:
             )
 
 
-def within(outer: Tensor, inner: Tensor) -> Tensor:
+def restrict(outer: Tensor, inner: Tensor) -> Tensor:
     """The mask over all units when `inner` chooses among those that `outer` kept."""
     total = outer.clone()
     total[outer] = inner
     return total
 
 
-def widened(kept: Kept, groups: list[Group], whole: list[Group]) -> Kept:
+def expand_to_all_blocks(kept: Kept, groups: list[Group], whole: list[Group]) -> Kept:
     """The same choice over all blocks of `whole`, where an exclusion let only those of `groups`
     compete; other kinds as they are.
     """
@@ -92,11 +111,11 @@ def widened(kept: Kept, groups: list[Group], whole: list[Group]) -> Kept:
     return out
 
 
-def survivors(now: Group, whole: list[Group], contest: list[Group], kept: Kept) -> Group:
+def remaining_blocks(now: Group, whole: list[Group], eligible: list[Group], kept: Kept) -> Group:
     """The blocks that may still go: those of the first contest that are left, under the names which
     they have now.
     """
-    full, first = (next(g for g in groups if g.name == now.name) for groups in (whole, contest))
+    full, first = (next(g for g in groups if g.name == now.name) for groups in (whole, eligible))
     free = torch.tensor([m in first.modules for m in full.modules])[kept[now.name]]
     parent = full.modules[0].rpartition(".")[0]
     modules = tuple(f"{parent}.{i}" for i in free.nonzero()[:, 0].tolist())

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.activations.moments import moments
-from prunekit.architecture.linear import readers
+from prunekit.architecture.linear import Reader, readers
 from prunekit.errors import ConfigError
 from prunekit.types import Group, Kept, Run
 
 Biases = dict[str, Tensor]
 """module name -> (out,) float32."""
+UNREAD = ("hidden", "experts", "blocks")
+"""Kinds of units that no linear module reads in one place."""
 
 
 @torch.no_grad()
@@ -48,9 +50,9 @@ def lost_means(
     return lost
 
 
-def _readers(model: nn.Module, group: Group) -> list:
+def _readers(model: nn.Module, group: Group) -> list[Reader]:
     found = readers(model, group)
-    if group.kind in ("hidden", "experts", "blocks") or (not found and "/" not in group.name):
+    if group.kind in UNREAD or (not found and "/" not in group.name):
         raise ConfigError(
             f"compensate=bias cannot make up for {group.name}: possible for what a linear module "
             "reads (heads, neurons)"

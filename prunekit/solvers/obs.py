@@ -13,14 +13,14 @@ import math
 import torch
 from torch import Tensor
 
-from prunekit.errors import ConfigError
+from prunekit.solvers.least_squares import cholesky
 
 Removal = tuple[list[int], list[float]]
 """Units in the order in which they go, and what each one costs at its turn."""
 
 
 @torch.no_grad()
-def removal(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -> Removal:
+def greedy_removal(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -> Removal:
     """Greedy order: at every step the cheapest of the remaining units goes and the others make up
     for it.
 
@@ -44,7 +44,9 @@ def _wide(V: Tensor, M: Tensor, units: Tensor, count: int) -> Removal:
     left = list(range(len(units)))
     order, costs = [], []
     for _ in range(count):
-        inner = factor(M[units[left][:, :, None], units[left][:, None, :]])  # (left, width, width)
+        inner = cholesky(
+            M[units[left][:, :, None], units[left][:, None, :]]
+        )  # (left, width, width)
         outer = V[:, units[left]].permute(1, 2, 0)  # (left, width, outputs)
         cost = torch.linalg.solve_triangular(inner, outer, upper=False).square().sum((1, 2))
         best = int(cost.argmin())
@@ -56,24 +58,6 @@ def _wide(V: Tensor, M: Tensor, units: Tensor, count: int) -> Removal:
         order.append(int(S[0]) // units.shape[1])
         costs.append(float(cost[best]))
     return order, costs
-
-
-def factor(H: Tensor) -> Tensor:
-    """Lower Cholesky factor of `H (..., n, n)`. Raises ConfigError where there is none: numbers
-    that are not finite, or too little text.
-    """
-    L, failed = torch.linalg.cholesky_ex(H)
-    if failed.any():
-        if not H.isfinite().all():
-            raise ConfigError(
-                "a gram matrix has numbers that are not finite: the model overflows on this text, "
-                "try pruner.precision=model"
-            )
-        raise ConfigError(
-            f"a gram matrix of {H.shape[-1]} inputs is not positive definite: raise pruner.damp "
-            "or calibrate on more text"
-        )
-    return L
 
 
 def _single(V: Tensor, M: Tensor, count: int, panel: int = 32) -> Removal:

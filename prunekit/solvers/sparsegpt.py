@@ -1,4 +1,4 @@
-"""SparseGPT's sweep (Frantar & Alistarh, ICML 2023, arXiv 2301.00774): zero elements of a matrix
+"""SparseGPT's solver (Frantar & Alistarh, ICML 2023, arXiv 2301.00774): zero elements of a matrix
 column by column, from left to right, and let the columns to the right make up for each in closed
 form. Tensors in, tensors out.
 """
@@ -7,30 +7,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from prunekit.errors import ConfigError
-from prunekit.selection.elements import lowest
+from prunekit.selection.elements import drop_lowest
 
 log = logging.getLogger("prunekit")
 
-Choice = Callable[[int, Tensor], Tensor | None]
-"""`choice(j, saliency)` at each column j, with the saliencies `(n, outputs)` of columns j to the
-end of the block as they are now: the mask `(k, outputs)` of what stays in the next k columns, or
-None to go on with the mask there is.
+MaskRule = Callable[[int, Callable[[], Tensor]], Tensor | None]
+"""`rule(j, saliency)` at each column j: the mask `(k, outputs)` of what stays in the next k
+columns, or None to go on with the mask there is. `saliency()` gives the saliencies `(n, outputs)`
+of columns j to the end of the block as they are now.
 """
 
 TRIES = 6
 
 
-def inverse_factor(gram: Tensor, damp: float, name: str) -> tuple[Tensor, float]:
-    """Upper `U` with `U^T U = (gram + damp * mean(diag) * I)^-1`, in float64, and the damping that
+def inverse_factor(gram: Tensor, ridge: float, name: str) -> tuple[Tensor, float]:
+    """Upper `U` with `U^T U = (gram + ridge * mean(diag) * I)^-1`, in float64, and the ridge that
     it took.
 
     Inputs that are always zero get a one on the diagonal. Where rounding leaves no factor the
-    damping grows tenfold, which is logged as a warning. Raises ConfigError when that does not help.
+    ridge grows tenfold, which is logged as a warning. Raises ConfigError when that does not help.
     """
     H = gram.double().clone()
     dead = H.diagonal() == 0
@@ -41,30 +42,29 @@ def inverse_factor(gram: Tensor, damp: float, name: str) -> tuple[Tensor, float]
     )
     H.diagonal()[dead] = mean
     for _ in range(TRIES):
-        damped = H + damp * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        ridged = H + ridge * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        lower, failed = torch.linalg.cholesky_ex(ridged)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and torch.isfinite(upper).all():
-            return upper, damp
-        more = max(10 * damp, 1e-4)
+            return upper, ridge
+        more = max(10 * ridge, 1e-4)
         log.warning(
-            "%s: the inputs' gram matrix has no Cholesky factor at damping %g; trying again with "
-            "%g",
+            "%s: the inputs' gram matrix has no Cholesky factor at ridge %g; trying again with %g",
             name,
-            damp,
+            ridge,
             more,
         )
-        damp = more
+        ridge = more
     raise ConfigError(
-        f"{name}: no Cholesky factor even at damping {damp}: calibrate on more text, or with "
+        f"{name}: no Cholesky factor even at ridge {ridge}: calibrate on more text, or with "
         "model.dtype=float32"
     )
 
 
 @torch.no_grad()
-def sweep(
-    weight: Tensor, upper: Tensor, choice: Choice, block: int, dead: Tensor | None = None
+def solve_columns(
+    weight: Tensor, upper: Tensor, rule: MaskRule, block: int, dead: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
     """New weights, the mask of what stays, both `(outputs, inputs)`, and what it cost: `tr((W - W')
     H (W - W')^T)`.
@@ -80,11 +80,15 @@ def sweep(
     if dead is not None:
         scale[dead] = 0
     cost = 0.0
+
+    def saliencies(j: int, stop: int) -> Tensor:
+        return W[j:stop].square() * scale[j:stop, None]
+
     for start in range(0, len(W), block):
         stop = min(start + block, len(W))
         errors = torch.zeros_like(W[start:stop])
         for j in range(start, stop):
-            found = choice(j, W[j:stop].square() * scale[j:stop, None])
+            found = rule(j, partial(saliencies, j, stop))
             if found is not None:
                 kept[j : j + len(found)] = found
             errors[j - start] = W[j].masked_fill(kept[j], 0) / diagonal[j]
@@ -95,31 +99,27 @@ def sweep(
     return W.T.contiguous(), kept.T.contiguous(), cost
 
 
-def spread(count: int, inputs: int, block: int) -> Choice:
+def lowest_of_block(count: int, inputs: int, block: int) -> MaskRule:
     """The lowest saliencies of each block, rows together; blocks share `count` by their width, so
     that the total is exact.
     """
 
-    def choose(j: int, saliency: Tensor) -> Tensor | None:
+    def choose(j: int, saliency: Callable[[], Tensor]) -> Tensor | None:
         if j % block:
             return None
-        n = count * (j + len(saliency)) // inputs - count * j // inputs
-        return lowest(saliency.T.reshape(1, -1), n).view(saliency.shape[1], -1).T
+        s = saliency()
+        n = count * (j + len(s)) // inputs - count * j // inputs
+        return drop_lowest(s.T.reshape(1, -1), n).view(s.shape[1], -1).T
 
     return choose
 
 
-def runs(kept: int, block_m: int) -> Choice:
-    """The `kept` highest of each run of `block_m` inputs stay, chosen when the sweep reaches the
+def of_each_run(kept: int, m: int) -> MaskRule:
+    """The `kept` highest of each run of `m` inputs stay, chosen when the sweep reaches the
     run. The block must be a multiple.
     """
 
-    def choose(j: int, saliency: Tensor) -> Tensor | None:
-        return None if j % block_m else lowest(saliency[:block_m].T, block_m - kept).T
+    def choose(j: int, saliency: Callable[[], Tensor]) -> Tensor | None:
+        return None if j % m else drop_lowest(saliency()[:m].T, m - kept).T
 
     return choose
-
-
-def fixed(mask: Tensor) -> Choice:
-    """A mask `(outputs, inputs)` that is given."""
-    return lambda j, saliency: mask.T[j : j + 1]

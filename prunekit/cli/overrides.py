@@ -1,0 +1,94 @@
+"""Overrides whose keys the chosen YAMLs do not have: told with better messages than Hydra's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prunekit.cli.paths import conf_dir
+from prunekit.errors import ConfigError
+
+
+def check_keys(args: list[str]) -> None:
+    """Raises ConfigError for an override of a key that the chosen YAMLs do not have, naming those
+    they do.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    words = [a for a in args if not a.startswith("-") and "=" in a]
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException as e:
+        raise ConfigError(f"cannot read the overrides {words}: {e}") from None
+    groups = {p.name for p in conf_dir().iterdir() if p.is_dir()}
+    choices = [o for o in overrides if o.key_or_group in groups]
+    first = [f"{o.key_or_group}={first_value(o)}" for o in choices]
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg: Any = OmegaConf.to_container(compose("config", overrides=first), resolve=False)
+            chosen = {o.key_or_group for o in choices}
+            # An experiment's own choices count as if they were typed.
+            own = [
+                f"{k}={v}"
+                for k, v in (cfg["base"] or {}).items()
+                if k in groups and k not in chosen
+            ]
+            if own:
+                cfg = OmegaConf.to_container(
+                    compose("config", overrides=[*first, *own]), resolve=False
+                )
+    except HydraException as e:
+        raise ConfigError(
+            str(e).split("\n\n")[0] if "Could not find" not in str(e) else not_found(e)
+        ) from None
+    for o in overrides:
+        if (
+            o.key_or_group in groups
+            or o.is_add()
+            or o.is_force_add()
+            or o.is_delete()
+            or o.key_or_group.startswith("hydra")
+        ):
+            continue
+        check_path(cfg, o.key_or_group)
+
+
+def first_value(override: Any) -> Any:
+    """Of a list of values the first one."""
+    return (
+        next(iter(override.sweep_string_iterator()))
+        if override.is_sweep_override()
+        else override.value()
+    )
+
+
+def check_path(cfg: Any, path: str) -> None:
+    """Raises ConfigError at the first step of `path` that `cfg` lacks."""
+    node: Any = cfg
+    walked: list[str] = []
+    for step in path.split("."):
+        if not isinstance(node, dict) or step not in node:
+            where = ".".join(walked) or "the config"
+            chosen = f" ({node['name']})" if isinstance(node, dict) and "name" in node else ""
+            possible = (
+                ", ".join(k for k in node if k != "name") if isinstance(node, dict) else "none"
+            )
+            raise ConfigError(
+                f"{where}{chosen} has no key {step!r}; possible: {possible} (a new key: "
+                f"+{path}=...)"
+            )
+        node, walked = node[step], [*walked, step]
+
+
+def not_found(error: Exception) -> str:
+    """Hydra's message on a missing YAML, on one line: what was asked for and what there is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    head = next(line for line in lines if "Could not find" in line)
+    options = [
+        line
+        for line in lines[lines.index(head) + 1 :]
+        if not line.startswith(("In ", "Config search", "provider"))
+    ]
+    return f"{head} {' '.join(options)}"

@@ -1,0 +1,162 @@
+"""What a pruner works on: a model, calibration text, and the components that score, allocate and
+exclude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunekit import graph
+from prunekit.activations.blockwise import (
+    BlockRun,
+    block_stack,
+    groups_by_block,
+    iterate_blocks,
+)
+from prunekit.activations.runs import ModelRun
+from prunekit.activations.storage import PassOptions
+from prunekit.architecture.matrices import block_names, matrices
+from prunekit.errors import ConfigError, NeedsData
+from prunekit.registry import Component
+from prunekit.selection.eligible import apply_exclusion, of_kinds
+from prunekit.types import Allocation, Counts, Group, Run, Scores
+
+CALIBRATION = "calibration"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One model to prune, and all that a pruner or a recovery may ask for.
+
+    model: changed in place.
+    tokenizer: None where none is at hand.
+    token_sets: name -> (N, T) int64; `calibration` is the run's own. Empty on the meta device,
+        where only shapes can be asked for.
+    criterion: `(model, groups, run) -> Scores`; None for pruners that choose by themselves.
+    ratio: `(problem, groups) -> Allocation`.
+    exclude: `(groups) -> groups`.
+    load_dense: makes the model as it was before anything was pruned.
+    """
+
+    model: nn.Module
+    tokenizer: Any = None
+    token_sets: Mapping[str, Tensor] = field(default_factory=dict)
+    criterion: Component | Callable[..., Scores] | None = None
+    ratio: Callable[[Problem, list[Group]], Allocation] | None = None
+    exclude: Callable[[list[Group]], list[Group]] = lambda groups: groups
+    load_dense: Callable[[], nn.Module] | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """(N, T) calibration tokens. Raises NeedsData where only shapes are known."""
+        if CALIBRATION not in self.token_sets:
+            raise NeedsData("this needs the weights and the calibration text")
+        return self.token_sets[CALIBRATION]
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there are weights and text, not shapes alone."""
+        return CALIBRATION in self.token_sets
+
+    def everything(self) -> list[Group]:
+        """All groups of the model as it is now; on the meta device without the proofs."""
+        return graph.discover(self.model, verify=self.has_data)
+
+    def units(self, kinds: Sequence[str]) -> list[Group]:
+        """All groups of these kinds. Raises ConfigError for a kind that the model lacks."""
+        return of_kinds(self.model, self.everything(), kinds)
+
+    def groups(self, kinds: Sequence[str]) -> list[Group]:
+        """The groups of these kinds that may lose units. Raises ConfigError where none may."""
+        return apply_exclusion(self.units(kinds), self.exclude)
+
+    def matrices(self, targets: list[str] | None = None) -> list[Group]:
+        """The linear matrices of the blocks whose elements may go, as groups of kind `weights`."""
+        return apply_exclusion(matrices(self.model, targets), self.exclude)
+
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the decoder blocks, in order. Raises ConfigError where there is no stack."""
+        return block_stack(self.everything())
+
+    def run(self, counts: Counts | None = None) -> ModelRun:
+        """The calibration text through the whole model as it is now; `counts` for a criterion that
+        asks how much is about to go.
+        """
+        asks = isinstance(self.criterion, Component) and self.criterion.meta.get("uses_counts")
+        return ModelRun(self.model, self.tokens, (counts or {}) if asks else None)
+
+    def score(self, groups: list[Group], run: Run) -> Scores:
+        """The criterion's scores. Raises ConfigError where there is no criterion."""
+        if self.criterion is None:
+            raise ConfigError("this pruner needs a criterion; criterion=none was given")
+        scores: Scores = self.criterion(self.model, groups, run)
+        return scores
+
+    def allocate(self, groups: list[Group]) -> Allocation:
+        """How many units of each of `groups` go. Raises ConfigError where the target cannot be met,
+        NeedsData where only weights and text can tell.
+        """
+        assert self.ratio is not None
+        return self.ratio(self, groups)
+
+    def by_block(
+        self, groups: list[Group], counts: Counts, options: PassOptions
+    ) -> Iterator[tuple[list[Group], BlockRun]]:
+        """Block after block, the groups in it that lose something, with a run over the block.
+
+        What the caller does to a block, the next one sees in its inputs. Nothing runs where
+        nothing is to go. Raises ConfigError for a group that is not inside one block.
+        """
+        single = all(g.kind == "weights" for g in groups)
+        blocks = block_names(self.model) if single else self.blocks()
+        rows = [[g for g in row if counts.get(g.name)] for row in groups_by_block(groups, blocks)]
+        if not any(rows):
+            return
+        for run in iterate_blocks(self.model, blocks, self.tokens, options):
+            if rows[run.block]:
+                yield rows[run.block], run
+
+    def dense(self) -> nn.Module:
+        """The model before pruning, loaded anew. Raises ConfigError where it cannot be."""
+        if self.load_dense is None:
+            raise ConfigError("the dense model is not at hand here")
+        return self.load_dense()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What shapes alone tell of a pruner's outcome: what its `check` returns.
+
+    groups: that may lose units.
+    counts: units that go, None where only weights and text can tell.
+    smaller: whether tensors shrink (else elements become zero).
+    remark: what the numbers leave out.
+    """
+
+    groups: list[Group]
+    counts: Counts | None
+    smaller: bool = True
+    remark: str = ""
+
+
+def expect(problem: Problem, groups: list[Group], *, smaller: bool = True) -> Expected:
+    """The ratio's counts for `groups`, as far as shapes decide. Raises ConfigError where the target
+    cannot be met.
+    """
+    try:
+        allocation = problem.allocate(groups)
+    except NeedsData:
+        return Expected(groups, None, smaller, "The ratio needs the weights and the text.")
+    remark = (
+        ""
+        if allocation.ranking == "local"
+        else (
+            "Ranked together, groups exchange units: the widths are those of a local ranking, "
+            "the totals are about the same."
+        )
+    )
+    return Expected(groups, allocation.counts, smaller, remark)

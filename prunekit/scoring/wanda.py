@@ -1,0 +1,35 @@
+"""Wanda scores of single weights, and input norms (Sun et al., ICLR 2024, arXiv 2306.11695)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.activations.moments import Moments, moments
+from prunekit.architecture.matrices import matrix, module_name
+from prunekit.types import Group, Run
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, groups: Iterable[Group], run: Run) -> dict[str, Tensor]:
+    """Group name -> (inputs,) `||X_j||_2` over all calibration tokens that enter the module; zero
+    where none does (an idle expert).
+    """
+    groups = list(groups)
+    found = moments(model, dict.fromkeys(module_name(g) for g in groups), run)
+    return {g.name: _norm(found[module_name(g)], matrix(model, g)) for g in groups}
+
+
+def _norm(m: Moments, weight: Tensor) -> Tensor:
+    return (
+        (m.square * m.count).sqrt()
+        if m.count
+        else torch.zeros(weight.shape[1], device=weight.device)
+    )
+
+
+def wanda_score(weight: Tensor, norms: Tensor) -> Tensor:
+    """`|W_ij| * ||X_j||_2` for `weight (outputs, inputs)` and `norms (inputs)`."""
+    return weight.float().abs() * norms.to(weight.device)

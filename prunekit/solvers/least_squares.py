@@ -1,0 +1,106 @@
+"""Ridge regression from streamed sums, in float64: the best linear map from what remains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunekit.activations.gram import GramStatistics
+from prunekit.errors import ConfigError
+
+ROUNDING = 1e-6
+"""Error of a float32 sum relative to its largest terms; a ridge below it would leave the matrix
+without a Cholesky factor.
+"""
+
+
+def cholesky(H: Tensor) -> Tensor:
+    """Lower Cholesky factor of `H (..., n, n)`. Raises ConfigError where there is none: numbers
+    that are not finite, or too little text.
+    """
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed.any():
+        if not H.isfinite().all():
+            raise ConfigError(
+                "a gram matrix has numbers that are not finite: the model overflows on this text, "
+                "try pruner.precision=model"
+            )
+        raise ConfigError(
+            f"a gram matrix of {H.shape[-1]} inputs is not positive definite: raise pruner.damp "
+            "or calibrate on more text"
+        )
+    return L
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Least squares with the map `best (outputs, inputs)` as its solution: `min_A tr((A - best)
+    gram (A - best)^T)`, in float64.
+
+    `gram` is damped. With `affine`, maps have a bias that makes the mean output `mean_y`; sums are
+    centred then.
+    """
+
+    gram: Tensor
+    best: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    affine: bool
+
+    def solve(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights `(outputs, kept inputs)` and bias of the best map from the inputs `kept`
+        (indices) alone.
+        """
+        A = torch.cholesky_solve(
+            self.gram[kept] @ self.best.T, cholesky(self.gram[kept][:, kept])
+        ).T
+        return A, self.mean_y - A @ self.mean_x[kept] if self.affine else None
+
+    def inverse(self) -> Tensor:
+        """Inverse of the damped gram matrix."""
+        return torch.cholesky_inverse(cholesky(self.gram))
+
+
+def ridge_problem(
+    stats: GramStatistics, weight: Tensor, damp: float, affine: bool, repair: float = 32768
+) -> LeastSquares:
+    """The regression around a module's weights `(outputs, inputs)`: what they put out, plus the `y`
+    of the sums, if those were taken.
+
+    Ridges are in units of the gram's mean diagonal over ordinary tokens. `damp` is that of the map
+    as a whole. What is fitted to `y`, which says how far the output should move from where it is,
+    has noise in it where the rest has none: its ridge weighs as much as `repair` tokens do, and so
+    loses its hold as the text grows.
+    """
+    H, best = stats.gram.double(), weight.double()
+    mean_x = stats.sum_x.double() / stats.weight
+    mean_y = best @ mean_x
+    if affine:
+        H = H - stats.weight * torch.outer(mean_x, mean_x)
+    unit = (
+        H.diagonal()
+        .mean()
+        .clamp(
+            min=torch.finfo(torch.float32).tiny,
+            max=max(stats.level, torch.finfo(torch.float32).tiny),
+        )
+    )
+    floor = (
+        ROUNDING * stats.gram.double().diagonal().max()
+    )  # of the sums as they were taken: centring cancels most of a large mean
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    if stats.cross.shape[1]:
+        C, shift = stats.cross.double(), stats.sum_y.double() / stats.weight
+        C = C - stats.weight * torch.outer(mean_x, shift) if affine else C
+        best = (
+            best
+            + torch.cholesky_solve(
+                C, cholesky(H + max(repair / stats.tokens * unit, floor) * eye)
+            ).T
+        )
+        mean_y = mean_y + shift
+    return LeastSquares(
+        H + max(damp * unit, floor if damp else 0) * eye, best, mean_x, mean_y, affine
+    )
