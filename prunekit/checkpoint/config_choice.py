@@ -98,14 +98,14 @@ def _heterogeneous(
     """The config with what differs by layer in `per_layer_config`; readable as a whole too, unless
     its class builds layers from that.
     """
+    from prunekit.checkpoint.remote_code.runtime_modules import kind_of
+
     given = config.get_text_config().to_dict().get("per_layer_config") or {}
     layers = {int(i): dict(one) for i, one in given.items()}
     for i, one in overrides.items():
         layers[i] = {**layers.get(i, {}), **one}
     for i, path in enumerate(layer_paths(model)):
-        gone = [
-            n for n, m in model.get_submodule(path).named_modules() if type(m).__name__ == "Skipped"
-        ]
+        gone = [n for n, m in model.get_submodule(path).named_modules() if kind_of(m) == "bypass"]
         if gone:
             layers.setdefault(i, {})["skip"] = gone
     if layers:

@@ -42,14 +42,21 @@ Rows = dict[tuple[str, int | str], Any]
 
 
 def rows(model: nn.Module) -> Rows:
-    """Every size and every number of a model."""
+    """Every size and every number of a model, without those of run-time modules, of which no
+    config tells.
+    """
+    from prunekit.checkpoint.remote_code.runtime_modules import kind_of
+
+    added = tuple(f"{n}." for n, m in model.named_modules() if kind_of(m) is not None)
     found: Rows = {
         (name, axis): size
         for name, t in tensors(model).items()
         for axis, size in enumerate(t.shape)
+        if not name.startswith(added)
     }
     for path, module in model.named_modules():
-        found.update({(path, "." + k): v for k, v in numbers(module).items()})
+        if not f"{path}.".startswith(added):
+            found.update({(path, "." + k): v for k, v in numbers(module).items()})
     return found
 
 

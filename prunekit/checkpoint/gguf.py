@@ -76,7 +76,7 @@ def write_gguf(model: Any, tokenizer: Any, out: str | Path, *, type: Type = "f16
 
 
 def _family(model: Any) -> str:
-    from prunekit.checkpoint.remote_code.modeling_pruned import LAYOUT
+    from prunekit.checkpoint.remote_code.runtime_modules import LAYOUT
 
     kind = model.config.model_type
     if LAYOUT in vars(model.config):

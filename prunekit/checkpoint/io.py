@@ -27,7 +27,7 @@ from prunekit.checkpoint.integrity import (
     read_json,
     seal,
 )
-from prunekit.checkpoint.layout import fresh, stock_class, tensors
+from prunekit.checkpoint.layout import fresh, run_time_modules, stock_class, tensors
 from prunekit.errors import ConfigError
 from prunekit.types import Group, Kept
 
@@ -169,6 +169,7 @@ def _check_model(model: nn.Module) -> None:
             "adapters merged"
         )
     stock_class(model)
+    run_time_modules(model)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(dtypes) > 1:
         names = sorted(str(d).removeprefix("torch.") for d in dtypes)

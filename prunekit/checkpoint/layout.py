@@ -8,6 +8,7 @@ number of times) is caught.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def stock_class(model: nn.Module) -> type:
 
 def clean_config(config: Any) -> Any:
     """A copy of the config without what an earlier checkpoint added to it."""
-    from prunekit.checkpoint.remote_code.modeling_pruned import LAYOUT
+    from prunekit.checkpoint.remote_code.runtime_modules import LAYOUT
 
     config = copy.deepcopy(config)
     layout = config.__dict__.pop(LAYOUT, None)
@@ -107,20 +108,13 @@ def difference(
     layout cannot tell.
     """
     from prunekit.checkpoint.remote_code import modeling_pruned as carry
+    from prunekit.checkpoint.remote_code.runtime_modules import build_modules
 
     plain = fresh(stock_class(model), config)
-    layout: dict[str, Any] = {
-        "skipped": {n: m.outputs for n, m in model.named_modules() if type(m).__name__ == "Skipped"}
-    }
-    carry.skip(plain, layout["skipped"])
-    layout["rotated"] = {
-        n.rpartition(".")[0]: m.source
-        for n, m in model.named_modules()
-        if type(m).__name__ == "Rotation"
-    }
-    for path, source in layout["rotated"].items():
-        carry.rotate(plain, path, source)
-    _compare_modules(model, plain)
+    layout: dict[str, Any] = {"modules": run_time_modules(model)}
+    with torch.device("meta"):
+        build_modules(plain, layout["modules"])
+    _compare_modules(model, plain, {entry["path"] for entry in layout["modules"]})
     ours, theirs = tensors(model), tensors(plain)
     layout["absent"] = sorted(n for n in theirs if n not in ours)
     layout["shapes"] = {
@@ -128,19 +122,22 @@ def difference(
         for n, t in ours.items()
         if n not in theirs or t.shape != theirs[n].shape
     }
-    carry.build(plain, layout)
+    with_shapes = {k: layout[k] for k in ("absent", "shapes")}
+    carry.build(plain, with_shapes)
     layout["attributes"] = _attributes(model, plain, ignore)
     layout["configs"] = _configs(model, plain) if own_configs else {}
-    layout["arguments"] = _arguments(model)
     carry.set_attributes(plain, layout["attributes"])
     carry.set_configs(plain, layout["configs"])
     layout["buffers"] = _buffers(model, plain)
     return {k: v for k, v in layout.items() if v}
 
 
-def _compare_modules(model: nn.Module, plain: nn.Module) -> None:
-    ours = {n: type(m) for n, m in model.named_modules()}
-    theirs = {n: type(m) for n, m in plain.named_modules()}
+def _compare_modules(model: nn.Module, plain: nn.Module, added: set[str]) -> None:
+    """Raises ConfigError naming a module that is not of the class that stands in `plain`; `added`
+    are those that a loader builds by itself.
+    """
+    ours = {n: type(m) for n, m in model.named_modules() if n not in added}
+    theirs = {n: type(m) for n, m in plain.named_modules() if n not in added}
     for name in sorted(ours.keys() | theirs.keys()):
         mine, stock = ours.get(name), theirs.get(name)
         if (
@@ -200,29 +197,28 @@ def _configs(model: nn.Module, plain: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _arguments(model: nn.Module) -> list[dict[str, Any]]:
-    """Arguments that modules see only a part of: by hooks of an earlier checkpoint, and by the
-    removals since.
+def run_time_modules(model: nn.Module) -> list[dict[str, Any]]:
+    """The modules that no class has: those that pruners inserted, and those that do what removal
+    did by hooks. Raises ConfigError for a module of no known kind.
     """
     from prunekit import graph
+    from prunekit.checkpoint.remote_code.runtime_modules import describe_modules
 
-    found = []
-    for path, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if hasattr(hook, "prunekit_argument"):
-                found.append({"module": path, **hook.prunekit_argument})
+    try:
+        found = describe_modules(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    taken = {entry["path"] for entry in found}
     for path, hooks in graph.edits(model)["arguments"].items():
-        for h in hooks:
-            key = int(h["argument"]) if str(h["argument"]).isdigit() else h["argument"]
-            found.append(
-                {
-                    "module": path,
-                    "argument": key,
-                    "axis": h["dim"],
-                    "size": h["size"],
-                    "keep": h["keep"],
-                }
-            )
+        for hook in hooks:
+            names = (f"{path}.argument_indices_{i}" for i in itertools.count())
+            name = next(n for n in names if n not in taken)
+            taken.add(name)
+            key = int(hook["argument"]) if str(hook["argument"]).isdigit() else hook["argument"]
+            numbers = {"argument": key, "axis": hook["dim"]} | {
+                k: hook[k] for k in ("size", "keep")
+            }
+            found.append({"path": name, "kind": "argument_indices", **numbers})
     return found
 
 

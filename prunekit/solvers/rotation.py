@@ -60,27 +60,31 @@ def assemble(model: nn.Module, chain: Stream, bases: Sequence[Basis], depth: int
     entering the first block; it has its full width again on entering block `depth` or the last
     norm.
     """
-    from prunekit.checkpoint.remote_code.modeling_pruned import rotate
-
     parts = [part for block in chain.sublayers[:depth] for part in block]
     for part, Q_r, Q_w in zip(parts, bases[:-1], bases[1:], strict=True):
         slice_sublayer(model, part, Q_r, Q_w)
         B = shortcut(Q_r, Q_w)
         if B.shape[1]:
-            _set(rotate(model, part.module, part.norm), B)
+            _rotate(model, part.module, B, part.norm)
     if tied(model, chain):
-        _set(rotate(model, chain.blocks[0]), bases[0])
+        _rotate(model, chain.blocks[0], bases[0])
     else:
         embedding = model.get_submodule(chain.embedding)
         words: Tensor = embedding.weight  # type: ignore[assignment]
         put(embedding, words.double() @ bases[0].to(words.device))
-    _set(rotate(model, (*chain.blocks, chain.norm)[depth]), bases[-1].T)
+    _rotate(model, (*chain.blocks, chain.norm)[depth], bases[-1].T)
     forget(model)
 
 
-def _set(rotation: nn.Module, weight: Tensor) -> None:
-    like: Tensor = rotation.weight  # type: ignore[assignment]
-    rotation.weight = nn.Parameter(weight.to(like).contiguous(), requires_grad=like.requires_grad)
+def _rotate(model: nn.Module, path: str, weight: Tensor, source: str = "") -> None:
+    """Give the module at `path` a rotation of its input, or with `source` of its output."""
+    from prunekit.checkpoint.remote_code.runtime_modules import Rotation, insert
+
+    like = next(model.get_submodule(path).parameters())
+    rotation = Rotation(*weight.shape, source).to(like.device, like.dtype)
+    rotation.weight.copy_(weight)
+    rotation.requires_grad_(like.requires_grad)
+    insert(model, f"{path}.rotation", rotation)
 
 
 def slice_sublayer(model: nn.Module, part: Sublayer, Q_r: Basis, Q_w: Basis) -> None:

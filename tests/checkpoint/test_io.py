@@ -29,7 +29,7 @@ from prunekit import graph
 from prunekit.checkpoint import load, save
 from prunekit.checkpoint.config_fit import accepts, stock_config
 from prunekit.checkpoint.integrity import CheckpointError
-from prunekit.checkpoint.remote_code.modeling_pruned import Skipped
+from prunekit.checkpoint.remote_code.runtime_modules import Bypass
 from prunekit.errors import ConfigError
 from prunekit.types import Group, Member
 
@@ -148,8 +148,8 @@ def test_changed_buffer_travels(tmp_path: Path, tokens: torch.Tensor) -> None:
 
 def test_skipped_sublayers_travel(tmp_path: Path, tokens: torch.Tensor) -> None:
     model = llama()
-    model.model.layers[1].self_attn = Skipped(outputs=2)
-    model.model.layers[2].mlp = Skipped()
+    model.model.layers[1].self_attn = Bypass(outputs=2)
+    model.model.layers[2].mlp = Bypass()
     save(model, None, tmp_path / "out")
     told = json.loads((tmp_path / "out" / "config.json").read_text())["per_layer_config"]
     assert told == {"1": {"skip": ["self_attn"]}, "2": {"skip": ["mlp"]}}

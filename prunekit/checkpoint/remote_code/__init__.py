@@ -1,1 +1,3 @@
-"""The file that travels inside a checkpoint; it must import nothing of prunekit."""
+"""The files that travel inside a checkpoint; they import nothing but each other, torch and
+transformers.
+"""

@@ -3,8 +3,9 @@ config.json says.
 
 Written by prunekit beside the weights, so that `AutoModelForCausalLM.from_pretrained(path,
 trust_remote_code=True)` works where prunekit is not installed. `PrunedXyzForCausalLM` is
-transformers' `XyzForCausalLM` whose tensors take the shapes under `prunekit_layout` in config.json.
-Nothing here is specific to an architecture, and nothing runs but the building of the model.
+transformers' `XyzForCausalLM` with what `prunekit_layout` in config.json changes: the shapes of
+tensors, and modules that the class has not (`runtime_modules.py`). Nothing here is specific to an
+architecture, and nothing runs but the building of the model.
 """
 
 from __future__ import annotations
@@ -15,21 +16,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
+
+from .runtime_modules import LAYOUT, build_modules, owner
 
 PREFIX = "Pruned"
-LAYOUT = "prunekit_layout"
-FIELDS = (
-    "shapes",
-    "absent",
-    "attributes",
-    "configs",
-    "buffers",
-    "arguments",
-    "skipped",
-    "rotated",
-    "native",
-)
+FIELDS = ("modules", "shapes", "absent", "attributes", "configs", "buffers", "native")
 # What the constructors of torch and of transformers' Conv1D derive from the shape of `weight`:
 # attribute -> axis; None: see `follow_weight`
 DERIVED: dict[type, dict[str, int | None]] = {
@@ -39,63 +31,6 @@ DERIVED: dict[type, dict[str, int | None]] = {
     nn.Conv1d: {"out_channels": 0, "in_channels": None, "groups": None},
     nn.LayerNorm: {"normalized_shape": None},
 }
-
-
-class Skipped(nn.Module):
-    """Stands where a sub-layer was removed: adds nothing to the residual stream. `outputs` > 1
-    gives a tuple padded with None.
-    """
-
-    def __init__(self, outputs: int = 1):
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
-        nothing = torch.zeros_like(hidden_states)
-        return nothing if self.outputs == 1 else (nothing, *[None] * (self.outputs - 1))
-
-
-class Rotation(nn.Module):
-    """Carries the residual stream from one basis to the next; it lives in the module whose input or
-    output it changes.
-
-    Without `source` what enters the module is multiplied by `weight`. With it, `-(x @ weight) @
-    weight.T` is added to what leaves the module, `x` being what entered `source`: in a block that
-    computes `x + module(source(x))`, the sum's `x` becomes `x (I - w w^T)`.
-    """
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.source = source
-        self.weight = nn.Parameter(torch.zeros(1, 1))
-        self.held: Any = None
-
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        if args:
-            return (args[0] @ self.weight, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] @ self.weight}
-
-    def hold(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.held = args[0] if args else kwargs["hidden_states"]
-
-    def leave(self, module: nn.Module, args: tuple, out: Any) -> Any:
-        x, self.held = self.held, None
-        change = (x @ self.weight) @ self.weight.T
-        return out - change if isinstance(out, torch.Tensor) else (out[0] - change, *out[1:])
-
-
-def owner(model: nn.Module, name: str) -> tuple[Any, str]:
-    """The module that holds what the dotted `name` names, and its last part. Raises ValueError
-    where there is none.
-    """
-    path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        raise ValueError(
-            f"config.json: {LAYOUT} names {name!r}, but the model has no module {path!r}"
-        ) from None
-    return module, leaf
 
 
 def follow_weight(module: Any) -> None:
@@ -188,65 +123,6 @@ def set_configs(model: nn.Module, configs: dict[str, dict[str, Any]]) -> None:
         module.config = copies[key]
 
 
-def skip(model: nn.Module, skipped: dict[str, int]) -> None:
-    """Replace the sub-layers named by nothing; the number says how many outputs each returns."""
-    for path, outputs in skipped.items():
-        module, leaf = owner(model, path)
-        setattr(module, leaf, Skipped(int(outputs)))
-
-
-def rotate(model: nn.Module, path: str, source: str = "") -> Rotation:
-    """Give the module at `path` a rotation, whose weight `resize` or the caller sets."""
-    module = owner(model, f"{path}.rotation")[0]
-    like = next(module.parameters())
-    module.rotation = rotation = Rotation(source).to(device=like.device, dtype=like.dtype)
-    if source:
-        owner(model, f"{source}.weight")[0].register_forward_pre_hook(
-            rotation.hold, with_kwargs=True
-        )
-        module.register_forward_hook(rotation.leave)
-    else:
-        module.register_forward_pre_hook(rotation.enter, with_kwargs=True)
-    return rotation
-
-
-def select_arguments(model: nn.Module, arguments: list[dict[str, Any]]) -> None:
-    """Let modules see only some indices along one axis of an argument that is computed outside of
-    them (ALiBi slopes).
-    """
-    for entry in arguments:
-        module = owner(model, f"{entry['module']}.forward")[0]
-        module.register_forward_pre_hook(
-            _selector(entry["argument"], entry["axis"], entry["size"], entry["keep"]),
-            with_kwargs=True,
-        )
-
-
-def _selector(argument: Any, axis: int, size: int, keep: list[int]) -> Any:
-    def pick(module: Any, args: Any, kwargs: Any) -> Any:
-        tensor = (
-            (args[argument] if argument < len(args) else None)
-            if isinstance(argument, int)
-            else kwargs.get(argument)
-        )
-        if not isinstance(tensor, torch.Tensor) or tensor.shape[axis] % size:
-            return None
-        one = torch.tensor(keep, device=tensor.device)
-        index = torch.cat([one + size * i for i in range(tensor.shape[axis] // size)])
-        tensor = tensor.index_select(axis, index)
-        if isinstance(argument, int):
-            return (*args[:argument], tensor, *args[argument + 1 :]), kwargs
-        return args, {**kwargs, argument: tensor}
-
-    pick.prunekit_argument = {  # type: ignore[attr-defined]
-        "argument": argument,
-        "axis": axis,
-        "size": size,
-        "keep": keep,
-    }
-    return pick
-
-
 def fill_buffers(model: nn.Module, buffers: dict[str, dict[str, Any]]) -> None:
     """Write the values of buffers that are not among the weights (rotary frequencies, embedding
     scale).
@@ -271,28 +147,25 @@ def build(model: nn.Module, layout: dict[str, Any]) -> None:
         raise ValueError(
             f"config.json: {LAYOUT} has unknown fields {sorted(unknown)}; known are {list(FIELDS)}"
         )
-    skip(model, layout.get("skipped", {}))
-    for path, source in layout.get("rotated", {}).items():
-        rotate(model, path, source)
+    build_modules(model, layout.get("modules", []))
     for name in layout.get("absent", []):
         module, leaf = owner(model, name)
         module.register_parameter(leaf, None)
     resize(model, layout.get("shapes", {}))
     set_attributes(model, layout.get("attributes", {}))
     set_configs(model, layout.get("configs", {}))
-    select_arguments(model, layout.get("arguments", []))
     fill_buffers(model, layout.get("buffers", {}))
 
 
-def pruned_class(base: Any) -> type:
+def pruned_class(base: Any) -> type[nn.Module]:
     """The subclass of a transformers model class that `build`s itself from its config."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         build(self, getattr(config, LAYOUT, {}))
         self._prunekit_built = True
 
-    def initialize_weights(self):
+    def initialize_weights(self: Any) -> None:
         base.initialize_weights(self)
         if getattr(self, "_prunekit_built", False):
             fill_buffers(self, getattr(self.config, LAYOUT, {}).get("buffers", {}))
@@ -305,16 +178,17 @@ def pruned_class(base: Any) -> type:
         "__qualname__": name,
     }
     bases = (base, GenerationMixin) if issubclass(base, GenerationMixin) else (base,)
-    made: Any = type(name, bases, body)
-    made._auto_class = "AutoModelForCausalLM"  # saving such a model again copies this file along
+    made: type[nn.Module] = type(name, bases, body)
+    # Saving such a model again copies the two files along.
+    made._auto_class = "AutoModelForCausalLM"  # type: ignore[assignment]
     return made
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> type[nn.Module]:
     base = (
         getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     )
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = pruned_class(base)
-    return globals()[name]
+    globals()[name] = made = pruned_class(base)
+    return made

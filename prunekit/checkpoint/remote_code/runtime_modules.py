@@ -1,0 +1,269 @@
+"""Modules that a pruned model has where its class has none, or another: each one is built from a
+kind and a few numbers, and its tensors lie among the weights.
+
+Written by prunekit beside the weights; imports nothing of prunekit. A new kind is one class here
+and one row of `KINDS`: a pruner puts the module into the model with `insert`, saving finds it by
+its class, loading builds it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LAYOUT = "prunekit_layout"
+
+
+class RuntimeModule(nn.Module):
+    """Base of all kinds. The constructor takes plain numbers, strings and lists of them, and makes
+    tensors of the right shapes.
+    """
+
+    def numbers(self) -> dict[str, Any]:
+        """The constructor's arguments that give this module again, up to the values of its
+        tensors.
+        """
+        return {}
+
+    def attach(self, model: nn.Module, path: str) -> None:
+        """Register on other modules what this one, standing at `path`, does there; most do
+        nothing.
+        """
+
+
+class Bypass(RuntimeModule):
+    """Stands where a sub-layer was removed: adds nothing to the residual stream. `outputs` > 1
+    gives a tuple padded with None.
+    """
+
+    def __init__(self, outputs: int = 1):
+        super().__init__()
+        self.outputs = outputs
+
+    def numbers(self) -> dict[str, Any]:
+        return {"outputs": self.outputs}
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nothing = torch.zeros_like(hidden_states)
+        return nothing if self.outputs == 1 else (nothing, *[None] * (self.outputs - 1))
+
+
+class Gather(RuntimeModule):
+    """A linear module that reads its input's channels `index (inputs,)`, in that order: a
+    permutation, or fewer channels.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias)
+        self.index: Tensor
+        self.register_buffer("index", torch.zeros(inputs, dtype=torch.int64))
+
+    @classmethod
+    def before(cls, linear: nn.Linear, index: Tensor) -> Gather:
+        """`linear`, as it is, on `x[..., index]`."""
+        gather = cls(1, 1)
+        gather.linear = linear
+        gather.index = index.to(linear.weight.device, torch.int64)
+        return gather.train(linear.training)
+
+    def numbers(self) -> dict[str, Any]:
+        outputs, inputs = self.linear.weight.shape
+        return {"inputs": inputs, "outputs": outputs, "bias": self.linear.bias is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x.index_select(-1, self.index))
+        return out
+
+
+class LowRank(RuntimeModule):
+    """A linear module stored as two factors: `left(right(x))`."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool = False):
+        super().__init__()
+        self.right = nn.Linear(inputs, rank, bias=False)
+        self.left = nn.Linear(rank, outputs, bias)
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, bias: Tensor | None = None) -> LowRank:
+        """The module of weight `left (outputs, rank) @ right (rank, inputs)`."""
+        with torch.device("meta"):
+            factors = cls(right.shape[1], *left.shape, bias is not None)
+        # As a loader lays them out: strides decide the last bit of a product.
+        factors.left.weight = nn.Parameter(left.contiguous())
+        factors.right.weight = nn.Parameter(right.contiguous())
+        if bias is not None:
+            factors.left.bias = nn.Parameter(bias)
+        return factors
+
+    def numbers(self) -> dict[str, Any]:
+        (outputs, rank), inputs = self.left.weight.shape, self.right.weight.shape[1]
+        bias = self.left.bias is not None
+        return {"inputs": inputs, "outputs": outputs, "rank": rank, "bias": bias}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.left(self.right(x))
+        return out
+
+
+class Rotation(RuntimeModule):
+    """Carries the residual stream from one basis to the next; it lives in the module whose input or
+    output it changes.
+
+    Without `source` what enters the module is multiplied by `weight`. With it, `-(x @ weight) @
+    weight.T` is added to what leaves the module, `x` being what entered `source`: in a block that
+    computes `x + module(source(x))`, the sum's `x` becomes `x (I - w w^T)`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, source: str = ""):
+        super().__init__()
+        self.source = source
+        self.weight = nn.Parameter(torch.zeros(inputs, outputs))
+        self.held: Tensor | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        inputs, outputs = self.weight.shape
+        return {"inputs": inputs, "outputs": outputs, "source": self.source}
+
+    def attach(self, model: nn.Module, path: str) -> None:
+        module, _ = owner(model, path)
+        if not self.source:
+            module.register_forward_pre_hook(self.enter, with_kwargs=True)
+            return
+        source, _ = owner(model, f"{self.source}.weight")
+        source.register_forward_pre_hook(self.hold, with_kwargs=True)
+        module.register_forward_hook(self.leave)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (args[0] @ self.weight, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] @ self.weight}
+
+    def hold(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.held = args[0] if args else kwargs["hidden_states"]
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        x, self.held = self.held, None
+        assert x is not None
+        change = (x @ self.weight) @ self.weight.T
+        return out - change if isinstance(out, Tensor) else (out[0] - change, *out[1:])
+
+
+class ArgumentIndices(RuntimeModule):
+    """Lets the module that it lives in see only the indices `keep` along one axis of an argument
+    that is computed elsewhere (ALiBi slopes of the heads that stay).
+
+    `argument` is a position or a keyword. Where the axis holds several runs of `size` (a batch
+    flattened into it), each run is indexed.
+    """
+
+    def __init__(self, argument: int | str, axis: int, size: int, keep: list[int]):
+        super().__init__()
+        self.argument, self.axis, self.size, self.keep = argument, axis, size, keep
+
+    def numbers(self) -> dict[str, Any]:
+        return {n: getattr(self, n) for n in ("argument", "axis", "size", "keep")}
+
+    def attach(self, model: nn.Module, path: str) -> None:
+        owner(model, path)[0].register_forward_pre_hook(self.enter, with_kwargs=True)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        at = self.argument
+        if isinstance(at, int):
+            tensor = args[at] if at < len(args) else None
+        else:
+            tensor = kwargs.get(at)
+        if not isinstance(tensor, Tensor) or tensor.shape[self.axis] % self.size:
+            return None
+        runs = torch.arange(tensor.shape[self.axis] // self.size, device=tensor.device)
+        keep = torch.tensor(self.keep, device=tensor.device)
+        tensor = tensor.index_select(self.axis, (runs[:, None] * self.size + keep).flatten())
+        if isinstance(at, int):
+            return (*args[:at], tensor, *args[at + 1 :]), kwargs
+        return args, {**kwargs, at: tensor}
+
+
+KINDS: dict[str, type[RuntimeModule]] = {
+    "bypass": Bypass,
+    "gather": Gather,
+    "low_rank": LowRank,
+    "rotation": Rotation,
+    "argument_indices": ArgumentIndices,
+}
+"""What `kind` in config.json may say."""
+
+
+def owner(model: nn.Module, name: str) -> tuple[Any, str]:
+    """The module that holds what the dotted `name` names, and its last part. Raises ValueError
+    where there is none.
+    """
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(
+            f"config.json: {LAYOUT} names {name!r}, but the model has no module {path!r}"
+        ) from None
+    return module, leaf
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a run-time module, None for every other module. Raises ValueError for a class
+    that is not in `KINDS`.
+    """
+    # By name: a model loaded with trust_remote_code has classes of its own copy of this file.
+    names = [cls.__name__ for cls in type(module).__mro__]
+    if "RuntimeModule" not in names:
+        return None
+    kinds = [kind for kind, cls in KINDS.items() if cls.__name__ == names[0]]
+    if not kinds:
+        raise ValueError(f"{names[0]} is a run-time module that KINDS does not list")
+    return kinds[0]
+
+
+def insert(model: nn.Module, path: str, module: RuntimeModule) -> None:
+    """Put a run-time module at `path`, in place of a module or as a new child of one. Raises
+    ValueError where something else has that name.
+    """
+    parent, leaf = owner(model, path)
+    before = parent._modules.get(leaf)
+    if not leaf.isidentifier() and leaf not in parent._modules:
+        raise ValueError(f"config.json: {LAYOUT}.modules: {path!r} is no name of a module")
+    if before is None and hasattr(parent, leaf):
+        raise ValueError(f"config.json: {LAYOUT}.modules: {path!r} is not a module")
+    if isinstance(before, RuntimeModule) and type(before).attach is not RuntimeModule.attach:
+        raise ValueError(f"{path} is a {kind_of(before)} already, whose hooks would remain")
+    setattr(parent, leaf, module.train(parent.training))
+    module.attach(model, path)
+
+
+def build_modules(model: nn.Module, entries: list[dict[str, Any]]) -> None:
+    """Insert the modules that `entries` tell (`describe_modules`). Raises ValueError for an unknown
+    kind and for numbers that it cannot be built from.
+    """
+    for entry in entries:
+        numbers = {k: v for k, v in entry.items() if k not in ("path", "kind")}
+        path, kind = str(entry.get("path")), str(entry.get("kind"))
+        if kind not in KINDS:
+            raise ValueError(
+                f"config.json: {LAYOUT}.modules: {path!r} has the kind {kind!r}; known are "
+                f"{', '.join(KINDS)}"
+            )
+        try:
+            module = KINDS[kind](**numbers)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"config.json: {LAYOUT}.modules: {path!r}: {error}") from None
+        insert(model, path, module)
+
+
+def describe_modules(model: nn.Module) -> list[dict[str, Any]]:
+    """Path, kind and numbers of every run-time module, outer ones first."""
+    found = []
+    for path, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is not None:
+            numbers: Any = module.numbers  # a RuntimeModule, if only by name
+            found.append({"path": path, "kind": kind, **numbers()})
+    return found
