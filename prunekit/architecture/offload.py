@@ -1,38 +1,42 @@
-"""Models of which accelerate keeps a part in host memory or on disk: whole while they are pruned,
-spread again afterwards.
+"""Models that accelerate spreads over devices, host memory and disk: whole while they are pruned,
+spread again afterwards, and readable weight by weight while they are saved.
 
-Such a model holds empty placeholders, which its hooks fill for the length of a forward: enough to
-measure, not to take gradients (a backward needs every weight where it was), nor to remove anything
-from. Pruning therefore happens in host memory, on the CPU.
+What such a model keeps elsewhere are empty placeholders, which its hooks fill for the length of a
+forward: enough to measure, not to take gradients (a backward needs every weight where it was), nor
+to remove anything from. Pruning therefore happens in host memory, on the CPU.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-def away(model: nn.Module) -> list[str]:
-    """Names of the parameters that are not in memory."""
-    return [n for n, p in model.named_parameters() if p.is_meta]
+def offloaded(model: nn.Module) -> list[str]:
+    """Names of the parameters and saved buffers that are not in memory."""
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, tensor in named if tensor.is_meta]
 
 
-def fits(model: nn.Module) -> None:
+def check_fits_in_memory(model: nn.Module) -> None:
     """Raises ConfigError if parts of the model are kept elsewhere and the whole has no place in
     this machine's memory.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     total = psutil.virtual_memory().total
-    if away(model) and size > total:
+    if offloaded(model) and size > total:
         raise ConfigError(
             "model.device_map leaves weights in host memory or on disk; to prune, all "
             f"{size / 2**30:.1f} GiB come into host memory, "
@@ -46,18 +50,19 @@ def in_memory(model: nn.Module) -> Iterator[None]:
     """Inside, every weight is in host memory if some were kept elsewhere; afterwards what is left
     is spread over the same accelerators.
     """
-    missing = away(model)
+    missing = offloaded(model)
     if not missing:
         yield
         return
     log.info(
         "%d of the weights are kept elsewhere: the model is pruned in host memory", len(missing)
     )
-    places = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+    device_map: Any = getattr(model, "hf_device_map", {})
+    accelerators = set(device_map.values()) - {"cpu", "disk"}
     gather(model)
     yield
-    if places:
-        spread(model)
+    if accelerators:
+        dispatch(model)
 
 
 def gather(model: nn.Module) -> None:
@@ -67,37 +72,36 @@ def gather(model: nn.Module) -> None:
     from accelerate.hooks import remove_hook_from_submodules
     from accelerate.utils import set_module_tensor_to_device
 
-    kept: dict[str, Any] = {}
-    for prefix, module in model.named_modules():
-        maps = [
-            h.weights_map
-            for h in hooks(module)
-            if getattr(h, "offload", False) and h.weights_map is not None
-        ]
-        for name, tensor in module._parameters.items():
-            if tensor is not None and tensor.is_meta:
-                kept[f"{prefix}.{name}" if prefix else name] = next(
-                    (m[name] for m in maps if name in m), None
-                )
-    lost = [name for name, value in kept.items() if value is None]
-    if lost:
-        raise ConfigError(
-            f"{len(lost)} weights are neither in memory nor known to accelerate: "
-            f"{', '.join(lost[:3])}"
-        )
+    values = {name: stored_value(model, name).clone() for name in offloaded(model)}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     remove_hook_from_submodules(model)
-    for name, value in kept.items():
-        set_module_tensor_to_device(model, name, "cpu", value=value.clone())
+    for name, value in values.items():
+        set_module_tensor_to_device(model, name, "cpu", value=value)
     for module in model.modules():
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward  # accelerate leaves the class's own method on the instance
     model.__dict__.pop("hf_device_map", None)
     model.to("cpu")
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # type: ignore[operator]
+    retie(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
+
+
+def stored_value(model: nn.Module, name: str) -> Tensor:
+    """The value of a parameter or buffer that accelerate keeps in host memory or on disk. Raises
+    ConfigError where no hook knows it.
+    """
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        for hook in hooks(module):
+            if getattr(hook, "offload", False) and hook.weights_map is not None:
+                try:
+                    value: Tensor = hook.weights_map[".".join(parts[depth:])]
+                except KeyError:
+                    continue
+                return value
+    raise ConfigError(f"the weight {name} is neither in memory nor known to accelerate")
 
 
 def hooks(module: nn.Module) -> list[Any]:
@@ -108,13 +112,82 @@ def hooks(module: nn.Module) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
-def spread(model: nn.Module) -> None:
+def input_device(model: nn.Module) -> torch.device | None:
+    """Where token ids go; None for a model on the meta device, which cannot run."""
+    for module in model.modules():
+        for hook in hooks(module):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+    device = next(model.parameters()).device
+    return None if device.type == "meta" else device
+
+
+@contextmanager
+def placed_like(model: nn.Module, twin: nn.Module) -> Iterator[None]:
+    """Inside, accelerate moves weights and activations of `twin`, which has the modules and the
+    very tensors of `model`, as it does those of `model`.
+    """
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_submodules
+
+    paths = [path for path, module in model.named_modules() if hooks(module)]
+    for path in paths:
+        hook: Any = model.get_submodule(path)._hf_hook
+        add_hook_to_module(twin.get_submodule(path), _duplicate(hook))
+    try:
+        yield
+    finally:
+        if paths:
+            remove_hook_from_submodules(twin)
+            retie(twin)
+
+
+def _duplicate(hook: Any) -> Any:
+    """The hook without what it remembers of its module; the weights that it knows are shared."""
+    twin = copy.copy(hook)
+    if hasattr(hook, "hooks"):
+        twin.hooks = tuple(_duplicate(one) for one in hook.hooks)
+    if hasattr(hook, "tied_params_names"):
+        twin.tied_params_names = set(hook.tied_params_names)
+    return twin
+
+
+def lend_weights(model: nn.Module, twin: nn.Module) -> None:
+    """Let `twin.save_pretrained` write the weights that accelerate keeps elsewhere for `model`: it
+    reads them one shard at a time. `twin` has the modules of `model`, and serves for nothing else
+    afterwards.
+    """
+    elsewhere = [name for name, tensor in twin.state_dict().items() if tensor.is_meta]
+    for path in {name.rpartition(".")[0] for name in elsewhere}:
+        module: Any = twin.get_submodule(path)
+        module._hf_hook = SimpleNamespace(weights_map=_Stored(model, path))
+    if elsewhere:
+        twin.hf_device_map = {"": "disk"}  # type: ignore[assignment]
+
+
+class _Stored:
+    """The weights of one module of `model`, each read when it is asked for."""
+
+    def __init__(self, model: nn.Module, path: str):
+        self.model, self.path = model, path
+
+    def __getitem__(self, leaf: str) -> Tensor:
+        return stored_value(self.model, f"{self.path}.{leaf}" if self.path else leaf)
+
+
+def retie(model: nn.Module) -> None:
+    """Tie again what moving weights one by one has parted."""
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+
+
+def dispatch(model: nn.Module) -> None:
     """Over the accelerators that there are, and host memory for what does not fit, as
     `device_map=auto` does.
     """
     from accelerate import dispatch_model, infer_auto_device_map
 
-    whole = getattr(model, "_no_split_modules", None)
+    whole: Any = getattr(model, "_no_split_modules", None)
     dispatch_model(
         model,
         infer_auto_device_map(model, no_split_module_classes=sorted(whole) if whole else None),

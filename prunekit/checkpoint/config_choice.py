@@ -7,23 +7,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from prunekit.checkpoint.config_fit import (
-    REFUSALS,
-    acceptable,
-    built,
-    edited,
-    fit,
+from prunekit.checkpoint.class_sizes import edited, nearest_accepted, rows, rows_of_config
+from prunekit.checkpoint.config_fit import fit
+from prunekit.checkpoint.construction import clean_config, rebuild, stock_class
+from prunekit.checkpoint.equality import cache_shapes, logit_gap
+from prunekit.checkpoint.layout import difference
+from prunekit.checkpoint.per_layer_config import (
     fit_layers,
     layer_paths,
-    mirrored,
-    plain,
-    rows,
+    layers_of_config,
     with_layers,
 )
-from prunekit.checkpoint.layout import clean_config, difference, rebuild, stock_class
+from prunekit.checkpoint.stock_config import builds, mirrored
 from prunekit.errors import ConfigError
 
 
@@ -43,32 +40,29 @@ def describe(model: nn.Module, check: bool = True) -> Description:
 
     Raises ConfigError for what no config and layout can tell.
     """
-    problems: list[str] = []
+    problem = "its class refuses the config"
     for config, layout in candidates(model):
         copy = rebuild(model, config, layout)
         gap = logit_gap(model, copy) if check else 0.0
         if gap == 0.0:
             return Description(config, layout, copy)
-        problems.append(
+        problem = (
             f"it would give other logits (by {gap:.3g}): something outside of the tensors changed "
             "the model"
         )
-    raise ConfigError(
-        "no checkpoint would be this model: "
-        f"{problems[-1] if problems else 'its class refuses the config'}"
-    )
+    raise ConfigError(f"no checkpoint would be this model: {problem}")
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(config, layout) from the plainest to the most literal."""
     base, kind = clean_config(model.config), stock_class(model)
-    if plain_experts(model):
+    if runs_experts_in_a_loop(model):
         base._experts_implementation = "eager"
-    if built(kind, edited(base)) is not None and plain(model, base):
+    if rows_of_config(kind, edited(base)) is not None and builds(model, base):
         yield base, {}
-    target, base = rows(model), acceptable(kind, base)
+    target, base = rows(model), nearest_accepted(kind, base)
     found = fit(kind, base, target)
-    if found.edits and plain(model, found.config):
+    if found.edits and builds(model, found.config):
         yield found.config, {}
     overrides = fit_layers(kind, found.config, target, layer_paths(model), found.inert)
     for config in _heterogeneous(model, kind, found.config, overrides):
@@ -77,12 +71,12 @@ def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
             (mirrored(model, config), True),
             (frozenset[str](), True),
         ):
-            yield config, _remember(base, difference(model, config, ignore, own))
+            yield config, _with_native_layers(base, difference(model, config, ignore, own))
     for config in _heterogeneous(model, kind, base, {}):
-        yield config, _remember(base, difference(model, config))
+        yield config, _with_native_layers(base, difference(model, config))
 
 
-def plain_experts(model: nn.Module) -> bool:
+def runs_experts_in_a_loop(model: nn.Module) -> bool:
     """Whether removal made experts run one by one: their widths suit no grouped kernel, and a
     loader must know.
     """
@@ -98,29 +92,29 @@ def _heterogeneous(
     """The config with what differs by layer in `per_layer_config`; readable as a whole too, unless
     its class builds layers from that.
     """
-    from prunekit.checkpoint.remote_code.runtime_modules import kind_of
-
-    given = config.get_text_config().to_dict().get("per_layer_config") or {}
-    layers = {int(i): dict(one) for i, one in given.items()}
+    layers = layers_of_config(config)
     for i, one in overrides.items():
         layers[i] = {**layers.get(i, {}), **one}
     for i, path in enumerate(layer_paths(model)):
-        gone = [n for n, m in model.get_submodule(path).named_modules() if kind_of(m) == "bypass"]
+        gone = bypassed(model.get_submodule(path))
         if gone:
             layers.setdefault(i, {})["skip"] = gone
     if layers:
-        native = with_layers(
-            config, layers, lambda made: built(kind, made) is not None, readable=False
-        )
-        if native is not None and plain(model, native):
+        native = with_layers(kind, config, layers, readable=False)
+        if native is not None and builds(model, native):
             yield native
-    made = (
-        with_layers(config, layers, lambda made: built(kind, made) is not None)
-        if layers
-        else edited(config)
-    )
-    if made is not None and built(kind, made) is not None:
+    made = with_layers(kind, config, layers) if layers else edited(config)
+    if rows_of_config(kind, made) is not None:
         yield with_cache_shapes(model, kind, made)
+
+
+def bypassed(layer: nn.Module) -> list[str]:
+    """Names of the sub-layers of a decoder layer that are gone, as transformers' `skip` lists
+    them.
+    """
+    from prunekit.checkpoint.remote_code.runtime_modules import kind_of
+
+    return [name for name, module in layer.named_modules() if kind_of(module) == "bypass"]
 
 
 def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
@@ -137,13 +131,11 @@ def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
         heads, width = get_head_shapes(text)
     except (AttributeError, TypeError, ZeroDivisionError):
         return config
-    layers = {
-        int(i): dict(one) for i, one in (text.to_dict().get("per_layer_config") or {}).items()
-    }
+    layers = layers_of_config(config)
     edits: dict[str, Any] = {}
-    for field, told, seen in (("num_key_value_heads", heads, 0), ("head_dim", width, 1)):
-        true = [shape[seen] for shape in actual]
-        if (told if isinstance(told, list) else [told] * len(true)) != true:
+    for field, given, position in (("num_key_value_heads", heads, 0), ("head_dim", width, 1)):
+        true = [shape[position] for shape in actual]
+        if (given if isinstance(given, list) else [given] * len(true)) != true:
             edits[field] = true[0]
             for i, value in enumerate(true):
                 layers.setdefault(i, {})[field] = value
@@ -151,64 +143,10 @@ def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
         return config
     edits |= {"per_layer_config": layers, "allow_global_per_layer_attribute_access": True}
     made = edited(config, **edits)
-    return made if built(kind, made) is not None else config
+    return made if rows_of_config(kind, made) is not None else config
 
 
-@torch.no_grad()
-def cache_shapes(model: Any) -> list[tuple[int, int]]:
-    """(heads, head size) of each layer's keys, seen by running a few tokens; [] where layers keep
-    something else, on meta, or where it fails.
-    """
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        return []
-    was = model.training
-    try:
-        output = model.eval()(input_ids=torch.arange(4, device=device)[None], use_cache=True)
-    except REFUSALS:  # where it cannot run at all `logit_gap` says why
-        return []
-    finally:
-        model.train(was)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-    keys: list[Any] = [getattr(layer, "keys", None) for layer in layers]
-    if not all(isinstance(k, torch.Tensor) and k.dim() == 4 for k in keys):
-        return []
-    return [(k.shape[1], k.shape[3]) for k in keys]
-
-
-def _remember(base: Any, layout: dict[str, Any]) -> dict[str, Any]:
+def _with_native_layers(base: Any, layout: dict[str, Any]) -> dict[str, Any]:
     """The layout, with the `per_layer_config` that the dense model had of its own."""
     native = base.get_text_config().to_dict().get("per_layer_config")
     return {**layout, "native": native} if native and layout else layout
-
-
-@torch.no_grad()
-def logit_gap(model: Any, copy: nn.Module) -> float:
-    """Largest difference between the logits of two models on eight tokens; 0 on the meta device,
-    infinite where only `copy` cannot run.
-
-    Raises ConfigError where the model itself cannot: expert widths, for one, that its matrix kernel
-    does not take.
-    """
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        return 0.0
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(8, device=device) * 7919 % vocabulary)[None]
-    was = model.training
-    try:
-        ours = model.eval()(input_ids=ids, use_cache=False).logits.float().nan_to_num()
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            "the model cannot run, so its checkpoint cannot be checked (check=False saves it all "
-            f"the same): {error}"
-        ) from error
-    finally:
-        model.train(was)
-    try:
-        theirs = copy.eval()(input_ids=ids, use_cache=False).logits.float().nan_to_num()
-    except REFUSALS:
-        return float("inf")
-    finally:
-        copy.train(was)
-    return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")

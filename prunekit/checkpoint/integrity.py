@@ -5,7 +5,6 @@ headers that agree with the model.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import struct
@@ -14,8 +13,6 @@ from typing import Any
 
 from prunekit.errors import ConfigError
 
-MANIFEST = "pruning.json"
-VERSION = 1
 REFUSED = (
     ".bin",
     ".pt",
@@ -106,44 +103,6 @@ def _hub_cache(path: Path) -> bool:
     )
 
 
-def check_manifest(folder: Path) -> dict[str, Any]:
-    """`pruning.json`, checked field by field, and every file that it lists compared with its hash.
-
-    Raises CheckpointError naming the file and the field. Nothing but JSON and bytes is read.
-    """
-    refuse_pickles(folder)
-    manifest = read_json(folder / MANIFEST)
-    name = str(folder / MANIFEST)
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{name}: version is {manifest.get('version')!r}, this prunekit reads {VERSION}"
-        )
-    if manifest.get("seal") != seal(manifest):
-        raise CheckpointError(
-            f"{name}: seal does not match the content; the file was changed or damaged"
-        )
-    files = manifest.get("files")
-    if (
-        not isinstance(files, dict)
-        or "config.json" not in files
-        or not any(str(f).endswith(".safetensors") for f in files)
-    ):
-        raise CheckpointError(f"{name}: files must list config.json and the safetensors")
-    check_groups(manifest.get("groups"), name)
-    for file, expected in files.items():
-        path = inside(folder, file, f"{name}: files")
-        if not path.is_file():
-            raise CheckpointError(f"{name}: files lists {file}, which is missing in {folder}")
-        if digest(path) != expected:
-            raise CheckpointError(
-                f"{path}: its SHA-256 is not the one in {MANIFEST}; the file was changed or damaged"
-            )
-    for path in folder.glob("*.safetensors*"):
-        if path.name not in files:
-            raise CheckpointError(f"{path}: not among the files of {MANIFEST}")
-    return manifest
-
-
 def refuse_pickles(folder: Path) -> None:
     """Raises CheckpointError naming the first weight file that is not safetensors."""
     if not folder.is_dir():
@@ -154,29 +113,6 @@ def refuse_pickles(folder: Path) -> None:
                 raise CheckpointError(
                     f"{Path(root) / name}: only safetensors are loaded; a pickle can run any code"
                 )
-
-
-def check_groups(groups: Any, name: str) -> None:
-    """Raises CheckpointError for a group whose kept indices are not ascending integers below its
-    number of units.
-    """
-    if not isinstance(groups, dict):
-        raise CheckpointError(f"{name}: groups must be an object, found {type(groups).__name__}")
-    for group, entry in groups.items():
-        field = f"{name}: groups[{group!r}]"
-        if not isinstance(entry, dict) or type(entry.get("units")) is not int or entry["units"] < 1:
-            raise CheckpointError(f"{field}.units must be a positive integer")
-        kept = entry.get("kept")
-        if entry.get("kind") == "weights":
-            continue
-        if not isinstance(kept, list) or any(type(k) is not int for k in kept):
-            raise CheckpointError(f"{field}.kept must be a list of integers")
-        if any(not 0 <= k < entry["units"] for k in kept):
-            raise CheckpointError(
-                f"{field}.kept: index out of range, there are {entry['units']} units"
-            )
-        if any(a >= b for a, b in itertools.pairwise(kept)):
-            raise CheckpointError(f"{field}.kept must ascend without repeats")
 
 
 def check_index(folder: Path, held: dict[str, str]) -> None:
@@ -191,13 +127,13 @@ def check_index(folder: Path, held: dict[str, str]) -> None:
                 f"{index.name} is missing in {folder}, which holds {', '.join(files)}"
             )
         return
-    told = read_json(index).get("weight_map")
-    if not isinstance(told, dict):
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
         raise CheckpointError(f"{index}: weight_map must be an object")
-    for tensor in sorted(told.keys() | held.keys()):
-        if told.get(tensor) != held.get(tensor):
+    for tensor in sorted(places.keys() | held.keys()):
+        if places.get(tensor) != held.get(tensor):
             raise CheckpointError(
-                f"{index}: weight_map[{tensor!r}] is {told.get(tensor)!r}, the tensor is in "
+                f"{index}: weight_map[{tensor!r}] is {places.get(tensor)!r}, the tensor is in "
                 f"{held.get(tensor)}"
             )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.checkpoint.integrity import MANIFEST, CheckpointError, check_groups, read_json, seal
+from prunekit.checkpoint.manifest import MANIFEST, check_groups, read_manifest
 from prunekit.errors import ConfigError
 from prunekit.types import Kept
 
@@ -79,9 +79,4 @@ def _manifest(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]
         return source, "the given content"
     path = Path(source)
     path = path / MANIFEST if path.is_dir() else path
-    manifest = read_json(path)
-    if manifest.get("seal") != seal(manifest):
-        raise CheckpointError(
-            f"{path}: seal does not match the content; the file was changed or damaged"
-        )
-    return manifest, str(path)
+    return read_manifest(path), str(path)

@@ -2,8 +2,8 @@
 `ratio.loadable=stock` chooses.
 
 Which sizes an architecture takes is asked of its class: units are removed from a copy on the meta
-device, and `stock.stock_config` says whether the class builds a model of those shapes. There is no
-table of rules.
+device, and `stock_config` says whether the class builds a model of those shapes. There is no table
+of rules.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 
 from prunekit import graph
 from prunekit.architecture.sizes import Sizes
-from prunekit.checkpoint.config_fit import stock_config
-from prunekit.checkpoint.layout import fresh, materialise, stock_class
+from prunekit.checkpoint.construction import build_on_meta, initialise_buffers, stock_class
+from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
 from prunekit.types import Counts, Group
 
@@ -36,12 +36,12 @@ def same_in_every_layer(
     """Counts nearest to `share` of each kind's units (or to `budget` parameters) that leave a model
     stock transformers can build.
 
-    Heads, experts and residual channels are settled first, in whole steps; neurons, which nearly
-    every count suits, take up the rest of the budget. `multiple(group, removed)` rounds. Raises
+    Heads, experts and residual channels come first, in whole steps; neurons, which nearly every
+    count suits, take up the rest of the budget. `multiple(group, removed)` rounds. Raises
     ConfigError when layers are excluded or nothing is accepted.
     """
     kinds = every_layer(model, groups)
-    accepted = Asked(model, {kind: [g.name for g in of] for kind, of in kinds.items()})
+    accepts = StockClass(model, {kind: [g.name for g in of] for kind, of in kinds.items()})
     chosen: PerKind = {}
     for kind in sorted(kinds, key=lambda k: k == "neurons"):
         group = kinds[kind][0]
@@ -50,7 +50,7 @@ def same_in_every_layer(
         else:
             wanted = round(share[kind] * group.units)
         for count in nearest(multiple(group, wanted), group.units):
-            if multiple(group, count) == count and accepted(chosen | {kind: count}):
+            if multiple(group, count) == count and accepts(chosen | {kind: count}):
                 chosen[kind] = count
                 break
         else:
@@ -80,10 +80,8 @@ def every_layer(model: nn.Module, groups: list[Group]) -> dict[str, list[Group]]
     return kinds
 
 
-class Asked:
-    """Whether stock transformers can build the model that is left; every question is
-    answered once.
-    """
+class StockClass:
+    """Whether stock transformers builds the model that a removal leaves; each answer is kept."""
 
     def __init__(self, model: nn.Module, names: dict[str, list[str]]):
         self.model, self.names = model, names
@@ -92,12 +90,12 @@ class Asked:
     def __call__(self, counts: PerKind) -> bool:
         key = tuple(sorted((k, n) for k, n in counts.items() if n))
         if key not in self.answers:
-            self.answers[key] = not key or self._ask(dict(key))
+            self.answers[key] = not key or self._builds(dict(key))
         return self.answers[key]
 
-    def _ask(self, counts: PerKind) -> bool:
-        copy = fresh(stock_class(self.model), self.model.config).eval()
-        materialise(copy, "cpu")  # tables such as rotary frequencies are compared by value
+    def _builds(self, counts: PerKind) -> bool:
+        copy = build_on_meta(stock_class(self.model), self.model.config).eval()
+        initialise_buffers(copy, "cpu")  # tables such as rotary frequencies are compared by value
         units = {g.name: g.units for g in graph.discover(copy)}
         kept = {
             name: torch.arange(units[name]) >= n

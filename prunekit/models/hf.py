@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunekit.checkpoint import load, outline
-from prunekit.checkpoint.integrity import MANIFEST
+from prunekit.checkpoint.manifest import MANIFEST
 from prunekit.errors import ConfigError
 from prunekit.registry import models
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from prunekit import registry
-from prunekit.checkpoint.layout import stock_class
+from prunekit.checkpoint.construction import stock_class
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
 from prunekit.registry import Component

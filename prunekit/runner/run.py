@@ -52,7 +52,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     with tracking.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
         with stage(job, "load"):
             model, tokenizer = job.parts.model()
-            offload.fits(model)
+            offload.check_fits_in_memory(model)
             tokens = job.parts.calib(tokenizer)
         measure(job, "dense", model, tokenizer, tracker)
         with stage(job, "prune"), offload.in_memory(model):

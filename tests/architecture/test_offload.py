@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prunekit import graph, registry
-from prunekit.activations.runs import WholeRun
+from prunekit.activations.runs import ModelRun
 from prunekit.architecture import offload
 from prunekit.cli.compose import composed
 from prunekit.criteria.taylor import taylor
@@ -29,7 +29,7 @@ def tiny(**options):
 
 def scores(model):
     tokens = torch.randint(0, 200, (3, 12), generator=torch.Generator().manual_seed(0))
-    return taylor(model, groups_of(model), WholeRun(model, tokens))
+    return taylor(model, groups_of(model), ModelRun(model, tokens))
 
 
 def groups_of(model):
@@ -46,12 +46,12 @@ def test_gathered_weights_give_the_same_gradients(tie):
 
     (plain, _), (model, _) = tiny(tie=tie), tiny(tie=tie)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    assert offload.away(model)
+    assert offload.offloaded(model)
     ids = torch.ones(1, 5, dtype=torch.long)
     with torch.inference_mode():
         assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     with pytest.raises(ConfigError, match="gradients need every weight in memory"):
-        taylor(model, groups_of(plain), WholeRun(model, ids))
+        taylor(model, groups_of(plain), ModelRun(model, ids))
     offload.gather(model)
     assert same(dict(model.named_parameters()), dict(plain.named_parameters()))
     assert not any("forward" in m.__dict__ or hasattr(m, "_hf_hook") for m in model.modules())
@@ -96,23 +96,23 @@ def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_measured(monkey
 
     model, _ = tiny()
     monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: SimpleNamespace(total=1000))
-    offload.fits(model)  # already in memory
+    offload.check_fits_in_memory(model)  # already in memory
     cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="give more devices"):
-        offload.fits(model)
+        offload.check_fits_in_memory(model)
 
 
 def test_what_came_from_an_accelerator_goes_back_to_one(monkeypatch):
     from accelerate import cpu_offload
 
     spread = []
-    monkeypatch.setattr(offload, "spread", spread.append)
+    monkeypatch.setattr(offload, "dispatch", spread.append)
     for place, times in (("cpu", 0), (0, 1)):
         model, _ = tiny()
         cpu_offload(model, execution_device=torch.device("cpu"))
         model.hf_device_map = {"model": place, "lm_head": "cpu"}
         with offload.in_memory(model):
-            assert not offload.away(model)
+            assert not offload.offloaded(model)
         assert len(spread) == times
     with offload.in_memory(model):  # nothing is away: nothing is done
         pass

@@ -21,9 +21,10 @@ from checkpoints import llama, uneven
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prunekit import checkpoint, graph
-from prunekit.checkpoint import load, save
-from prunekit.checkpoint.integrity import MANIFEST, CheckpointError, digest, seal
+from prunekit import graph
+from prunekit.checkpoint import load, save, writer
+from prunekit.checkpoint.integrity import CheckpointError, digest, seal
+from prunekit.checkpoint.manifest import MANIFEST
 
 FUZZ = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -331,7 +332,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(
     def full(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    monkeypatch.setattr(writer, "write_manifest", full)
     with pytest.raises(OSError, match="no space"):
         save(uneven(llama()), None, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -342,13 +343,13 @@ def test_a_failed_write_leaves_the_old_checkpoint(
 def test_a_killed_write_never_looks_complete(tmp_path: Path) -> None:
     code = """
 import sys, os, time
-from prunekit import checkpoint
+from prunekit import save
 from checkpoints import llama
 def slow(handle):
     print("writing", flush=True)
     time.sleep(60)
 os.fsync = slow
-checkpoint.save(llama(), None, sys.argv[1])
+save(llama(), None, sys.argv[1])
 """
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from prunekit import graph
 from prunekit.checkpoint import load, save
-from prunekit.checkpoint.integrity import MANIFEST, CheckpointError, digest, seal
+from prunekit.checkpoint.integrity import CheckpointError, digest, seal
+from prunekit.checkpoint.manifest import MANIFEST
 from prunekit.checkpoint.remote_code import runtime_modules
 from prunekit.checkpoint.remote_code.runtime_modules import (
     KINDS,

@@ -10,7 +10,7 @@ from reference import tiny_llama
 
 from prunekit import graph
 from prunekit.architecture.sizes import Sizes
-from prunekit.checkpoint.config_fit import stock_config
+from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
 from prunekit.ratios.uniform import uniform
 from prunekit.selection import units as select

@@ -176,11 +176,10 @@ def pruned_class(base: Any) -> type[nn.Module]:
         "initialize_weights": initialize_weights,
         "__module__": __name__,
         "__qualname__": name,
+        "_auto_class": "AutoModelForCausalLM",  # saving such a model again copies the files along
     }
     bases = (base, GenerationMixin) if issubclass(base, GenerationMixin) else (base,)
     made: type[nn.Module] = type(name, bases, body)
-    # Saving such a model again copies the two files along.
-    made._auto_class = "AutoModelForCausalLM"  # type: ignore[assignment]
     return made
 
 

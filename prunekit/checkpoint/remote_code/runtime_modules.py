@@ -89,8 +89,9 @@ class LowRank(RuntimeModule):
     @classmethod
     def of(cls, left: Tensor, right: Tensor, bias: Tensor | None = None) -> LowRank:
         """The module of weight `left (outputs, rank) @ right (rank, inputs)`."""
+        (outputs, rank), inputs = left.shape, right.shape[1]
         with torch.device("meta"):
-            factors = cls(right.shape[1], *left.shape, bias is not None)
+            factors = cls(inputs, outputs, rank, bias is not None)
         # As a loader lays them out: strides decide the last bit of a product.
         factors.left.weight = nn.Parameter(left.contiguous())
         factors.right.weight = nn.Parameter(right.contiguous())
@@ -136,19 +137,23 @@ class Rotation(RuntimeModule):
         source.register_forward_pre_hook(self.hold, with_kwargs=True)
         module.register_forward_hook(self.leave)
 
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x @ self.weight
+        return -(turned @ self.weight.T) if self.source else turned
+
+    # The hooks call the module, not its weight: so what is hooked onto it (accelerate's offloading)
+    # takes part.
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (args[0] @ self.weight, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] @ self.weight}
+            return (self(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
 
     def hold(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.held = args[0] if args else kwargs["hidden_states"]
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        x, self.held = self.held, None
-        assert x is not None
-        change = (x @ self.weight) @ self.weight.T
-        return out - change if isinstance(out, Tensor) else (out[0] - change, *out[1:])
+        change, self.held = self(self.held), None
+        return out + change if isinstance(out, Tensor) else (out[0] + change, *out[1:])
 
 
 class ArgumentIndices(RuntimeModule):

@@ -1,0 +1,137 @@
+"""Write a pruned model as a folder that loads by itself: no pickles, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunekit.architecture.offload import lend_weights, offloaded, stored_value
+from prunekit.checkpoint import bitmask
+from prunekit.checkpoint.config_choice import describe
+from prunekit.checkpoint.construction import stock_class
+from prunekit.checkpoint.integrity import read_json
+from prunekit.checkpoint.layout import describe_runtime_modules
+from prunekit.checkpoint.manifest import MANIFEST, build_manifest, write_manifest
+from prunekit.errors import ConfigError
+from prunekit.types import Group, Kept
+
+
+def save(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    kept: Kept | None = None,
+    groups: list[Group] | None = None,
+    config: dict[str, Any] | None = None,
+    counts: dict[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
+    packed: bool = False,
+    check: bool = True,
+) -> Path:
+    """Write model, tokenizer and `pruning.json` into `folder`, which appears only when it is
+    complete.
+
+    `kept` and `groups` as a pruner returns them, `config` the run's configuration, `counts` what
+    was measured. `packed` stores zeros as a bitmask: lossless, and only `prunekit.load` reads it.
+    `check` runs a few tokens through the model as a loader would build it and through the model
+    itself: the logits must be the same to the bit. Raises ConfigError for a model that no config
+    can tell, and for a folder that holds something else. A model that accelerate spread over
+    devices, host memory or disk stays as it is; its weights are written one shard at a time.
+    """
+    folder = Path(folder)
+    _check_target(folder)
+    _check_model(model)
+    config_of_model, layout, copy = describe(model, check)
+    with _appears_when_complete(folder) as part:
+        lend_weights(model, copy)
+        copy.save_pretrained(part, max_shard_size=max_shard_size)
+        if config_of_model._experts_implementation == "eager":
+            _note_eager_experts(part / "config.json")
+        if packed:
+            bitmask.pack(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        manifest = build_manifest(
+            part, kept or {}, groups or [], config or {}, counts or {}, layout
+        )
+        write_manifest(part, manifest)
+    return folder
+
+
+def _check_target(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; a checkpoint is a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ConfigError(
+            f"{folder} holds something that is not a checkpoint; it is not overwritten"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"{type(model).__name__} cannot be saved; possible: a model of transformers, with "
+            "adapters merged"
+        )
+    stock_class(model)
+    describe_runtime_modules(model)
+    for name in offloaded(model)[:1]:
+        stored_value(model, name)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) > 1:
+        names = sorted(str(d).removeprefix("torch.") for d in dtypes)
+        raise ConfigError(
+            f"the model mixes {' and '.join(names)}, and transformers loads one type; cast it "
+            "first: model.to(torch.float32)"
+        )
+
+
+def _note_eager_experts(file: Path) -> None:
+    """Write how experts are run, which transformers reads from config.json but does not write
+    there.
+    """
+    file.write_text(
+        json.dumps({**read_json(file), "experts_implementation": "eager"}, indent=2, sort_keys=True)
+        + "\n",
+        encoding="utf-8",
+    )
+
+
+@contextmanager
+def _appears_when_complete(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which then takes its name; an earlier checkpoint of
+    that name makes way. After an error all is as it was.
+    """
+    part = folder.parent / f".{folder.name}.part{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        _sync(part)
+        old = folder.parent / f".{folder.name}.old{os.getpid()}"
+        if folder.is_dir():
+            os.replace(folder, old)
+        os.replace(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bring everything to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
