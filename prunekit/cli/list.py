@@ -1,5 +1,5 @@
 """`prunekit list [KIND]`: every component and every YAML of options for one, a line each;
-`--markdown` prints the README's table of methods.
+`--markdown` prints the documentation's table of methods.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def record(
     checkpoint: str | None,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of `result.json`; the README documents its keys."""
+    """The content of `result.json`; docs/results.md has its keys."""
     return {
         "version": VERSION,
         "config": cfg,

@@ -1,4 +1,4 @@
-"""The README's table of methods is what the registries say."""
+"""The documentation's table of methods is what the registries say."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from prunekit.cli.list import main, methods_table, presets
 from prunekit.registry import REGISTRIES
 
 
-def test_readme_has_the_methods_that_there_are():
-    text = (ROOT / "README.md").read_text()
+def test_the_documentation_has_the_methods_that_there_are():
+    text = (ROOT / "docs" / "methods.md").read_text()
     assert (
         text.split("<!-- methods -->\n")[1].split("<!-- /methods -->")[0].strip()
         == methods_table().strip()
     ), (
-        "the README's table is stale: paste the output of `prunekit list --markdown` between its "
+        "docs/methods.md is stale: paste the output of `prunekit list --markdown` between its "
         "markers"
     )
 

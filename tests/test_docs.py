@@ -1,0 +1,69 @@
+"""What the documentation says can be followed: links lead somewhere, commands compose."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+from paths import ROOT
+
+from prunekit.cli.compose import composed
+from prunekit.cli.main import COMMANDS, one_experiment_each
+from prunekit.runner.preflight import built
+
+PAGES = sorted(
+    p.relative_to(ROOT).as_posix()
+    for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("experiments/**/*.md")]
+)
+BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "experiments/")
+"""Pages of the site that lie beside docs/; docs/hooks.py puts them in."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', (ROOT / page).read_text()):
+        target = "".join(link).partition("#")[0]
+        if not target or target.startswith(("http://", "https://")):
+            continue
+        found = (ROOT / page).parent / target
+        on_site = target.lstrip("./")
+        if page.startswith("docs/") and on_site.startswith(BESIDE):
+            found = ROOT / on_site
+        assert found.exists(), f"{page}: {target}"
+
+
+def commands(page: str) -> list[list[str]]:
+    """Words of every `prunekit ...` that the page shows, whether in a line or in a block of its
+    own.
+    """
+    text = (ROOT / page).read_text()
+    shown = re.findall(r"(?<!`)`(prunekit [^`\n]+)`(?!`)", text)
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    shown += [line.strip() for line in lines if line.strip().startswith("prunekit ")]
+    return [shlex.split(line, comments=True)[1:] for line in shown]
+
+
+SHOWN = [words for page in PAGES if "/llm_pruner/" not in page for words in commands(page)]
+"""Of LLM-Pruner's tables the configurations have tests of their own."""
+RUNS = sorted(
+    {tuple(w) for w in SHOWN if w[0] not in COMMANDS and w[0] != "--cfg"}
+    | {tuple(w[1:]) for w in SHOWN if w[0] == "plan" and "=" in "".join(w[1:2])}
+)
+EXAMPLE = "criterion=weight_spread"
+"""Written by the reader; tests/test_templates.py writes it."""
+
+
+@pytest.mark.parametrize("words", [w for w in RUNS if EXAMPLE not in w], ids=" ".join)
+def test_every_command_composes_into_components(words, tmp_path, monkeypatch):
+    (tmp_path / "my.jsonl").write_text('{"text": "some text"}\n')
+    monkeypatch.chdir(tmp_path)
+    for one in one_experiment_each(list(words)):
+        built(next(composed(one)))
+
+
+def test_commands_are_found_in_lines_and_in_blocks():
+    assert len(RUNS) > 30
+    assert ("criterion=weight_spread",) in RUNS
+    assert ("experiment=demo",) in RUNS
