@@ -10,7 +10,7 @@ from paths import ROOT
 
 from prunekit.cli.compose import composed
 from prunekit.cli.main import COMMANDS, one_experiment_each
-from prunekit.runner.preflight import built
+from prunekit.runner.preflight import build_components
 
 PAGES = sorted(
     p.relative_to(ROOT).as_posix()
@@ -48,7 +48,7 @@ def commands(page: str) -> list[list[str]]:
 SHOWN = [words for page in PAGES if "/llm_pruner/" not in page for words in commands(page)]
 """Of LLM-Pruner's tables the configurations have tests of their own."""
 RUNS = sorted(
-    {tuple(w) for w in SHOWN if w[0] not in COMMANDS and w[0] != "--cfg"}
+    {tuple(w) for w in SHOWN if w[0] not in (*COMMANDS, "--cfg", "--help")}
     | {tuple(w[1:]) for w in SHOWN if w[0] == "plan" and "=" in "".join(w[1:2])}
 )
 EXAMPLE = "criterion=weight_spread"
@@ -60,7 +60,7 @@ def test_every_command_composes_into_components(words, tmp_path, monkeypatch):
     (tmp_path / "my.jsonl").write_text('{"text": "some text"}\n')
     monkeypatch.chdir(tmp_path)
     for one in one_experiment_each(list(words)):
-        built(next(composed(one)))
+        build_components(next(composed(one)))
 
 
 def test_commands_are_found_in_lines_and_in_blocks():

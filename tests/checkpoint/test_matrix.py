@@ -400,7 +400,8 @@ def markdown(found: dict[tuple[str, str], dict[str, Outcome]]) -> str:
     lines = [
         "# What works on a loaded checkpoint",
         "",
-        "Written by `pytest tests/checkpoint/test_matrix.py -m 'slow or not slow'` on tiny random models. "
+        "Written by `pytest tests/checkpoint/test_matrix.py -m 'slow or not slow'` on tiny random "
+        "models. "
         "Each cell stands for four checkpoints: " + ", ".join(KINDS) + ".",
         "`4/4`: works on all; `dense`: the dense model cannot either (stated only where it is so).",
         "`stock` loads with `from_pretrained(path)`, `code` with `from_pretrained(path, "

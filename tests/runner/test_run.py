@@ -8,9 +8,7 @@ import sys
 
 import pytest
 import torch
-import yaml
 from compositions import TINY, config
-from paths import ROOT
 
 from prunekit import registry
 from prunekit.errors import ConfigError
@@ -185,27 +183,6 @@ def test_list_names_every_component(tmp_path):
     assert done.returncode == 0
     for name in ("taylor", "l1", "l2", "random"):
         assert name in done.stdout
-
-
-def test_a_new_criterion_is_one_file_and_one_yaml(tmp_path, monkeypatch):
-    """The README's example, done to the letter in a copy of the folders that a user
-    would add to.
-    """
-    name = "weight_spread"
-    source = ROOT / "prunekit" / "criteria" / f"{name}.py"
-    recipe = ROOT / "conf" / "criterion" / f"{name}.yaml"
-    readme = (ROOT / "README.md").read_text()
-    python = readme.split("```python\n# prunekit/criteria/weight_spread.py\n")[1].split("```")[0]
-    text = readme.split("```yaml\n# conf/criterion/weight_spread.yaml\n")[1].split("```")[0]
-    try:
-        source.write_text(python)
-        recipe.write_text(text)
-        done = prunekit(*TINY, f"criterion={name}", "save=false", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert yaml.safe_load(text)["name"] == name
-    finally:
-        source.unlink()
-        recipe.unlink()
 
 
 def test_threads_do_not_leak_into_the_global_generator(tmp_path):
