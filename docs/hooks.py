@@ -1,7 +1,7 @@
 """Pages of the site that are not files of docs/.
 
 README files of the studies, CONTRIBUTING.md and CHANGELOG.md lie where a reader of the repository
-looks for them. Each package of prunekit has a page of the API, made from its docstrings.
+looks for them. Each module and package of prunekit has a page of the API, from its docstrings.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def natural(path: Path) -> tuple[str, int]:
 
 
 def packages(root: Path) -> list[str]:
-    """Names of prunekit's packages, in order."""
-    return sorted(path.parent.name for path in (root / "prunekit").glob("*/__init__.py"))
+    """Names of prunekit's modules and packages, in order."""
+    top = root / "prunekit"
+    modules = {path.stem for path in top.glob("[a-z]*.py")}
+    return sorted(modules | {path.parent.name for path in top.glob("*/__init__.py")})
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

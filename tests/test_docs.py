@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -67,3 +69,27 @@ def test_commands_are_found_in_lines_and_in_blocks():
     assert len(RUNS) > 30
     assert ("criterion=weight_spread",) in RUNS
     assert ("experiment=demo",) in RUNS
+
+
+def documented(path: Path) -> list[tuple[str, set[str], set[str]]]:
+    """Each function of the file with an `Args:` section: its name, what the section names, and its
+    parameters.
+    """
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", ast.get_docstring(node) or "", re.M)
+            if section:
+                named = set(re.findall(r"^    (\S.*?):(?: |$)", section[1], re.M))
+                a = node.args
+                parameters = {p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs)}
+                found.append((f"{path.name}: {node.name}", named, parameters))
+    return found
+
+
+def test_docstrings_name_the_parameters_that_there_are():
+    """One a line, or the API reference cannot be built."""
+    found = [f for p in sorted((ROOT / "prunekit").rglob("*.py")) for f in documented(p)]
+    assert len(found) > 3
+    for where, named, parameters in found:
+        assert named <= parameters, where

@@ -50,10 +50,13 @@ def cost(
     and neurons cost least by structured OBS on the dense model.
 
     Args:
-        target, of: what the uniform ratio removes; null with an `inner` ratio.
+        target: what the uniform ratio removes; null with an `inner` ratio.
+        of: what `target` is the share of.
         inner: another ratio whose parameters are spent, e.g. {name: owl, target: 0.3}.
         cost_tokens: the first so many calibration tokens tell the costs.
-        bias, token_weight, ridge: of the regression, as in pruner=obs.
+        bias: of the regression, as in pruner=obs.
+        token_weight: likewise.
+        ridge: likewise.
         store: where activations between blocks wait.
         precision: of the forwards.
 
