@@ -21,7 +21,7 @@ MIB = 2**20
 
 def rss_mib() -> float:
     """Resident memory of this process now, MiB."""
-    return psutil.Process().memory_info().rss / MIB
+    return float(psutil.Process().memory_info().rss / MIB)
 
 
 def _high_water_mib() -> float:

@@ -66,10 +66,10 @@ def flop_counter_macs(model: nn.Module, tokens: int = 64) -> float:
     def cpu_attention(
         query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
     ) -> int:
-        return sdpa_flop_count(query, key, value)
+        return int(sdpa_flop_count(query, key, value))
 
     def grouped_mm(rows: Any, experts: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return 2 * math.prod(rows) * experts[-1]  # (R, K) rows sorted by expert x (E, K, N)
+        return int(2 * math.prod(rows) * experts[-1])  # (R, K) rows sorted by expert x (E, K, N)
 
     # Neither the CPU's fused attention nor the product of fused experts has a formula in torch's
     # own table (2.13).

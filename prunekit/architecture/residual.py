@@ -7,7 +7,9 @@ an architecture are used.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -73,9 +75,8 @@ def _sublayers(
     while at < len(names):
         counts: list[int] = []
         for side in ("norm", "reads", "writes"):
-            counts.append(
-                len(list(takewhile(lambda s, side=side: s == side, sides[at + sum(counts) :])))
-            )  # type: ignore[misc]
+            rest = sides[at + sum(counts) :]
+            counts.append(len(list(takewhile(partial(operator.eq, side), rest))))
         if counts[0] != 1 or 0 in counts:
             raise ConfigError(
                 f"{block} is no chain of norm, sub-layer and sum: on the residual stream stand "

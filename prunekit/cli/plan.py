@@ -114,7 +114,7 @@ def rotary_tables(model: nn.Module) -> int:
     if not any("rotary" in type(m).__name__.lower() for m in model.modules()):
         return 0
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[union-attr]
-    return depth * 2 * positions * dim * 2
+    return int(depth * 2 * positions * dim * 2)
 
 
 @torch.no_grad()
@@ -148,14 +148,14 @@ def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, A
     most = cfg["calib"].get("samples", 10) * cfg["calib"].get("length", 64)
     if needs == "data":
         tokens = min(most, FORWARD_TOKENS)
-        return weights + tokens * widest(model) * item
+        return int(weights + tokens * widest(model) * item)
     samples = parts.criterion.options.get("batch")
     tokens = min(most, samples * cfg["calib"].get("length", 64) if samples else BACKWARD_TOKENS)
     products = tokens * outputs(model) * item
     largest = max(p.numel() for p in model.parameters())
     split = tokens < most  # gradients of several backwards add up, as large as the weights
     gradients = weights if split else largest * item
-    return weights + products + tokens * vocabulary * (item + 4) + gradients
+    return int(weights + products + tokens * vocabulary * (item + 4) + gradients)
 
 
 def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
@@ -181,7 +181,7 @@ def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
     # Autograd keeps the input and the output of every product, and about as much again for norms,
     # rotations and activations.
     activations = 3 * tokens * outputs(model) * next(model.parameters()).element_size()
-    return weights + trained * ADAM + activations + 2 * tokens * vocabulary * 4
+    return int(weights + trained * ADAM + activations + 2 * tokens * vocabulary * 4)
 
 
 def outputs(model: nn.Module) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from prunekit.registry import Positive, criteria
 from prunekit.scoring.block_ablation import losses_without
-from prunekit.scoring.gradients import backward, lean_activations
+from prunekit.scoring.gradients import backward
+from prunekit.scoring.lean_backward import lean_activations
 from prunekit.types import Group, Run, Scores, tensor_of
 
 

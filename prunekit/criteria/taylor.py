@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from prunekit.registry import Positive, criteria
 from prunekit.scoring.aggregate import Reduce, channel_sum, scored, unit_scores
-from prunekit.scoring.gradients import backward, lean_activations, lean_loss
+from prunekit.scoring.gradients import backward
+from prunekit.scoring.lean_backward import lean_activations, lean_loss
 from prunekit.types import STRUCTURES, Group, Run, Scores, block_modules
 
 Mode = Literal["vectorize", "param_first", "param_second", "param_mix"]

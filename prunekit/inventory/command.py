@@ -61,9 +61,11 @@ def main(argv: list[str]) -> int:
     for path in targets:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
-            {".json": data, ".txt": lambda f: text(f, args.all), ".svg": lambda _: drawn}[
-                path.suffix
-            ](found)
+            data(found)
+            if path.suffix == ".json"
+            else drawn
+            if path.suffix == ".svg"
+            else text(found, args.all)
         )
     console = Console()
     if args.json:

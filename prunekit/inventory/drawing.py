@@ -4,6 +4,7 @@ reader's light or dark scheme.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ class Drawing:
     # ---- boxes
 
     def side(self, n: int) -> float:
-        return max(SMALLEST, LARGEST * (n / self.largest) ** 0.5)
+        return max(SMALLEST, LARGEST * math.sqrt(n / self.largest))
 
     def faces(self, part: Part) -> tuple[int, int | None, int | None]:
         """Which axes run down, to the right and into the page: a stack of matrices has its first

@@ -180,7 +180,8 @@ def principal(
 
 def directions(gram: Tensor, width: int) -> Basis:
     """(C, width) float64: the eigenvectors of the largest eigenvalues."""
-    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :width]
+    ascending: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return ascending.flip(1)[:, :width]
 
 
 def through(

@@ -98,7 +98,7 @@ def sheet(name: str, model: str, results: Sequence[Result]) -> Sheet:
 
 def model_name(config: dict[str, Any]) -> str:
     """The path or the short name of a job's model."""
-    return config["model"].get("path") or config["model"]["name"]
+    return str(config["model"].get("path") or config["model"]["name"])
 
 
 def rows_of(

@@ -289,7 +289,8 @@ def write_scores(path: Path, scores: Scores) -> None:
 
 
 def read_numbers(path: Path) -> dict[str, float]:
-    return json.loads(path.read_text())
+    numbers: dict[str, float] = json.loads(path.read_text())
+    return numbers
 
 
 def write_numbers(path: Path, numbers: dict[str, float]) -> None:

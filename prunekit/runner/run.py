@@ -159,4 +159,4 @@ def objective(record: dict[str, Any], key: str | None) -> float | None:
         return None
     if key not in record["results"]:
         raise ConfigError(f"objective={key!r}; results are: {', '.join(record['results'])}")
-    return record["results"][key]
+    return float(record["results"][key])

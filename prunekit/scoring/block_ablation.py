@@ -30,7 +30,7 @@ def returning(block: nn.Module, activation: Tensor, rest: tuple[Any, ...] | None
     """Inside, the block computes nothing and returns `activation`; `rest` is what used to follow
     it, None for a bare tensor.
     """
-    block.forward = lambda *_, **__: activation if rest is None else (activation, *rest)  # type: ignore[method-assign]
+    block.forward = lambda *_, **__: activation if rest is None else (activation, *rest)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ a model's worth of them.
 Backward visits the layers from the last to the first. Each weight's gradient is given to a callback
 the moment it is complete and is dropped when the callback returns, so the memory needed beside the
 weights is one weight's gradient plus the activations, and of those only matrix products are kept;
-the rest is recomputed (see `lean_activations`).
+the rest is recomputed (see `lean_backward`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 from tqdm import tqdm
 
 from prunekit.activations.runs import samples_at_once
@@ -36,101 +31,6 @@ TOKENS = 2048
 """Tokens of a backward where the caller names no batch: the setting of most papers is less, and
 more would cost gigabytes.
 """
-
-_SAVED = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.baddbmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
-
-
-def _policy(_ctx, op, *_args, **_kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@contextmanager
-def lean_activations(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the blocks keep only the results of matrix products for backward and recompute what
-    is cheap.
-
-    Costs a few percent of time (norms, rotations, activations run twice) and saves about two thirds
-    of the activations.
-    """
-    context = partial(create_selective_checkpoint_contexts, _policy)
-    changed = []
-    for block in blocks:
-        changed.append((block, block.__dict__.get("forward")))
-        block.forward = partial(
-            checkpoint,
-            block.forward,
-            use_reentrant=False,
-            context_fn=context,
-            preserve_rng_state=False,
-        )  # type: ignore
-    try:
-        yield
-    finally:
-        for block, own in changed:
-            del block.forward  # the instance attribute; the class's method shows again
-            if own is not None:
-                block.forward = own  # type: ignore[assignment]  # accelerate's, which moves tensors between devices
-
-
-class _OneBufferLoss(torch.autograd.Function):
-    """Cross entropy whose gradient takes the place of the logits: one (N, T, V) tensor instead of
-    four.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        scores, targets = logits.detach()[:, :-1], labels[:, 1:].to(logits.device)
-        count = targets.numel()
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for row, target in zip(
-            scores, targets
-        ):  # a sample at a time: float32 copies of one row only
-            log_p = torch.log_softmax(row.float(), -1)
-            total -= log_p.gather(1, target[:, None]).sum()
-            p = log_p.exp_()
-            p.scatter_add_(1, target[:, None], torch.full_like(target[:, None], -1, dtype=p.dtype))
-            row.copy_(p.div_(count))
-        logits.detach()[:, -1] = 0
-        ctx.gradient = logits.detach()
-        return total / count
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grad), None
-
-
-@contextmanager
-def lean_loss(model: nn.Module) -> Iterator[None]:
-    """Inside, a model with transformers' ordinary causal loss computes it in the memory of its
-    logits, which backward then consumes.
-
-    The outputs' logits are overwritten, so only the loss of what the model returns may be used.
-    Other losses are left as they are.
-    """
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
-        yield
-        return
-
-    def loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: object) -> Tensor:
-        return _OneBufferLoss.apply(logits, labels)  # type: ignore[no-any-return]
-
-    model.loss_function = loss  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del model._loss_function  # the class's own shows again
 
 
 @contextmanager

@@ -20,6 +20,7 @@ def cholesky(H: Tensor) -> Tensor:
     """Lower Cholesky factor of `H (..., n, n)`. Raises ConfigError where there is none: numbers
     that are not finite, or too little text.
     """
+    L: Tensor
     L, failed = torch.linalg.cholesky_ex(H)
     if failed.any():
         if not H.isfinite().all():

@@ -43,7 +43,8 @@ def shortcut(Q_r: Basis, Q_w: Basis) -> Tensor:
         torch.eye(Q_r.shape[1], dtype=Q_r.dtype, device=Q_r.device) - Q_r.T @ Q_w
     )
     used = values > 1e-6  # one in a million of a direction's size: below what float32 keeps
-    return U[:, used] * values[used].sqrt()
+    found: Tensor = U[:, used] * values[used].sqrt()
+    return found
 
 
 def tied(model: nn.Module, chain: Stream) -> bool:
@@ -81,7 +82,7 @@ def _rotate(model: nn.Module, path: str, weight: Tensor, source: str = "") -> No
     from prunekit.checkpoint.remote_code.runtime_modules import Rotation, insert
 
     like = next(model.get_submodule(path).parameters())
-    rotation = Rotation(*weight.shape, source).to(like.device, like.dtype)
+    rotation = Rotation(weight.shape[0], weight.shape[1], source).to(like.device, like.dtype)
     rotation.weight.copy_(weight)
     rotation.requires_grad_(like.requires_grad)
     insert(model, f"{path}.rotation", rotation)
@@ -100,11 +101,10 @@ def slice_sublayer(model: nn.Module, part: Sublayer, Q_r: Basis, Q_w: Basis) -> 
     for name in part.writers:
         module = model.get_submodule(name)
         put_linear(module, Q_w.T.to(gain.device) @ weight_of(module).double())
-        if module.bias is not None:
-            module.bias = nn.Parameter(
-                (Q_w.T.to(gain.device) @ module.bias.double()).to(module.bias.dtype),
-                module.bias.requires_grad,
-            )  # type: ignore
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            turned_bias = (Q_w.T.to(gain.device) @ bias.double()).to(bias.dtype)
+            module.bias = nn.Parameter(turned_bias, bias.requires_grad)
     # x / sqrt(sum x^2 / full + eps) = x sqrt(full / width) / sqrt(sum x^2 / width + eps full /
     # width)
     put(norm, torch.full((width,), math.sqrt(full / width) - offset))
@@ -127,7 +127,7 @@ def removed(model: nn.Module, chain: Stream, depth: int, width: int) -> int:
     """Parameters that slicing the first `depth` blocks to `width` takes away, less the matrices
     that it adds.
     """
-    vocabulary, full = model.get_submodule(chain.embedding).weight.shape  # type: ignore[union-attr,misc]
+    vocabulary, full = model.get_submodule(chain.embedding).weight.shape  # type: ignore[misc]
     less = full - width
     gone = -full * width if tied(model, chain) else vocabulary * less
     for part in (part for block in chain.sublayers[:depth] for part in block):
