@@ -40,7 +40,7 @@ def matrices(model: nn.Module, targets: list[str] | None = None) -> list[Group]:
                 stacked += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 2)
                 continue
             all_names.add(name)
-            weight: Tensor = module.weight  # type: ignore[assignment]
+            weight: Tensor = module.weight
             if not weight.numel() or id(weight) in seen or not wanted(name, targets):
                 continue
             seen.add(id(weight))
