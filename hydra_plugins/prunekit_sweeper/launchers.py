@@ -1,4 +1,4 @@
-"""submitit's launchers, patient: a job that is killed does not end the wait for the others."""
+"""submitit's launchers, tolerant: a job that is killed does not end the wait for the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AT_START = ("max_num_timeout",)
 """Parameters that submitit takes when the executor is made, not with the job's resources."""
 
 
-class Patient(BaseSubmititLauncher):
+class TolerantLauncher(BaseSubmititLauncher):
     """Launches like its parent (hydra-submitit-launcher 1.2), but waits for every job; the parent
     raises at the first that was killed.
     """
@@ -46,10 +46,10 @@ class Patient(BaseSubmititLauncher):
             for i, said in zip(numbers, job_overrides, strict=True)
         ]
         jobs = self.executor().map_array(self, *zip(*calls, strict=True))
-        return [settled(job) for job in jobs]
+        return [result_of(job) for job in jobs]
 
 
-def settled(job: Any) -> JobReturn:
+def result_of(job: Any) -> JobReturn:
     """What a job returned; an empty return, and a line of the log, for one that died without
     returning.
     """
@@ -62,13 +62,13 @@ def settled(job: Any) -> JobReturn:
         return JobReturn()
 
 
-class PatientLocal(Patient):
+class TolerantLocal(TolerantLauncher):
     """Processes of this machine."""
 
     _EXECUTOR = "local"
 
 
-class PatientSlurm(Patient):
+class TolerantSlurm(TolerantLauncher):
     """Jobs of a Slurm cluster."""
 
     _EXECUTOR = "slurm"

@@ -65,7 +65,7 @@ class TableSweeper(Sweeper):
             for k in ("base", "rows", "scales")
         )
         plan = sweep.expand(words, rows, base, sweep.scale_of(config.get("scale", "full"), scales))  # type: ignore[arg-type]
-        top = self.settle_folder(plan)
+        top = self.choose_folder(plan)
         jobs = [(top / name, [*said, *self.places(name)]) for name, said in plan.jobs]
         todo = [
             (folder, said)
@@ -82,7 +82,7 @@ class TableSweeper(Sweeper):
         ]
         return result
 
-    def settle_folder(self, plan: Plan) -> Path:
+    def choose_folder(self, plan: Plan) -> Path:
         """The folder of all jobs: what the user says in hydra.sweep.dir, else a name that the same
         command finds again.
         """
@@ -122,7 +122,7 @@ class TableSweeper(Sweeper):
             composed.out = str(folder)
         return sweep.plain_config(composed)
 
-    def be_patient(self) -> None:
+    def use_tolerant_launcher(self) -> None:
         """submitit's own launchers give up at the first killed job; ours take their place, with the
         same options.
         """
@@ -130,7 +130,7 @@ class TableSweeper(Sweeper):
         target = self.config.hydra.launcher.get("_target_", "")
         if target.startswith("hydra_plugins.hydra_submitit_launcher."):
             OmegaConf.set_readonly(self.config, False)
-            ours = "PatientSlurm" if target.endswith("SlurmLauncher") else "PatientLocal"
+            ours = "TolerantSlurm" if target.endswith("SlurmLauncher") else "TolerantLocal"
             self.config.hydra.launcher["_target_"] = (
                 f"hydra_plugins.prunekit_sweeper.launchers.{ours}"
             )
@@ -143,14 +143,14 @@ class TableSweeper(Sweeper):
             return []
         for folder, _ in todo:
             (folder / "failed.txt").unlink(missing_ok=True)
-        self.be_patient()
+        self.use_tolerant_launcher()
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.context,
             task_function=self.task,
             config=self.config,  # type: ignore[arg-type]
         )
         here = isinstance(launcher, BasicLauncher)
-        with nullcontext() if here else progress.watched([folder for folder, _ in todo]):
+        with nullcontext() if here else progress.show_progress([folder for folder, _ in todo]):
             try:
                 return list(launcher.launch([said for _, said in todo], initial_job_idx=0))
             except (

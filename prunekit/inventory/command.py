@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     targets = [target(Path(to)) for to in args.to]
-    found = look(args.overrides)
+    found = inventory_of_overrides(args.overrides)
     pictures = [p for p in targets if p.suffix == ".svg"]
     drawn = picture.svg(found, args.block) if pictures or args.block is not None else ""
     for path in targets:
@@ -94,7 +94,7 @@ def data(found: Inventory) -> str:
         else json.dumps(value)
         for key, value in as_json(found).items()
     }
-    return "{\n" + ",\n".join(f' "{key}": {told}' for key, told in lines.items()) + "\n}\n"
+    return "{\n" + ",\n".join(f' "{key}": {value}' for key, value in lines.items()) + "\n}\n"
 
 
 def described(model: nn.Module, title: str = "") -> str:
@@ -114,7 +114,7 @@ def text(found: Inventory, whole: bool) -> str:
     return "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
 
 
-def look(overrides: list[str]) -> Inventory:
+def inventory_of_overrides(overrides: list[str]) -> Inventory:
     """The inventory of the model that the overrides choose, on the meta device. Raises ConfigError
     where they are not those of one run.
     """

@@ -68,12 +68,12 @@ class Drawing:
         self.title = f"{path} of {title}: what goes together"
         self.largest = max(n for r in rows for n in r.part.shape)
         bands, _ = self.bands()
-        told = [
+        texts = [
             r.name.removeprefix(b.module + ".") if b.module else r.name
             for b in bands
             for r, _, _ in b.rows
         ]
-        longest = max(map(len, [*told, *(" x ".join(map(str, r.part.shape)) for r in rows)]))
+        longest = max(map(len, [*texts, *(" x ".join(map(str, r.part.shape)) for r in rows)]))
         self.box_x = MARGIN + 4 + longest * TEXT * CHAR + 22
         self.lane_x = [self.box_x + LARGEST + 46]
         for i in range(len(lanes)):
@@ -82,9 +82,9 @@ class Drawing:
         self.root = ET.Element("svg", xmlns="http://www.w3.org/2000/svg")
 
     def lane_width(self, i: int) -> float:
-        told = [cell for r in self.rows for cell in self.cells(r, i)]
+        texts = [cell for r in self.rows for cell in self.cells(r, i)]
         return max(
-            max(map(len, [*told, *self.heading(i)[1:]])) * SMALL * CHAR + 44,
+            max(map(len, [*texts, *self.heading(i)[1:]])) * SMALL * CHAR + 44,
             len(self.heading(i)[0]) * TEXT * CHAR + 44,
         )
 
@@ -106,14 +106,14 @@ class Drawing:
     def legend(self) -> list[str]:
         """What dots, lines and boxes mean, in lines that fit."""
         shown = ", ".join(f"{unit_shown(a.first.group.units)} of {a.name}" for a in self.lanes)
-        told = (
+        texts = (
             "A dot: unit u of the group owns these indices of that axis. Removing a unit takes "
             "its slices away at all dots of the line.",
             "Boxes: axis 0 downwards, axis 1 to the right, not to scale; the colour of an edge "
             f"is that of its group. Filled in: unit {shown}.",
         )
         wide = int((self.width - 2 * MARGIN) / (SMALL * CHAR))
-        return [line for sentence in told for line in textwrap.wrap(sentence, wide)]
+        return [line for sentence in texts for line in textwrap.wrap(sentence, wide)]
 
     # ---- the whole
 

@@ -38,8 +38,8 @@ class Entry:
     """One group. `each`: parameters that go with one unit; units differ where there are several
     numbers. `least`: units that must stay.
 
-    `block` is the path of the decoder block that it lies in, None for the network's; `spared` says
-    which choice of the run leaves it alone.
+    `block` is the path of the decoder block that it lies in, None for the network's; `left_out_by`
+    says which choice of the run leaves it alone.
     """
 
     group: Group
@@ -47,7 +47,7 @@ class Entry:
     each: tuple[int, ...]
     least: int
     block: str | None
-    spared: str | None
+    left_out_by: str | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def inventory(
     exclude: Callable[[list[Group]], list[Group]] | None = None,
     excluded_by: str = "exclude",
     kinds: Sequence[str] = (),
-    asked_by: str = "pruner",
+    kinds_by: str = "pruner",
 ) -> Inventory:
     """What there is in `model`, on whatever device: no weight is read. `verify` proves every group
     on a small version first (seconds).
@@ -83,10 +83,10 @@ def inventory(
     """
     found = discovery(model, verify)
     groups, lists = found.groups, block_lists(model)
-    asked = [g for g in groups if not kinds or g.kind in kinds]
-    remain = {g.name for g in (exclude(asked) if exclude and asked else asked)}
-    spared = {
-        g.name: None if g.name in remain else excluded_by if g in asked else asked_by
+    of_kinds = [g for g in groups if not kinds or g.kind in kinds]
+    remain = {g.name for g in (exclude(of_kinds) if exclude and of_kinds else of_kinds)}
+    left_out = {
+        g.name: None if g.name in remain else excluded_by if g in of_kinds else kinds_by
         for g in groups
     }
     names: dict[int, list[str]] = defaultdict(list)
@@ -103,7 +103,7 @@ def inventory(
             each(model, g, sizes),
             found.least.get(g.name, 1),
             block_path(g, lists),
-            spared[g.name],
+            left_out[g.name],
         )
         for g in groups
     ]
@@ -198,7 +198,7 @@ def entry_data(e: Entry) -> dict[str, Any]:
         "units": e.group.units,
         "parameters_per_unit": e.each[0] if len(e.each) == 1 else list(e.each),
         "least_units": e.least,
-        "left_out_by": e.spared,
+        "left_out_by": e.left_out_by,
         "members": members,
         "modules": list(e.group.modules),
     }

@@ -123,8 +123,8 @@ def braces(names: Sequence[str]) -> str:
     columns = [sorted(set(column)) for column in zip(*numbers)]
     if prod(map(len, columns)) != len(names):
         return f"{names[0]} ... ({len(names)})"
-    told = iter(columns)
-    return re.sub(r"\d+", lambda _: spans(next(told)), names[0])
+    column = iter(columns)
+    return re.sub(r"\d+", lambda _: spans(next(column)), names[0])
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -137,5 +137,5 @@ def spans(numbers: Sequence[int]) -> str:
             parts[-1].append(n)
         else:
             parts.append([n])
-    told = [f"{p[0]}..{p[-1]}" if len(p) > 2 else ",".join(map(str, p)) for p in parts]
-    return told[0] if len(numbers) == 1 else "{" + ",".join(told) + "}"
+    texts = [f"{p[0]}..{p[-1]}" if len(p) > 2 else ",".join(map(str, p)) for p in parts]
+    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"

@@ -82,7 +82,7 @@ def rows(lanes: Sequence[Alike], path: str) -> list[Row]:
                 needs.setdefault(later, set()).add(earlier)
     return [
         Row(within(braces(many.get(n, [n])), path), next(iter(held[n].values()))[0], held[n])
-        for n in settled(order, needs)
+        for n in topological_order(order, needs)
     ]
 
 
@@ -97,7 +97,7 @@ def merge(order: list[str], more: Sequence[str]) -> None:
         at = order.index(name) + 1
 
 
-def settled(order: Sequence[str], needs: dict[str, set[str]]) -> list[str]:
+def topological_order(order: Sequence[str], needs: dict[str, set[str]]) -> list[str]:
     """The order changed where a group's own order asks for it."""
     waiting, out = list(order), list[str]()
     while waiting:

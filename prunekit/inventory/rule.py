@@ -112,15 +112,15 @@ def in_words(rule: Rule) -> str:
         more = ", ".join(f"+{g}" for g in gaps[:4]) + (
             f", ... +{gaps[-1]}" if len(gaps) > 4 else ""
         )
-        told = f"{_told(first, rule.period)} and the same {more}"
+        text = f"{_in_words(first, rule.period)} and the same {more}"
     else:
-        told = ", ".join(_told(s, rule.period) for s in rule.stretches[:4]) + (
+        text = ", ".join(_in_words(s, rule.period) for s in rule.stretches[:4]) + (
             f", ... ({len(rule.stretches)} stretches)" if len(rest) > 3 else ""
         )
-    return told if rule.period == 1 else f"{told}; a, b = divmod(u, {rule.period})"
+    return text if rule.period == 1 else f"{text}; a, b = divmod(u, {rule.period})"
 
 
-def _told(s: Stretch, period: int) -> str:
+def _in_words(s: Stretch, period: int) -> str:
     variables = [(s.stride, "u")] if period == 1 else [(s.stride, "a"), (s.inner, "b")]
     first = _sum(variables, s.start)
     if s.length == 1:

@@ -46,7 +46,7 @@ def group_node(above: Tree, alike: Alike, whole: bool) -> None:
     """One line for the group, one for each member: tensor, shape, axis, the indices of unit u."""
     e = alike.first
     colour = COLOURS.get(e.group.kind, "white")
-    node = above.add(f"[{colour}]{escape(alike.name)}[/]: {escape(size(e) + spared(alike))}")
+    node = above.add(f"[{colour}]{escape(alike.name)}[/]: {escape(size(e) + left_out(alike))}")
     if e.group.modules:
         node.add(escape(f"{braces(alike.modules())}  the whole module"))
     leaves = alike.leaves(whole)
@@ -70,18 +70,18 @@ def size(e: Entry) -> str:
     return f"{e.group.units} units of {each} parameters{least}"
 
 
-def spared(alike: Alike) -> str:
+def left_out(alike: Alike) -> str:
     """Which of the groups a run with these overrides would leave alone, and what says so."""
     by: dict[str, list[str]] = {}
     for e in alike.entries:
-        if e.spared:
-            by.setdefault(e.spared, []).append(e.group.name)
+        if e.left_out_by:
+            by.setdefault(e.left_out_by, []).append(e.group.name)
     every = "it" if len(alike.entries) == 1 else "all"
-    told = [
+    parts = [
         f"{what} leaves {f'{every} out' if len(n) == len(alike.entries) else f'out {braces(n)}'}"
         for what, n in by.items()
     ]
-    return f" [{'; '.join(told)}]" if told else ""
+    return f" [{'; '.join(parts)}]" if parts else ""
 
 
 def reasons(root: Tree, found: Inventory, whole: bool) -> None:

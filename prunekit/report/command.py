@@ -11,9 +11,9 @@ from pathlib import Path
 from prunekit.errors import ConfigError
 from prunekit.report import exporters, page, terminal
 from prunekit.report.load import Found, load
-from prunekit.report.table import Sheet, sheets
+from prunekit.report.table import ReportTable, report_tables
 
-FORMS: dict[str, Callable[[Sequence[Sheet], Found], str]] = {
+FORMS: dict[str, Callable[[Sequence[ReportTable], Found], str]] = {
     ".md": exporters.markdown,
     ".tex": exporters.latex,
     ".csv": exporters.table_csv,
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     found = load(args.folders)
     if not found.results and not found.failed:
         raise ConfigError(f"report: no results under {', '.join(args.folders)}")
-    tables = sheets(found)
+    tables = report_tables(found)
     if not args.quiet:
         terminal.show(tables, found)
     for path in targets:

@@ -8,29 +8,29 @@ from collections.abc import Sequence
 
 from prunekit.report.formatting import HEADS, heads, ours, remarks, theirs, troubles
 from prunekit.report.load import Found
-from prunekit.report.table import Sheet
+from prunekit.report.table import ReportTable
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     c: f"\\{c}" for c in "&%$#_{}"
 }
 
 
-def markdown(tables: Sequence[Sheet], found: Found) -> str:
+def markdown(tables: Sequence[ReportTable], found: Found) -> str:
     """Pipe tables; the best of a block is bold, the paper's number follows ours after a slash."""
     lines: list[str] = []
-    for sheet in tables:
-        titles = [*HEADS, *[c.title for c in sheet.columns]]
+    for table in tables:
+        titles = [*HEADS, *[c.title for c in table.columns]]
         lines += [
-            f"### {sheet.title}",
+            f"### {table.title}",
             "",
             "| " + " | ".join(titles) + " |",
             "|---|" + "---:|" * (len(titles) - 1),
         ]
-        for row in sheet.rows:
+        for row in table.rows:
             texts = []
-            for column in sheet.columns:
+            for column in table.columns:
                 cell = row.cells[column.key]
-                text, below = ours(cell, column), theirs(cell, column, sheet.comparable)
+                text, below = ours(cell, column), theirs(cell, column, table.comparable)
                 texts.append(
                     (f"**{text}**" if cell.best else text) + (f" / {below}" if below else "")
                 )
@@ -39,30 +39,30 @@ def markdown(tables: Sequence[Sheet], found: Found) -> str:
             )
         lines += [
             "",
-            *[line.replace("Second line of a cell", "After the slash") for line in remarks(sheet)],
+            *[line.replace("Second line of a cell", "After the slash") for line in remarks(table)],
             "",
         ]
     return "\n".join([*lines, *[f"- {line}" for line in troubles(found)]]).rstrip() + "\n"
 
 
-def latex(tables: Sequence[Sheet], found: Found) -> str:
+def latex(tables: Sequence[ReportTable], found: Found) -> str:
     """Tables for a paper that loads booktabs: `\\usepackage{booktabs}`."""
     lines = ["% needs \\usepackage{booktabs}"]
-    for sheet in tables:
-        lines += [r"\begin{table}", r"\centering", rf"\caption{{{tex(sheet.title)}}}"]
-        lines += [rf"\begin{{tabular}}{{llc{'r' * len(sheet.columns)}}}", r"\toprule"]
+    for table in tables:
+        lines += [r"\begin{table}", r"\centering", rf"\caption{{{tex(table.title)}}}"]
+        lines += [rf"\begin{{tabular}}{{llc{'r' * len(table.columns)}}}", r"\toprule"]
         lines += [
-            " & ".join(tex(t) for t in (*HEADS, *[c.title for c in sheet.columns])) + r" \\",
+            " & ".join(tex(t) for t in (*HEADS, *[c.title for c in table.columns])) + r" \\",
             r"\midrule",
         ]
-        for i, row in enumerate(sheet.rows):
-            if i and sheet.rows[i - 1].block != row.block:
+        for i, row in enumerate(table.rows):
+            if i and table.rows[i - 1].block != row.block:
                 lines.append(r"\midrule")
             texts = []
-            for column in sheet.columns:
+            for column in table.columns:
                 cell = row.cells[column.key]
                 text = ours(cell, column, r" $\pm$ ")
-                below = theirs(cell, column, sheet.comparable)
+                below = theirs(cell, column, table.comparable)
                 texts.append(
                     (rf"\textbf{{{text}}}" if cell.best else text)
                     + (f" / {below}" if below else "")
@@ -72,7 +72,7 @@ def latex(tables: Sequence[Sheet], found: Found) -> str:
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
-            *[f"% {line}" for line in remarks(sheet)],
+            *[f"% {line}" for line in remarks(table)],
             "",
         ]
     return "\n".join([*lines, *[f"% {line}" for line in troubles(found)]]).rstrip() + "\n"
@@ -83,7 +83,7 @@ def tex(text: str) -> str:
     return "".join(LATEX.get(c, c) for c in text)
 
 
-def table_csv(tables: Sequence[Sheet], found: Found) -> str:
+def table_csv(tables: Sequence[ReportTable], found: Found) -> str:
     """One line a number: table, row, metric, mean, spread, seeds, the paper's; failed jobs as lines
     of their own.
     """
@@ -94,7 +94,7 @@ def table_csv(tables: Sequence[Sheet], found: Found) -> str:
             "table",
             "method",
             "removed",
-            "asked",
+            "target",
             "stage",
             "metric",
             "unit_title",
@@ -105,15 +105,15 @@ def table_csv(tables: Sequence[Sheet], found: Found) -> str:
             "note",
         ]
     )
-    for sheet in tables:
-        for row in sheet.rows:
-            for column in sheet.columns:
+    for table in tables:
+        for row in table.rows:
+            for column in table.columns:
                 cell = row.cells[column.key]
                 head = [
-                    sheet.name,
+                    table.name,
                     row.label,
                     row.ratio,
-                    row.asked,
+                    row.target,
                     row.stage,
                     column.key,
                     column.title,

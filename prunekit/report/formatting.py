@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunekit.report.load import Found
 from prunekit.report.metrics import Column
-from prunekit.report.table import Cell, Row, Sheet
+from prunekit.report.table import Cell, ReportTable, Row
 
 HEADS = ("method", "ratio", "tuned")
 
@@ -36,38 +36,38 @@ def heads(row: Row) -> tuple[str, str, str]:
     return row.label, ratio, {"dense": "-", "pruned": "no", "recovered": "yes"}[row.stage]
 
 
-def remarks(sheet: Sheet) -> list[str]:
+def remarks(table: ReportTable) -> list[str]:
     """What a reader must know about the numbers of one table."""
     lines = []
-    seeds = {c.n for r in sheet.rows for c in r.cells.values() if c.n and r.stage != "dense"}
+    seeds = {c.n for r in table.rows for c in r.cells.values() if c.n and r.stage != "dense"}
     if max(seeds, default=0) > 1:
         counts = "/".join(map(str, sorted(seeds)))
         lines.append(
             f"± is the standard deviation over {counts} seeds (with one seed: the metric's "
             "standard error)."
         )
-    elif any(c.spread and c.n == 1 for r in sheet.rows for c in r.cells.values()):
+    elif any(c.spread and c.n == 1 for r in table.rows for c in r.cells.values()):
         lines.append("± is the metric's standard error; one seed.")
     again = max(
-        (c.n for r in sheet.rows for c in r.cells.values() if r.stage == "dense"), default=0
+        (c.n for r in table.rows for c in r.cells.values() if r.stage == "dense"), default=0
     )
     if again > 1:
         lines.append(
             f"The dense model was measured up to {again} times: its ± is the standard deviation "
             "over the numbers that differ."
         )
-    if sheet.paper:
-        how = ", with ours less theirs" if sheet.comparable else ""
-        lines.append(f"Second line of a cell: {sheet.paper.title}, {sheet.paper.source}{how}.")
-        if not sheet.comparable:
+    if table.paper:
+        how = ", with ours less theirs" if table.comparable else ""
+        lines.append(f"Second line of a cell: {table.paper.title}, {table.paper.source}{how}.")
+        if not table.comparable:
             lines.append(
                 "The model is not the paper's: compare the order of the rows, not the numbers."
             )
-        if sheet.orders:
-            told = ", ".join(
-                f"{title} {same} of {pairs}" for title, (same, pairs) in sheet.orders.items()
+        if table.orders:
+            pairs = ", ".join(
+                f"{title} {same} of {pairs}" for title, (same, pairs) in table.orders.items()
             )
-            lines.append(f"Pairs of rows in the paper's order: {told}.")
+            lines.append(f"Pairs of rows in the paper's order: {pairs}.")
     return lines
 
 

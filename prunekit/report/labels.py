@@ -33,7 +33,7 @@ def flat(node: Any, path: str = "") -> dict[str, str]:
     return {path: node if isinstance(node, str) else json.dumps(node)}
 
 
-def told(config: dict[str, Any]) -> dict[str, str]:
+def settings(config: dict[str, Any]) -> dict[str, str]:
     """The leaves that can tell jobs apart; seeds average out, so they do not."""
     kept = {k: v for k, v in config.items() if k not in UNTOLD}
     return {k: v for k, v in flat(kept).items() if k.rpartition(".")[2] != "seed"}
@@ -46,7 +46,7 @@ def names(results: Sequence[Result]) -> list[str]:
     Where the components of a kind differ, the component's name says so, and its own options show
     only if they differ too.
     """
-    leaves = [told(r.config) for r in results]
+    leaves = [settings(r.config) for r in results]
     rows = [r.config.get("row") for r in results]
     labels = []
     by_row = {

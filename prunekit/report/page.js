@@ -68,7 +68,7 @@ function quality(sheet, x, y) {
       name: stage, mode: "markers", type: "scatter", marker: { symbol: MARKS[stage], size: 9 },
       x: points.map((p) => p.values[x]), y: points.map((p) => p.values[y]),
       error_y: { array: points.map((p) => p.spreads[y] || 0), thickness: 1 },
-      text: points.map((p) => p.label + (p.asked == null ? "" : ` ${Math.round(p.asked * 100)} %`)),
+      text: points.map((p) => p.label + (p.target == null ? "" : ` ${Math.round(p.target * 100)} %`)),
       hovertemplate: "%{text}<br>%{x}, %{y}<extra>%{fullData.name}</extra>",
     };
   });
@@ -87,8 +87,8 @@ function front(sheet, x, y, better) {
 function byRatio(sheet, y) {
   const lines = {};
   for (const p of sheet.points) {
-    if (p.stage === "dense" || p.asked == null || p.values[y] == null) continue;
-    (lines[`${p.label || "all"}, ${p.stage}`] ||= []).push([p.asked, p.values[y], p.spreads[y] || 0]);
+    if (p.stage === "dense" || p.target == null || p.values[y] == null) continue;
+    (lines[`${p.label || "all"}, ${p.stage}`] ||= []).push([p.target, p.values[y], p.spreads[y] || 0]);
   }
   return Object.entries(lines).filter(([, v]) => v.length > 1).map(([name, v]) => {
     v.sort((a, b) => a[0] - b[0]);

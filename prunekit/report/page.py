@@ -13,15 +13,15 @@ from typing import Any
 
 from prunekit.report.formatting import HEADS, heads, ours, remarks, theirs, troubles
 from prunekit.report.load import STAGES, Found, Result
-from prunekit.report.table import Row, Sheet
+from prunekit.report.table import ReportTable, Row
 
 
-def html(tables: Sequence[Sheet], found: Found) -> str:
+def html(tables: Sequence[ReportTable], found: Found) -> str:
     """The whole page: its style, its script, its numbers, and plotly.js (4.8 MB)."""
     from plotly.offline import get_plotlyjs
 
     parts = files("prunekit.report")
-    body = "\n".join(section(sheet, i) for i, sheet in enumerate(tables))
+    body = "\n".join(section(table, i) for i, table in enumerate(tables))
     bad = "".join(f"<li>{escape(line)}</li>" for line in troubles(found))
     return (
         (parts / "page.html")
@@ -33,7 +33,7 @@ def html(tables: Sequence[Sheet], found: Found) -> str:
             troubles=f'<ul class="bad">{bad}</ul>' if bad else "",
             tables=body,
             plotly=get_plotlyjs(),
-            data=as_script([plots(sheet) for sheet in tables]),
+            data=as_script([plots(table) for table in tables]),
             script=(parts / "page.js").read_text(),
         )
     )
@@ -44,29 +44,29 @@ def as_script(data: Any) -> str:
     return json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
 
 
-def section(sheet: Sheet, index: int) -> str:
+def section(table: ReportTable, index: int) -> str:
     """One table with its remarks and empty places for its plots."""
-    titles = [*HEADS, *[c.title for c in sheet.columns]]
+    titles = [*HEADS, *[c.title for c in table.columns]]
     head = "".join(
         f'<th scope="col"><button type="button">{escape(t)}</button></th>' for t in titles
     )
-    rows = "\n".join(table_row(sheet, row) for row in sheet.rows)
-    notes = "".join(f"<p>{escape(line)}</p>" for line in remarks(sheet))
+    rows = "\n".join(table_row(table, row) for row in table.rows)
+    notes = "".join(f"<p>{escape(line)}</p>" for line in remarks(table))
     return (
-        f"<section><h2>{escape(sheet.title)}</h2>\n"
+        f"<section><h2>{escape(table.title)}</h2>\n"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{rows}</tbody></table></div>\n"
         f'<div class="notes">{notes}</div><div class="plots" data-sheet="{index}"></div></section>'
     )
 
 
-def table_row(sheet: Sheet, row: Row) -> str:
+def table_row(table: ReportTable, row: Row) -> str:
     """One line; `data-v` is what a column is sorted by."""
     label, ratio, tuned = heads(row)
     cells = [td(escape(label), label), td(ratio, row.ratio), td(tuned, STAGES.index(row.stage))]
-    for column in sheet.columns:
+    for column in table.columns:
         cell = row.cells[column.key]
-        below = theirs(cell, column, sheet.comparable)
+        below = theirs(cell, column, table.comparable)
         text = escape(ours(cell, column)) + (f"<small>{escape(below)}</small>" if below else "")
         cells.append(td(text, cell.mean, "best" if cell.best else ""))
     return f"<tr>{''.join(cells)}</tr>"
@@ -78,14 +78,14 @@ def td(text: str, value: float | str | None, style: str = "") -> str:
     return f'<td data-v="{shown}"{f" class={style}" if style else ""}>{text}</td>'
 
 
-def plots(sheet: Sheet) -> dict[str, Any]:
+def plots(table: ReportTable) -> dict[str, Any]:
     """The numbers that page.js draws: a point per row, widths and importance by layer, curves of
     recovery.
     """
-    pruned = [r for r in sheet.rows if r.stage == "pruned"]
+    pruned = [r for r in table.rows if r.stage == "pruned"]
     return {
-        "metrics": [{"key": c.key, "title": c.title, "better": c.better} for c in sheet.columns],
-        "points": [point(sheet, row) for row in sheet.rows],
+        "metrics": [{"key": c.key, "title": c.title, "better": c.better} for c in table.columns],
+        "points": [point(table, row) for row in table.rows],
         "widths": by_layer(
             pruned,
             lambda r: {
@@ -96,18 +96,18 @@ def plots(sheet: Sheet) -> dict[str, Any]:
             pruned,
             lambda r: {name: s["mean"] for name, s in r.record.get("importance", {}).items()},
         ),
-        "curves": [c for row in sheet.rows if row.stage == "recovered" and (c := curve(row))],
+        "curves": [c for row in table.rows if row.stage == "recovered" and (c := curve(row))],
     }
 
 
-def point(sheet: Sheet, row: Row) -> dict[str, Any]:
+def point(table: ReportTable, row: Row) -> dict[str, Any]:
     """One row as the scatter plots see it."""
-    values = {c.key: finite(row.cells[c.key].mean) for c in sheet.columns}
-    spreads = {c.key: s for c in sheet.columns if (s := finite(row.cells[c.key].spread))}
+    values = {c.key: finite(row.cells[c.key].mean) for c in table.columns}
+    spreads = {c.key: s for c in table.columns if (s := finite(row.cells[c.key].spread))}
     return {
         "label": row.label,
         "stage": row.stage,
-        "asked": row.asked,
+        "target": row.target,
         "values": values,
         "spreads": spreads,
     }
@@ -136,7 +136,7 @@ def by_layer(rows: Sequence[Row], values: Any) -> dict[str, dict[str, Any]]:
 
 def titled(row: Row) -> str:
     """The row's label with the ratio that was asked for."""
-    return row.label + (f" {row.asked:.0%}" if row.asked is not None else "")
+    return row.label + (f" {row.target:.0%}" if row.target is not None else "")
 
 
 def grid(rows: dict[str, dict[int, list[float]]]) -> dict[str, Any]:

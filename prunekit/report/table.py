@@ -42,18 +42,18 @@ class Row:
     label: str
     stage: str
     ratio: float | None
-    asked: float | None
+    target: float | None
     cells: dict[str, Cell]
     results: list[Result]
 
     @property
     def block(self) -> tuple[str, float]:
         """Rows of one block compete for the best number: the same stage, about the same ratio."""
-        return self.stage, round(self.asked if self.asked is not None else self.ratio or 0.0, 2)
+        return self.stage, round(self.target if self.target is not None else self.ratio or 0.0, 2)
 
 
 @dataclass
-class Sheet:
+class ReportTable:
     """One table of the report."""
 
     name: str
@@ -68,17 +68,17 @@ class Sheet:
     """
 
 
-def sheets(found: Found) -> list[Sheet]:
+def report_tables(found: Found) -> list[ReportTable]:
     """One table for every experiment among the results; what belongs to none shares
     one, per model.
     """
     tables: dict[tuple[str, str], list[Result]] = {}
     for r in found.results:
         tables.setdefault((r.config.get("table") or "", model_name(r.config)), []).append(r)
-    return [sheet(name, model, results) for (name, model), results in tables.items()]
+    return [report_table(name, model, results) for (name, model), results in tables.items()]
 
 
-def sheet(name: str, model: str, results: Sequence[Result]) -> Sheet:
+def report_table(name: str, model: str, results: Sequence[Result]) -> ReportTable:
     """Rows in the order of the experiment's own list, dense first, then pruned, then recovered."""
     numbers = paper(name)
     keys = [k for r in results for stage in r.numbers.values() for k in stage]
@@ -86,7 +86,7 @@ def sheet(name: str, model: str, results: Sequence[Result]) -> Sheet:
     rows = rows_of(results, columns, numbers)
     for column in columns:
         mark_best(rows, column)
-    found = Sheet(
+    found = ReportTable(
         name, f"{name}: {numbers.title}" if numbers else name or "results", columns, rows, numbers
     )
     found.title += f" ({model})"
@@ -136,7 +136,7 @@ def row_order(labels: Sequence[str], numbers: Paper | None) -> list[str]:
 def row(
     label: str,
     stage: str,
-    asked: float | None,
+    target: float | None,
     results: list[Result],
     columns: Sequence[Column],
     numbers: Paper | None,
@@ -154,7 +154,7 @@ def row(
         # many.
         cell = summary(list(dict.fromkeys(pairs)) if stage == "dense" else pairs, column)
         cells[column.key] = Cell(cell.mean, cell.spread, cell.n, theirs.get(column.title))
-    return Row(label, stage, removed(results, stage), asked, cells, results)
+    return Row(label, stage, removed(results, stage), target, cells, results)
 
 
 def summary(values: list[tuple[float | None, float | None]], column: Column) -> Cell:

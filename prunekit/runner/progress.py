@@ -31,7 +31,7 @@ def note(folder: Path, text: str) -> None:
     aside.replace(folder / FILE)
 
 
-def look(folder: Path) -> str:
+def current_stage(folder: Path) -> str:
     """What the job in `folder` last said; `waiting` where it said nothing yet."""
     try:
         return (folder / FILE).read_text()
@@ -40,7 +40,7 @@ def look(folder: Path) -> str:
 
 
 @contextmanager
-def watched(folders: Sequence[Path], every: float = 0.5) -> Iterator[None]:
+def show_progress(folders: Sequence[Path], every: float = 0.5) -> Iterator[None]:
     """Inside, a change in what a job is doing becomes one line of the log: `[3/12] Element1_seed=0:
     dense/wikitext2`.
     """
@@ -48,18 +48,18 @@ def watched(folders: Sequence[Path], every: float = 0.5) -> Iterator[None]:
         (folder / FILE).unlink(missing_ok=True)
     stop = threading.Event()
 
-    def watch() -> None:
+    def follow() -> None:
         seen: dict[Path, str] = {}
         done = False
         while not done:
             done = stop.wait(every)
             for i, folder in enumerate(folders, 1):
-                now = look(folder)
+                now = current_stage(folder)
                 if now != seen.get(folder, "waiting"):
                     seen[folder] = now
                     log.info("[%d/%d] %s: %s", i, len(folders), folder.name, now)
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
         yield

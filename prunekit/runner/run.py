@@ -112,8 +112,10 @@ def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: trac
     for name, evaluate in job.parts.evals.items():
         log.info("%s: measuring %s", when, name)
         with stage(job, f"{when}/{name}"):
-            asked = (name, model, tokenizer, evaluate)
-            numbers = job.cache.measured(*asked) if when == "dense" else evaluate(model, tokenizer)
+            if when == "dense":
+                numbers = job.cache.measured(name, model, tokenizer, evaluate)
+            else:
+                numbers = evaluate(model, tokenizer)
         job.found |= results.prefixed(when, numbers, job.found)
     tracker.log({k: v for k, v in job.found.items() if k.startswith(f"{when}/")})
 

@@ -52,11 +52,11 @@ def expand(
     """
     given = {o.get_key_element(): o for o in parse(words)}
     rescaled = stacked(*[(layer or {}).get("rows") for layer in below])
-    asked = given.pop("row", None)
+    choice = given.pop("row", None)
     names = [
         n
-        for n in chosen_rows(asked, rows)
-        if asked is not None or rescaled.get(n or "", {}) is not None
+        for n in chosen_rows(choice, rows)
+        if choice is not None or rescaled.get(n or "", {}) is not None
     ]
     lower = [{k: v for k, v in (layer or {}).items() if k != "rows"} for layer in below]
     jobs: list[tuple[str, list[str]]] = []
@@ -65,11 +65,11 @@ def expand(
         own = stacked(
             *lower, (rows or {}).get(name or ""), rescaled.get(name or ""), dict.fromkeys(given, "")
         )
-        told = {
+        overridden = {
             o.get_key_element(): o
             for o in parse([override(k, v) for k, v in own.items() if k not in given])
         }
-        axes = {k: values(o) for k, o in (given | told).items()}
+        axes = {k: values(o) for k, o in (given | overridden).items()}
         swept = {k for k, v in axes.items() if len(v) > 1}
         constants |= {k: v[0] for k, v in axes.items() if k in given and k not in swept}
         row = [f"row={quoted(name)}"] if name is not None else []
@@ -190,8 +190,8 @@ def key_of(constants: dict[str, str], jobs: Sequence[tuple[str, list[str]]]) -> 
         if k not in ("experiment", "scale") and k.lstrip("+").split(".")[0] not in NEUTRAL
     )
     differ = sorted({w.partition("=")[0] for _, words in jobs for w in words} - constants.keys())
-    told = shared if any(k == "experiment" for k in constants) else [shared, differ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8] if told else ""
+    parts = shared if any(k == "experiment" for k in constants) else [shared, differ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8] if parts else ""
 
 
 def folder_of(key: str, table: str | None, scale: str) -> str:

@@ -92,15 +92,15 @@ class Pattern(NamedTuple):
 
         Raises ConfigError where the two disagree.
         """
-        asked = self.m - round(self.m * count / units)
-        if self.n is not None and asked != self.n:
+        stays = self.m - round(self.m * count / units)
+        if self.n is not None and stays != self.n:
             share = f"{1 - self.n / self.m:.4g}"
             raise ConfigError(
                 f"pruner.pattern={self.n}:{self.m} removes {share} of each matrix, but the ratio "
                 f"asks for {count / units:.4g} of {name}: give ratio.of=prunable "
                 f"ratio.target={share}, or pruner.pattern=N:{self.m}"
             )
-        return asked
+        return stays
 
     def mask(self, scores: Tensor, kept: int) -> Tensor:
         """The `kept` highest of each run of `m` inputs stay."""

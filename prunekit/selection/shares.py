@@ -82,7 +82,7 @@ def rounded(group: Group, removed: int, multiple: int) -> int:
     return max(0, group.units - min(kept, group.units))
 
 
-def solve(groups: list[Group], sizes: Sizes, budget: float, multiple: int, asked: str) -> Counts:
+def solve(groups: list[Group], sizes: Sizes, budget: float, multiple: int, what: str) -> Counts:
     """Counts, proportional to each group's units, whose parameters come as near `budget` as one
     unit (or one multiple) allows.
     """
@@ -95,7 +95,7 @@ def solve(groups: list[Group], sizes: Sizes, budget: float, multiple: int, asked
     if sizes.removed(at(1.0)) < budget:
         most = sizes.removed(at(1.0)) / sizes.total
         raise ConfigError(
-            f"ratio: {asked} cannot be removed from {len(groups)} groups that hold at most "
+            f"ratio: {what} cannot be removed from {len(groups)} groups that hold at most "
             f"{most:.1%} of the model; "
             "lower ratio.target, exclude less, or let the pruner take more kinds of units"
         )

@@ -24,9 +24,11 @@ def choose(model: nn.Module, groups: list[Group], scores: Scores, allocation: Al
     if allocation.ranking == "kind":
         kept: Kept = {}
         for kind in dict.fromkeys(g.kind for g in groups):
-            alike = [g for g in groups if g.kind == kind]
-            part = Allocation({g.name: counts[g.name] for g in alike}, "global", allocation.budget)
-            kept |= choose(model, alike, {g.name: scores[g.name] for g in alike}, part)
+            same_kind = [g for g in groups if g.kind == kind]
+            part = Allocation(
+                {g.name: counts[g.name] for g in same_kind}, "global", allocation.budget
+            )
+            kept |= choose(model, same_kind, {g.name: scores[g.name] for g in same_kind}, part)
         return kept
     if allocation.budget == "units":
         total = sum(counts.values())
@@ -52,7 +54,7 @@ def keep_pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
     `fits(counts)` holds.
 
     Each unit counts as one, whatever its kind, with no normalisation (LLM-Pruner's global pruning).
-    The best unit of every group is out of the contest, so that no module is emptied. `fits` must be
+    The best unit of every group is not in play, so that no module is emptied. `fits` must be
     monotone: false stays false as counts grow.
     """
     check_finite(scores)
@@ -112,7 +114,7 @@ def expand_to_all_blocks(kept: Kept, groups: list[Group], whole: list[Group]) ->
 
 
 def remaining_blocks(now: Group, whole: list[Group], eligible: list[Group], kept: Kept) -> Group:
-    """The blocks that may still go: those of the first contest that are left, under the names which
+    """The blocks that may still go: those eligible at first that are left, under the names which
     they have now.
     """
     full, first = (next(g for g in groups if g.name == now.name) for groups in (whole, eligible))

@@ -22,7 +22,7 @@ from prunekit.inventory import picture
 from prunekit.inventory.facts import as_json
 from prunekit.inventory.facts import inventory as look
 from prunekit.inventory.fold import braces, spans
-from prunekit.inventory.picture import settled
+from prunekit.inventory.picture import topological_order
 from prunekit.inventory.rule import as_data, in_words, rule_of
 
 WORDS = ["model=tiny_llama", "exclude=none"]
@@ -269,8 +269,8 @@ def test_the_picture_has_a_dot_for_every_axis_of_the_block(name):
 
 
 def test_a_group_is_never_drawn_against_its_own_order():
-    assert settled(["a", "d", "b", "c"], {"d": {"c"}, "c": {"b"}}) == ["a", "b", "c", "d"]
-    assert settled(["a", "b"], {"a": {"b"}, "b": {"a"}}) == ["a", "b"]
+    assert topological_order(["a", "d", "b", "c"], {"d": {"c"}, "c": {"b"}}) == ["a", "b", "c", "d"]
+    assert topological_order(["a", "b"], {"a": {"b"}, "b": {"a"}}) == ["a", "b"]
 
 
 @pytest.mark.skipif(

@@ -19,7 +19,7 @@ from prunekit.errors import ConfigError
 from prunekit.report import command as report
 from prunekit.report.load import load
 from prunekit.report.paper import paper
-from prunekit.report.table import sheets
+from prunekit.report.table import report_tables
 
 LLAMA = {"name": "hf", "path": "huggyllama/llama-7b"}
 
@@ -52,7 +52,7 @@ def table1(tmp_path: Path) -> Path:
 
 
 def sheet_of(folder: Path):
-    return sheets(load([folder]))[0]
+    return report_tables(load([folder]))[0]
 
 
 def test_seeds_become_a_mean_and_a_deviation(table1):
@@ -100,7 +100,7 @@ def test_jobs_without_an_experiment_are_named_by_what_differs(tmp_path):
         cfg = config(criterion={"name": criterion}, ratio__target=target, calib__samples=samples)
         result(tmp_path / str(i), stages(10, 20 + i), cfg)
     rows = sheet_of(tmp_path).rows
-    assert {(r.label, r.asked) for r in rows if r.stage == "pruned"} == {
+    assert {(r.label, r.target) for r in rows if r.stage == "pruned"} == {
         ("taylor", 0.1),
         ("taylor", 0.3),
         ("l2", 0.1),
@@ -151,14 +151,14 @@ def test_jobs_stand_in_the_order_of_their_numbers_and_name_what_says_the_same_on
             exclude={"name": "range", "heads": [i, i + 1], "neurons": [i, i + 1]}, row="layer"
         )
         result(tmp_path / f"layer_{i}", stages(10, 11 + i), cfg)
-    [table] = sheets(load([tmp_path]))
+    [table] = report_tables(load([tmp_path]))
     assert [r.label for r in table.rows[1:]] == [
         f"layer, exclude.heads=[{i}, {i + 1}]" for i in (1, 2, 10)
     ]
 
 
 def test_latex_escapes_what_it_must():
-    assert report.files.tex("a_b & 5 %") == r"a\_b \& 5 \%"
+    assert report.exporters.tex("a_b & 5 %") == r"a\_b \& 5 \%"
 
 
 def test_unknown_form_and_missing_folder_are_refused(table1, tmp_path):

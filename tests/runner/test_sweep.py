@@ -146,7 +146,7 @@ def test_only_the_same_configuration_and_code_count_as_finished(tmp_path):
 
 def test_a_change_in_what_a_job_does_is_one_line(tmp_path, caplog):
     caplog.set_level("INFO", logger="prunekit")
-    with progress.watched([tmp_path], every=0.01):
+    with progress.show_progress([tmp_path], every=0.01):
         progress.note(tmp_path, "load")
         time.sleep(0.1)
         progress.note(tmp_path, "prune")
