@@ -60,7 +60,7 @@ def run_shell(code: str) -> str:
         for line in code.strip().splitlines():
             command, *words = shlex.split(line)
             assert command == "prunekit"
-            assert cli.main(words) == 0
+            assert cli(words) == 0
     return tidy(out.getvalue())
 
 
