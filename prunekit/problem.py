@@ -106,7 +106,8 @@ class Problem:
     def by_block(
         self, groups: list[Group], counts: Counts, options: PassOptions
     ) -> Iterator[tuple[list[Group], BlockRun]]:
-        """Each block in which something is to go, in order: its groups, and a run over it.
+        """The blocks of which something goes, one after the other: all groups in the block, with a
+        run over it.
 
         What the caller does to a block, the next one sees in its inputs. Nothing runs where
         nothing is to go. Raises ConfigError for a group that is not inside one block.
@@ -114,11 +115,10 @@ class Problem:
         single = all(g.kind == "weights" for g in groups)
         blocks = block_names(self.model) if single else self.blocks()
         rows = groups_by_block(groups, blocks)
-        loses = [any(counts.get(g.name) for g in row) for row in rows]
-        if not any(loses):
+        if not any(counts.values()):
             return
         for run in iterate_blocks(self.model, blocks, self.tokens, options):
-            if loses[run.block]:
+            if any(counts.get(g.name) for g in rows[run.block]):
                 yield rows[run.block], run
 
     def dense(self) -> nn.Module:

@@ -88,9 +88,9 @@ def sparsegpt(
     costs: dict[str, float] = {}
     grown: dict[str, float] = {}
     for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
-        for sharing, gram in grams(model, [g for g in row if counts[g.name]], run):
-            U, took = inverse_factor(gram, ridge, sharing[0].name)
-            for g in sharing:
+        for alike, gram in grams(model, [g for g in row if counts[g.name]], run):
+            U, took = inverse_factor(gram, ridge, alike[0].name)
+            for g in alike:
                 kept[g.name], costs[g.name] = prune_matrix(
                     model, g, gram, U, counts[g.name], pattern, block
                 )

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 
 from prunekit.errors import ConfigError
 from prunekit.runner import progress
+from prunekit.runner.distributed import first_process
 from prunekit.runner.run import objective, run
 from prunekit.runner.summary import show
 
@@ -41,7 +42,7 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
         if not isinstance(e, ConfigError):
             log.error("%s", traceback.format_exc())
         return None
-    if progress.first_process():
+    if first_process():
         show(record, folder)
     return objective(record, cfg["objective"])
 

@@ -5,21 +5,15 @@ they run in other processes.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from prunekit.runner.distributed import first_process
+
 log = logging.getLogger("prunekit")
 FILE = "stage.txt"
-
-
-def first_process() -> bool:
-    """Under torchrun or accelerate launch every process runs the whole job, and only the first one
-    writes what it found.
-    """
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def note(folder: Path, text: str) -> None:

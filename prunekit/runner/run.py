@@ -19,6 +19,7 @@ from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Problem
 from prunekit.profiling import Stages
 from prunekit.runner import cache, progress, provenance, results, tracking
+from prunekit.runner.distributed import first_process
 from prunekit.runner.preflight import Components, check
 from prunekit.types import Pruned
 
@@ -73,7 +74,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
             saved,
             provenance.collect(cfg, tokens),
         )
-    if progress.first_process():
+    if first_process():
         results.write(job.folder / "result.json", record | {"cached": job.cache.used})
     progress.note(job.folder, "finished")
     return record
@@ -131,7 +132,7 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> s
     """The checkpoint folder, unless `save=false`; its metadata goes to the tracker, the weights
     stay here. `save=packed`: see `bitmask`.
     """
-    if not job.cfg["save"] or not progress.first_process():
+    if not job.cfg["save"] or not first_process():
         return None
     folder = job.folder / "checkpoint"
     with stage(job, "save"):

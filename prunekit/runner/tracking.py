@@ -5,7 +5,6 @@ turn into a lost result.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunekit.errors import ConfigError
+from prunekit.runner.distributed import first_process
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def open_track(
     """
     if mode not in ("offline", "wandb", "silent"):
         raise ConfigError(f"track.mode={mode!r}; possible: offline, wandb, silent")
-    if mode == "silent" or int(os.environ.get("RANK", "0")) > 0:
+    if mode == "silent" or not first_process():
         yield Track()
         return
     options = {
