@@ -29,9 +29,11 @@ def test_links_lead_somewhere(page):
         if not target or target.startswith(("http://", "https://")):
             continue
         found = (ROOT / page).parent / target
-        on_site = target.lstrip("./")
-        if page.startswith("docs/") and on_site.startswith(BESIDE):
-            found = ROOT / on_site
+        if page.startswith("docs/"):
+            on_site = target.removeprefix("../")
+            found = ROOT / on_site if on_site.startswith(BESIDE) else found
+            inside = found.resolve().is_relative_to(ROOT / "docs") or on_site.startswith(BESIDE)
+            assert inside, f"{page}: {target} is no page of the site"
         assert found.exists(), f"{page}: {target}"
 
 
