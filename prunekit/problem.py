@@ -32,14 +32,15 @@ CALIBRATION = "calibration"
 class Problem:
     """One model to prune, and all that a pruner or a recovery may ask for.
 
-    model: changed in place.
-    tokenizer: None where none is at hand.
-    token_sets: name -> (N, T) int64; `calibration` is the run's own. Empty on the meta device,
-        where only shapes can be asked for.
-    criterion: `(model, groups, run) -> Scores`; None for pruners that choose by themselves.
-    ratio: `(problem, groups) -> Allocation`.
-    exclude: `(groups) -> groups`.
-    load_dense: makes the model as it was before anything was pruned.
+    Attributes:
+        model: changed in place.
+        tokenizer: None where none is at hand.
+        token_sets: name -> (N, T) int64; `calibration` is the run's own. Empty on the meta device,
+            where only shapes can be asked for.
+        criterion: `(model, groups, run) -> Scores`; None for pruners that choose by themselves.
+        ratio: `(problem, groups) -> Allocation`.
+        exclude: `(groups) -> groups`.
+        load_dense: makes the model as it was before anything was pruned.
     """
 
     model: nn.Module
@@ -132,10 +133,11 @@ class Problem:
 class Expected:
     """What shapes alone tell of a pruner's outcome: what its `check` returns.
 
-    groups: that may lose units.
-    counts: units that go, None where only weights and text can tell.
-    smaller: whether tensors shrink (else elements become zero).
-    remark: what the numbers leave out.
+    Attributes:
+        groups: that may lose units.
+        counts: units that go, None where only weights and text can tell.
+        smaller: whether tensors shrink (else elements become zero).
+        remark: what the numbers leave out.
     """
 
     groups: list[Group]

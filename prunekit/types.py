@@ -96,10 +96,11 @@ Ranking = Literal["local", "kind", "global"]
 class Allocation:
     """How much goes from where: what a ratio answers.
 
-    counts: units to remove by group.
-    ranking: `local` keeps these numbers; `kind` and `global` let groups exchange units, the total
-        staying what the counts come to.
-    budget: in what that total is counted.
+    Attributes:
+        counts: units to remove by group.
+        ranking: `local` keeps these numbers; `kind` and `global` let groups exchange units, the
+            total staying what the counts come to.
+        budget: in what that total is counted.
     """
 
     counts: Counts

@@ -21,8 +21,9 @@ def samples_at_once(tokens: Tensor, count: int = FORWARD_TOKENS) -> int:
 def forward(model: nn.Module, ids: Tensor, *, head: bool = True, labels: bool = False) -> Any:
     """The outputs of one forward of `ids (n, T)` without a cache.
 
-    head: false stops before the output matrix, for callers that only watch what happens inside.
-    labels: outputs carry `.loss`, the mean over the shifted tokens.
+    Args:
+        head: false stops before the output matrix, for callers that only watch what happens inside.
+        labels: outputs carry `.loss`, the mean over the shifted tokens.
     """
     ids = ids.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
     body = model if head else getattr(model, "base_model", model)

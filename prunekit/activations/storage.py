@@ -21,9 +21,10 @@ Precision = Literal["model", "bf16"]
 class PassOptions(NamedTuple):
     """How tokens go through the blocks.
 
-    store: where activations wait between blocks.
-    precision: of the forwards.
-    batch: samples a forward; None takes as many as make up 4,096 tokens.
+    Attributes:
+        store: where activations wait between blocks.
+        precision: of the forwards.
+        batch: samples a forward; None takes as many as make up 4,096 tokens.
     """
 
     store: Store = "memory"

@@ -63,13 +63,14 @@ def backward(
     """One backward of the batch's mean loss; every weight in `names` goes through `sink` once, as
     soon as it is known. A weight that no token reached has a gradient of zeros.
 
-    squares: adds the mean over samples of squared per-sample gradients. For linear layers that see
-        every token they come out of the same single backward, from the layer's input and output
-        gradient; other weights (norms, embeddings, routed experts) take one extra backward a
-        sample.
-    batch: samples at a time (None: as many as make up `TOKENS` tokens): where that splits them,
-        first-order gradients are accumulated over the batches (as much memory as the weights in
-        `names`).
+    Args:
+        squares: adds the mean over samples of squared per-sample gradients. For linear layers that
+            see every token they come out of the same single backward, from the layer's input and
+            output gradient; other weights (norms, embeddings, routed experts) take one extra
+            backward a sample.
+        batch: samples at a time (None: as many as make up `TOKENS` tokens): where that splits them,
+            first-order gradients are accumulated over the batches (as much memory as the weights in
+            `names`).
 
     Raises ConfigError where accelerate keeps a weight elsewhere.
     """

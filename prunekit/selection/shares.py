@@ -30,11 +30,12 @@ def uniform_counts(
 ) -> Counts:
     """Counts by which every group loses the same share.
 
-    target: share removed, 0 <= target < 1.
-    of: of what: the units of every group, the prunable parameters, all parameters.
-    multiple: kept neurons and channels are a multiple of this.
-    per_kind: shares of their own for kinds of units; only with of=units.
-    stock: only such counts, alike in every layer, as transformers' own class can build.
+    Args:
+        target: share removed, 0 <= target < 1.
+        of: of what: the units of every group, the prunable parameters, all parameters.
+        multiple: kept neurons and channels are a multiple of this.
+        per_kind: shares of their own for kinds of units; only with of=units.
+        stock: only such counts, alike in every layer, as transformers' own class can build.
 
     Raises ConfigError when the target cannot be met.
     """
