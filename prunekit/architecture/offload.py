@@ -123,45 +123,47 @@ def input_device(model: nn.Module) -> torch.device | None:
 
 
 @contextmanager
-def placed_like(model: nn.Module, twin: nn.Module) -> Iterator[None]:
-    """Inside, accelerate moves weights and activations of `twin`, which has the modules and the
-    very tensors of `model`, as it does those of `model`.
+def placed_like(model: nn.Module, duplicate: nn.Module) -> Iterator[None]:
+    """Inside, accelerate moves weights and activations of `duplicate` as it does those of `model`.
+
+    Both have the same modules and hold the very same tensors.
     """
     from accelerate.hooks import add_hook_to_module, remove_hook_from_submodules
 
     paths = [path for path, module in model.named_modules() if hooks(module)]
     for path in paths:
         hook: Any = model.get_submodule(path)._hf_hook
-        add_hook_to_module(twin.get_submodule(path), _duplicate(hook))
+        add_hook_to_module(duplicate.get_submodule(path), _duplicate_hook(hook))
     try:
         yield
     finally:
         if paths:
-            remove_hook_from_submodules(twin)
-            retie(twin)
+            remove_hook_from_submodules(duplicate)
+            retie(duplicate)
 
 
-def _duplicate(hook: Any) -> Any:
+def _duplicate_hook(hook: Any) -> Any:
     """The hook without what it remembers of its module; the weights that it knows are shared."""
-    twin = copy.copy(hook)
+    new = copy.copy(hook)
     if hasattr(hook, "hooks"):
-        twin.hooks = tuple(_duplicate(one) for one in hook.hooks)
+        new.hooks = tuple(_duplicate_hook(one) for one in hook.hooks)
     if hasattr(hook, "tied_params_names"):
-        twin.tied_params_names = set(hook.tied_params_names)
-    return twin
+        new.tied_params_names = set(hook.tied_params_names)
+    return new
 
 
-def lend_weights(model: nn.Module, twin: nn.Module) -> None:
-    """Let `twin.save_pretrained` write the weights that accelerate keeps elsewhere for `model`: it
-    reads them one shard at a time. `twin` has the modules of `model`, and serves for nothing else
-    afterwards.
+def lend_weights(model: nn.Module, duplicate: nn.Module) -> None:
+    """Let `duplicate.save_pretrained` write the weights that accelerate keeps elsewhere for
+    `model`: it reads them one shard at a time.
+
+    `duplicate` has the modules of `model`, and serves for nothing else afterwards.
     """
-    elsewhere = [name for name, tensor in twin.state_dict().items() if tensor.is_meta]
+    elsewhere = [name for name, tensor in duplicate.state_dict().items() if tensor.is_meta]
     for path in {name.rpartition(".")[0] for name in elsewhere}:
-        module: Any = twin.get_submodule(path)
+        module: Any = duplicate.get_submodule(path)
         module._hf_hook = SimpleNamespace(weights_map=_Stored(model, path))
     if elsewhere:
-        twin.hf_device_map = {"": "disk"}  # type: ignore[assignment]
+        duplicate.hf_device_map = {"": "disk"}  # type: ignore[assignment]
 
 
 class _Stored:

@@ -1,5 +1,5 @@
-"""Which sizes transformers' own class gives a model for a config: asked of the class, which builds
-itself on the meta device (0.02 s for 7 billion parameters). No table of architectures.
+"""Which sizes transformers' own class gives a model for a config: found by building it on the meta
+device (0.02 s for 7 billion parameters). No table of architectures.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Rows = dict[tuple[str, int | str], Any]
 
 
 def rows(model: nn.Module) -> Rows:
-    """Every size and every number of a model, without those of run-time modules, of which no
-    config tells.
+    """Every size and every number of a model, without those of run-time modules, which no
+    config describes.
     """
     from prunekit.checkpoint.remote_code.runtime_modules import kind_of
 

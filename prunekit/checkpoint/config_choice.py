@@ -38,7 +38,7 @@ def describe(model: nn.Module, check: bool = True) -> Description:
     """The plainest config that gives the model back; with `check` its logits on a few tokens are
     the model's to the bit.
 
-    Raises ConfigError for what no config and layout can tell.
+    Raises ConfigError for what no config and layout can describe.
     """
     problem = "its class refuses the config"
     for config, layout in candidates(model):
@@ -118,7 +118,7 @@ def bypassed(layer: nn.Module) -> list[str]:
 
 
 def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
-    """The config with the heads of each layer's cache where `per_layer_config` does not tell them:
+    """The config with the heads of each layer's cache where `per_layer_config` does not give them:
     static caches are laid out by it.
     """
     from transformers.configuration_utils import get_head_shapes

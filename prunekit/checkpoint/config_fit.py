@@ -53,7 +53,7 @@ class Fit:
         return len(far) - leftover + sum(k not in self.target for k in found), leftover
 
     def ratios(self) -> list[Fraction]:
-        """Wanted over built size, the most frequent ones first."""
+        """Wanted size over the size now, the most frequent ratios first."""
         pairs: Counter[Fraction] = Counter()
         for key, want in self.target.items():
             have = self.rows.get(key)

@@ -1,5 +1,5 @@
 """Write a checkpoint that stock transformers loads as one GGUF file, tokenizer included; what the
-format cannot tell is refused.
+format cannot hold is refused.
 
 Nothing is taken on trust: the metadata is read back by transformers' own GGUF reader, and the
 config and the tokens that come of it are compared with the model's before the tensors are written.
@@ -42,7 +42,7 @@ def export_gguf(path: str | Path, out: str | Path, *, type: Type = "f16") -> Pat
 
     f32 is exact for float32 weights, f16 and q8_0 round (q8_0: 8 bits and a scale per 32; rows that
     are no multiple of 32 stay f16). Raises ConfigError with the reason for a model or tokenizer
-    that the format, as transformers reads it, cannot tell.
+    that the format, as transformers reads it, cannot hold.
     """
     from prunekit.checkpoint import load
 

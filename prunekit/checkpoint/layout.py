@@ -1,4 +1,4 @@
-"""What a pruned model is, told as the difference from a fresh model of its own class: run-time
+"""What a pruned model is, described as the difference from a new model of its own class: run-time
 modules, shapes, numbers, configs, buffers.
 
 The difference is measured, not remembered, so whatever changed the model in memory (any pruner, any
@@ -24,33 +24,33 @@ LARGEST_BUFFER = 1 << 16
 def difference(
     model: nn.Module, config: Any, ignore: frozenset[str] = frozenset(), own_configs: bool = True
 ) -> dict[str, Any]:
-    """The layout: what must be done to a fresh model of `config` to make it the shape of `model`;
+    """The layout: what must be done to a new model of `config` to make it the shape of `model`;
     {} where nothing must.
 
-    `ignore` names attributes for which the fresh model's value is taken; without `own_configs` all
+    `ignore` names attributes for which the new model's value is taken; without `own_configs` all
     modules read the shared config. Raises ConfigError where the two differ in something that a
-    layout cannot tell.
+    layout cannot describe.
     """
     from prunekit.checkpoint.remote_code import modeling_pruned
     from prunekit.checkpoint.remote_code.runtime_modules import build_modules
 
-    fresh = build_on_meta(stock_class(model), config)
+    reference = build_on_meta(stock_class(model), config)
     layout: dict[str, Any] = {"modules": describe_runtime_modules(model)}
     with torch.device("meta"):
-        build_modules(fresh, layout["modules"])
-    _compare_classes(model, fresh, {entry["path"] for entry in layout["modules"]})
-    ours, theirs = tensors(model), tensors(fresh)
+        build_modules(reference, layout["modules"])
+    _compare_classes(model, reference, {entry["path"] for entry in layout["modules"]})
+    ours, theirs = tensors(model), tensors(reference)
     layout["absent"] = sorted(n for n in theirs if n not in ours)
     layout["shapes"] = {
         n: "x".join(map(str, t.shape))
         for n, t in ours.items()
         if n not in theirs or t.shape != theirs[n].shape
     }
-    modeling_pruned.build(fresh, {k: layout[k] for k in ("absent", "shapes")})
-    layout["attributes"] = _attributes(model, fresh, ignore)
-    layout["configs"] = _configs(model, fresh) if own_configs else {}
-    modeling_pruned.build(fresh, {k: layout[k] for k in ("attributes", "configs")})
-    layout["buffers"] = _buffers(model, fresh)
+    modeling_pruned.build(reference, {k: layout[k] for k in ("absent", "shapes")})
+    layout["attributes"] = _attributes(model, reference, ignore)
+    layout["configs"] = _configs(model, reference) if own_configs else {}
+    modeling_pruned.build(reference, {k: layout[k] for k in ("attributes", "configs")})
+    layout["buffers"] = _buffers(model, reference)
     return {k: v for k, v in layout.items() if v}
 
 
@@ -77,12 +77,12 @@ def describe_runtime_modules(model: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
-def _compare_classes(model: nn.Module, fresh: nn.Module, added: set[str]) -> None:
-    """Raises ConfigError naming a module that is not of the class that stands in `fresh`; `added`
-    are those that a loader builds by itself.
+def _compare_classes(model: nn.Module, reference: nn.Module, added: set[str]) -> None:
+    """Raises ConfigError naming a module that is of another class than in `reference`; `added` are
+    those that a loader builds by itself.
     """
     ours = {n: type(m).__name__ for n, m in model.named_modules() if n and n not in added}
-    theirs = {n: type(m).__name__ for n, m in fresh.named_modules() if n and n not in added}
+    theirs = {n: type(m).__name__ for n, m in reference.named_modules() if n and n not in added}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ConfigError(
@@ -91,9 +91,9 @@ def _compare_classes(model: nn.Module, fresh: nn.Module, added: set[str]) -> Non
             )
 
 
-def _attributes(model: nn.Module, fresh: nn.Module, ignore: frozenset[str]) -> dict[str, Any]:
-    """Numbers of modules that are not those of the fresh model."""
-    own, found = dict(fresh.named_modules()), {}
+def _attributes(model: nn.Module, reference: nn.Module, ignore: frozenset[str]) -> dict[str, Any]:
+    """Numbers of modules that are not those of the new model."""
+    own, found = dict(reference.named_modules()), {}
     for path, module in model.named_modules():
         stock = numbers(own[path])
         for leaf, value in numbers(module).items():
@@ -105,7 +105,7 @@ def _attributes(model: nn.Module, fresh: nn.Module, ignore: frozenset[str]) -> d
     return found
 
 
-def _configs(model: nn.Module, fresh: nn.Module) -> dict[str, dict[str, Any]]:
+def _configs(model: nn.Module, reference: nn.Module) -> dict[str, dict[str, Any]]:
     """Numbers in the configs that single modules own, as far as they differ from the one that the
     whole model shares.
     """
@@ -113,7 +113,7 @@ def _configs(model: nn.Module, fresh: nn.Module) -> dict[str, dict[str, Any]]:
 
     whole: Any = model.config
     shared = [whole, *(v for v in vars(whole).values() if isinstance(v, PreTrainedConfig))]
-    own, found = dict(fresh.named_modules()), {}
+    own, found = dict(reference.named_modules()), {}
     for path, module in model.named_modules():
         config, stock = vars(module).get("config"), vars(own[path]).get("config")
         if not path or any(config is s for s in shared):
@@ -134,14 +134,14 @@ def _configs(model: nn.Module, fresh: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _buffers(model: nn.Module, fresh: nn.Module) -> dict[str, Any]:
-    """Buffers outside the weights whose values a fresh model would not have, after its own
+def _buffers(model: nn.Module, reference: nn.Module) -> dict[str, Any]:
+    """Buffers outside the weights whose values a new model would not have, after its own
     initialisation.
     """
-    initialise_buffers(fresh, "cpu")
-    fresh_values, found = dict(non_persistent_buffers(fresh)), {}
+    initialise_buffers(reference, "cpu")
+    initial, found = dict(non_persistent_buffers(reference)), {}
     for name, value in non_persistent_buffers(model):
-        stock, value = fresh_values.get(name), value.detach().cpu()
+        stock, value = initial.get(name), value.detach().cpu()
         # The class makes none for these layers: Gemma 3 without a layer of full attention.
         if stock is None:
             continue

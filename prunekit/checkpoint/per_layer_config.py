@@ -18,7 +18,7 @@ def fit_layers(
     """Fields that differ by layer: index -> {field: value}, for the layers whose module paths are
     given.
 
-    The class is asked until it has shown which sizes follow a field; the other layers' values come
+    The class is built until it has shown which sizes follow a field; the other layers' values come
     from their sizes.
     """
     found: dict[int, dict[str, int]] = {}

@@ -1,4 +1,4 @@
-"""What a model is made of, as far as a checkpoint tells of it: tensors, numbers that modules keep,
+"""What a model is made of, as far as a checkpoint describes it: tensors, numbers that modules keep,
 buffers outside the weights.
 """
 

@@ -41,7 +41,7 @@ def builds(model: nn.Module, config: Any) -> bool:
 
 def mirrored(model: nn.Module, config: Any) -> frozenset[str]:
     """Integers of modules that removal left as they were, where the class would have set them from
-    a field: asked of the class.
+    a field, as building it with that field shows.
 
     Such a number plays no part in the forward pass (discovery changes those that do), and the
     class's own value is the true one.

@@ -1,7 +1,7 @@
 """The same counts in every layer, and only such as transformers' own class can build: what
 `ratio.loadable=stock` chooses.
 
-Which sizes an architecture takes is asked of its class: units are removed from a copy on the meta
+Which sizes an architecture takes, its class decides: units are removed from a copy on the meta
 device, and `stock_config` says whether the class builds a model of those shapes. There is no table
 of rules.
 """
@@ -72,8 +72,8 @@ def every_layer(model: nn.Module, groups: list[Group]) -> dict[str, list[Group]]
         there = [g for g in graph.discover(model) if g.kind == kind]
         if len({g.units for g in of}) > 1 or len(of) < len(there):
             raise ConfigError(
-                f"ratio.loadable=stock prunes all layers alike: {kind} are in {len(there)} groups "
-                f"of the model, {len(of)} of them may be pruned "
+                f"ratio.loadable=stock prunes every layer by the same count: {kind} are in "
+                f"{len(there)} groups of the model, {len(of)} of them may be pruned "
                 f"with {sorted({g.units for g in of})} units; use exclude=none, or loadable=any "
                 "for a self-contained checkpoint"
             )

@@ -39,12 +39,16 @@ def save(
     """Write model, tokenizer and `pruning.json` into `folder`, which appears only when it is
     complete.
 
-    `kept` and `groups` as a pruner returns them, `config` the run's configuration, `counts` what
-    was measured. `packed` stores zeros as a bitmask: lossless, and only `prunekit.load` reads it.
-    `check` runs a few tokens through the model as a loader would build it and through the model
-    itself: the logits must be the same to the bit. Raises ConfigError for a model that no config
-    can tell, and for a folder that holds something else. A model that accelerate spread over
-    devices, host memory or disk stays as it is; its weights are written one shard at a time.
+    A model that accelerate spread over devices, host memory or disk stays as it is; its weights are
+    written one shard at a time. Raises ConfigError for a model that no config can describe, and for
+    a folder that holds something else.
+
+    kept, groups: as a pruner returns them.
+    config: the run's configuration. counts: what was measured. Both are only noted.
+    max_shard_size: bytes, or a text such as "5GB".
+    packed: zeros are stored as a bitmask: lossless, and only `prunekit.load` reads it.
+    check: a few tokens go through the model as a loader would build it and through the model
+        itself; the logits must be the same to the bit.
     """
     folder = Path(folder)
     _check_target(folder)

@@ -139,7 +139,7 @@ def fill_buffers(model: nn.Module, buffers: dict[str, dict[str, Any]]) -> None:
 
 
 def build(model: nn.Module, layout: dict[str, Any]) -> None:
-    """Turn a model fresh from its own class into the pruned one. Raises ValueError for anything
+    """Turn a model that its own class built into the pruned one. Raises ValueError for anything
     that does not fit it.
     """
     unknown = set(layout) - set(FIELDS)

@@ -245,8 +245,8 @@ def insert(model: nn.Module, path: str, module: RuntimeModule) -> None:
 
 
 def build_modules(model: nn.Module, entries: list[dict[str, Any]]) -> None:
-    """Insert the modules that `entries` tell (`describe_modules`). Raises ValueError for an unknown
-    kind and for numbers that it cannot be built from.
+    """Insert the modules of which `describe_modules` gave the `entries`. Raises ValueError for an
+    unknown kind and for numbers that it cannot be built from.
     """
     for entry in entries:
         numbers = {k: v for k, v in entry.items() if k not in ("path", "kind")}

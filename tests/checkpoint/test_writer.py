@@ -6,15 +6,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import llama, narrow, uneven
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,7 +23,6 @@ from transformers import (
 
 from prunekit import graph
 from prunekit.checkpoint import load, save
-from prunekit.checkpoint.integrity import CheckpointError
 from prunekit.checkpoint.remote_code.runtime_modules import Bypass
 from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
@@ -283,65 +278,6 @@ def test_what_no_config_tells_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="Linear"):
         save(nn.Linear(2, 2), None, tmp_path / "out")
-
-
-def test_loads_where_prunekit_cannot_be_imported(tmp_path: Path, tokens: torch.Tensor) -> None:
-    plain = llama()
-    graph.remove(
-        plain,
-        {
-            g.name: torch.arange(g.units) % 3 != 0
-            for g in graph.discover(plain)
-            if g.kind in ("neurons", "heads")
-        },
-    )
-    for name, model in (("code", uneven(llama())), ("stock", plain)):
-        save(model, None, tmp_path / name)
-        with torch.no_grad():
-            save_file(
-                {"tokens": tokens, "logits": model(tokens).logits}, tmp_path / f"{name}.safetensors"
-            )
-    code = """
-import sys
-sys.modules["prunekit"] = None
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-for name, flags in (("stock", {}), ("code", {"trust_remote_code": True})):
-    model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/{name}", **flags)
-    seen = load_file(f"{sys.argv[1]}/{name}.safetensors")
-    with torch.no_grad():
-        assert torch.equal(model(seen["tokens"]).logits, seen["logits"]), name
-"""
-    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    env.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_other_folders_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="not overwritten"):
-        save(llama(), None, tmp_path / "out")
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
-    save(llama(), None, tmp_path / "good")
-    save(uneven(llama()), None, tmp_path / "good")
-    load(tmp_path / "good")
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "x.pkl"])
-def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
-    save(llama(), None, tmp_path / "out")
-    (tmp_path / "out" / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(CheckpointError, match=name):
-        load(tmp_path / "out")
 
 
 def test_a_model_that_cannot_run_says_so(tmp_path: Path) -> None:
