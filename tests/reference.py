@@ -65,3 +65,25 @@ def tiny_llama(**over):
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * (p.shape[-1] ** -0.5) + (1.0 if p.dim() == 1 else 0.0))
     return model
+
+
+def inputs_of(model, tokens, names):
+    """name -> (N * T, in) inputs of the linear modules."""
+    seen = {}
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(
+            lambda _m, a, n=n: seen.update({n: a[0].flatten(0, 1)})
+        )
+        for n in names
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for h in hooks:
+        h.remove()
+    return seen
+
+
+def reader_of(group: Group) -> str:
+    """The linear module that reads the heads or neurons of a block."""
+    kind = "self_attn.o_proj" if group.kind == "heads" else "mlp.down_proj"
+    return f"model.layers.{group.layer}.{kind}"

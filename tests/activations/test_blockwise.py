@@ -6,9 +6,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
-from prunekit.activations.blockwise import Feeding, capture, inside, stack, walk
-from prunekit.activations.moments import first_tensor
+from prunekit.activations.blockwise import (
+    block_stack,
+    capture_inputs,
+    groups_by_block,
+    iterate_blocks,
+)
+from prunekit.activations.hooks import first_tensor
+from prunekit.activations.storage import PassOptions
 from prunekit.errors import ConfigError
 from prunekit.graph import discover
 
@@ -38,54 +45,59 @@ def hooks_on(model) -> int:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_replay_equals_the_whole_model(tiny_archs, tokens, arch):
-    model = tiny_archs.tiny_model(arch, layers=3).eval()
-    blocks = stack(discover(model, verify=False))
+def test_replay_equals_the_whole_model(tokens, arch):
+    model = tiny_model(arch, layers=3)
+    blocks = block_stack(discover(model, verify=False))
     before = hooks_on(model)
     expected = outputs_of(model, blocks, tokens)
-    for run in walk(model, blocks, tokens, Feeding(3)):  # two batches, the last one smaller
-        out = torch.cat(list(run()))
+    for run in iterate_blocks(
+        model, blocks, tokens, PassOptions(batch=3)
+    ):  # two batches, the last one smaller
+        out = torch.cat([x for _, x in run.outputs()])
         torch.testing.assert_close(out, expected[run.block], rtol=1e-4, atol=1e-4)
     assert run.block == len(blocks) - 1
     assert hooks_on(model) == before
 
 
-@pytest.mark.parametrize(("store", "tolerance"), [("disk", 1e-5), ("half", 5e-2)])
-def test_activations_elsewhere(tiny_archs, tokens, store, tolerance):
-    model = tiny_archs.tiny_model("llama", layers=3).eval()
-    blocks = stack(discover(model, verify=False))
+@pytest.mark.parametrize(("store", "tolerance"), [("disk", 1e-5), ("bfloat16", 5e-2)])
+def test_activations_elsewhere(tokens, store, tolerance):
+    model = tiny_model("llama", layers=3)
+    blocks = block_stack(discover(model, verify=False))
     expected = outputs_of(model, blocks, tokens)[-1]
-    *_, run = walk(model, blocks, tokens, Feeding(2, store))
-    out = torch.cat(list(run()))
+    *_, run = iterate_blocks(model, blocks, tokens, PassOptions(store, batch=2))
+    out = torch.cat([x for _, x in run.outputs()])
     assert (out - expected).norm() <= tolerance * expected.norm()
 
 
-def test_the_next_block_sees_what_was_done_to_this_one(tiny_archs, tokens):
-    model = tiny_archs.tiny_model("llama", layers=3).eval()
-    blocks = stack(discover(model, verify=False))
-    for run in walk(model, blocks, tokens, Feeding(2)):
+def test_the_next_block_sees_what_was_done_to_this_one(tokens):
+    model = tiny_model("llama", layers=3)
+    blocks = block_stack(discover(model, verify=False))
+    for run in iterate_blocks(model, blocks, tokens, PassOptions(batch=2)):
         if run.block == 0:
             with torch.no_grad():
                 model.get_submodule(blocks[0]).mlp.down_proj.weight.zero_()
     torch.testing.assert_close(
-        torch.cat(list(run())), outputs_of(model, blocks, tokens)[-1], rtol=1e-4, atol=1e-4
+        torch.cat([x for _, x in run.outputs()]),
+        outputs_of(model, blocks, tokens)[-1],
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
-def test_only_the_first_batches_run_the_whole_model(tiny_archs, tokens):
-    model = tiny_archs.tiny_model("llama", layers=2).eval()
-    blocks = stack(discover(model, verify=False))
+def test_only_the_first_batches_run_the_whole_model(tokens):
+    model = tiny_model("llama")
+    blocks = block_stack(discover(model, verify=False))
     calls = []
     hook = model.get_submodule(blocks[1]).register_forward_hook(lambda *_: calls.append(1))
-    capture(model, blocks, tokens, Feeding(1))
+    capture_inputs(model, blocks, tokens, PassOptions(batch=1))
     hook.remove()
     assert len(tokens) == 4
     assert len(calls) == 2
 
 
-def test_an_error_inside_a_block_comes_out(tiny_archs, tokens):
-    model = tiny_archs.tiny_model("llama", layers=2).eval()
-    blocks = stack(discover(model, verify=False))
+def test_an_error_inside_a_block_comes_out(tokens):
+    model = tiny_model("llama")
+    blocks = block_stack(discover(model, verify=False))
     before = hooks_on(model)
 
     def broken(*_):
@@ -93,21 +105,25 @@ def test_an_error_inside_a_block_comes_out(tiny_archs, tokens):
 
     handle = model.get_submodule(blocks[1]).register_forward_hook(broken)
     with pytest.raises(ValueError, match="from inside"):
-        capture(model, blocks, tokens, Feeding(2))
+        capture_inputs(model, blocks, tokens, PassOptions(batch=2))
     handle.remove()
     assert hooks_on(model) == before
 
 
-def test_there_is_no_loss_inside_a_block(tiny_archs, tokens):
-    model = tiny_archs.tiny_model("llama", layers=2).eval()
-    run = next(walk(model, stack(discover(model, verify=False)), tokens, Feeding(2)))
+def test_there_is_no_loss_inside_a_block(tokens):
+    model = tiny_model("llama")
+    run = next(
+        iterate_blocks(
+            model, block_stack(discover(model, verify=False)), tokens, PassOptions(batch=2)
+        )
+    )
     with pytest.raises(ConfigError, match="needs the loss"):
-        next(run(labels=True))
+        next(run.losses())
 
 
-def test_units_outside_the_blocks_are_refused(tiny_archs):
-    groups = discover(tiny_archs.tiny_model("llama", layers=2), verify=False)
+def test_units_outside_the_blocks_are_refused():
+    groups = discover(tiny_model("llama"), verify=False)
     with pytest.raises(ConfigError, match="hidden is not inside one block"):
-        inside([g for g in groups if g.kind == "hidden"], stack(groups))
+        groups_by_block([g for g in groups if g.kind == "hidden"], block_stack(groups))
     with pytest.raises(ConfigError, match="stack of blocks"):
-        stack([])
+        block_stack([])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import problem
 from reference import tiny_llama
 
 from prunekit import graph
@@ -13,7 +14,11 @@ from prunekit.architecture.sizes import Sizes
 from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
 from prunekit.ratios.uniform import uniform
-from prunekit.selection import units as select
+from prunekit.selection.units import keep_local
+
+
+def counted(model, groups, **options):
+    return uniform(problem(model), groups, **options).counts
 
 
 def groups_of(model, *kinds):
@@ -25,10 +30,10 @@ def groups_of(model, *kinds):
 def test_stock_counts_load_stock(kinds, of):
     model = tiny_llama()
     groups = groups_of(model, *kinds)
-    counts = uniform(model, groups, None, target=0.2, of=of, loadable="stock")
+    counts = counted(model, groups, target=0.2, of=of, loadable="stock")
     assert len({counts[g.name] for g in groups if g.kind == "neurons"}) <= 1
     assert any(counts.values())
-    kept = select.local({g.name: torch.arange(float(g.units)) for g in groups}, counts)
+    kept = keep_local({g.name: torch.arange(float(g.units)) for g in groups}, counts)
     assert stock_config(graph.remove(model, kept)) is not None
 
 
@@ -36,7 +41,7 @@ def test_neurons_take_up_the_rest_of_the_budget():
     model = tiny_llama()
     groups = groups_of(model, "neurons", "heads")
     sizes = Sizes(model, groups)
-    counts = uniform(model, groups, None, target=0.2, of="model", loadable="stock")
+    counts = counted(model, groups, target=0.2, of="model", loadable="stock")
     neuron_of_every_layer = sizes.removed({"neurons.0": 1, "neurons.1": 1})
     assert abs(sizes.removed(counts) - 0.2 * sizes.total) <= neuron_of_every_layer
 
@@ -44,10 +49,9 @@ def test_neurons_take_up_the_rest_of_the_budget():
 def test_an_excluded_layer_is_refused_with_what_to_do():
     model = tiny_llama()
     with pytest.raises(ConfigError, match="exclude=none"):
-        uniform(
+        counted(
             model,
             [g for g in groups_of(model, "neurons") if g.layer == 0],
-            None,
             target=0.2,
             loadable="stock",
         )
@@ -56,5 +60,5 @@ def test_an_excluded_layer_is_refused_with_what_to_do():
 def test_multiples_hold():
     model = tiny_llama()
     groups = groups_of(model, "neurons")
-    counts = uniform(model, groups, None, target=0.2, of="units", multiple=4, loadable="stock")
+    counts = counted(model, groups, target=0.2, of="units", multiple=4, loadable="stock")
     assert all((g.units - counts[g.name]) % 4 == 0 for g in groups)

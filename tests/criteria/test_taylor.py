@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import llama_groups, tiny_llama
 
-from prunekit.activations.runs import WholeRun
+from prunekit.activations.runs import ModelRun
 from prunekit.criteria.taylor import taylor
 
 MODES = ("vectorize", "param_first", "param_second", "param_mix")
@@ -69,7 +69,7 @@ def test_scores_match_the_formula(mode, tied, tokens):
     model = tiny_llama(tie_word_embeddings=tied)
     groups = llama_groups(model)
     want = plain(model, groups, tokens, mode, "sum")
-    got = taylor(model, groups, WholeRun(model, tokens), mode=mode)
+    got = taylor(model, groups, ModelRun(model, tokens), mode=mode)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-7)
 
@@ -79,7 +79,7 @@ def test_reductions_match(reduce, tokens):
     model = tiny_llama()
     groups = llama_groups(model, ("neurons", "heads"))
     want = plain(model, groups, tokens, "param_first", reduce)
-    got = taylor(model, groups, WholeRun(model, tokens), reduce=reduce)
+    got = taylor(model, groups, ModelRun(model, tokens), reduce=reduce)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-9)
 
@@ -95,15 +95,15 @@ def test_query_heads_count_for_their_own_kv_head():
         q = model.model.layers[0].self_attn.q_proj.weight
         q.zero_()
         q[rep * D : 2 * rep * D] = 1
-    got = taylor(model, [group], WholeRun(model, torch.randint(8, 100, (2, 12))), reduce="first")
+    got = taylor(model, [group], ModelRun(model, torch.randint(8, 100, (2, 12))), reduce="first")
     assert got[group.name].gt(0).tolist() == [False, True, False]
 
 
 def test_split_batches_give_the_same_scores(tokens):
     model = tiny_llama()
     groups = llama_groups(model)
-    whole = taylor(model, groups, WholeRun(model, tokens))
-    split = taylor(model, groups, WholeRun(model, tokens), batch=3)
+    whole = taylor(model, groups, ModelRun(model, tokens))
+    split = taylor(model, groups, ModelRun(model, tokens), batch=3)
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-7)
 
@@ -114,7 +114,7 @@ def test_model_is_left_as_it_was(tokens):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with torch.no_grad():
         logits = model(tokens).logits
-    taylor(model, llama_groups(model), WholeRun(model, tokens), mode="param_mix")
+    taylor(model, llama_groups(model), ModelRun(model, tokens), mode="param_mix")
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, logits)
     for n, p in model.named_parameters():

@@ -6,27 +6,26 @@ import copy
 
 import pytest
 import torch
+from problems import problem, uniform
+from tiny_models import tiny_model
 
 from prunekit import graph
-from prunekit.activations.runs import WholeRun
+from prunekit.activations.runs import ModelRun
 from prunekit.errors import ConfigError
-from prunekit.registry import criteria, pruners, ratios
-from prunekit.selection import units as select
-
-
-def keep_all(groups):
-    return groups
+from prunekit.registry import criteria, pruners
+from prunekit.selection.units import keep_local
 
 
 @pytest.fixture
-def llama(tiny_archs):
-    return tiny_archs.tiny_model("llama", layers=3).eval()
+def llama():
+    return tiny_model("llama", layers=3)
 
 
-def prune(model, tokens, target=0.4, criterion="wanda_sp", exclude=keep_all, of="units", **options):
-    ratio = ratios.build({"name": "uniform", "target": target, "of": of})
-    return pruners.build({"name": "layerwise", "verify": False, **options})(
-        model, tokens, criteria.build({"name": criterion}), ratio, exclude
+def prune(model, tokens, target=0.4, criterion="wanda_sp", exclude=None, of="units", **options):
+    pruner = pruners.build({"name": "layerwise", **options})
+    ratio = uniform(target, of)
+    return pruner(
+        problem(model, tokens, criterion={"name": criterion}, ratio=ratio, exclude=exclude)
     )
 
 
@@ -34,12 +33,11 @@ def test_each_block_is_scored_behind_the_pruned_ones(llama, tokens):
     by_hand = copy.deepcopy(llama)
     out = prune(llama, tokens)
     groups = [g for g in graph.discover(by_hand, verify=False) if g.kind in ("heads", "neurons")]
-    for layer in range(
-        3
-    ):  # whole-model passes see the same inputs, since the blocks before are zeroed already
+    for layer in range(3):
+        # Whole-model passes see the same inputs, since the blocks before are zeroed already.
         row = [g for g in groups if g.layer == layer]
-        scores = criteria.build({"name": "wanda_sp"})(by_hand, row, WholeRun(by_hand, tokens))
-        kept = select.local(scores, out.notes["counts"])
+        scores = criteria.build({"name": "wanda_sp"})(by_hand, row, ModelRun(by_hand, tokens))
+        kept = keep_local(scores, out.notes["counts"])
         for g in row:
             assert torch.equal(kept[g.name], out.kept[g.name]), g.name
         graph.zero(by_hand, kept)
@@ -63,7 +61,7 @@ def test_ratio_zero_changes_nothing(llama, tokens):
 
 def test_zeroing_keeps_the_shapes(llama, tokens):
     twin = copy.deepcopy(llama)
-    prune(llama, tokens, compress=False)
+    prune(llama, tokens, remove=False)
     prune(twin, tokens)
     assert llama.model.layers[0].mlp.down_proj.weight.shape[1] == 96
     with torch.no_grad():
@@ -98,7 +96,7 @@ def test_the_real_model(smollm2, shared):
         8, 128
     )
     total = sum(p.numel() for p in model.parameters())
-    out = prune(model, tokens, target=0.1, of="model", compensate="bias", store="half")
+    out = prune(model, tokens, target=0.1, of="model", compensate="bias", store="bfloat16")
     assert sum(
         p.numel() for n, p in model.named_parameters() if not n.endswith("bias")
     ) == pytest.approx(0.9 * total, rel=1e-4)

@@ -6,24 +6,24 @@ import copy
 
 import pytest
 import torch
+from problems import problem, uniform
+from tiny_models import tiny_model
 
 from prunekit.errors import ConfigError
-from prunekit.registry import pruners, ratios
+from prunekit.registry import pruners
 
-PLAIN = {
-    "allocation": "ratio",
-    "target": "own",
-    "bias": False,
-    "weigh": "equal",
-    "precision": "model",
-}
+PLAIN = {"target": "own", "bias": False, "token_weight": "equal", "precision": "model"}
+COST = {"name": "cost", "cost_tokens": 128}
 
 
-def prune(model, tokens, share=0.3, of="prunable", exclude=lambda groups: groups, **options):
-    ratio = ratios.build({"name": "uniform", "target": share, "of": of})
-    return pruners.build({"name": "obs", "verify": False, "scout": 128, **options})(
-        model, tokens, None, ratio, exclude
-    )
+def prune(model, tokens, share=0.3, of="prunable", ratio="uniform", exclude=None, **options):
+    """`ratio` as a node, or the name of one that takes `share` and `of`."""
+    if ratio == "cost":
+        ratio = COST | {"target": share, "of": of}
+    elif ratio == "uniform":
+        ratio = uniform(share, of)
+    pruner = pruners.build({"name": "obs", **options})
+    return pruner(problem(model, tokens, ratio=ratio, exclude=exclude))
 
 
 def drift(model, tokens, dense) -> float:
@@ -32,8 +32,8 @@ def drift(model, tokens, dense) -> float:
 
 
 @pytest.fixture
-def llama(tiny_archs):
-    return tiny_archs.tiny_model("llama", layers=3).eval()
+def llama():
+    return tiny_model("llama", layers=3)
 
 
 @pytest.fixture
@@ -42,10 +42,11 @@ def text():
     return torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("ratio", ["uniform", "cost"])
 @pytest.mark.parametrize("options", [{}, PLAIN])
-def test_ratio_zero_changes_nothing(llama, tokens, options):
+def test_ratio_zero_changes_nothing(llama, tokens, ratio, options):
     before = copy.deepcopy(llama.state_dict())
-    out = prune(llama, tokens, share=0.0, **options)
+    out = prune(llama, tokens, share=0.0, ratio=ratio, **options)
     assert out.kept == {}
     assert set(llama.state_dict()) == set(before)
     assert all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
@@ -67,7 +68,7 @@ def test_the_budget_is_kept_when_costs_allocate(llama, text):
     total = sum(p.numel() for p in llama.parameters())
     allowed = copy.deepcopy(llama)
     prune(allowed, text, of="model", share=0.2, **PLAIN)
-    prune(llama, text, of="model", share=0.2, bias=False)
+    prune(llama, text, of="model", share=0.2, ratio="cost", bias=False)
     size = [sum(p.numel() for p in m.parameters()) for m in (allowed, llama)]
     assert 0 <= size[1] - size[0] < 16 * 3 * 64 * 2, "at most one unit short of the budget"
     assert size[1] == pytest.approx(0.8 * total, rel=0.02)
@@ -81,7 +82,7 @@ def test_neurons_that_others_can_replace_cost_nothing(llama, text):
                 linear.weight[1::2] = linear.weight[::2]
     with torch.no_grad():
         dense = llama(text).logits
-    prune(llama, text, share=0.5, of="units", kinds=["neurons"], damp=1e-6, **PLAIN)
+    prune(llama, text, share=0.5, of="units", kinds=["neurons"], ridge=1e-6, **PLAIN)
     assert llama.model.layers[0].mlp.down_proj.in_features == 48
     assert drift(llama, text, dense) < 1e-2
 
@@ -89,28 +90,25 @@ def test_neurons_that_others_can_replace_cost_nothing(llama, text):
 def test_closed_form_beats_plain_removal(llama, text):
     with torch.no_grad():
         dense = llama(text).logits
-    ratio = ratios.build({"name": "uniform", "target": 0.4, "of": "prunable"})
     plain = copy.deepcopy(llama)
-    from prunekit.registry import criteria
-
-    pruners.build({"name": "layerwise", "verify": False})(
-        plain, text, criteria.build({"name": "wanda_sp"}), ratio, lambda g: g
+    pruners.build({"name": "layerwise"})(
+        problem(plain, text, criterion={"name": "wanda_sp"}, ratio=uniform(0.4, "prunable"))
     )
     paper, best = copy.deepcopy(llama), copy.deepcopy(llama)
     prune(paper, text, share=0.4, **PLAIN)
-    prune(best, text, share=0.4, precision="model", allocation="ratio", weigh="relative")
+    prune(best, text, share=0.4, precision="model", token_weight="relative")
     # Which of the two closed forms is ahead is a matter of the model; random weights decide nothing
     # there.
     assert max(drift(best, text, dense), drift(paper, text, dense)) < drift(plain, text, dense)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2", "gpt_neox", "phi3", "opt"])
-def test_other_architectures(tiny_archs, text, arch):
-    model = tiny_archs.tiny_model(arch, layers=2).eval()
+def test_other_architectures(text, arch):
+    model = tiny_model(arch)
     with torch.no_grad():
         dense = model(text).logits
     before = sum(p.numel() for p in model.parameters())
-    out = prune(model, text, share=0.2, verify=True, target="dense")
+    out = prune(model, text, share=0.2, ratio="cost", target="dense")
     assert sum(p.numel() for p in model.parameters()) < before
     assert torch.isfinite(model(text).logits).all()
     assert drift(model, text, dense) < 1
@@ -120,7 +118,7 @@ def test_other_architectures(tiny_archs, text, arch):
 
 def test_excluded_blocks_stay_as_they_are(llama, text):
     before = copy.deepcopy(llama.model.layers[1].state_dict())
-    prune(llama, text, exclude=lambda groups: [g for g in groups if g.layer != 1])
+    prune(llama, text, ratio="cost", exclude=lambda groups: [g for g in groups if g.layer != 1])
     after = llama.model.layers[1].state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(v, before[k]) for k, v in after.items())
@@ -136,26 +134,26 @@ def test_little_text_is_said(llama, text, caplog):
 
 def test_what_is_not_pruned_stays_as_it_is(llama, text):
     before = copy.deepcopy(llama.model.layers[1].self_attn.state_dict())
-    out = prune(llama, text, kinds=["neurons"], allocation="ratio", target="dense")
+    out = prune(llama, text, kinds=["neurons"], target="dense")
     after = llama.model.layers[1].self_attn.state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(v, before[k]) for k, v in after.items())
     assert set(out.kept) == {f"neurons.{i}" for i in range(3)}
 
 
-@pytest.mark.parametrize("store", ["half", "disk"])
+@pytest.mark.parametrize("store", ["bfloat16", "disk"])
 def test_activations_elsewhere(llama, text, store):
     twin = copy.deepcopy(llama)
     a, b = prune(llama, text, store=store, **PLAIN), prune(twin, text, **PLAIN)
     assert a.notes["counts"] == b.notes["counts"]
     with torch.no_grad():
         difference = (llama(text).logits - twin(text).logits).norm() / twin(text).logits.norm()
-    assert difference < (0.4 if store == "half" else 1e-4)
+    assert difference < (0.4 if store == "bfloat16" else 1e-4)
 
 
-def test_experts_have_no_single_reader(tiny_archs, text):
+def test_experts_have_no_single_reader(text):
     with pytest.raises(ConfigError, match="neurons.0 and 1 more groups have none"):
-        prune(tiny_archs.tiny_model("mixtral", layers=2).eval(), text, kinds=["heads", "neurons"])
+        prune(tiny_model("mixtral"), text, kinds=["heads", "neurons"])
 
 
 @pytest.mark.slow
@@ -167,7 +165,8 @@ def test_the_real_model(smollm2, shared):
     spec.loader.exec_module(peer)
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     whole = sum(p.numel() for p in model.parameters())
-    out = prune(model, peer.calibration(tokenizer, 16, 256), share=0.16, of="model", scout=4096)
+    ratio = {"name": "cost", "target": 0.16, "of": "model", "cost_tokens": 4096}
+    out = prune(model, peer.calibration(tokenizer, 16, 256), ratio=ratio)
     assert sum(p.numel() for p in out.model.parameters()) == pytest.approx(0.84 * whole, rel=2e-3)
     assert (
         peer.perplexity(out.model.bfloat16(), peer.windows(tokenizer), 1024) < 40

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
+from problems import problem, uniform
 from reference import tiny_llama
+from tiny_models import tiny_model
 
 from prunekit import checkpoint
 from prunekit.errors import ConfigError
-from prunekit.excludes.ranges import none
 from prunekit.pruners.slicegpt import slicegpt
-from prunekit.solvers.rotation import shortcut, turned
+from prunekit.types import Allocation
 
 C, L = 24, 4
 
@@ -21,25 +21,16 @@ C, L = 24, 4
 def build(**over):
     model = tiny_llama(num_hidden_layers=L, **over)
     with torch.no_grad():
-        for (
-            block
-        ) in model.model.layers:  # sub-layers that add something comparable to what is there
+        for block in model.model.layers:  # sub-layers add something comparable to what is there
             block.self_attn.o_proj.weight.mul_(2)
     return model.double()
 
 
 def cut(model, tokens, gone, **options):
-    return slicegpt(
-        model,
-        tokens,
-        None,
-        lambda *_: {"hidden": gone},
-        none,
-        budget="units",
-        multiple=2,
-        verify=False,
-        **options,
-    )
+    def ratio(_problem, _groups):
+        return Allocation({"hidden": gone}, budget="units")
+
+    return slicegpt(problem(model, tokens, ratio=ratio), multiple=2, **options)
 
 
 def projected(model, tokens, width, blocks, weighting="signal"):
@@ -121,39 +112,11 @@ def test_the_first_basis_loses_the_smallest_eigenvalues(tokens):
     )
 
 
-def test_shortcuts_are_the_product_of_bases():
-    rng = torch.Generator().manual_seed(0)
-    subspaces = [
-        torch.linalg.qr(torch.randn(12, 9, generator=rng, dtype=torch.float64))[0] for _ in range(4)
-    ]
-    bases = list(turned(subspaces))
-    for Q, old in zip(bases, subspaces):
-        torch.testing.assert_close(Q @ Q.T, old @ old.T)
-    for a, b in pairwise(bases):
-        B = shortcut(a, b)
-        assert B.shape[1] <= 3
-        torch.testing.assert_close(
-            torch.eye(9, dtype=B.dtype) - B @ B.T, a.T @ b, rtol=0, atol=1e-5
-        )
-
-
 @pytest.mark.parametrize("tie", [False, True])
 def test_the_budget_is_met_with_the_added_matrices(tokens, tie):
-    from functools import partial
-
-    from prunekit.ratios.uniform import uniform
-
     model = build(tie_word_embeddings=tie, intermediate_size=200)
     before = sum(p.numel() for p in model.parameters())
-    pruned = slicegpt(
-        model,
-        tokens,
-        None,
-        partial(uniform, target=0.2, of="model"),
-        none,
-        multiple=1,
-        verify=False,
-    )
+    pruned = slicegpt(problem(model, tokens, ratio=uniform(0.2, "model")), multiple=1)
     after = sum(p.numel() for p in pruned.model.parameters())
     assert abs((before - after) / before - 0.2) < 0.03  # one channel is 1/24
     assert pruned.notes["slicegpt"]["parameters_removed"] == before - after
@@ -212,11 +175,11 @@ def test_layer_norms_are_refused(tokens):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma", "phi3", "granite", "smollm3"])
-def test_architectures_of_the_llama_form(name, tiny_archs, tokens):
+def test_architectures_of_the_llama_form(name, tokens):
     """Biases, query norms, gains of 1 + w, fused matrices, scaled sums: nothing of it is told to
     the pruner.
     """
-    model = tiny_archs.tiny_model(name).eval()
+    model = tiny_model(name)
     want = logits(model, tokens)
     width = model.config.hidden_size
     torch.testing.assert_close(
@@ -233,6 +196,6 @@ def test_architectures_of_the_llama_form(name, tiny_archs, tokens):
     ("name", "words"),
     [("gemma2", "no chain"), ("gpt_neox", "RMSNorm"), ("cohere", "no chain"), ("mpt", "RMSNorm")],
 )
-def test_other_forms_are_refused(name, words, tiny_archs, tokens):
+def test_other_forms_are_refused(name, words, tokens):
     with pytest.raises(ConfigError, match=words):
-        cut(tiny_archs.tiny_model(name).eval(), tokens, 8)
+        cut(tiny_model(name), tokens, 8)

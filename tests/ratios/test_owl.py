@@ -1,0 +1,59 @@
+"""OWL's shares: the papers' formula, the total, and what it comes to without outliers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from problems import problem, uniform
+from tiny_models import tiny_model
+
+from prunekit.architecture.matrices import matrices
+from prunekit.ratios.owl import shares
+from prunekit.registry import pruners
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama", layers=3)
+
+
+def prune(model, tokens, ratio):
+    pruner = pruners.build({"name": "unstructured"})
+    return pruner(problem(model, tokens, criterion={"name": "wanda"}, ratio=ratio))
+
+
+def test_owls_shares():
+    found = [1.0, 3.0, 2.0, 7.0]
+    s = shares(found, [10] * 4, 0.7, 0.08)
+    assert sum(s) / 4 == pytest.approx(0.7, abs=1e-9)
+    assert max(s) - min(s) == pytest.approx(0.16, abs=1e-9)
+    assert sorted(range(4), key=s.__getitem__) == sorted(
+        range(4), key=found.__getitem__, reverse=True
+    )
+    assert shares([2.0, 2.0], [1, 1], 0.3, 0.1) == [0.3, 0.3]
+    cut = shares(found, [10, 20, 30, 40], 0.05, 0.2)
+    assert min(cut) == 0
+    assert sum(a * b for a, b in zip(cut, [10, 20, 30, 40])) == pytest.approx(5)
+
+
+def test_owl_without_spread_is_uniform(llama, tokens):
+    twin = copy.deepcopy(llama)
+    a = prune(llama, tokens, {"name": "owl", "lamda": 0.0})
+    b = prune(twin, tokens, uniform(0.5))
+    assert a.notes == b.notes
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in llama.state_dict().items())
+
+
+def test_owl_keeps_the_total(llama, tokens):
+    groups = matrices(llama)
+    owl = {"name": "owl", "target": 0.7, "M": 2}
+    counts = problem(llama, tokens, ratio=owl).allocate(groups).counts
+    by_layer = [
+        sum(counts[g.name] for g in groups if g.layer == i)
+        / sum(g.units for g in groups if g.layer == i)
+        for i in range(3)
+    ]
+    assert sum(by_layer) / 3 == pytest.approx(0.7, abs=1e-3)
+    assert max(by_layer) - min(by_layer) == pytest.approx(0.16, abs=2e-3)

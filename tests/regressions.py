@@ -1,0 +1,25 @@
+"""Small regressions with correlated inputs, and their sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunekit.activations.gram import GramStatistics
+
+
+def data(
+    tokens: int = 400, inputs: int = 24, outputs: int = 7, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Inputs `(tokens, inputs)` and weights `(outputs, inputs)`."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(inputs, inputs, generator=g) * 0.4 + torch.eye(inputs)
+    x = torch.randn(tokens, inputs, generator=g) @ mix + torch.randn(inputs, generator=g)
+    return x, torch.randn(outputs, inputs, generator=g)
+
+
+def gathered(x: Tensor, y: Tensor, w: Tensor | None = None) -> GramStatistics:
+    stats = GramStatistics(x.shape[1], y.shape[1])
+    for i in range(0, len(x), 90):  # several batches, the last one smaller
+        stats.add(x[i : i + 90], y[i : i + 90], None if w is None else w[i : i + 90])
+    return stats

@@ -1,0 +1,39 @@
+"""The papers' floor rules, and rounding to multiples."""
+
+from __future__ import annotations
+
+import pytest
+
+from prunekit.selection.shares import rounded, units_removed
+from prunekit.types import Group
+
+
+@pytest.mark.parametrize(
+    ("units", "width", "share", "removed"),
+    [
+        (11008, 1, 0.25, 2752),  # LLaMA-7B, block 20 %
+        (11008, 1, 0.60, 11008 - 4403),  # block 50 %
+        (32, 128, 0.25, 8),
+        (32, 128, 0.60, 19),
+        (4096, 1, 0.20, 4096 - 3276),  # channel 20 %
+        (4096, 1, 0.50, 2048),
+        (8, 128, 0.25, 2),  # Llama-3-8B kv heads
+        (4, 64, 0.25, 1),  # TinyLlama kv heads
+        (3, 64, 0.328, 0),  # SmolLM2: 0.98 of a head is no head
+        (3, 64, 0.334, 1),
+        (1536, 1, 0.328, 1536 - 1032),
+        (10, 1, 0.0, 0),
+        (2, 1, 0.99, 1),  # never empties
+    ],
+)
+def test_the_papers_floor_rules(units, width, share, removed):
+    group = Group(
+        "g", "heads" if width > 1 else "neurons", 0, units, (type("M", (), {"width": width})(),)
+    )
+    assert units_removed(group, share) == removed
+
+
+def test_multiple_rounds_kept_neurons():
+    group = Group("g", "neurons", 0, 1536)
+    assert (1536 - rounded(group, 504, 64)) % 64 == 0
+    assert rounded(group, 0, 64) == 0
