@@ -16,7 +16,7 @@ from paths import ROOT
 from torch import Tensor, nn
 
 import prunekit
-from prunekit.cli.main import main as cli
+from prunekit.cli import main as cli
 from prunekit.inventory import command as inventory
 from prunekit.inventory import picture
 from prunekit.inventory.facts import as_json
@@ -200,7 +200,7 @@ def test_all_of_them_when_asked(capsys):
 
 
 def test_experts_alike_are_told_once():
-    from graph.foreign import Mixtral
+    from foreign import Mixtral
 
     text = inventory.text(look(Mixtral(), verify=False), False)
     assert "neurons.{0..2}.e{0..4}: 60 units of 144 parameters" in text
