@@ -1,4 +1,4 @@
-"""Fixtures that several test files use: shared data, the tiny architectures, the real model."""
+"""Fixtures that several test files use: shared data and models, the real model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_archs(shared: Path):
-    """The module `tiny_archs` of the shared tools: a tiny random model of every architecture."""
+    """The module `tiny_archs` of the shared tools: tiny models that others made, of every
+    architecture. `tiny_models` has our own.
+    """
     spec = importlib.util.spec_from_file_location("tiny_archs", shared / "tools" / "tiny_archs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

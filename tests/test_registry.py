@@ -17,14 +17,13 @@ from prunekit.registry import REGISTRIES, Registry, Share
 
 @pytest.fixture
 def registry():
-    r = Registry("criterion", "criteria")
+    r = Registry("criterion", "a package without files")
 
     @r.register()
     def mine(model, *, share: Share = 0.1, mode: Literal["a", "b"] = "a"):
         """Mine."""
         return share, mode
 
-    r._loaded = True
     return r
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from prunekit.cli import plan
 from prunekit.cli.compose import composed
 from prunekit.errors import ConfigError
+from prunekit.types import Group
 
 GB, MIB = 1e9, 2**20
 BLOCK = [
@@ -34,6 +35,10 @@ def forecast(*words: str) -> plan.Forecast:
     return plan.forecast(cfg)
 
 
+def by_name(found: plan.Forecast) -> dict[str, tuple[int, int]]:
+    return {group.name: width for group, width in found.widths}
+
+
 @pytest.mark.parametrize("row", [r for r in EXACT if r[1]], ids=str)
 def test_table_3_comes_out_to_the_digit(row):
     path = ROOT / "experiments" / "llm_pruner" / "table3" / "paper.json"
@@ -54,7 +59,7 @@ def test_table_3_comes_out_to_the_digit(row):
 def test_grouped_queries_are_counted_as_the_readme_of_the_paper_does():
     found = forecast("model=llama3_8b", *BLOCK)
     assert found.pruned.params == 6_612_586_496
-    assert found.widths["heads.4"] == (6, 8)
+    assert by_name(found)["heads.4"] == (6, 8)
     assert found.pruned.kv == 2 * 2 * 128 * (6 * 8 + 26 * 6)
 
 
@@ -74,7 +79,7 @@ def test_a_plan_is_what_the_run_leaves(tmp_path):
     found = plan.forecast(cfg)
     record = run(cfg, tmp_path)
     assert record["results"]["pruned/params"] == found.pruned.params
-    assert {n: tuple(w) for n, w in record["kept"].items()} == found.widths
+    assert {n: tuple(w) for n, w in record["kept"].items()} == by_name(found)
 
 
 def test_every_row_of_a_table_is_planned(capsys):
@@ -85,12 +90,14 @@ def test_every_row_of_a_table_is_planned(capsys):
 
 
 def test_what_only_weights_can_tell_is_said():
+    words = ["model=tiny_llama", "criterion=wanda_sp", "exclude=none", "eval=quick", "ratio=owl"]
     with pytest.raises(ConfigError, match="needs the weights"):
-        plan.no_data("owl")(1)
+        forecast(*words)
 
 
 def test_stretches_of_equal_layers_are_one_entry():
-    widths = {"heads.0": (3, 4), "heads.1": (3, 4), "heads.2": (4, 4), "hidden": (10, 20)}
+    widths = [(Group(f"heads.{i}", "heads", i, 4), (kept, 4)) for i, kept in enumerate((3, 3, 4))]
+    widths.append((Group("hidden", "hidden", None, 20), (10, 20)))
     assert plan.stretches(widths) == ["heads  0-1: 3/4, 2: 4/4", "hidden  10/20"]
 
 

@@ -54,9 +54,9 @@ def test_byte_tokenizer_round_trips_any_text_and_a_checkpoint(tmp_path):
 
 def test_meta_has_the_shapes_and_no_weights():
     real, _ = models.build({"name": "tiny_llama", "layers": 2, "dtype": "bfloat16"})()
-    meta, tokenizer = models.build(
-        {"name": "tiny_llama", "layers": 2, "dtype": "bfloat16", "meta": True}
-    )()
+    meta, tokenizer = models.build({"name": "tiny_llama", "layers": 2, "dtype": "bfloat16"})(
+        meta=True
+    )
     assert tokenizer is None
     assert meta.device.type == "meta"
     assert meta.dtype == torch.bfloat16
@@ -71,7 +71,7 @@ def test_presets_plan_without_hub_and_have_the_published_sizes(preset):
         (ROOT / f"conf/model/{preset}.yaml").read_text()
     )
     node.pop("defaults")
-    model, _ = models.build({**node, "meta": True})()
+    model, _ = models.build({**node})(meta=True)
     assert count(model) == SIZES[preset]
     assert model.device.type == "meta"
     assert node["trust_remote_code"] is False
@@ -89,7 +89,7 @@ def test_hf_loads_a_local_folder(tmp_path):
     )()
     assert torch.equal(again.lm_head.weight.cpu(), model.lm_head.weight.cpu())
     assert half.dtype == torch.bfloat16
-    meta, _ = models.build({"name": "hf", "path": str(tmp_path), "meta": True})()
+    meta, _ = models.build({"name": "hf", "path": str(tmp_path)})(meta=True)
     assert count(meta) == count(model)
 
 
@@ -100,7 +100,7 @@ def test_hf_outlines_a_pruned_folder_so_that_it_can_be_planned_and_pruned_again(
         model, {"neurons.1": torch.arange(128) % 3 > 0, "heads.2": torch.tensor([True, False])}
     )
     prunekit.save(model, tokenizer, tmp_path / "pruned", packed=packed)
-    meta, _ = models.build({"name": "hf", "path": str(tmp_path / "pruned"), "meta": True})()
+    meta, _ = models.build({"name": "hf", "path": str(tmp_path / "pruned")})(meta=True)
     assert meta.device.type == "meta"
     assert {n: (p.shape, p.dtype) for n, p in meta.named_parameters()} == {
         n: (p.shape, p.dtype) for n, p in model.named_parameters()
@@ -117,7 +117,7 @@ def test_hf_says_what_is_missing(tmp_path):
     with pytest.raises(ConfigError, match="needs path"):
         models.build({"name": "hf"})
     with pytest.raises(ConfigError, match="model_type"):
-        models.build({"name": "hf", "path": "a/b", "meta": True, "config": {"hidden_size": 8}})()
+        models.build({"name": "hf", "path": "a/b", "config": {"hidden_size": 8}})(meta=True)
 
 
 def test_missing_package_names_the_pip_command(monkeypatch):
@@ -151,7 +151,7 @@ def test_smollm2_is_the_model_of_the_peers(smollm2):
     assert count(model) == 134_515_008
     assert not model.training
     assert not hasattr(model.config, "quantization_config")
-    meta, nothing = models.build({"name": "smollm2_135m", "meta": True})()
+    meta, nothing = models.build({"name": "smollm2_135m"})(meta=True)
     assert nothing is None
     assert {n: p.shape for n, p in meta.named_parameters()} == {
         n: p.shape for n, p in model.named_parameters()

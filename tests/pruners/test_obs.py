@@ -60,7 +60,7 @@ def test_counts_are_exact(llama, text):
     for i, layer in enumerate(llama.model.layers):
         assert layer.mlp.down_proj.weight.shape == (64, 48)
         assert layer.mlp.down_proj.bias is None
-        assert layer.self_attn.k_proj.out_features == 16
+        assert layer.self_attn.k_proj.out_features == 20
         assert int(out.kept[f"neurons.{i}"].sum()) == 48
 
 

@@ -17,6 +17,7 @@ from fakes import config, result, stages
 
 from prunekit.errors import ConfigError
 from prunekit.report import command as report
+from prunekit.report import exporters
 from prunekit.report.load import load
 from prunekit.report.paper import paper
 from prunekit.report.table import report_tables
@@ -158,7 +159,7 @@ def test_jobs_stand_in_the_order_of_their_numbers_and_name_what_says_the_same_on
 
 
 def test_latex_escapes_what_it_must():
-    assert report.exporters.tex("a_b & 5 %") == r"a\_b \& 5 \%"
+    assert exporters.tex("a_b & 5 %") == r"a\_b \& 5 \%"
 
 
 def test_unknown_form_and_missing_folder_are_refused(table1, tmp_path):

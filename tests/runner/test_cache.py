@@ -12,9 +12,10 @@ import torch
 from fakes import config
 
 from prunekit import graph, registry
-from prunekit.activations.runs import WholeRun
+from prunekit.activations.runs import ModelRun
 from prunekit.errors import ConfigError
 from prunekit.profiling import Stages
+from prunekit.registry import Component, Entry
 from prunekit.runner import cache
 from prunekit.runner.run import run
 
@@ -56,12 +57,11 @@ def test_another_ratio_scores_nothing_anew(tmp_path):
     assert numbers(from_cache) == numbers(anew)
 
 
-def asked(criterion, model, tokens, node, seed=0):
+def asked(criterion, model, tokens, node, seed=0, counts=None):
     """Scores through a fresh cache object, and whether they came from disk."""
-    stages = Stages()
     view = cache.open_cache({"criterion": node, "seed": seed, "cache": True})
-    groups = [g for g in graph.discover(model) if g.kind == "neurons"]
-    scores = view.scores(criterion, stages)(model, groups, WholeRun(model, tokens))
+    groups = [g for g in graph.discover(model, verify=False) if g.kind == "neurons"]
+    scores = view.scores(criterion, Stages())(model, groups, ModelRun(model, tokens, counts))
     return scores, bool(view.used)
 
 
@@ -83,13 +83,30 @@ def test_what_scores_depend_on_is_in_the_key(tiny, tokens):
     assert not asked(criterion, tiny, tokens, node)[1]
 
 
+def registered(fn, module="prunekit.criteria.taylor", **meta):
+    """`fn` as a criterion that a file of prunekit has registered."""
+    fn.__module__ = module
+    return Component(Entry(fn.__name__, fn, {}, {}, meta), {})
+
+
 def test_a_criterion_that_asks_for_the_counts_is_not_stored(tiny, tokens):
     def nosy(model, groups, run):
         assert run.counts == {}
         return {g.name: torch.zeros(g.units) for g in groups}
 
-    assert not asked(nosy, tiny, tokens, {"name": "nosy"})[1]
-    assert not asked(nosy, tiny, tokens, {"name": "nosy"})[1]
+    for _ in range(2):
+        counting = registered(nosy, uses_counts=True)
+        assert not asked(counting, tiny, tokens, {"name": "nosy"}, counts={})[1]
+    with pytest.raises(RuntimeError, match="uses_counts"):
+        asked(registered(nosy), tiny, tokens, {"name": "nosy"})
+
+
+def test_what_a_criterion_of_ones_own_does_nobody_can_hash(tiny, tokens):
+    def own(model, groups, run):
+        return {g.name: torch.zeros(g.units) for g in groups}
+
+    for _ in range(2):
+        assert not asked(registered(own, module="somewhere.else"), tiny, tokens, {"name": "own"})[1]
 
 
 def test_scores_keep_their_order_and_their_bits(tmp_path):

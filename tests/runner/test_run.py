@@ -61,18 +61,18 @@ def test_every_criterion_of_the_paper_runs(criterion, tmp_path):
     "overrides",
     [
         ["pruner=channel", "pruner.norm=rescale"],
-        ["pruner.ranking=global"],
-        ["pruner.ranking=global", "ratio.of=units"],
+        ["ratio=global"],
+        ["ratio=global", "ratio.of=units"],
         ["pruner.steps=3"],
         ["pruner.grouping=none"],
-        ["pruner.compress=false"],
+        ["pruner.remove=false"],
         ["exclude=range", "exclude.heads=[0,1]", "exclude.neurons=[1,2]", "ratio.of=prunable"],
         ["ratio.of=units", "ratio.target=0.4"],
     ],
 )
 def test_every_strategy_runs_and_saves(overrides, tmp_path):
     record = run(config(*overrides), tmp_path)
-    size = "params_nonzero" if "pruner.compress=false" in overrides else "params"
+    size = "params_nonzero" if "pruner.remove=false" in overrides else "params"
     assert record["results"][f"pruned/{size}"] < record["results"][f"dense/{size}"]
     assert (tmp_path / "checkpoint" / "config.json").is_file()
 
@@ -108,7 +108,12 @@ def test_an_exclusion_that_leaves_nothing_is_refused(tmp_path):
         (["ratio.target=0.99"], "cannot be removed from"),
         (["pruner.kinds=[experts]", "criterion=random"], "no units of kind"),
         (
-            ["pruner=weights", "criterion=weight_magnitude", "exclude=none", "ratio.target=0.99"],
+            [
+                "pruner=unstructured",
+                "criterion=weight_magnitude",
+                "exclude=none",
+                "ratio.target=0.99",
+            ],
             "cannot be removed from",
         ),
     ],

@@ -132,8 +132,9 @@ def test_values_of_a_row_survive_hydras_grammar(value):
 
 def test_only_the_same_configuration_and_code_count_as_finished(tmp_path):
     cfg = config() | {"resume": "strict"}
+    code = resume.code_version(cfg)
     assert not resume.finished(tmp_path, cfg)
-    result(tmp_path, {}, cfg | {"out": "elsewhere"}, provenance={"code": resume.code_version()})
+    result(tmp_path, {}, cfg | {"out": "elsewhere"}, provenance={"code": code})
     assert resume.finished(tmp_path, cfg)
     assert not resume.finished(tmp_path, cfg | {"seed": 1})
     assert not resume.finished(tmp_path, cfg | {"resume": "off"})
