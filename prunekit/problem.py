@@ -106,18 +106,19 @@ class Problem:
     def by_block(
         self, groups: list[Group], counts: Counts, options: PassOptions
     ) -> Iterator[tuple[list[Group], BlockRun]]:
-        """Block after block, the groups in it that lose something, with a run over the block.
+        """The blocks of which something goes, one after the other: all groups in the block, with a
+        run over it.
 
         What the caller does to a block, the next one sees in its inputs. Nothing runs where
         nothing is to go. Raises ConfigError for a group that is not inside one block.
         """
         single = all(g.kind == "weights" for g in groups)
         blocks = block_names(self.model) if single else self.blocks()
-        rows = [[g for g in row if counts.get(g.name)] for row in groups_by_block(groups, blocks)]
-        if not any(rows):
+        rows = groups_by_block(groups, blocks)
+        if not any(counts.values()):
             return
         for run in iterate_blocks(self.model, blocks, self.tokens, options):
-            if rows[run.block]:
+            if any(counts.get(g.name) for g in rows[run.block]):
                 yield rows[run.block], run
 
     def dense(self) -> nn.Module:

@@ -88,7 +88,7 @@ def sparsegpt(
     costs: dict[str, float] = {}
     grown: dict[str, float] = {}
     for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
-        for alike, gram in grams(model, row, run):
+        for alike, gram in grams(model, [g for g in row if counts[g.name]], run):
             U, took = inverse_factor(gram, ridge, alike[0].name)
             for g in alike:
                 kept[g.name], costs[g.name] = prune_matrix(

@@ -119,7 +119,8 @@ def _scored(
             yield part, problem.score(part, problem.run())
         return
     for row, run in problem.by_block(groups, counts, options):
-        yield row, problem.score(row, run)
+        part = [g for g in row if counts[g.name]]
+        yield part, problem.score(part, run)
 
 
 def _choose(
