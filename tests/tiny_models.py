@@ -30,12 +30,17 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(arch: str, layers: int = 2, **over: Any) -> nn.Module:
-    """A causal LM of transformers' `arch` in evaluation mode; `over` are fields of its config."""
+def tiny_model(arch: str, layers: int = 2, *, meta: bool = False, **over: Any) -> nn.Module:
+    """A causal LM of transformers' `arch` in evaluation mode; `over` are fields of its config,
+    `meta` gives shapes without weights.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = SIZES | dict(num_hidden_layers=layers) | OTHERS.get(arch, GROUPED) | over
     config = AutoConfig.for_model(arch, **sizes)
+    if meta:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).eval()
     model = AutoModelForCausalLM.from_config(config).float().eval()
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
