@@ -146,6 +146,16 @@ class Expected:
     remark: str = ""
 
 
+def check_no_loss(problem: Problem, pruner: str) -> None:
+    """Raises ConfigError for a criterion that needs the loss, which a block alone does not have."""
+    criterion = problem.criterion
+    if isinstance(criterion, Component) and criterion.meta.get("needs") == "gradients":
+        raise ConfigError(
+            f"criterion={criterion.name} needs the loss, and {pruner} scores one block at a time: "
+            "take pruner=oneshot, or another criterion"
+        )
+
+
 def expect(problem: Problem, groups: list[Group], *, smaller: bool = True) -> Expected:
     """The ratio's counts for `groups`, as far as shapes decide. Raises ConfigError where the target
     cannot be met.

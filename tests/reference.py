@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from prunekit.architecture.sizes import Sizes
 from prunekit.types import Group, Member
 
 
@@ -43,6 +44,30 @@ def llama_groups(model, kinds=("neurons", "heads", "hidden")) -> list[Group]:
             )
     groups.append(Group("hidden", "hidden", None, C, tuple(hidden)))
     return [g for g in groups if g.kind in kinds]
+
+
+def pooled_by_hand(model, groups, scores, counts, budget) -> dict[str, torch.Tensor]:
+    """What stays when the lowest units of all groups go for as long as no more goes than `counts`
+    come to, in units or in parameters; the best of each group stays.
+    """
+    sizes = Sizes(model, groups)
+
+    def total(gone):
+        return sum(gone.values()) if budget == "units" else sizes.removed(gone)
+
+    ranked = sorted(
+        (float(s), g.name, u)
+        for g in groups
+        for u, s in enumerate(scores[g.name])
+        if u != int(scores[g.name].argmax())
+    )
+    kept = {g.name: torch.ones(g.units, dtype=torch.bool) for g in groups}
+    for _, name, unit in ranked:
+        gone = {n: int((~mask).sum()) + (n == name) for n, mask in kept.items()}
+        if total(gone) > total(counts):
+            break
+        kept[name][unit] = False
+    return kept
 
 
 def tiny_llama(**over):

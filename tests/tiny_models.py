@@ -139,11 +139,13 @@ def tiny_model(
     heads: int = 4,
     kv: int = 2,
     head_dim: int = 20,
+    meta: bool = False,
     **fields: Any,
 ) -> nn.Module:
     """A causal LM of transformers' `arch` in evaluation mode; `fields` are of its config.
 
-    `head_dim` serves where a config has it: elsewhere it is hidden / heads.
+    `head_dim` serves where a config has it: elsewhere it is hidden / heads. `meta` gives shapes
+    without weights.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -154,7 +156,11 @@ def tiny_model(
     named = {own_name.get(k, k): v for k, v in usual(sizes).items()}
     chosen = {k: v for k, v in named.items() if k in has}
     own = OWN.get(arch, lambda s: {})(sizes)
-    model = AutoModelForCausalLM.from_config(kind(**chosen | own | fields)).float().eval()
+    config = kind(**chosen | own | fields)
+    if meta:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     draw(model)
     return model
 

@@ -13,18 +13,29 @@ from typing import Any, Literal
 import torch
 
 from prunekit import graph
+from prunekit.activations.blockwise import groups_by_block
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.errors import ConfigError
-from prunekit.problem import Expected, Problem, expect
+from prunekit.problem import Expected, Problem, check_no_loss, expect
 from prunekit.registry import pruners
 from prunekit.selection.units import choose
-from prunekit.solvers.bias_compensation import add_biases, lost_means
+from prunekit.solvers.bias_compensation import add_biases, check_readable, lost_means
 from prunekit.types import Allocation, Kept, Pruned, Scores
 
 
-def check_layerwise(problem: Problem, *, kinds: list[str], **_: Any) -> Expected:
-    """Raises ConfigError where the ratio cannot be met or ranks groups of several blocks."""
-    expected = expect(problem, problem.groups(kinds))
+def check_layerwise(
+    problem: Problem, *, kinds: list[str], compensate: str, remove: bool, **_: Any
+) -> Expected:
+    """Raises ConfigError where the ratio cannot be met or ranks groups of several blocks, where the
+    criterion needs the loss, units are not inside one block, or nothing reads what a bias would
+    make up for.
+    """
+    check_no_loss(problem, "pruner=layerwise")
+    groups = problem.groups(kinds)
+    groups_by_block(groups, problem.blocks())
+    if compensate == "bias":
+        check_readable(problem.model, groups)
+    expected = expect(problem, groups, smaller=remove)
     if expected.counts is not None:
         _local(problem.allocate(expected.groups))
     return expected

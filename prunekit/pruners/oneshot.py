@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from prunekit import graph
-from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Natural, Positive, pruners
 from prunekit.selection.units import choose, expand_to_all_blocks, remaining_blocks, restrict
-from prunekit.solvers.bias_compensation import UNREAD, add_biases, lost_means
+from prunekit.solvers.bias_compensation import add_biases, check_readable, lost_means
 from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Scores
 
 Kind = Literal["neurons", "heads", "hidden", "experts", "inner", "blocks"]
@@ -26,13 +25,10 @@ def check_oneshot(
     """Raises ConfigError where the ratio cannot be met, or nothing reads what a bias would make up
     for.
     """
-    unread = sorted(set(kinds) & set(UNREAD))
-    if compensate == "bias" and unread:
-        raise ConfigError(
-            f"pruner.compensate=bias cannot make up for {', '.join(unread)}: possible for what a "
-            "linear module reads (heads, neurons)"
-        )
-    return expect(problem, problem.groups(kinds), smaller=remove)
+    groups = problem.groups(kinds)
+    if compensate == "bias":
+        check_readable(problem.model, groups)
+    return expect(problem, groups, smaller=remove)
 
 
 @dataclass(frozen=True)

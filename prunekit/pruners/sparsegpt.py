@@ -18,7 +18,7 @@ from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Positive, pruners
 from prunekit.selection.elements import NM, Pattern, check_pattern
 from prunekit.solvers.sparsegpt import inverse_factor, lowest_of_block, of_each_run, solve_columns
-from prunekit.types import Group, Kept, Pruned
+from prunekit.types import Counts, Group, Kept, Pruned
 
 Ridge = Annotated[float, Field(ge=0)]
 
@@ -32,15 +32,21 @@ def check_sparsegpt(
     **_: Any,
 ) -> Expected:
     """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or block."""
-    if pattern and block % pattern.m:
-        raise ConfigError(f"pruner.block={block} must be a multiple of the {pattern.m} of pattern")
+    _check_block(pattern, block)
     expected = expect(problem, problem.matrices(targets), smaller=False)
-    if expected.counts is not None:
-        _local(problem, expected.groups, pattern)
+    if expected.counts is None:
+        check_pattern(problem.model, expected.groups, None, pattern)
+    else:
+        _counts(problem, expected.groups, pattern)
     return expected
 
 
-def _local(problem: Problem, groups: list[Group], pattern: Pattern | None) -> dict[str, int]:
+def _check_block(pattern: Pattern | None, block: int) -> None:
+    if pattern and block % pattern.m:
+        raise ConfigError(f"pruner.block={block} must be a multiple of the {pattern.m} of pattern")
+
+
+def _counts(problem: Problem, groups: list[Group], pattern: Pattern | None) -> Counts:
     allocation = problem.allocate(groups)
     if allocation.ranking != "local":
         raise ConfigError(
@@ -80,10 +86,11 @@ def sparsegpt(
 
     Raises ConfigError where a pattern fits no matrix or ratio.
     """
+    _check_block(pattern, block)
     model = problem.model
     groups = problem.matrices(targets)
     warn_of_little_text(problem.tokens, max(matrix(model, g).shape[1] for g in groups))
-    counts = _local(problem, groups, pattern)
+    counts = _counts(problem, groups, pattern)
     kept: Kept = {}
     costs: dict[str, float] = {}
     grown: dict[str, float] = {}

@@ -14,7 +14,7 @@ from torch import nn
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.matrices import to_out_in, zero_elements
 from prunekit.errors import ConfigError
-from prunekit.problem import Expected, Problem, expect
+from prunekit.problem import Expected, Problem, check_no_loss, expect
 from prunekit.registry import pruners
 from prunekit.selection.elements import NM, SCOPES, Pattern, check_pattern, everywhere
 from prunekit.selection.units import check_finite
@@ -32,10 +32,14 @@ def check_unstructured(
     targets: list[str] | None,
     **_: Any,
 ) -> Expected:
-    """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or ratio."""
+    """Raises ConfigError where the ratio cannot be met, a pattern fits no matrix or ratio, or the
+    criterion needs the loss of a block.
+    """
+    if schedule == "blocks":
+        check_no_loss(problem, "pruner.schedule=blocks")
     expected = expect(problem, problem.matrices(targets), smaller=False)
+    check_pattern(problem.model, expected.groups, expected.counts, pattern)
     if expected.counts is not None:
-        check_pattern(problem.model, expected.groups, expected.counts, pattern)
         _rankable(problem.allocate(expected.groups), pattern, schedule)
     return expected
 

@@ -128,17 +128,19 @@ NM = Annotated[Pattern | None, BeforeValidator(parse_pattern)]
 
 
 def check_pattern(
-    model: nn.Module, groups: Iterable[Group], counts: Counts, pattern: Pattern | None
+    model: nn.Module, groups: Iterable[Group], counts: Counts | None, pattern: Pattern | None
 ) -> None:
     """Raises ConfigError where a pattern does not divide a matrix, or is not what the ratio asks
-    for.
+    for; `counts` None where only weights and text can tell them.
     """
     for g in groups if pattern else ():
         inputs = matrix(model, g).shape[1]
-        if pattern and counts.get(g.name):
+        if pattern and (counts is None or counts.get(g.name)):
             if inputs % pattern.m:
                 raise ConfigError(
                     f"{g.name} has {inputs} inputs, which the {pattern.m} of pruner.pattern do not "
                     "divide: narrow pruner.targets"
                 )
+            if counts is None:
+                continue
             pattern.kept_of(counts[g.name], g.units, g.name)

@@ -50,12 +50,18 @@ def lost_means(
     return lost
 
 
+def check_readable(model: nn.Module, groups: Iterable[Group]) -> None:
+    """Raises ConfigError naming a group that no linear module reads; shapes are enough to tell."""
+    for g in groups:
+        _readers(model, g)
+
+
 def _readers(model: nn.Module, group: Group) -> list[Reader]:
     found = readers(model, group)
     if group.kind in UNREAD or (not found and "/" not in group.name):
         raise ConfigError(
-            f"compensate=bias cannot make up for {group.name}: possible for what a linear module "
-            "reads (heads, neurons)"
+            f"pruner.compensate=bias cannot make up for {group.name}: possible for what a linear "
+            "module reads (heads, neurons)"
         )
     return found
 

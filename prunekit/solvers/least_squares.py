@@ -29,7 +29,7 @@ def cholesky(H: Tensor) -> Tensor:
                 "try pruner.precision=model"
             )
         raise ConfigError(
-            f"a gram matrix of {H.shape[-1]} inputs is not positive definite: raise pruner.damp "
+            f"a gram matrix of {H.shape[-1]} inputs is not positive definite: raise the ridge "
             "or calibrate on more text"
         )
     return L
@@ -40,8 +40,8 @@ class LeastSquares:
     """Least squares with the map `best (outputs, inputs)` as its solution: `min_A tr((A - best)
     gram (A - best)^T)`, in float64.
 
-    `gram` is damped. With `affine`, maps have a bias that makes the mean output `mean_y`; sums are
-    centred then.
+    `gram` has its ridge. With `affine`, maps have a bias that makes the mean output `mean_y`; sums
+    are centred then.
     """
 
     gram: Tensor
@@ -60,20 +60,20 @@ class LeastSquares:
         return A, self.mean_y - A @ self.mean_x[kept] if self.affine else None
 
     def inverse(self) -> Tensor:
-        """Inverse of the damped gram matrix."""
+        """Inverse of the gram matrix with its ridge."""
         return torch.cholesky_inverse(cholesky(self.gram))
 
 
 def ridge_problem(
-    stats: GramStatistics, weight: Tensor, damp: float, affine: bool, repair: float = 32768
+    stats: GramStatistics, weight: Tensor, ridge: float, affine: bool, dense_ridge: float = 32768
 ) -> LeastSquares:
     """The regression around a module's weights `(outputs, inputs)`: what they put out, plus the `y`
     of the sums, if those were taken.
 
-    Ridges are in units of the gram's mean diagonal over ordinary tokens. `damp` is that of the map
+    Ridges are in units of the gram's mean diagonal over ordinary tokens. `ridge` is that of the map
     as a whole. What is fitted to `y`, which says how far the output should move from where it is,
-    has noise in it where the rest has none: its ridge weighs as much as `repair` tokens do, and so
-    loses its hold as the text grows.
+    has noise in it where the rest has none: its ridge weighs as much as `dense_ridge` tokens do,
+    and so loses its hold as the text grows.
     """
     H, best = stats.gram.double(), weight.double()
     mean_x = stats.sum_x.double() / stats.weight
@@ -98,10 +98,10 @@ def ridge_problem(
         best = (
             best
             + torch.cholesky_solve(
-                C, cholesky(H + max(repair / stats.tokens * unit, floor) * eye)
+                C, cholesky(H + max(dense_ridge / stats.tokens * unit, floor) * eye)
             ).T
         )
         mean_y = mean_y + shift
     return LeastSquares(
-        H + max(damp * unit, floor if damp else 0) * eye, best, mean_x, mean_y, affine
+        H + max(ridge * unit, floor if ridge else 0) * eye, best, mean_x, mean_y, affine
     )

@@ -13,6 +13,11 @@ from prunekit.ratios.uniform import uniform
 UNITS = ("heads", "neurons")
 
 
+def allocated(**options):
+    model = tiny_llama()
+    return uniform(problem(model), llama_groups(model, UNITS), **options)
+
+
 def counted(model, groups, **options):
     """Counts of ratio=uniform; shapes are enough for them."""
     return uniform(problem(model), groups, **options).counts
@@ -52,3 +57,26 @@ def test_kinds_with_shares_of_their_own():
     }
     with pytest.raises(ConfigError, match=r"ratio.of=units"):
         counted(model, groups, target=0.25, per_kind={"heads": 0.4})
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        ({"of": "units"}, "units"),
+        ({"of": "prunable"}, "parameters"),
+        ({"of": "model"}, "parameters"),
+        ({"of": "units", "budget": "parameters"}, "parameters"),
+        ({"of": "model", "budget": "units"}, "units"),
+    ],
+)
+def test_totals_are_counted_in_what_the_target_is_of(options, budget):
+    found = allocated(ranking="global", **options)
+    assert (found.ranking, found.budget) == ("global", budget)
+    assert found.counts == allocated(of=options["of"]).counts
+
+
+@pytest.mark.parametrize("ranking", ["kind", "global"])
+@pytest.mark.parametrize("options", [{"loadable": "stock"}, {"multiple": 16}])
+def test_a_pooled_ranking_refuses_what_it_could_not_keep(ranking, options):
+    with pytest.raises(ConfigError, match=rf"ratio.ranking={ranking} moves units.*ranking=local"):
+        allocated(ranking=ranking, **options)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import llama_groups, pooled_by_hand, tiny_llama
 
 from prunekit.errors import ConfigError
-from prunekit.selection.units import keep_local, keep_pooled, without
+from prunekit.selection.units import choose, keep_local, keep_pooled, without
+from prunekit.types import Allocation
 
 
 def test_lowest_is_exact_and_stable_with_ties():
@@ -41,3 +43,54 @@ def test_pooled_ranks_across_groups_and_spares_the_best_of_each():
 def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ConfigError, match="neurons.1"):
         keep_local({"neurons.1": torch.tensor([1.0, torch.nan])}, {"neurons.1": 1})
+
+
+@pytest.fixture
+def model():
+    return tiny_llama(num_hidden_layers=3)
+
+
+def ranked(model, ranking, budget):
+    """A choice among heads and neurons by drawn scores, heads a little ahead."""
+    groups = llama_groups(model, ("heads", "neurons"))
+    rng = torch.Generator().manual_seed(1)
+    scores = {g.name: torch.rand(g.units, generator=rng) * (1 + g.width / 8) for g in groups}
+    counts = {g.name: 1 if g.kind == "heads" else 4 + 2 * (g.layer or 0) for g in groups}
+    return (
+        groups,
+        scores,
+        counts,
+        choose(model, groups, scores, Allocation(counts, ranking, budget)),
+    )
+
+
+@pytest.mark.parametrize("budget", ["units", "parameters"])
+def test_all_groups_exchange_units_within_the_total(model, budget):
+    groups, scores, counts, kept = ranked(model, "global", budget)
+    want = pooled_by_hand(model, groups, scores, counts, budget)
+    assert {n: m.tolist() for n, m in kept.items()} == {n: m.tolist() for n, m in want.items()}
+    assert {n: int((~m).sum()) for n, m in kept.items()} != counts
+
+
+@pytest.mark.parametrize("budget", ["units", "parameters"])
+def test_groups_of_a_kind_exchange_units_within_its_total(model, budget):
+    groups, scores, counts, kept = ranked(model, "kind", budget)
+    want = {}
+    for kind in ("heads", "neurons"):
+        part = [g for g in groups if g.kind == kind]
+        of_kind = {g.name: counts[g.name] for g in part}
+        want |= pooled_by_hand(model, part, scores, of_kind, budget)
+    assert {n: m.tolist() for n, m in kept.items()} == {n: m.tolist() for n, m in want.items()}
+    for kind in ("heads", "neurons"):
+        gone = sum(int((~m).sum()) for n, m in kept.items() if n.startswith(kind))
+        assert gone == sum(c for n, c in counts.items() if n.startswith(kind))
+
+
+def test_a_total_of_units_is_not_a_total_of_parameters(model):
+    kept = [ranked(model, "global", budget)[3] for budget in ("units", "parameters")]
+    assert any(not torch.equal(kept[0][n], kept[1][n]) for n in kept[0])
+
+
+def test_a_local_ranking_takes_the_counts_as_they_are(model):
+    _, _, counts, kept = ranked(model, "local", "parameters")
+    assert {n: int((~m).sum()) for n, m in kept.items()} == counts

@@ -60,7 +60,7 @@ def test_all_units_of_a_large_matrix_go_in_panels():
 def test_error_after_the_update_is_the_sum_of_costs(width, affine):
     x, W = data()
     y = x @ W.T + 1.5 + 0.3 * torch.randn(len(x), 7, generator=torch.Generator().manual_seed(1))
-    task = ridge_problem(gathered(x, y - x @ W.T), W, damp=1e-9, affine=affine, repair=1e-9)
+    task = ridge_problem(gathered(x, y - x @ W.T), W, ridge=1e-9, affine=affine, dense_ridge=1e-9)
     full, b0 = task.solve(torch.arange(24))
     units = torch.arange(24).view(-1, width)
     order, costs = greedy_removal(full.float(), task.inverse(), units, 12 // width)
@@ -84,7 +84,7 @@ def test_large_means_leave_a_centred_gram_positive(bf16):
         x, W = data(seed=seed)
         x[0] *= 1000  # an attention sink
         stats.add(x + 300, w=1 / x.square().mean(1))
-    H = ridge_problem(stats, W, damp=0.01, affine=True).inverse()
+    H = ridge_problem(stats, W, ridge=0.01, affine=True).inverse()
     order, costs = greedy_removal(W, H, torch.arange(24).view(-1, 3), 7)
     assert len(set(order)) == 7
     assert all(c >= 0 for c in costs)
