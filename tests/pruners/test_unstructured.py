@@ -14,7 +14,8 @@ from tiny_models import tiny_model
 
 from prunekit.activations.hooks import hook_activations
 from prunekit.activations.runs import ModelRun
-from prunekit.architecture.matrices import block_names, matrices, matrix, module_name
+from prunekit.architecture.blocks import block_names
+from prunekit.architecture.matrices import matrices, matrix, module_name
 from prunekit.checkpoint import load
 from prunekit.errors import ConfigError
 from prunekit.registry import criteria, pruners
