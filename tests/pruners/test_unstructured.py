@@ -199,8 +199,8 @@ def test_zeros_survive_recovery(words, tmp_path):
         "recovery=lora_text",
         "recovery.dataset=text",
         f"recovery.path={text}",
-        "recovery.cutoff=32",
-        "recovery.holdout=0",
+        "recovery.max_length=32",
+        "recovery.validation_size=0",
         "recovery.max_steps=2",
     ]
     short += [
