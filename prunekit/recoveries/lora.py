@@ -19,6 +19,7 @@ from prunekit.data.training_examples import (
     load_examples,
     split_validation,
 )
+from prunekit.problem import Problem
 from prunekit.registry import Natural, Positive, Share, recoveries
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.types import Pruned
@@ -49,8 +50,8 @@ def check_lora(
     paper="arXiv 2106.09685", year=2021, needs="data", out="self-contained", check=check_lora
 )
 def lora(
+    problem: Problem,
     pruned: Pruned,
-    tokenizer: Any,
     *,
     dataset: Corpus = "alpaca",
     split: str | None = None,
@@ -92,10 +93,18 @@ def lora(
     model = pruned.model
     names = linear_names(model, targets)
     recipe = Recipe(
-        lr, warmup_steps, epochs, max_steps, batch, micro_batch, eval_every, log_every, seed
+        lr=lr,
+        warmup_steps=warmup_steps,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch=batch,
+        micro_batch=micro_batch,
+        eval_every=eval_every,
+        log_every=log_every,
+        seed=seed,
     )
     micro_batches(batch, micro_batch)  # said before the data is read
-    examples = load_examples(tokenizer, dataset, split, path, data_root, max_length)
+    examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}

@@ -20,14 +20,14 @@ class Recipe:
     """
 
     lr: float
-    warmup_steps: int
-    epochs: float
-    max_steps: int | None
-    batch: int
-    micro_batch: int
-    eval_every: int
-    log_every: int
-    seed: int
+    warmup_steps: int = 0
+    epochs: float = 1
+    max_steps: int | None = None
+    batch: int = 8
+    micro_batch: int = 1
+    eval_every: int = 100
+    log_every: int = 10
+    seed: int = 0
 
 
 def micro_batches(batch: int, micro_batch: int) -> int:

@@ -39,7 +39,7 @@ def held_at_zero(model: nn.Module, keep: Mapping[str, Tensor]) -> Iterator[None]
         if parameter.requires_grad:
             gone = ~mask.to(parameter.device)
             hook = partial(Tensor.masked_fill, mask=gone, value=0)
-            hooks.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+            hooks.append(parameter.register_hook(hook))
     try:
         yield
     finally:

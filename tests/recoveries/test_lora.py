@@ -14,6 +14,7 @@ from prunekit.architecture.blocks import linear_names
 from prunekit.data import training_examples
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
+from prunekit.problem import Problem
 from prunekit.recoveries.lora import check_lora, lora
 from prunekit.registry import recoveries
 from prunekit.types import Group, Member, Pruned
@@ -80,8 +81,12 @@ def text(tmp_path):
 
 
 def recover(model: nn.Module, text: str, **over) -> Pruned:
-    pruned = Pruned(model, {}, [])
-    pruned.model = lora(pruned, byte_tokenizer(), dataset="text", path=text, **{**SHORT, **over})
+    return run_lora(Pruned(model, {}, []), dataset="text", path=text, **over)
+
+
+def run_lora(pruned: Pruned, **over) -> Pruned:
+    problem = Problem(pruned.model, byte_tokenizer())
+    pruned.model = lora(problem, pruned, **{**SHORT, **over})
     return pruned
 
 
@@ -184,12 +189,7 @@ def test_alpaca_from_a_file(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, ALPACA)))
     pruned = Pruned(llama(), {}, [])
-    lora(
-        pruned,
-        byte_tokenizer(),
-        path=str(path),
-        **{**SHORT, "max_length": 400, "validation_size": 2},
-    )
+    run_lora(pruned, path=str(path), max_length=400, validation_size=2)
     assert pruned.notes["recovery_examples"] == 10
 
 
@@ -220,7 +220,7 @@ def test_what_pruning_set_to_zero_is_zero_after_recovery(text, kind):
     zeros = {n: p == 0 for n, p in model.named_parameters()}
     before = copy.deepcopy(model.state_dict())
     assert sum(int(z.sum()) for z in zeros.values()) > 500
-    lora(pruned, byte_tokenizer(), dataset="text", path=text, **SHORT)
+    run_lora(pruned, dataset="text", path=text)
     for name, parameter in model.named_parameters():
         assert not parameter[zeros[name]].any(), name
     changed = [n for n, p in model.named_parameters() if not torch.equal(before[n], p)]
@@ -231,8 +231,8 @@ def test_what_pruning_set_to_zero_is_zero_after_recovery(text, kind):
 def test_units_that_are_zero_are_zero_while_training_too(text, kind):
     """So the loss seen in training is that of the merged model."""
     pruned = zeroed(llama(), kind)
-    options = SHORT | {"validation_size": 4, "eval_every": 1, "dropout": 0.0, "lr": 3e-2}
-    lora(pruned, byte_tokenizer(), dataset="text", path=text, **options)
+    options = {"validation_size": 4, "eval_every": 1, "dropout": 0.0, "lr": 3e-2}
+    run_lora(pruned, dataset="text", path=text, **options)
     seen = [r["eval_loss"] for r in pruned.notes["recovery_curve"] if "eval_loss" in r]
     assert held_out_loss(pruned.model, text) == pytest.approx(min(seen), rel=1e-4)
 
@@ -260,9 +260,9 @@ def test_targets_narrow_what_is_trained(text):
 )
 def test_what_cannot_be_is_said_before_training(text, over, said):
     model = llama()
-    options = {"dataset": "text", "path": text, **SHORT, **over}
+    options = {"dataset": "text", "path": text, **over}
     with pytest.raises(ConfigError, match=said):
-        lora(Pruned(model, {}, []), byte_tokenizer(), **options)
+        run_lora(Pruned(model, {}, []), **options)
     assert not any("lora" in n for n, _ in model.named_modules())
 
 
