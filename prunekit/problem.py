@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from prunekit import graph
 from prunekit.activations.blockwise import (
     BlockRun,
-    block_stack,
     groups_by_block,
     iterate_blocks,
 )
 from prunekit.activations.runs import ModelRun
 from prunekit.activations.storage import PassOptions
-from prunekit.architecture.matrices import block_names, matrices
+from prunekit.architecture.blocks import block_names
+from prunekit.architecture.matrices import matrices
 from prunekit.errors import ConfigError, NeedsData
 from prunekit.registry import Component
 from prunekit.selection.eligible import apply_exclusion, of_kinds
@@ -80,8 +80,8 @@ class Problem:
         return apply_exclusion(matrices(self.model, targets), self.exclude)
 
     def blocks(self) -> tuple[str, ...]:
-        """Names of the decoder blocks, in order. Raises ConfigError where there is no stack."""
-        return block_stack(self.everything())
+        """Names of the decoder blocks, in order. Raises ConfigError where there is no list."""
+        return block_names(self.model)
 
     def run(self, counts: Counts | None = None) -> ModelRun:
         """The calibration text through the whole model as it is now; `counts` for a criterion that
@@ -113,8 +113,7 @@ class Problem:
         What the caller does to a block, the next one sees in its inputs. Nothing runs where
         nothing is to go. Raises ConfigError for a group that is not inside one block.
         """
-        single = all(g.kind == "weights" for g in groups)
-        blocks = block_names(self.model) if single else self.blocks()
+        blocks = self.blocks()
         rows = groups_by_block(groups, blocks)
         if not any(counts.values()):
             return

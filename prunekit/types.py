@@ -167,16 +167,3 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     if not isinstance(found, torch.Tensor):
         raise AttributeError(f"{name} is {type(found).__name__}, not a tensor")
     return found
-
-
-def block_modules(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks in order: the `ModuleList` that holds most of the model's parameters,
-    outermost first.
-    """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.ModuleList: its blocks cannot be told apart"
-        )
-    found: nn.ModuleList = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-    return list(found)

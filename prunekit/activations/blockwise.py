@@ -56,10 +56,6 @@ def capture_inputs(
     the first block. Raises ConfigError where a block does not read the output of the block before
     it, since then it cannot be replayed alone.
     """
-    if not blocks:
-        raise ConfigError(
-            "the pass block by block needs a model with a stack of blocks; discovery found none"
-        )
     batch = options.batch or samples_at_once(tokens)
     rows = tuple(slice(i, min(i + batch, len(tokens))) for i in range(0, len(tokens), batch))
     device = next(model.parameters()).device
@@ -208,18 +204,6 @@ def iterate_blocks(
         if b + 1 < len(blocks):
             for rows, out in run.outputs():
                 inputs[rows] = out
-
-
-def block_stack(groups: list[Group]) -> tuple[str, ...]:
-    """Names of the decoder blocks, in order, from the group of kind `blocks` among `groups`. Raises
-    ConfigError if there is none.
-    """
-    for g in groups:
-        if g.kind == "blocks":
-            return g.modules
-    raise ConfigError(
-        "the pass block by block needs a model with a stack of blocks; discovery found none"
-    )
 
 
 def groups_by_block(groups: list[Group], blocks: tuple[str, ...]) -> list[list[Group]]:

@@ -6,72 +6,53 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.architecture.linear import is_linear, weight_of
-from prunekit.errors import ConfigError
-from prunekit.types import Group, Kept, Member, block_modules, tensor_of
+from prunekit.architecture.blocks import block_modules, block_names, linear_names
+from prunekit.architecture.linear import weight_of
+from prunekit.types import Group, Kept, Member, tensor_of
 
 log = logging.getLogger("prunekit")
-
-
-def block_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the decoder blocks, in order."""
-    names = {id(m): name for name, m in model.named_modules()}
-    return tuple(names[id(m)] for m in block_modules(model))
 
 
 def matrices(model: nn.Module, targets: list[str] | None = None) -> list[Group]:
     """One group for each matrix of a linear module in a block, `weights.<block>.<module>`, of the
     shape in which it is stored.
 
-    `targets` narrows them to names or glob patterns (`q_proj`, `mlp.*`). A matrix that several
-    modules share appears once. Elsewhere stored matrices (stacked experts) are left alone, and the
-    log says how many parameters they hold. Raises ConfigError where nothing is left, naming what
-    there is.
+    `targets` narrows them as in `blocks.linear_names`. A matrix that several modules share appears
+    once. Elsewhere stored matrices (stacked experts) are left alone, and the log says how many
+    parameters they hold. Raises ConfigError where nothing is left, naming what there is.
     """
-    groups, seen, all_names, stacked = [], set(), set(), 0
-    for layer, block in enumerate(block_names(model)):
-        for name, module in model.get_submodule(block).named_modules():
-            if not is_linear(module):
-                stacked += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 2)
-                continue
-            all_names.add(name)
-            weight: Tensor = module.weight
-            if not weight.numel() or id(weight) in seen or not wanted(name, targets):
-                continue
-            seen.add(id(weight))
-            member = Member(f"{block}.{name}.weight", -1, torch.empty(0, 1, dtype=torch.int64))
-            groups.append(
-                Group(
-                    f"weights.{layer}.{name}",
-                    "weights",
-                    layer,
-                    weight.numel(),
-                    (member,),
-                    shape=tuple(weight.shape),
-                )
-            )
-    if stacked:
+    blocks = block_names(model)
+    layers = {block: layer for layer, block in enumerate(blocks)}
+    depth = blocks[0].count(".") + 1
+    groups, seen = [], set()
+    for full in linear_names(model, targets):
+        parts = full.split(".")
+        layer, name = layers[".".join(parts[:depth])], ".".join(parts[depth:])
+        weight = model.get_parameter(f"{full}.weight")
+        if id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        member = Member(f"{full}.weight", -1, torch.empty(0, 1, dtype=torch.int64))
+        shape = tuple(weight.shape)
+        groups.append(
+            Group(f"weights.{layer}.{name}", "weights", layer, weight.numel(), (member,), (), shape)
+        )
+    if stacked := stacked_parameters(model):
         log.warning(
             "%d parameters of the blocks are stacked in tensors of three axes (experts); they are "
             "not pruned",
             stacked,
         )
-    if not groups:
-        raise ConfigError(
-            f"targets={targets} match no linear module of the blocks; there are: "
-            f"{', '.join(sorted(all_names)) or 'none'}"
-        )
     return groups
 
 
-def wanted(name: str, targets: list[str] | None) -> bool:
-    """Whether a module's name in its block, or the last part of it, is among the targets."""
-    return targets is None or any(name.rpartition(".")[2] == t or fnmatch(name, t) for t in targets)
+def stacked_parameters(model: nn.Module) -> int:
+    """Parameters of the blocks that are stored in tensors of three axes or more."""
+    return sum(p.numel() for b in block_modules(model) for p in b.parameters() if p.dim() > 2)
 
 
 def module_name(group: Group) -> str:

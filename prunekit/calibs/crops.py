@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from prunekit.data.datasets import DataRoot, Dataset, crops, default_split, texts
+from prunekit.data.crops import crops
+from prunekit.data.datasets import Dataset, default_split, texts
+from prunekit.data.files import DataRoot
 from prunekit.registry import Natural, Positive, calibs
 
 

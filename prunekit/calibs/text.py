@@ -7,7 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prunekit.data.datasets import TextFile, crops, document, read
+from prunekit.data.crops import crops
+from prunekit.data.datasets import document
+from prunekit.data.files import TextFile, read
 from prunekit.errors import ConfigError
 from prunekit.registry import Natural, Positive, calibs
 

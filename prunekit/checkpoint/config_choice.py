@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from prunekit.architecture.blocks import block_names
 from prunekit.checkpoint.class_sizes import edited, nearest_accepted, rows, rows_of_config
 from prunekit.checkpoint.config_fit import fit
 from prunekit.checkpoint.construction import clean_config, rebuild, stock_class
@@ -16,7 +17,6 @@ from prunekit.checkpoint.equality import cache_shapes, logit_gap
 from prunekit.checkpoint.layout import difference
 from prunekit.checkpoint.per_layer_config import (
     fit_layers,
-    layer_paths,
     layers_of_config,
     with_layers,
 )
@@ -64,7 +64,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[Any, dict[str, Any]]]:
     found = fit(kind, base, target)
     if found.edits and builds(model, found.config):
         yield found.config, {}
-    overrides = fit_layers(kind, found.config, target, layer_paths(model), found.inert)
+    overrides = fit_layers(kind, found.config, target, block_names(model), found.inert)
     for config in _heterogeneous(model, kind, found.config, overrides):
         for ignore, own in (
             (mirrored(model, config), False),
@@ -95,7 +95,7 @@ def _heterogeneous(
     layers = layers_of_config(config)
     for i, one in overrides.items():
         layers[i] = {**layers.get(i, {}), **one}
-    for i, path in enumerate(layer_paths(model)):
+    for i, path in enumerate(block_names(model)):
         gone = bypassed(model.get_submodule(path))
         if gone:
             layers.setdefault(i, {})["skip"] = gone

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
-
-from torch import nn
 
 from prunekit.checkpoint.class_sizes import Rows, edited, rows_of_config
 from prunekit.checkpoint.config_fit import Fit
 
 
 def fit_layers(
-    kind: type, config: Any, target: Rows, layers: list[str], inert: set[str]
+    kind: type, config: Any, target: Rows, layers: Sequence[str], inert: set[str]
 ) -> dict[int, dict[str, int]]:
     """Fields that differ by layer: index -> {field: value}, for the layers whose module paths are
     given.
@@ -76,15 +75,6 @@ def _effect(kind: type, config: Any, field: str, value: int, path: str, start: R
         for k, v in after.items()
         if type(k[1]) is int and v != before.get(k) and Fraction(v, before.get(k, 1)) == ratio
     }
-
-
-def layer_paths(model: nn.Module) -> list[str]:
-    """Module paths of the decoder layers: the outermost longest list of modules."""
-    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        return []
-    path, modules = max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))
-    return [f"{path}.{i}" for i in range(len(modules))]
 
 
 def with_layers(

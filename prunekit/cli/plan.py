@@ -16,11 +16,13 @@ from torch import nn
 
 from prunekit import graph
 from prunekit.activations.runs import FORWARD_TOKENS
+from prunekit.architecture.blocks import block_modules, linear_names
+from prunekit.architecture.linear import is_linear, weight_of
 from prunekit.architecture.macs import macs
 from prunekit.errors import ConfigError
 from prunekit.runner import preflight
 from prunekit.scoring.gradients import TOKENS as BACKWARD_TOKENS
-from prunekit.types import Counts, Group, Kept, block_modules
+from prunekit.types import Counts, Group, Kept
 
 MIB = 2**20
 ADAM = 16
@@ -165,14 +167,9 @@ def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
     options = cfg["recovery"]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     rank = options.get("r", 0)
-    shapes = [
-        m.weight.shape
-        for block in block_modules(model)
-        for m in block.modules()
-        if isinstance(m, nn.Linear)
-    ]
+    adapted = linear_names(model, options.get("targets")) if rank else ()
     trained = (
-        sum(rank * (a + b) for a, b in shapes)
+        sum(rank * sum(weight_of(model.get_submodule(n)).shape) for n in adapted)
         if rank
         else sum(p.numel() for p in model.parameters())
     )
@@ -186,20 +183,20 @@ def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
 
 def outputs(model: nn.Module) -> int:
     """Channels that all linear layers of the blocks put out for one token."""
-    return sum(
-        m.out_features
-        for block in block_modules(model)
-        for m in block.modules()
-        if isinstance(m, nn.Linear)
-    )
+    return sum(outputs_by_block(model))
 
 
 def widest(model: nn.Module) -> int:
     """Channels that the linear layers of the widest block put out for one token."""
-    return max(
-        sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear))
+    return max(outputs_by_block(model))
+
+
+def outputs_by_block(model: nn.Module) -> list[int]:
+    """Channels that the linear layers of each block put out for one token."""
+    return [
+        sum(weight_of(m).shape[0] for m in block.modules() if is_linear(m))
         for block in block_modules(model)
-    )
+    ]
 
 
 def show(found: Forecast, heading: str, console: Console | None = None) -> None:

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prunekit.architecture.blocks import block_modules
 from prunekit.registry import Positive, criteria
 from prunekit.scoring.aggregate import Reduce, channel_sum, scored, unit_scores
 from prunekit.scoring.gradients import backward
 from prunekit.scoring.lean_backward import lean_activations, lean_loss
-from prunekit.types import STRUCTURES, Group, Run, Scores, block_modules
+from prunekit.types import STRUCTURES, Group, Run, Scores
 
 Mode = Literal["vectorize", "param_first", "param_second", "param_mix"]
 _CHUNK = {"cpu": 2**18}

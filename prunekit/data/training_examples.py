@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prunekit.data.datasets import default_split, document, read, records, texts
+from prunekit.data.datasets import Dataset, check_split, default_split, document, records, texts
+from prunekit.data.files import read
 from prunekit.errors import ConfigError
 
-Source = Literal["alpaca", "pydocs", "wikitext2", "ptb", "c4", "bookcorpus", "dailydialog", "text"]
+Corpus = Literal[Dataset, "text"]
+"""What can be learnt from: a data set, or with `text` a file of the user's own."""
 Example = dict[str, list[int]]
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. "
-    "Write a response that appropriately completes the request.\n\n"
+    "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 WITHOUT_INPUT = (
@@ -36,38 +37,43 @@ WITHOUT_INPUT = (
 CHUNK = 1000
 
 
-def load(
-    tokenizer: Any,
-    dataset: Source,
-    split: str | None,
-    path: str | None,
-    data_root: str | None,
-    cutoff: int,
-) -> list[Example]:
-    """Examples of at most `cutoff` tokens from a data set or, with `path`, from a file in the same
-    form (`text` = plain text).
-
-    Raises ConfigError where there is nothing to learn from.
+def check_source(dataset: Corpus, split: str | None, path: str | None) -> None:
+    """Raises ConfigError where the three options do not name anything to learn from; reads
+    nothing.
     """
     if dataset == "text" and path is None:
         raise ConfigError(
             "dataset=text reads a file of your own: give path= a .jsonl or plain text file"
         )
-    part = split or ("train" if dataset == "text" else default_split(dataset, "recover"))
+    if dataset != "text" and path is None and split is not None:
+        check_split(dataset, split)
+
+
+def load_examples(
+    tokenizer: Any,
+    dataset: Corpus,
+    split: str | None,
+    path: str | None,
+    data_root: str | None,
+    max_length: int,
+) -> list[Example]:
+    """Examples of at most `max_length` tokens from a data set or, with `path`, from a file in the
+    same form (`text` = plain text).
+
+    Raises ConfigError where there is nothing to learn from.
+    """
+    check_source(dataset, split, path)
+    part = split or ("" if dataset == "text" else default_split(dataset, "recover"))
     if dataset == "alpaca":
-        found = instructions(
-            tokenizer, read(path) if path else records(dataset, part, data_root), cutoff
-        )
+        rows = read(path) if path else records(dataset, part, data_root)
+        found = instructions(tokenizer, rows, max_length)
     else:
-        found = packed(
-            tokenizer,
-            file_text(path) if path else document(texts(dataset, part, data_root)),
-            cutoff,
-        )
+        text = file_text(path) if path else document(texts(dataset, part, data_root))
+        found = packed(tokenizer, text, max_length)
     if not found:
         raise ConfigError(
-            f"{path or f'{dataset} ({part})'} gives no example of {cutoff} tokens; lower cutoff "
-            "or take more text"
+            f"{path or f'{dataset} ({part})'} gives no example of {max_length} tokens; lower "
+            "max_length or take more text"
         )
     return found
 
@@ -81,31 +87,28 @@ def file_text(path: str) -> str:
         raise ConfigError(
             f"{path}: every record needs a field 'text'; the first has {', '.join(rows[0])}"
         )
-    return ("\n\n" if Path(path).suffix == ".jsonl" else "").join(r["text"] for r in rows)
+    glue = "\n\n" if Path(path).suffix == ".jsonl" else ""
+    return glue.join(r["text"] for r in rows)
 
 
-def instructions(tokenizer: Any, rows: Sequence[dict[str, Any]], cutoff: int) -> list[Example]:
-    """Alpaca's prompt and answer, cut at `cutoff`, with the end-of-sequence token if it fits; only
-    the answer is learnt.
+def instructions(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int) -> list[Example]:
+    """Alpaca's prompt and answer, cut at `max_length`, with the end-of-sequence token if it fits;
+    only the answer is learnt.
 
     A prompt that leaves no room for an answer gives no example (LLM-Pruner keeps it, to no effect
     but a loss of nothing at all).
     """
     found = []
-    for start in tqdm(
-        range(0, len(rows), CHUNK), desc="tokenizing", leave=False, disable=len(rows) <= CHUNK
-    ):
+    starts = range(0, len(rows), CHUNK)
+    for start in tqdm(starts, desc="tokenizing", leave=False, disable=len(starts) == 1):
         chunk = [rows[i] for i in range(start, min(start + CHUNK, len(rows)))]
         prompts = [prompt(r) for r in chunk]
-        whole = tokenizer(
-            [p + r["output"] for p, r in zip(prompts, chunk)], truncation=True, max_length=cutoff
-        ).input_ids
-        asked = tokenizer(prompts, truncation=True, max_length=cutoff).input_ids
-        found += [
-            e
-            for ids, p in zip(whole, asked)
-            if (e := answered(ids, without_end(p, tokenizer), tokenizer, cutoff))
-        ]
+        whole = [p + r["output"] for p, r in zip(prompts, chunk, strict=True)]
+        cut = {"truncation": True, "max_length": max_length}
+        prompt_ids, whole_ids = (tokenizer(x, **cut).input_ids for x in (prompts, whole))
+        for asked, ids in zip(prompt_ids, whole_ids, strict=True):
+            example = answered(ids, length_without_end(asked, tokenizer), tokenizer, max_length)
+            found += [example] if example else []
     return found
 
 
@@ -121,34 +124,36 @@ def prompt(row: dict[str, Any]) -> str:
     )
 
 
-def without_end(ids: list[int], tokenizer: Any) -> int:
+def length_without_end(ids: list[int], tokenizer: Any) -> int:
     """Length of a prompt whose tokenizer may have closed it with an end-of-sequence token."""
     return len(ids) - (bool(ids) and ids[-1] == tokenizer.eos_token_id)
 
 
-def answered(ids: list[int], prompt_length: int, tokenizer: Any, cutoff: int) -> Example | None:
+def answered(ids: list[int], prompt_length: int, tokenizer: Any, max_length: int) -> Example | None:
     """One example, None if nothing of it is learnt."""
     end = tokenizer.eos_token_id
-    if end is not None and ids[-1] != end and len(ids) < cutoff:
+    if end is not None and ids[-1] != end and len(ids) < max_length:
         ids = [*ids, end]
     asked = max(prompt_length, 1)
     return {"input_ids": ids, "labels": [-100] * asked + ids[asked:]} if asked < len(ids) else None
 
 
-def packed(tokenizer: Any, text: str, cutoff: int) -> list[Example]:
-    """One text cut into blocks of exactly `cutoff` tokens, tail dropped, all of it learnt."""
+def packed(tokenizer: Any, text: str, max_length: int) -> list[Example]:
+    """One text cut into blocks of exactly `max_length` tokens, tail dropped, all of it learnt."""
     ids = tokenizer(text, verbose=False).input_ids
-    blocks = [ids[i : i + cutoff] for i in range(0, len(ids) - cutoff + 1, cutoff)]
+    blocks = [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]
     return [{"input_ids": b, "labels": [-100, *b[1:]]} for b in blocks]
 
 
-def held_out(examples: list[Example], size: int, seed: int) -> tuple[list[Example], list[Example]]:
+def split_validation(
+    examples: list[Example], size: int, seed: int
+) -> tuple[list[Example], list[Example]]:
     """(examples to learn from, `size` others drawn at random). Raises ConfigError if that leaves
     nothing to learn from.
     """
     if size >= len(examples):
         raise ConfigError(
-            f"holdout={size}, but there are {len(examples)} examples; possible: 0 to "
+            f"validation_size={size}, but there are {len(examples)} examples; possible: 0 to "
             f"{len(examples) - 1}"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -160,11 +165,12 @@ def collate(batch: list[Example], pad: int = 0, multiple: int = 8) -> dict[str, 
     learnt.
     """
     longest = -(-max(len(e["input_ids"]) for e in batch) // multiple) * multiple
-    gaps = [longest - len(e["input_ids"]) for e in batch]
+    rows = [(longest - len(e["input_ids"]), e) for e in batch]
+    ids = [[pad] * gap + e["input_ids"] for gap, e in rows]
+    mask = [[0] * gap + [1] * len(e["input_ids"]) for gap, e in rows]
+    labels = [[-100] * gap + e["labels"] for gap, e in rows]
     return {
-        "input_ids": torch.tensor([[pad] * g + e["input_ids"] for g, e in zip(gaps, batch)]),
-        "attention_mask": torch.tensor(
-            [[0] * g + [1] * len(e["input_ids"]) for g, e in zip(gaps, batch)]
-        ),
-        "labels": torch.tensor([[-100] * g + e["labels"] for g, e in zip(gaps, batch)]),
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(labels),
     }

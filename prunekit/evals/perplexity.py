@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.data.datasets import DataRoot, Dataset, TextFile, default_split, document, read, texts
+from prunekit.data.datasets import Dataset, default_split, document, texts
+from prunekit.data.files import DataRoot, TextFile, read
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.registry import Positive, evals

@@ -20,7 +20,7 @@ from pydantic import AfterValidator
 from torch import nn
 
 from prunekit.data import docs_cloze
-from prunekit.data.datasets import DataRoot, data_folder
+from prunekit.data.files import DataRoot, data_folder
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.registry import Natural, Positive, evals

@@ -30,7 +30,11 @@ ERRORS = (
 
 
 def block_lists(model: nn.Module) -> dict[str, int]:
-    """path of every outermost ModuleList that owns parameters -> its length."""
+    """path of every outermost ModuleList that owns parameters -> its length.
+
+    Not only that of `architecture.blocks`: whatever repeats has to shrink for the skeleton, an
+    encoder beside a decoder too, and which of the lists run is not known before the trace.
+    """
     out: dict[str, int] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(p + ".") for p in out)

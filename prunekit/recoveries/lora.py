@@ -4,32 +4,61 @@ recipe), merged at the end.
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
-from prunekit.data.training_examples import Source, held_out, load
-from prunekit.errors import ConfigError
+from prunekit import graph
+from prunekit.architecture.blocks import linear_names
+from prunekit.data.files import DataRoot, TextFile
+from prunekit.data.training_examples import (
+    Corpus,
+    check_source,
+    load_examples,
+    split_validation,
+)
+from prunekit.problem import Problem
 from prunekit.registry import Natural, Positive, Share, recoveries
-from prunekit.types import Pruned, tensor_of
+from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.types import Pruned
 
 Rate = Annotated[float, Field(gt=0)]
 
 
-@recoveries.register(paper="arXiv 2106.09685", year=2021, needs="data", out="self-contained")
-def lora(
-    pruned: Pruned,
-    tokenizer: Any,
+def check_lora(
+    model: nn.Module,
     *,
-    dataset: Source = "alpaca",
+    dataset: Corpus,
+    split: str | None,
+    path: str | None,
+    targets: list[str] | None,
+    batch: int,
+    micro_batch: int,
+    **_: Any,
+) -> None:
+    """Raises ConfigError for options of `lora` that cannot be, as far as the shapes of `model`
+    decide (on any device, meta included); no data is read.
+    """
+    linear_names(model, targets)
+    micro_batches(batch, micro_batch)
+    check_source(dataset, split, path)
+
+
+@recoveries.register(
+    paper="arXiv 2106.09685", year=2021, needs="data", out="self-contained", check=check_lora
+)
+def lora(
+    problem: Problem,
+    pruned: Pruned,
+    *,
+    dataset: Corpus = "alpaca",
     split: str | None = None,
-    path: str | None = None,
-    data_root: str | None = None,
-    cutoff: Positive = 256,
-    holdout: Natural = 2000,
+    path: TextFile | None = None,
+    data_root: DataRoot = None,
+    max_length: Positive = 256,
+    validation_size: Natural = 2000,
     r: Positive = 8,
     alpha: Positive = 16,
     dropout: Share = 0.05,
@@ -48,80 +77,56 @@ def lora(
     the weights.
 
     Linear layers are all those inside of the decoder's blocks; `targets` narrows them to names or
-    glob patterns (`q_proj`, `*.mlp.*`). With `holdout` examples set aside, the updates with the
-    lowest loss on them are merged, else the last ones. Zeros of weights-groups in `pruned.kept` are
-    put back after merging: what the update would have written there is lost. Leaves
-    `recovery_curve` (step, loss, learning_rate, grad_norm, eval_loss), `recovery_best_step`,
-    `recovery_examples` and `recovery_trained_params` in `pruned.notes`. Raises ConfigError for
-    targets that match nothing or data that holds nothing.
+    glob patterns (`q_proj`, `mlp.*`). With `validation_size` examples set aside, the updates with
+    the lowest loss on them are merged, else the last ones. What pruning set to zero is zero
+    afterwards: updates of rows and columns that are zero as a whole are not trained there; what an
+    update writes to other zeros (single weights) is lost in the merge. Leaves `recovery_curve`
+    (step, loss, learning_rate, grad_norm, eval_loss), `recovery_best_step`, `recovery_examples` and
+    `recovery_trained_params` in `pruned.notes`. Raises ConfigError for targets that match nothing
+    or data that holds nothing.
     """
     from transformers import set_seed
 
-    from prunekit.training.trainer import Recipe, accumulation, fit
+    from prunekit.training.trainer import train
+    from prunekit.training.zeros import apply_masks
 
     model = pruned.model
+    names = linear_names(model, targets)
     recipe = Recipe(
-        lr, warmup_steps, epochs, max_steps, batch, micro_batch, eval_every, log_every, seed
+        lr=lr,
+        warmup_steps=warmup_steps,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch=batch,
+        micro_batch=micro_batch,
+        eval_every=eval_every,
+        log_every=log_every,
+        seed=seed,
     )
-    names = linears(model, targets)
-    accumulation(batch, micro_batch)  # said before the data is read
-    train, held = held_out(load(tokenizer, dataset, split, path, data_root, cutoff), holdout, seed)
+    micro_batches(batch, micro_batch)  # said before the data is read
+    examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
+    examples, validation = split_validation(examples, validation_size, seed)
+    keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     set_seed(seed)  # the updates start at random
     inject(model, names, r, alpha, dropout)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    curve, best = fit(model, train, held, recipe)
+    factors = factor_masks(model, names, keep)
+    history = train(model, examples, recipe, validation=validation, keep=factors)
     merge(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
-    keep_zeros(pruned)
+    apply_masks(model, keep)
     pruned.notes |= {
-        "recovery_curve": curve,
-        "recovery_best_step": best,
-        "recovery_examples": len(train),
+        "recovery_curve": history.curve,
+        "recovery_best_step": history.best_step,
+        "recovery_examples": len(examples),
         "recovery_trained_params": trained,
     }
     return model
 
 
-def linears(model: nn.Module, targets: list[str] | None = None) -> list[str]:
-    """Names of the linear layers (nn.Linear, transformers' Conv1D) in the blocks: the module list
-    that holds most of the parameters.
-
-    Raises ConfigError where there is none, or none that `targets` matches, naming those there are.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    stacks = {
-        name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
-    }
-    if not stacks:
-        raise ConfigError(
-            f"{type(model).__name__} has no list of blocks (nn.ModuleList) whose linear layers "
-            "LoRA could update"
-        )
-    # The outermost of equals comes first: a list inside of a block holds less than the list of
-    # blocks.
-    blocks = max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()))
-    found = [
-        f"{blocks}.{n}"
-        for n, m in stacks[blocks].named_modules()
-        if isinstance(m, (nn.Linear, Conv1D)) and m.weight.numel()
-    ]
-    chosen = [
-        n
-        for n in found
-        if targets is None or any(n.rpartition(".")[2] == t or fnmatch(n, t) for t in targets)
-    ]
-    if not chosen:
-        possible = ", ".join(sorted({n.rpartition(".")[2] for n in found})) or "none at all"
-        raise ConfigError(
-            f"targets={targets} match no linear layer of the blocks; their names end in: {possible}"
-        )
-    return chosen
-
-
-def inject(model: nn.Module, names: list[str], r: int, alpha: int, dropout: float) -> None:
+def inject(model: nn.Module, names: Sequence[str], r: int, alpha: int, dropout: float) -> None:
     """Puts float32 low-rank updates on the named layers and freezes all else."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -131,7 +136,7 @@ def inject(model: nn.Module, names: list[str], r: int, alpha: int, dropout: floa
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias="none",
-        target_modules=names,
+        target_modules=list(names),
         fan_in_fan_out=transposed,
     )
     inject_adapter_in_model(config, model)
@@ -154,10 +159,23 @@ def merge(model: nn.Module) -> None:
     del model.peft_config
 
 
-@torch.no_grad()
-def keep_zeros(pruned: Pruned) -> None:
-    """Elements that `kept` says are removed, of groups of kind `weights`, are zero again."""
-    for group in pruned.groups:
-        if group.kind == "weights" and group.name in pruned.kept:
-            weight = tensor_of(pruned.model, group.members[0].param)
-            weight.masked_fill_(~pruned.kept[group.name].view_as(weight).to(weight.device), 0)
+def factor_masks(
+    model: nn.Module, names: Sequence[str], keep: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Masks of the factors of the updates on the named layers, so that `B A` is zero in the rows
+    and columns that are zero as a whole.
+
+    keep: masks of the weights, stored as the weights are.
+    """
+    masks: dict[str, Tensor] = {}
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        if f"{name}.weight" not in keep:
+            continue
+        stored = keep[f"{name}.weight"]
+        mask = stored if isinstance(layer.get_base_layer(), nn.Linear) else stored.T  # (out, in)
+        for factor, free in (("lora_A", mask.any(0)[None, :]), ("lora_B", mask.any(1)[:, None])):
+            if not free.all():
+                weight = f"{name}.{factor}.default.weight"
+                masks[weight] = free.expand_as(model.get_parameter(weight))
+    return masks

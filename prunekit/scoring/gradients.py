@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit.activations.runs import samples_at_once
+from prunekit.architecture.blocks import block_modules
 from prunekit.architecture.linear import is_linear
 from prunekit.errors import ConfigError
-from prunekit.types import Run, block_modules, tensor_of
+from prunekit.types import Run, tensor_of
 
 Sink = Callable[[str, Tensor, Tensor, Tensor | None], None]
 """`sink(name, weight, gradient, mean_squared)`: the last is the mean over samples of the squared

@@ -1,163 +1,217 @@
-"""Training of whatever requires gradients in a model, by transformers' Trainer: one process or
-several, one device or many.
+"""Training of whatever requires gradients in a model, for every recovery and every learned mask, by
+transformers' Trainer: one process or several, one device or many.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import os
 import tempfile
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from prunekit.data.training_examples import Example, collate
 from prunekit.errors import ConfigError
+from prunekit.training.callbacks import Bar, Best, Curve, OutsideGradients
+from prunekit.training.distillation import (
+    Distillation,
+    Teacher,
+    learnt_positions,
+    summed_kl,
+    teacher_logits,
+)
+from prunekit.training.recipe import Recipe, linear_decay, micro_batches
+from prunekit.training.zeros import held_at_zero
 
-log = logging.getLogger(__name__)
+Penalty = Callable[[nn.Module, int], Tensor]
+"""`penalty(model, step)`: a scalar that is added to the loss; `step` counts from 0."""
 
 
-class Curve(TrainerCallback):
-    """What the Trainer logs, as records of a step: loss, eval_loss, learning_rate, grad_norm.
-    Infinities and NaNs become None.
+class ParameterGroup(TypedDict):
+    """Parameters that are trained beside those of the model, e.g. the logits of learned masks.
+
+    lr: their own learning rate, with the warm-up and decay of the model's unless `constant`.
+    maximize: gradient ascent, e.g. for multipliers of a Lagrangian.
     """
 
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        kept = {
-            k: float(v)
-            for k, v in (logs or {}).items()
-            if k in ("loss", "eval_loss", "learning_rate", "grad_norm")
-        }
-        bad = [k for k, v in kept.items() if not math.isfinite(v)]
-        if "loss" in bad and state.is_world_process_zero:
-            log.warning(
-                "step %d: the training loss is %s; a lower lr or another dtype may help",
-                state.global_step,
-                kept["loss"],
-            )
-        if kept:
-            self.records.append(
-                {"step": state.global_step} | {k: None if k in bad else v for k, v in kept.items()}
-            )
-
-
-class Best(TrainerCallback):
-    """The trained parameters at the lowest held-out loss so far, in memory: they are few, and
-    nothing has to be written.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.loss, self.step = math.inf, None  # type: float, int | None
-        self.copy: dict[str, Tensor] = {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True  # the last step counts too, whatever eval_every is
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        loss = (metrics or {}).get("eval_loss", math.inf)
-        if loss < self.loss:
-            self.loss, self.step = loss, state.global_step
-            self.copy = {n: p.detach().cpu().clone() for n, p in self.trained.items()}
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for name, value in self.copy.items():
-                self.trained[name].copy_(value)
-
-
-class Bar(ProgressCallback):
-    """The Trainer's bar with the loss in it, in place of a line on the terminal for
-    every record.
-    """
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(
-                {
-                    k: f"{float(v):.3f}"
-                    for k, v in (logs or {}).items()
-                    if k in ("loss", "eval_loss")
-                }
-            )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: steps count optimizer steps, `batch` counts examples over all processes,
-    `epochs` ends where `max_steps` does not.
-    """
-
+    params: Sequence[nn.Parameter]
     lr: float
-    warmup_steps: int
-    epochs: float
-    max_steps: int | None
-    batch: int
-    micro_batch: int
-    eval_every: int
-    log_every: int
-    seed: int
+    maximize: NotRequired[bool]
+    constant: NotRequired[bool]
 
 
-def fit(
-    model: nn.Module, train: list[Example], held: list[Example], recipe: Recipe
-) -> tuple[list[dict[str, Any]], int | None]:
-    """Trains in place; returns the loss curve and, with held-out examples, the step whose
-    parameters were kept.
-
-    AdamW without weight decay, linear decay after the warm-up. Mixed precision follows the weights:
-    bfloat16 or (on an accelerator) float16 where the model is loaded in it. Leaves the model in
-    eval mode on the device where it was, with nothing of the Trainer on it. Raises ConfigError if
-    the batch cannot be made of micro-batches.
+class History(NamedTuple):
+    """`curve`: records of `step` with loss, learning_rate, grad_norm or eval_loss. `best_step`:
+    the one whose parameters were kept, None without validation examples.
     """
-    curve, best = Curve(), Best(model)
+
+    curve: list[dict[str, Any]]
+    best_step: int | None
+
+
+def train(
+    model: nn.Module,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    *,
+    validation: Sequence[Example] = (),
+    keep: Mapping[str, Tensor] | None = None,
+    teacher: Teacher | None = None,
+    distillation: Distillation | None = None,
+    penalty: Penalty | None = None,
+    parameters: Sequence[ParameterGroup] = (),
+) -> History:
+    """Trains in place, by AdamW without weight decay, what requires gradients in `model`, and
+    `parameters`.
+
+    validation: examples whose cross entropy picks the step that is kept; without any it is the
+        last one.
+    keep: parameter name -> bool tensor of its shape, True = free; the rest is zero and stays zero.
+    teacher: gives the logits that the student is drawn to, by the formula of `distillation`.
+    distillation: weight and temperature; None takes its defaults.
+    penalty: added to the loss once a step; gradients reach it as they reach the loss.
+    parameters: their gradients are not clipped; the model's are, to a norm of 1.
+
+    Mixed precision follows the weights: bfloat16 or (on an accelerator) float16 where the model is
+    loaded in it. The model is left in eval mode on the device where it was, with nothing of the
+    Trainer on it; nothing is written. `loss` in the curve is all that is minimised, `eval_loss` the
+    cross entropy. Raises ConfigError if the batch cannot be made of micro-batches, or nothing is
+    there to train.
+    """
+    inside = [p for p in model.parameters() if p.requires_grad]
+    outside = [p for group in parameters for p in group["params"]]
+    if not inside + outside:
+        raise ConfigError("nothing to train: no parameter requires gradients")
+    if teacher is None and distillation is not None:
+        raise ConfigError(f"{distillation} needs a teacher")
+    groups: list[dict[str, Any]] = [{"params": inside, "lr": recipe.lr}] if inside else []
+    groups += [{k: v for k, v in group.items() if k != "constant"} for group in parameters]
+    constant = [False] * bool(inside) + [group.get("constant", False) for group in parameters]
+    curve, best = Curve(), Best(inside + outside)
+    device = next(model.parameters()).device
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        restored(model),
+        held_at_zero(model, keep or {}),
+    ):
+        trainer = _Trainer(
+            _Additions(teacher, distillation or Distillation(), penalty),
+            constant,
+            model=model,
+            args=arguments(recipe, folder, weights_dtype(model), device, bool(validation)),
+            train_dataset=examples,
+            eval_dataset=validation or None,
+            data_collator=collate,
+            optimizers=(AdamW(groups, weight_decay=0.0), None),
+        )
+        trainer.remove_callback(ProgressCallback)
+        for callback in (curve, Bar(), OutsideGradients(outside), *([best] if validation else [])):
+            trainer.add_callback(callback)
+        trainer.train()
+        best.restore()
+    return History(curve.records, best.step)
+
+
+class _Additions(NamedTuple):
+    teacher: Teacher | None
+    distillation: Distillation
+    penalty: Penalty | None
+
+
+class _Trainer(Trainer):
+    """The Trainer with an objective of our own, and a schedule for each group of parameters."""
+
+    def __init__(self, additions: _Additions, constant: Sequence[bool], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.additions = additions
+        self.constant = constant
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LambdaLR:
+        warmup = int(self.args.warmup_steps)
+        decay = partial(linear_decay, warmup_steps=warmup, steps=num_training_steps)
+        factors = [(lambda step: 1.0) if constant else decay for constant in self.constant]
+        self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), factors)
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            loss = self.with_additions(loss, outputs, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def with_additions(
+        self,
+        loss: Tensor,
+        outputs: Any,
+        batch: dict[str, Tensor],
+        items: Tensor | int | None,
+    ) -> Tensor:
+        """The loss of one micro-batch with the teacher's and the penalty's part.
+
+        Most models divide their loss by the labels of the whole step (`items`, over all processes),
+        so that micro-batches add up, and the Trainer makes up for the mean over the processes. The
+        others give the mean of the micro-batch, which the Trainer divides by their number.
+        """
+        teacher, distillation, penalty = self.additions
+        adds_up = bool(self.model_accepts_loss_kwargs) and items is not None
+        if teacher is not None:
+            learnt = learnt_positions(batch["labels"])
+            weight, temperature = distillation.weight, distillation.temperature
+            target = teacher_logits(teacher, batch)
+            kl = summed_kl(outputs.logits, target, learnt, temperature).to(loss.device)
+            if adds_up and items is not None:
+                kl = kl / items * self.accelerator.num_processes
+            else:
+                kl = kl / learnt.sum()
+            loss = (1 - weight) * loss + weight * temperature**2 * kl
+        if penalty is not None:
+            share = self.current_gradient_accumulation_steps if adds_up else 1
+            value = penalty(cast(nn.Module, self.model), self.state.global_step)
+            loss = loss + value.to(loss.device) / share
+        return loss
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model is in eval mode, on the device where it was, with nothing of the Trainer
+    or accelerate on it.
+    """
     device = next(model.parameters()).device
     before = dict(model.__dict__)
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=model,
-            args=arguments(recipe, folder, dtype(model), device, evaluate=bool(held)),
-            train_dataset=train,  # type: ignore[arg-type]  # a list has the length and the items that the Trainer asks for
-            eval_dataset=held or None,  # type: ignore[arg-type]
-            data_collator=collate,
-        )
-        trainer.remove_callback(ProgressCallback)
-        for callback in (curve, Bar(), *([best] if held else [])):
-            trainer.add_callback(callback)
-        trainer.train()
-    best.restore()
-    for name in model.__dict__.keys() - before.keys():
-        del model.__dict__[
-            name
-        ]  # accelerate marks the model, and mixed precision puts a forward of its own over it
-    if "forward" in before:
-        model.__dict__["forward"] = before["forward"]  # the one that moves tensors for a device_map
-    if use_cache is not None:
-        config.use_cache = use_cache
-    if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
-        model.to(device)
-    model.eval()
-    return curve.records, best.step
+    try:
+        yield
+    finally:
+        for name in model.__dict__.keys() - before.keys():
+            # accelerate marks the model, and mixed precision puts a forward of its own over it
+            del model.__dict__[name]
+        if "forward" in before:  # the one that moves tensors for a device_map
+            model.__dict__["forward"] = before["forward"]
+        if use_cache is not None:
+            config.use_cache = use_cache
+        if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+            model.to(device)
+        model.zero_grad()
+        model.eval()
 
 
 def arguments(
-    recipe: Recipe, folder: str, kind: torch.dtype, device: torch.device, *, evaluate: bool
+    recipe: Recipe, folder: str, dtype: torch.dtype, device: torch.device, evaluate: bool
 ) -> TrainingArguments:
     """The recipe in the Trainer's words: nothing is written, nothing reported, one device for each
     process.
@@ -170,8 +224,7 @@ def arguments(
         max_steps=recipe.max_steps or -1,
         per_device_train_batch_size=recipe.micro_batch,
         per_device_eval_batch_size=recipe.micro_batch,
-        gradient_accumulation_steps=accumulation(recipe.batch, recipe.micro_batch),
-        optim="adamw_torch",
+        gradient_accumulation_steps=micro_batches(recipe.batch, recipe.micro_batch),
         logging_steps=recipe.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -185,29 +238,18 @@ def arguments(
         dataloader_pin_memory=device.type != "cpu",
         seed=recipe.seed,
         use_cpu=device.type == "cpu",
-        bf16=kind is torch.bfloat16,
-        fp16=kind is torch.float16
-        and device.type != "cpu",  # the CPU has no mixed float16 and computes in the weights' own
+        bf16=dtype is torch.bfloat16,
+        # The CPU has no mixed float16 and computes in the weights' own.
+        fp16=dtype is torch.float16 and device.type != "cpu",
     )
     if args.n_gpu > 1:
         # DataParallel would multiply the batch by the GPUs that happen to be there; several
-        # processes are the way
+        # processes are the way.
         args._n_gpu = 1
     return args
 
 
-def dtype(model: nn.Module) -> torch.dtype:
+def weights_dtype(model: nn.Module) -> torch.dtype:
     """Of the frozen weights, or of all if none is frozen."""
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     return next(frozen, next(model.parameters()).dtype)
-
-
-def accumulation(batch: int, micro_batch: int) -> int:
-    """Micro-batches of one process in one step, so that a step has `batch` examples over all
-    processes.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if batch % (micro_batch * processes):
-        over = f" x {processes} processes" if processes > 1 else ""
-        raise ConfigError(f"batch={batch} is no multiple of micro_batch={micro_batch}{over}")
-    return batch // (micro_batch * processes)

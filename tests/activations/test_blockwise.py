@@ -9,13 +9,13 @@ import torch
 from tiny_models import tiny_model
 
 from prunekit.activations.blockwise import (
-    block_stack,
     capture_inputs,
     groups_by_block,
     iterate_blocks,
 )
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.storage import PassOptions
+from prunekit.architecture.blocks import block_names
 from prunekit.errors import ConfigError
 from prunekit.graph import discover
 
@@ -47,7 +47,7 @@ def hooks_on(model) -> int:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_replay_equals_the_whole_model(tokens, arch):
     model = tiny_model(arch, layers=3)
-    blocks = block_stack(discover(model, verify=False))
+    blocks = block_names(model)
     before = hooks_on(model)
     expected = outputs_of(model, blocks, tokens)
     for run in iterate_blocks(
@@ -62,7 +62,7 @@ def test_replay_equals_the_whole_model(tokens, arch):
 @pytest.mark.parametrize(("store", "tolerance"), [("disk", 1e-5), ("bfloat16", 5e-2)])
 def test_activations_elsewhere(tokens, store, tolerance):
     model = tiny_model("llama", layers=3)
-    blocks = block_stack(discover(model, verify=False))
+    blocks = block_names(model)
     expected = outputs_of(model, blocks, tokens)[-1]
     *_, run = iterate_blocks(model, blocks, tokens, PassOptions(store, batch=2))
     out = torch.cat([x for _, x in run.outputs()])
@@ -71,7 +71,7 @@ def test_activations_elsewhere(tokens, store, tolerance):
 
 def test_the_next_block_sees_what_was_done_to_this_one(tokens):
     model = tiny_model("llama", layers=3)
-    blocks = block_stack(discover(model, verify=False))
+    blocks = block_names(model)
     for run in iterate_blocks(model, blocks, tokens, PassOptions(batch=2)):
         if run.block == 0:
             with torch.no_grad():
@@ -86,7 +86,7 @@ def test_the_next_block_sees_what_was_done_to_this_one(tokens):
 
 def test_only_the_first_batches_run_the_whole_model(tokens):
     model = tiny_model("llama")
-    blocks = block_stack(discover(model, verify=False))
+    blocks = block_names(model)
     calls = []
     hook = model.get_submodule(blocks[1]).register_forward_hook(lambda *_: calls.append(1))
     capture_inputs(model, blocks, tokens, PassOptions(batch=1))
@@ -97,7 +97,7 @@ def test_only_the_first_batches_run_the_whole_model(tokens):
 
 def test_an_error_inside_a_block_comes_out(tokens):
     model = tiny_model("llama")
-    blocks = block_stack(discover(model, verify=False))
+    blocks = block_names(model)
     before = hooks_on(model)
 
     def broken(*_):
@@ -112,18 +112,13 @@ def test_an_error_inside_a_block_comes_out(tokens):
 
 def test_there_is_no_loss_inside_a_block(tokens):
     model = tiny_model("llama")
-    run = next(
-        iterate_blocks(
-            model, block_stack(discover(model, verify=False)), tokens, PassOptions(batch=2)
-        )
-    )
+    run = next(iterate_blocks(model, block_names(model), tokens, PassOptions(batch=2)))
     with pytest.raises(ConfigError, match="needs the loss"):
         next(run.losses())
 
 
 def test_units_outside_the_blocks_are_refused():
-    groups = discover(tiny_model("llama"), verify=False)
+    model = tiny_model("llama")
+    groups = discover(model, verify=False)
     with pytest.raises(ConfigError, match="hidden is not inside one block"):
-        groups_by_block([g for g in groups if g.kind == "hidden"], block_stack(groups))
-    with pytest.raises(ConfigError, match="stack of blocks"):
-        block_stack([])
+        groups_by_block([g for g in groups if g.kind == "hidden"], block_names(model))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prunekit.data import datasets
+from prunekit.data.crops import crops
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.registry import calibs
@@ -17,7 +18,7 @@ ROWS = [f"row {i:02d}: " + "abcdefgh" * (i % 7) for i in range(40)]
 
 
 def draw(**options):
-    return datasets.crops(
+    return crops(
         ROWS, TOKENIZER, **{"samples": 10, "length": 24, "seed": 0, "join": False, **options}
     )
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from prunekit.data import datasets, docs_cloze
+from prunekit.data import datasets, docs_cloze, files, pydocs
 from prunekit.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def grams(paragraphs, n=16):
 
 
 def test_pydocs_parts_share_no_paragraph_and_no_long_run_of_words():
-    parts = {split: datasets.texts("pydocs", split) for split in datasets.PYDOCS_SPLITS}
+    parts = {split: datasets.texts("pydocs", split) for split in pydocs.SPLITS}
     assert all(len("".join(p)) > 40_000 for p in parts.values()), {
         k: len("".join(p)) for k, p in parts.items()
     }
@@ -33,7 +33,7 @@ def test_pydocs_parts_share_no_paragraph_and_no_long_run_of_words():
 
 
 def test_pydocs_holds_prose_only():
-    for split in datasets.PYDOCS_SPLITS:
+    for split in pydocs.SPLITS:
         for paragraph in datasets.texts("pydocs", split):
             assert "\n" not in paragraph
             assert ">>>" not in paragraph
@@ -44,7 +44,7 @@ def test_pydocs_holds_prose_only():
 def test_a_patch_release_that_edits_a_topic_moves_no_other(monkeypatch):
     from pydoc_data import topics
 
-    before = {s: datasets.texts("pydocs", s) for s in datasets.PYDOCS_SPLITS}
+    before = {s: datasets.texts("pydocs", s) for s in pydocs.SPLITS}
     words = "A brand new paragraph that only a later patch release of the language has got."
     changed = {
         **topics.topics,
@@ -122,7 +122,7 @@ def test_shared_folder_gives_every_set_in_the_form_of_the_protocol(shared):
 def test_bad_jsonl_names_the_file(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\nnot json\n')
     with pytest.raises(ConfigError, match=r"bad.jsonl"):
-        datasets.read(tmp_path / "bad.jsonl")
+        files.read(tmp_path / "bad.jsonl")
 
 
 def test_cloze_items_are_fair_and_fixed():

@@ -14,7 +14,8 @@ from tiny_models import tiny_model
 
 from prunekit.activations.hooks import hook_activations
 from prunekit.activations.runs import ModelRun
-from prunekit.architecture.matrices import block_names, matrices, matrix, module_name
+from prunekit.architecture.blocks import block_names
+from prunekit.architecture.matrices import matrices, matrix, module_name
 from prunekit.checkpoint import load
 from prunekit.errors import ConfigError
 from prunekit.registry import criteria, pruners
@@ -198,8 +199,8 @@ def test_zeros_survive_recovery(words, tmp_path):
         "recovery=lora_text",
         "recovery.dataset=text",
         f"recovery.path={text}",
-        "recovery.cutoff=32",
-        "recovery.holdout=0",
+        "recovery.max_length=32",
+        "recovery.validation_size=0",
         "recovery.max_steps=2",
     ]
     short += [

@@ -9,18 +9,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from prunekit import graph
+from prunekit.architecture.blocks import linear_names
 from prunekit.data import training_examples
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
-from prunekit.recoveries.lora import linears, lora
-from prunekit.recoveries.none import none
+from prunekit.problem import Problem
+from prunekit.recoveries.lora import check_lora, lora
 from prunekit.registry import recoveries
 from prunekit.types import Group, Member, Pruned
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHORT = {
-    "holdout": 0,
-    "cutoff": 32,
+    "validation_size": 0,
+    "max_length": 32,
     "batch": 4,
     "micro_batch": 2,
     "max_steps": 4,
@@ -80,9 +81,21 @@ def text(tmp_path):
 
 
 def recover(model: nn.Module, text: str, **over) -> Pruned:
-    pruned = Pruned(model, {}, [])
-    pruned.model = lora(pruned, byte_tokenizer(), dataset="text", path=text, **{**SHORT, **over})
+    return run_lora(Pruned(model, {}, []), dataset="text", path=text, **over)
+
+
+def run_lora(pruned: Pruned, **over) -> Pruned:
+    problem = Problem(pruned.model, byte_tokenizer())
+    pruned.model = lora(problem, pruned, **{**SHORT, **over})
     return pruned
+
+
+def held_out_loss(model: nn.Module, text: str) -> float:
+    """The model's loss on the four validation examples that `recover` sets aside."""
+    examples = training_examples.load_examples(byte_tokenizer(), "text", None, text, None, 32)
+    _, validation = training_examples.split_validation(examples, 4, 42)
+    with torch.no_grad():
+        return float(model(**training_examples.collate(validation)).loss)
 
 
 def shape_of(model: nn.Module) -> dict:
@@ -108,7 +121,7 @@ def test_a_pruned_model_learns_and_comes_back_plain(text, dtype):
     assert all(p.grad is None and p.dtype is dtype for p in model.parameters())
     after = model.state_dict()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
-    assert changed == {f"{n}.weight" for n in linears(model)}, (
+    assert changed == {f"{n}.weight" for n in linear_names(model)}, (
         "embeddings, head and norms are frozen"
     )
     losses = [r["loss"] for r in pruned.notes["recovery_curve"] if "loss" in r]
@@ -120,26 +133,25 @@ def test_merged_weights_compute_what_was_trained(text):
     """What the last held-out look saw, with the updates beside the weights, is what the merged
     model gives.
     """
-    pruned = recover(uneven(), text, holdout=4, eval_every=1, max_steps=3, dropout=0.0)
+    pruned = recover(uneven(), text, validation_size=4, eval_every=1, max_steps=3, dropout=0.0)
     seen = {r["step"]: r["eval_loss"] for r in pruned.notes["recovery_curve"] if "eval_loss" in r}
-    _, held = training_examples.held_out(
-        training_examples.load(byte_tokenizer(), "text", None, text, None, 32), 4, 42
-    )
-    with torch.no_grad():
-        loss = float(pruned.model(**training_examples.collate(held)).loss)
+    loss = held_out_loss(pruned.model, text)
     assert pruned.notes["recovery_best_step"] == min(seen, key=seen.get)
     assert loss == pytest.approx(min(seen.values()), rel=1e-4)
 
 
 def test_the_best_held_out_step_is_kept_not_the_last(text):
-    pruned = recover(uneven(), text, holdout=4, eval_every=1, max_steps=6, lr=300.0, warmup_steps=3)
+    options = {"validation_size": 4, "eval_every": 1, "dropout": 0.0}
+    pruned = recover(uneven(), text, max_steps=6, lr=300.0, warmup_steps=3, **options)
     seen = {r["step"]: r["eval_loss"] for r in pruned.notes["recovery_curve"] if "eval_loss" in r}
     assert sorted(seen) == [1, 2, 3, 4, 5, 6]
-    assert pruned.notes["recovery_best_step"] == min(seen, key=seen.get) < 6
+    best, step = min((v, k) for k, v in seen.items() if v is not None)  # None: it diverged
+    assert pruned.notes["recovery_best_step"] == step < 6
+    assert held_out_loss(pruned.model, text) == pytest.approx(best, rel=1e-4)
 
 
 def test_the_last_step_is_looked_at_whatever_eval_every_is(text):
-    pruned = recover(uneven(), text, holdout=4, eval_every=100)
+    pruned = recover(uneven(), text, validation_size=4, eval_every=100)
     assert [r["step"] for r in pruned.notes["recovery_curve"] if "eval_loss" in r] == [4]
 
 
@@ -153,37 +165,8 @@ def test_same_seed_same_bits_another_seed_others(text):
 
 def test_nothing_is_left_on_disk(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recover(uneven(), text, holdout=2, eval_every=2)
+    recover(uneven(), text, validation_size=2, eval_every=2)
     assert os.listdir(tmp_path) == ["some.txt"]
-
-
-def test_zeros_of_weight_groups_stay_zero(text):
-    model = llama()
-    name = "model.layers.1.mlp.up_proj.weight"
-    weight = model.get_parameter(name)
-    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
-    with torch.no_grad():
-        weight.mul_(mask)
-    member = Member(name, -1, torch.empty(0, 0, dtype=torch.int64))
-    group = Group("up", "weights", 1, weight.numel(), (member,), shape=tuple(weight.shape))
-    before = weight.detach().clone()
-    pruned = Pruned(model, {"up": mask}, [group])
-    after = lora(pruned, byte_tokenizer(), dataset="text", path=text, **SHORT).get_parameter(name)
-    assert (after[~mask] == 0).all()
-    assert not torch.equal(after[mask], before[mask])
-
-
-def test_targets_are_found_and_narrowed():
-    model = llama()
-    found = linears(model)
-    assert [n.rpartition(".")[2] for n in found] == SEVEN * 2
-    assert linears(model, ["q_proj", "*.1.mlp.*"]) == [
-        n for n in found if n.endswith("q_proj") or ".1.mlp." in n
-    ]
-    with pytest.raises(ConfigError, match="down_proj.*q_proj"):
-        linears(model, ["query"])
-    with pytest.raises(ConfigError, match="no list of blocks"):
-        linears(nn.Linear(2, 2))
 
 
 def test_transposed_linears_of_gpt2(text):
@@ -193,16 +176,12 @@ def test_transposed_linears_of_gpt2(text):
         GPT2Config(vocab_size=259, bos_token_id=1, eos_token_id=2, **sizes)
     )
     shapes, before = shape_of(model), copy.deepcopy(model.state_dict())
-    pruned = recover(model, text, holdout=4, eval_every=4, dropout=0.0)
+    pruned = recover(model, text, validation_size=4, eval_every=4, dropout=0.0)
     assert shape_of(model) == shapes
     changed = {n for n, w in model.state_dict().items() if not torch.equal(before[n], w)}
-    assert changed == {f"{n}.weight" for n in linears(model)}
+    assert changed == {f"{n}.weight" for n in linear_names(model)}
     assert len(changed) == 8
-    _, held = training_examples.held_out(
-        training_examples.load(byte_tokenizer(), "text", None, text, None, 32), 4, 42
-    )
-    with torch.no_grad():
-        loss = float(model(**training_examples.collate(held)).loss)
+    loss = held_out_loss(model, text)
     assert loss == pytest.approx(pruned.notes["recovery_curve"][-1]["eval_loss"], rel=1e-4)
 
 
@@ -210,88 +189,107 @@ def test_alpaca_from_a_file(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, ALPACA)))
     pruned = Pruned(llama(), {}, [])
-    lora(pruned, byte_tokenizer(), path=str(path), **{**SHORT, "cutoff": 400, "holdout": 2})
+    run_lora(pruned, path=str(path), max_length=400, validation_size=2)
     assert pruned.notes["recovery_examples"] == 10
 
 
-def test_only_the_answer_is_learnt_and_the_end_is_appended_if_it_fits():
-    tokenizer = byte_tokenizer()
-    (example,) = training_examples.instructions(tokenizer, ALPACA[:1], cutoff=400)
-    learnt = [x for x in example["labels"] if x != -100]
-    assert tokenizer.decode(learnt[:-1]) == ALPACA[0]["output"]
-    assert learnt[-1] == tokenizer.eos_token_id
-    start = tokenizer.decode(
-        [i for i, x in zip(example["input_ids"], example["labels"]) if x == -100]
-    )
-    assert start.endswith("### Input:\n0 + 0\n\n### Response:\n")
-    assert "paired with an input" in start
-    full = len(example["input_ids"]) - 1
-    (cut,) = training_examples.instructions(tokenizer, ALPACA[:1], cutoff=full)
-    assert cut["input_ids"] == example["input_ids"][:-1]
-    assert training_examples.instructions(tokenizer, ALPACA[:1], cutoff=20) == [], (
-        "no room for an answer"
-    )
-    plain = training_examples.prompt({"instruction": "Add.", "input": "", "output": "x"})
-    assert "Input" not in plain
-    assert "paired" not in plain
+def zeroed(model: nn.Module, kind: str) -> Pruned:
+    """Half of the units of a kind set to zero where they stand, as `pruner.compress=false` does."""
+    groups = [g for g in graph.discover(model, verify=False) if g.kind == kind]
+    kept = {g.name: torch.arange(g.units) % 2 == 0 for g in groups}
+    graph.zero(model, kept)
+    return Pruned(model, kept, groups)
 
 
-def test_padding_is_on_the_left_to_a_multiple_of_eight():
-    batch = training_examples.collate([{"input_ids": [5] * n, "labels": [5] * n} for n in (3, 11)])
-    assert batch["input_ids"].shape == (2, 16)
-    assert batch["input_ids"][0].tolist() == [0] * 13 + [5] * 3
-    assert batch["attention_mask"].sum(1).tolist() == [3, 11]
-    assert batch["labels"][1].tolist() == [-100] * 5 + [5] * 11
+def weights(model: nn.Module) -> Pruned:
+    """Half of the elements of one matrix set to zero."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = model.get_parameter(name)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    with torch.no_grad():
+        weight.mul_(mask)
+    member = Member(name, -1, torch.empty(0, 0, dtype=torch.int64))
+    group = Group("up", "weights", 1, weight.numel(), (member,), shape=tuple(weight.shape))
+    return Pruned(model, {"up": mask}, [group])
 
 
-def test_text_is_packed_into_whole_blocks():
-    tokenizer = byte_tokenizer()
-    blocks = training_examples.packed(tokenizer, "a" * 99, cutoff=32)
-    assert [len(b["input_ids"]) for b in blocks] == [32] * 3
-    assert [i for b in blocks for i in b["input_ids"]] == tokenizer("a" * 99).input_ids[:96]
-    assert all(b["labels"] == [-100, *b["input_ids"][1:]] for b in blocks), (
-        "nothing predicts the first token"
-    )
+@pytest.mark.parametrize("kind", ["neurons", "heads", "hidden", "blocks", "weights"])
+def test_what_pruning_set_to_zero_is_zero_after_recovery(text, kind):
+    model = llama()
+    pruned = weights(model) if kind == "weights" else zeroed(model, kind)
+    zeros = {n: p == 0 for n, p in model.named_parameters()}
+    before = copy.deepcopy(model.state_dict())
+    assert sum(int(z.sum()) for z in zeros.values()) > 500
+    run_lora(pruned, dataset="text", path=text)
+    for name, parameter in model.named_parameters():
+        assert not parameter[zeros[name]].any(), name
+    changed = [n for n, p in model.named_parameters() if not torch.equal(before[n], p)]
+    assert len(changed) == (7 if kind == "blocks" else 14), "the rest of every matrix has learnt"
+
+
+@pytest.mark.parametrize("kind", ["neurons", "heads", "hidden"])
+def test_units_that_are_zero_are_zero_while_training_too(text, kind):
+    """So the loss seen in training is that of the merged model."""
+    pruned = zeroed(llama(), kind)
+    options = {"validation_size": 4, "eval_every": 1, "dropout": 0.0, "lr": 3e-2}
+    run_lora(pruned, dataset="text", path=text, **options)
+    seen = [r["eval_loss"] for r in pruned.notes["recovery_curve"] if "eval_loss" in r]
+    assert held_out_loss(pruned.model, text) == pytest.approx(min(seen), rel=1e-4)
+
+
+def test_targets_narrow_what_is_trained(text):
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    recover(model, text, targets=["mlp.*", "q_proj"])
+    changed = {n for n, w in model.state_dict().items() if not torch.equal(before[n], w)}
+    names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")
+    assert changed == {f"model.layers.{i}.{n}.weight" for i in range(2) for n in names}
 
 
 @pytest.mark.parametrize(
     ("over", "said"),
     [
         ({"batch": 5}, "batch=5 is no multiple of micro_batch=2"),
-        ({"holdout": 10**6}, "holdout=1000000, but there are"),
-        ({"cutoff": 10**6}, "lower cutoff"),
+        ({"targets": ["query"]}, r"targets=\['query'\] match no linear.*mlp.down_proj"),
         ({"path": None}, "give path="),
+        ({"dataset": "wikitext2", "split": "tset", "path": None}, "no split 'tset'"),
+        ({"validation_size": 10**6}, "validation_size=1000000, but there are"),
+        ({"max_length": 10**6}, "lower max_length"),
         ({"path": "nowhere.txt"}, "nowhere.txt"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(text, over, said):
     model = llama()
+    options = {"dataset": "text", "path": text, **over}
     with pytest.raises(ConfigError, match=said):
-        lora(
-            Pruned(model, {}, []),
-            byte_tokenizer(),
-            **{"dataset": "text", "path": text, **SHORT, **over},
-        )
+        run_lora(Pruned(model, {}, []), **options)
     assert not any("lora" in n for n, _ in model.named_modules())
 
 
-def test_several_processes_share_the_batch(monkeypatch):
-    from prunekit.training.trainer import accumulation
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({}, None),
+        ({"batch": 5, "micro_batch": 2}, "batch=5 is no multiple of micro_batch=2"),
+        ({"targets": ["query"]}, r"targets=\['query'\] match no linear.*mlp.down_proj"),
+        ({"dataset": "text"}, "give path="),
+        ({"split": "tset"}, "alpaca has no split 'tset'; there are: train"),
+    ],
+)
+def test_options_are_checked_on_a_model_without_weights(over, said):
+    entry = recoveries.entry("lora")
+    assert entry.meta["check"] is check_lora
+    with torch.device("meta"):
+        model = llama()
+    if said is None:
+        entry.meta["check"](model, **entry.defaults | over)
+    else:
+        with pytest.raises(ConfigError, match=said):
+            entry.meta["check"](model, **entry.defaults | over)
 
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert accumulation(64, 4) == 4
-    with pytest.raises(ConfigError, match="x 4 processes"):
-        accumulation(8, 4)
 
-
-def test_none_gives_the_pruned_model():
-    pruned = Pruned(llama(), {}, [])
-    assert none(pruned, None) is pruned.model
-    assert {"lora", "none"} <= set(recoveries.names())
-
-
-def test_alpaca_from_the_data_folder(shared):
-    tokenizer = byte_tokenizer()
-    found = training_examples.load(tokenizer, "alpaca", None, None, str(shared / "data"), 512)
-    assert len(found) > 1000
-    assert all(len(e["input_ids"]) == len(e["labels"]) <= 512 for e in found)
+def test_a_missing_file_is_refused_with_the_options():
+    with pytest.raises(ConfigError, match=r"nowhere.txt is not a file"):
+        recoveries.build({"name": "lora", "path": "nowhere.txt"})
+    with pytest.raises(ConfigError, match="data_root='nowhere' is not a folder"):
+        recoveries.build({"name": "lora", "data_root": "nowhere"})

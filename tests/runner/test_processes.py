@@ -25,7 +25,14 @@ WORDS = [
 # Dropout draws differently in each process; without it the steps are the same sums.
 WORDS += [
     f"recovery.{o}"
-    for o in ("dropout=0", "max_steps=5", "batch=8", "micro_batch=2", "log_every=1", "cutoff=64")
+    for o in (
+        "dropout=0",
+        "max_steps=5",
+        "batch=8",
+        "micro_batch=2",
+        "log_every=1",
+        "max_length=64",
+    )
 ]
 
 
@@ -78,7 +85,7 @@ def test_a_model_spread_by_accelerate_gives_the_same_numbers(tmp_path):
         ("spread", "model.device_map={model:cpu,lm_head:cpu}"),
     ):
         (cfg,) = composed(
-            [*words, place, "recovery=lora_text", "recovery.max_steps=2", "recovery.cutoff=32"]
+            [*words, place, "recovery=lora_text", "recovery.max_steps=2", "recovery.max_length=32"]
         )
         found[name] = run(cfg, tmp_path / name)
     assert found["plain"]["results"] == found["spread"]["results"]

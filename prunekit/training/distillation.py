@@ -1,0 +1,109 @@
+"""Distillation: the student learns the teacher's distribution of the next token besides the text
+(Hinton et al., arXiv 1503.02531).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunekit.errors import ConfigError
+
+Teacher = nn.Module | Callable[[dict[str, Tensor]], Tensor]
+"""A causal language model in eval mode, or a function from a batch (`input_ids`, `attention_mask`,
+both `(N, T)`) to logits `(N, T, V)`.
+"""
+CHUNK = 2**24
+"""Logits that are turned into float32 at a time: 64 MiB."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """`loss = (1 - weight) * CE + weight * temperature^2 * KL(teacher || student)`, the KL of both
+    distributions at `temperature`.
+
+    Raises ConfigError for a weight outside of 0 to 1, or a temperature that is not positive.
+    """
+
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ConfigError(f"weight={self.weight} of the distillation; possible: 0 to 1")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature}; possible: above 0")
+
+
+@torch.no_grad()
+def teacher_logits(teacher: Teacher, batch: dict[str, Tensor]) -> Tensor:
+    """(N, T, V) of the teacher for a batch, whose labels it does not see."""
+    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+    if isinstance(teacher, nn.Module):
+        logits: Tensor = teacher(**inputs, use_cache=False).logits
+        return logits
+    return teacher(inputs)
+
+
+def learnt_positions(labels: Tensor) -> Tensor:
+    """(N, T) True where the next token of `labels (N, T)` is learnt."""
+    return F.pad(labels[:, 1:] != -100, (0, 1))
+
+
+def summed_kl(student: Tensor, teacher: Tensor, learnt: Tensor, temperature: float) -> Tensor:
+    """Sum of `KL(teacher || student)` over the positions `learnt (N, T)`, in nats, float32.
+
+    student, teacher: logits `(N, T, V)`. A stretch of tokens at a time is turned into float32, in
+    the backward again, so that memory beyond the logits themselves does not grow with N or T.
+    Raises ConfigError for vocabularies of different size.
+    """
+    if student.shape != teacher.shape:
+        raise ConfigError(
+            f"the teacher's logits are {tuple(teacher.shape)}, the student's "
+            f"{tuple(student.shape)}: distillation needs one vocabulary"
+        )
+    size = student.shape[-1]
+    flat = (student.reshape(-1, size), teacher.to(student.device).reshape(-1, size))
+    rows = learnt.to(student.device).reshape(-1)
+    total: Tensor = _SummedKL.apply(*flat, rows, temperature)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SummedKL(torch.autograd.Function):
+    """The gradient in the student's logits is `(softmax(s / T) - softmax(t / T)) / T`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, learnt: Tensor, temperature: float
+    ) -> Tensor:
+        ctx.save_for_backward(student, teacher, learnt)
+        ctx.temperature = temperature
+        total = torch.zeros((), device=student.device)
+        for rows in _chunks(student):
+            log_p, log_q = (
+                (x[rows].float() / temperature).log_softmax(-1) for x in (teacher, student)
+            )
+            kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            total += kl.masked_fill(~learnt[rows], 0).sum()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        student, teacher, learnt = ctx.saved_tensors
+        out = torch.empty_like(student)
+        for rows in _chunks(student):
+            p, q = ((x[rows].float() / ctx.temperature).softmax(-1) for x in (teacher, student))
+            gradient = (q - p).mul_(grads[0] / ctx.temperature)
+            out[rows] = gradient.masked_fill_(~learnt[rows, None], 0)
+        return out, None, None, None
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    """Stretches of rows of `logits (M, V)` of about `CHUNK` elements."""
+    step = max(1, CHUNK // logits.shape[1])
+    return [slice(i, i + step) for i in range(0, len(logits), step)]

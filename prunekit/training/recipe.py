@@ -1,0 +1,48 @@
+"""How a model is trained: rates, lengths, batches."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from prunekit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps are optimizer steps; batches count examples over all processes.
+
+    lr: learning rate after the warm-up; it falls linearly to 0 at the last step.
+    epochs: passes over the examples; `max_steps` ends the training where it is not None.
+    micro_batch: examples of one forward on each device.
+    eval_every, log_every: steps between looks at the validation loss, and between records.
+    seed: draws the order of the examples, and dropout.
+    """
+
+    lr: float
+    warmup_steps: int = 0
+    epochs: float = 1
+    max_steps: int | None = None
+    batch: int = 8
+    micro_batch: int = 1
+    eval_every: int = 100
+    log_every: int = 10
+    seed: int = 0
+
+
+def micro_batches(batch: int, micro_batch: int) -> int:
+    """Micro-batches of one process in one step, so that a step has `batch` examples over all
+    processes. Raises ConfigError where they do not divide it.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch % (micro_batch * processes):
+        over = f" x {processes} processes" if processes > 1 else ""
+        raise ConfigError(f"batch={batch} is no multiple of micro_batch={micro_batch}{over}")
+    return batch // (micro_batch * processes)
+
+
+def linear_decay(step: int, warmup_steps: int, steps: int) -> float:
+    """Factor of the learning rate in a step: from 0 to 1 during the warm-up, then down to 0."""
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    return max(0.0, (steps - step) / max(1, steps - warmup_steps))

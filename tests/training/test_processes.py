@@ -1,0 +1,72 @@
+"""Several processes train what one does, parameters outside of the model included."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+SCRIPT = """
+import json, os, sys
+import torch
+from torch import nn
+from test_trainer import RECIPE, UP, examples, llama
+from dataclasses import replace
+from prunekit.training.distillation import Distillation
+from prunekit.training.trainer import train
+
+rank = int(os.environ.get("RANK", "0"))
+# Each process pulls the second number its own way: down by 3 in the first, up by 1 in the other.
+pull = torch.tensor([1.0, 3.0 if rank == 0 else -1.0])
+z, model = nn.Parameter(torch.zeros(2)), llama()
+mask = torch.arange(24 * 16).view(24, 16) % 2 == 0
+history = train(
+    model,
+    examples(8),
+    replace(RECIPE, max_steps=2),
+    keep={UP: mask},
+    teacher=llama(1),
+    distillation=Distillation(0.5, 2.0),
+    penalty=lambda model, step: (pull * z).sum() - (pull * z).sum().detach() + 5,
+    parameters=[{"params": [z], "lr": 0.5, "constant": True}],
+)
+weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+found = {
+    "curve": history.curve,
+    "z": z.tolist(),
+    "zeros": not model.get_parameter(UP)[~mask].any(),
+    "weights": weights.double().norm().item(),
+}
+open(f"{sys.argv[1]}.{rank}.json", "w").write(json.dumps(found))
+"""
+
+
+def run(out: Path, *launcher: str) -> None:
+    paths = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
+    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = out.parent / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, *launcher, str(script), str(out)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path):
+    run(tmp_path / "one")
+    run(tmp_path / "two", *"-m torch.distributed.run --nproc_per_node=2 --standalone".split())
+    one, first, second = (
+        json.loads((tmp_path / name).read_text())
+        for name in ("one.0.json", "two.0.json", "two.1.json")
+    )
+    assert first["z"] == second["z"] == pytest.approx([-1.0, -1.0], abs=1e-4)
+    assert first["weights"] == second["weights"] == pytest.approx(one["weights"], rel=1e-5)
+    assert one["zeros"]
+    assert first["zeros"]
+    for a, b in zip(one["curve"], first["curve"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
