@@ -7,9 +7,9 @@ import pytest
 import torch
 from paths import GOLDEN
 
-from prunekit.architecture.matrices import wanda_score
 from prunekit.scoring.dass import maker_score
-from prunekit.selection.elements import lowest
+from prunekit.scoring.wanda import wanda_score
+from prunekit.selection.elements import drop_lowest
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def golden():
 def along_columns(scores, removed, block=None):
     """Masks of what stays where the rows compete, all of them or in runs of `block`."""
     turned = scores.T if block is None else scores.T.reshape(-1, block)
-    return lowest(turned, removed).view(scores.T.shape).T
+    return drop_lowest(turned, removed).view(scores.T.shape).T
 
 
 @pytest.mark.parametrize("name", ["gate", "up"])
@@ -38,9 +38,9 @@ def test_masks_of_what_makes_the_channels_are_the_authors(golden, name):
 def test_masks_of_what_reads_the_channels_are_the_authors(golden):
     scores = wanda_score(golden["down"], golden["norms"])
     for share, removed in (("50", 32), ("70", 44)):
-        assert torch.equal(~lowest(scores, removed), golden[f"gone_{share}_down"])
+        assert torch.equal(~drop_lowest(scores, removed), golden[f"gone_{share}_down"])
     for pattern, removed, block in (("24", 2, 4), ("48", 4, 8), ("14", 1, 4)):
-        mask = lowest(scores.view(-1, block), removed).view(scores.shape)
+        mask = drop_lowest(scores.view(-1, block), removed).view(scores.shape)
         assert torch.equal(~mask, golden[f"gone_{pattern}_down"])
 
 
@@ -86,7 +86,7 @@ def test_it_beats_wanda_where_few_channels_carry_the_output():
 
         z = torch.nn.functional.silu(X @ gate.T) * (X @ up.T)
         ours = [W * along_columns(maker_score(W, z.norm(dim=0)), 48) for W in (gate, up)]
-        wanda = [W * lowest(wanda_score(W, X.norm(dim=0)), 16) for W in (gate, up)]
+        wanda = [W * drop_lowest(wanda_score(W, X.norm(dim=0)), 16) for W in (gate, up)]
         dense = out(gate, up)
         won += (out(*ours) - dense).norm() < (out(*wanda) - dense).norm()
     assert won == 5

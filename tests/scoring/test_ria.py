@@ -8,7 +8,7 @@ import torch
 from paths import GOLDEN
 
 from prunekit.scoring.ria import relative_importance, ria_score
-from prunekit.selection.elements import lowest, per_matrix, per_row
+from prunekit.selection.elements import drop_lowest, per_matrix, per_row
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_masks_are_the_authors(golden, share):
 @pytest.mark.parametrize(("pattern", "block"), [("24", 4), ("48", 8)])
 def test_patterns_are_the_authors(golden, pattern, block):
     scores = ria_score(golden["W"], golden["norms"])
-    mask = lowest(scores.view(-1, block), block // 2).view(scores.shape)
+    mask = drop_lowest(scores.view(-1, block), block // 2).view(scores.shape)
     assert torch.equal(~mask, golden[f"gone_{pattern}"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunekit.architecture.matrices import wanda_score
+from prunekit.scoring.wanda import wanda_score
 from prunekit.solvers.besa import (
     channel_error,
     learn,
