@@ -15,7 +15,7 @@ from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.matrices import to_out_in, zero_elements
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
-from prunekit.registry import pruners
+from prunekit.registry import Component, pruners
 from prunekit.selection.elements import NM, SCOPES, Pattern, check_pattern, everywhere
 from prunekit.selection.units import check_finite
 from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Scores
@@ -33,11 +33,33 @@ def check_unstructured(
     **_: Any,
 ) -> Expected:
     """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or ratio."""
-    expected = expect(problem, problem.matrices(targets), smaller=False)
+    groups, axes = _scorable(problem, targets)
+    expected = expect(problem, groups, smaller=False)
     if expected.counts is not None:
-        check_pattern(problem.model, expected.groups, expected.counts, pattern)
+        check_pattern(problem.model, expected.groups, expected.counts, pattern, axes)
         _rankable(problem.allocate(expected.groups), pattern, schedule)
     return expected
+
+
+def _scorable(problem: Problem, targets: list[str] | None) -> tuple[list[Group], dict[str, int]]:
+    """The matrices that the criterion scores, and along which axis of (outputs, inputs) their
+    elements compete where it is not along the inputs: a criterion that is particular about either
+    says so in its registration.
+    """
+    groups = problem.matrices(targets)
+    of = problem.criterion.meta.get("axes") if isinstance(problem.criterion, Component) else None
+    if of is None:
+        return groups, {}
+    axes = of(problem.model, groups)
+    dense = [g.name for g in groups if g.name not in axes]
+    if len(dense) == len(groups):
+        raise ConfigError(
+            f"criterion={problem.criterion.name} scores none of the {len(groups)} matrices "
+            f"({groups[0].name} .. {groups[-1].name})"
+        )
+    if dense:
+        log.info("%d matrices, which the criterion does not score, stay dense", len(dense))
+    return [g for g in groups if g.name in axes], axes
 
 
 def _rankable(allocation: Allocation, pattern: Pattern | None, schedule: Schedule) -> None:
@@ -77,6 +99,7 @@ def unstructured(
     Args:
         scope: `row` takes the same number from every output (rounded down), `matrix` so many of
             each matrix, `alpha` from every row the lowest ones up to the same share of its sum.
+            With criterion=dass the rows of what makes intermediate channels are the inputs.
         pattern: "2:4" keeps 2 of every 4 consecutive inputs; the ratio must agree. "N:8" lets the
             ratio decide for each matrix (OWL's mixed N:8). The scope has no say then.
         schedule: `blocks` scores a block on what the pruned ones before it put out, `whole` all of
@@ -88,16 +111,16 @@ def unstructured(
     Raises ConfigError where a pattern fits no matrix or ratio.
     """
     model = problem.model
-    groups = problem.matrices(targets)
+    groups, axes = _scorable(problem, targets)
     allocation = problem.allocate(groups)
     counts = allocation.counts
-    check_pattern(model, groups, counts, pattern)
+    check_pattern(model, groups, counts, pattern, axes)
     _rankable(allocation, pattern, schedule)
     kept: Kept = {}
     for row, scores in _scored(problem, groups, counts, schedule, PassOptions(store, precision)):
         check_finite(scores)
         if allocation.ranking == "local":
-            mask = _choose(model, row, scores, counts, scope, pattern)
+            mask = _choose(model, row, scores, counts, scope, pattern, axes)
         else:
             mask = everywhere(scores, sum(counts.values()))
         zero_elements(model, row, mask)
@@ -105,8 +128,16 @@ def unstructured(
     emptied = [name for name, mask in kept.items() if not mask.any()]
     if emptied:
         log.warning("%d matrices lost every weight: %s", len(emptied), ", ".join(emptied[:5]))
-    gone = {name: int((~mask).sum()) for name, mask in kept.items()}
-    return Pruned(model, kept, groups, {}, {"counts": gone})
+    notes: dict[str, Any] = {"counts": {n: int((~mask).sum()) for n, mask in kept.items()}}
+    along_outputs = [name for name in kept if not axes.get(name, 1)]
+    if along_outputs:
+        notes["compared_along_outputs"] = along_outputs
+        if pattern:
+            notes["remark"] = (
+                f"{len(along_outputs)} matrices have the pattern along their outputs: no layout "
+                "that sparse tensor cores take"
+            )
+    return Pruned(model, kept, groups, {}, notes)
 
 
 def _scored(
@@ -129,14 +160,17 @@ def _choose(
     counts: Counts,
     scope: str,
     pattern: Pattern | None,
+    axes: dict[str, int],
 ) -> Kept:
     """Masks, stored like the matrices, of what stays."""
     out: Kept = {}
     for g in groups:
         s = to_out_in(model, g, scores[g.name])
+        s = s if axes.get(g.name, 1) else s.T.contiguous()
         if pattern:
             mask = pattern.mask(s, pattern.kept_of(counts[g.name], g.units, g.name))
         else:
             mask = SCOPES[scope](s, counts[g.name])
+        mask = mask if axes.get(g.name, 1) else mask.T
         out[g.name] = to_out_in(model, g, mask).contiguous()
     return out

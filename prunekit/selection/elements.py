@@ -8,7 +8,7 @@ counts are exact.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -128,17 +128,22 @@ NM = Annotated[Pattern | None, BeforeValidator(parse_pattern)]
 
 
 def check_pattern(
-    model: nn.Module, groups: Iterable[Group], counts: Counts, pattern: Pattern | None
+    model: nn.Module,
+    groups: Iterable[Group],
+    counts: Counts,
+    pattern: Pattern | None,
+    axes: Mapping[str, int] | None = None,
 ) -> None:
     """Raises ConfigError where a pattern does not divide a matrix, or is not what the ratio asks
-    for.
+    for. `axes` names matrices whose runs lie along the outputs (0) and not the inputs (1).
     """
     for g in groups if pattern else ():
-        inputs = matrix(model, g).shape[1]
+        axis = (axes or {}).get(g.name, 1)
+        size = matrix(model, g).shape[axis]
         if pattern and counts.get(g.name):
-            if inputs % pattern.m:
+            if size % pattern.m:
                 raise ConfigError(
-                    f"{g.name} has {inputs} inputs, which the {pattern.m} of pruner.pattern do not "
-                    "divide: narrow pruner.targets"
+                    f"{g.name} has {size} {('outputs', 'inputs')[axis]}, which the {pattern.m} of "
+                    "pruner.pattern do not divide: narrow pruner.targets"
                 )
             pattern.kept_of(counts[g.name], g.units, g.name)
