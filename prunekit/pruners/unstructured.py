@@ -16,7 +16,7 @@ from prunekit.architecture.matrices import to_out_in, zero_elements
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Component, pruners
-from prunekit.selection.elements import NM, SCOPES, Pattern, check_pattern, everywhere
+from prunekit.selection.elements import NM, SCOPES, Pattern, check_pattern, each_row, everywhere
 from prunekit.selection.units import check_finite
 from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Scores
 
@@ -37,7 +37,9 @@ def check_unstructured(
     expected = expect(problem, groups, smaller=False)
     if expected.counts is not None:
         check_pattern(problem.model, expected.groups, expected.counts, pattern, axes)
-        _rankable(problem.allocate(expected.groups), pattern, schedule)
+        _rankable(problem.allocate(expected.groups).ranking, pattern, schedule, axes)
+    elif isinstance(problem.ratio, Component) and "ranking" in problem.ratio.meta:
+        _rankable(problem.ratio.meta["ranking"](**problem.ratio.options), pattern, schedule, axes)
     return expected
 
 
@@ -62,16 +64,24 @@ def _scorable(problem: Problem, targets: list[str] | None) -> tuple[list[Group],
     return [g for g in groups if g.name in axes], axes
 
 
-def _rankable(allocation: Allocation, pattern: Pattern | None, schedule: Schedule) -> None:
-    if allocation.ranking != "local" and pattern:
+def _rankable(
+    ranking: str, pattern: Pattern | None, schedule: Schedule, axes: dict[str, int]
+) -> None:
+    if ranking == "rows":
+        if pattern or not all(axes.values()):
+            raise ConfigError(
+                "the ratio gives every row a number of its own, which a pattern and a criterion "
+                "that compares along columns contradict: give ratio.per=matrix"
+            )
+        return
+    if ranking != "local" and pattern:
         raise ConfigError(
-            f"ratio.ranking={allocation.ranking} lets matrices exchange elements, which a "
+            f"ratio.ranking={ranking} lets matrices exchange elements, which a "
             "pattern forbids: give ratio.ranking=local, or pruner.pattern=null"
         )
-    if allocation.ranking != "local" and schedule == "blocks":
+    if ranking != "local" and schedule == "blocks":
         raise ConfigError(
-            f"ratio.ranking={allocation.ranking} ranks all matrices at once: it needs "
-            "pruner.schedule=whole"
+            f"ratio.ranking={ranking} ranks all matrices at once: it needs pruner.schedule=whole"
         )
 
 
@@ -115,12 +125,12 @@ def unstructured(
     allocation = problem.allocate(groups)
     counts = allocation.counts
     check_pattern(model, groups, counts, pattern, axes)
-    _rankable(allocation, pattern, schedule)
+    _rankable(allocation.ranking, pattern, schedule, axes)
     kept: Kept = {}
     for row, scores in _scored(problem, groups, counts, schedule, PassOptions(store, precision)):
         check_finite(scores)
-        if allocation.ranking == "local":
-            mask = _choose(model, row, scores, counts, scope, pattern, axes)
+        if allocation.ranking in ("local", "rows"):
+            mask = _choose(model, row, scores, allocation, scope, pattern, axes)
         else:
             mask = everywhere(scores, sum(counts.values()))
         zero_elements(model, row, mask)
@@ -128,7 +138,8 @@ def unstructured(
     emptied = [name for name, mask in kept.items() if not mask.any()]
     if emptied:
         log.warning("%d matrices lost every weight: %s", len(emptied), ", ".join(emptied[:5]))
-    notes: dict[str, Any] = {"counts": {n: int((~mask).sum()) for n, mask in kept.items()}}
+    gone = {name: int((~mask).sum()) for name, mask in kept.items()}
+    notes: dict[str, Any] = {"counts": gone, **allocation.notes}
     along_outputs = [name for name in kept if not axes.get(name, 1)]
     if along_outputs:
         notes["compared_along_outputs"] = along_outputs
@@ -157,7 +168,7 @@ def _choose(
     model: nn.Module,
     groups: list[Group],
     scores: Scores,
-    counts: Counts,
+    allocation: Allocation,
     scope: str,
     pattern: Pattern | None,
     axes: dict[str, int],
@@ -167,10 +178,13 @@ def _choose(
     for g in groups:
         s = to_out_in(model, g, scores[g.name])
         s = s if axes.get(g.name, 1) else s.T.contiguous()
+        count = allocation.counts[g.name]
         if pattern:
-            mask = pattern.mask(s, pattern.kept_of(counts[g.name], g.units, g.name))
+            mask = pattern.mask(s, pattern.kept_of(count, g.units, g.name))
+        elif allocation.ranking == "rows":
+            mask = each_row(s, allocation.rows[g.name])
         else:
-            mask = SCOPES[scope](s, counts[g.name])
+            mask = SCOPES[scope](s, count)
         mask = mask if axes.get(g.name, 1) else mask.T
         out[g.name] = to_out_in(model, g, mask).contiguous()
     return out

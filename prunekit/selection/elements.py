@@ -47,6 +47,13 @@ def per_row(scores: Tensor, count: int) -> Tensor:
     return drop_lowest(scores, count // scores.shape[0])
 
 
+def each_row(scores: Tensor, counts: Tensor) -> Tensor:
+    """Row i loses its `counts[i]` lowest."""
+    order = scores.argsort(dim=1, stable=True)
+    stays = torch.arange(scores.shape[1], device=scores.device) >= counts.to(scores.device)[:, None]
+    return torch.empty_like(stays).scatter_(1, order, stays)
+
+
 def per_matrix(scores: Tensor, count: int) -> Tensor:
     """The `count` lowest of the matrix."""
     return drop_lowest(scores.reshape(1, -1), count).view(scores.shape)
