@@ -45,7 +45,7 @@ def test_every_block_loses_its_share_and_the_model_is_as_before(name, per, token
         for g in groups:
             assert found.rows[g.name].shape == matrix(model, g).shape[:1]
             assert int(found.rows[g.name].sum()) == found.counts[g.name]
-            assert len(set(found.rows[g.name].tolist())) > 1
+        assert len({n for r in found.rows.values() for n in r.tolist()}) > 4
 
 
 @pytest.mark.parametrize("prefix", ["pruned", "dense"])
