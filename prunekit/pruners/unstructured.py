@@ -16,9 +16,10 @@ from prunekit.architecture.matrices import to_out_in, zero_elements
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Component, pruners
+from prunekit.selection.channel_order import ChannelOrder
 from prunekit.selection.elements import NM, SCOPES, Pattern, check_pattern, each_row, everywhere
 from prunekit.selection.units import check_finite
-from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Scores
+from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Run, Scores
 
 log = logging.getLogger("prunekit")
 Schedule = Literal["blocks", "whole"]
@@ -28,12 +29,14 @@ def check_unstructured(
     problem: Problem,
     *,
     pattern: Pattern | None,
+    permute: bool,
     schedule: Schedule,
     targets: list[str] | None,
     **_: Any,
 ) -> Expected:
     """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or ratio."""
     groups, axes = _scorable(problem, targets)
+    _permutable(permute, pattern, axes)
     expected = expect(problem, groups, smaller=False)
     if expected.counts is not None:
         check_pattern(problem.model, expected.groups, expected.counts, pattern, axes)
@@ -48,20 +51,28 @@ def _scorable(problem: Problem, targets: list[str] | None) -> tuple[list[Group],
     elements compete where it is not along the inputs: a criterion that is particular about either
     says so in its registration.
     """
-    groups = problem.matrices(targets)
-    of = problem.criterion.meta.get("axes") if isinstance(problem.criterion, Component) else None
-    if of is None:
+    groups, criterion = problem.matrices(targets), problem.criterion
+    if not isinstance(criterion, Component) or "axes" not in criterion.meta:
         return groups, {}
-    axes = of(problem.model, groups)
+    axes: dict[str, int] = criterion.meta["axes"](problem.model, groups)
     dense = [g.name for g in groups if g.name not in axes]
     if len(dense) == len(groups):
         raise ConfigError(
-            f"criterion={problem.criterion.name} scores none of the {len(groups)} matrices "
+            f"criterion={criterion.name} scores none of the {len(groups)} matrices "
             f"({groups[0].name} .. {groups[-1].name})"
         )
     if dense:
         log.info("%d matrices, which the criterion does not score, stay dense", len(dense))
     return [g for g in groups if g.name in axes], axes
+
+
+def _permutable(permute: bool, pattern: Pattern | None, axes: dict[str, int]) -> None:
+    if permute and pattern is None:
+        raise ConfigError("pruner.permute=true orders channels for N:M: give pruner.pattern")
+    if permute and not all(axes.values()):
+        raise ConfigError(
+            "pruner.permute=true orders inputs, and the criterion compares along outputs"
+        )
 
 
 def _rankable(
@@ -99,6 +110,7 @@ def unstructured(
     *,
     scope: Literal["row", "matrix", "alpha"] = "row",
     pattern: NM = None,
+    permute: bool = False,
     schedule: Schedule = "blocks",
     targets: list[str] | None = None,
     store: Store = "memory",
@@ -112,6 +124,10 @@ def unstructured(
             With criterion=dass the rows of what makes intermediate channels are the inputs.
         pattern: "2:4" keeps 2 of every 4 consecutive inputs; the ratio must agree. "N:8" lets the
             ratio decide for each matrix (OWL's mixed N:8). The scope has no say then.
+        permute: put the inputs of each matrix into the order in which the pattern keeps the most
+            score (RIA's channel permutation): for nothing where discovery finds what makes them
+            free to follow (down_proj; o_proj inside each head), else behind a gather that is saved
+            with the model.
         schedule: `blocks` scores a block on what the pruned ones before it put out, `whole` all of
             them on the dense model: the same for magnitude, and faster.
         targets: names or globs of the linear modules in a block; null takes all.
@@ -126,9 +142,17 @@ def unstructured(
     counts = allocation.counts
     check_pattern(model, groups, counts, pattern, axes)
     _rankable(allocation.ranking, pattern, schedule, axes)
+    _permutable(permute, pattern, axes)
+    order = ChannelOrder(model, pattern.m) if permute and pattern else None
     kept: Kept = {}
-    for row, scores in _scored(problem, groups, counts, schedule, PassOptions(store, precision)):
+    pruned: dict[str, Group] = {g.name: g for g in groups}
+    options = PassOptions(store, precision)
+    for row, run, scores in _scored(problem, groups, counts, schedule, options):
         check_finite(scores)
+        if order and pattern:
+            keep = {g.name: pattern.kept_of(counts[g.name], g.units, g.name) for g in row}
+            row, scores = order.arrange(run, row, scores, keep)
+            pruned |= {g.name: g for g in row}
         if allocation.ranking in ("local", "rows"):
             mask = _choose(model, row, scores, allocation, scope, pattern, axes)
         else:
@@ -148,20 +172,23 @@ def unstructured(
                 f"{len(along_outputs)} matrices have the pattern along their outputs: no layout "
                 "that sparse tensor cores take"
             )
-    return Pruned(model, kept, groups, {}, notes)
+    if order:
+        notes["channels"] = order.notes
+    return Pruned(model, kept, list(pruned.values()), {}, notes)
 
 
 def _scored(
     problem: Problem, groups: list[Group], counts: Counts, schedule: Schedule, options: PassOptions
-) -> Iterator[tuple[list[Group], Scores]]:
+) -> Iterator[tuple[list[Group], Run, Scores]]:
     """Groups that lose something, with their scores: block after block, or all at once."""
     if schedule == "whole":
         part = [g for g in groups if counts[g.name]]
         if part:
-            yield part, problem.score(part, problem.run())
+            run = problem.run()
+            yield part, run, problem.score(part, run)
         return
-    for row, run in problem.by_block(groups, counts, options):
-        yield row, problem.score(row, run)
+    for row, block in problem.by_block(groups, counts, options):
+        yield row, block, problem.score(row, block)
 
 
 def _choose(

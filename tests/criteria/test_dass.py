@@ -129,7 +129,7 @@ def test_a_model_whose_ffns_are_stacked_experts_is_refused_before_the_work():
     problem = pose(model)
     check = pruners.entry("unstructured").meta["check"]
     with pytest.raises(ConfigError, match="criterion=dass scores none"):
-        check(problem, pattern=None, schedule="blocks", targets=None)
+        check(problem, pattern=None, permute=False, schedule="blocks", targets=None)
 
 
 def test_a_pattern_must_divide_the_outputs_of_what_makes_the_channels():
@@ -138,4 +138,6 @@ def test_a_pattern_must_divide_the_outputs_of_what_makes_the_channels():
     from prunekit.selection.elements import parse_pattern
 
     with pytest.raises(ConfigError, match="gate_proj has 40 outputs"):
-        check(problem, pattern=parse_pattern("8:16"), schedule="blocks", targets=None)
+        check(
+            problem, pattern=parse_pattern("8:16"), permute=False, schedule="blocks", targets=None
+        )

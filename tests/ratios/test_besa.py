@@ -101,7 +101,7 @@ def test_what_it_cannot_allocate_is_refused_by_name(tokens):
 
 def test_rows_of_their_own_and_a_pattern_are_refused_before_the_work():
     check = pruners.entry("unstructured").meta["check"]
-    options = dict(pattern=parse_pattern("2:4"), schedule="blocks", targets=None)
+    options = dict(pattern=parse_pattern("2:4"), permute=False, schedule="blocks", targets=None)
     with pytest.raises(ConfigError, match=r"ratio\.per=matrix"):
         check(pose(tiny_model("llama")), **options)
     assert check(pose(tiny_model("llama"), per="matrix"), **options).counts is None
