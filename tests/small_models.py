@@ -1,4 +1,6 @@
-"""Tiny random models of several architectures, all sizes apart and all divisible by 4."""
+"""Small random models of the architectures that pruning of single weights is tried on: all sizes
+apart, and all divisible by 4.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import torch
 from torch import nn
 
 
-def tiny_model(name: str, layers: int = 2) -> nn.Module:
+def small_model(name: str, layers: int = 2) -> nn.Module:
     """`llama` (grouped queries, gated FFN), `gpt2` (Conv1D, fused q, k and v), `opt` (biases, plain
     FFN), `qwen2_moe` (stacked experts and a shared one of linear modules), `mixtral`.
     """

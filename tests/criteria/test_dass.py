@@ -8,7 +8,7 @@ import logging
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from small_models import small_model
 
 from prunekit.architecture.linear import weight_of
 from prunekit.criteria.dass import competing_axes
@@ -57,7 +57,7 @@ def channel_norms(module, model, tokens):
 def test_matrices_of_the_ffn_are_found_and_attention_stays_dense(
     name, making, reading, tokens, caplog
 ):
-    model = tiny_model(name)
+    model = small_model(name)
     problem = pose(model, tokens)
     axes = competing_axes(model, problem.matrices())
     assert axes == {f"weights.{i}.{n}": 0 for i in range(2) for n in making} | {
@@ -78,7 +78,7 @@ def test_matrices_of_the_ffn_are_found_and_attention_stays_dense(
 
 
 def test_a_matrix_of_the_gate_is_scored_by_what_the_ffn_puts_into_down(tokens):
-    model = tiny_model("llama")
+    model = small_model("llama")
     problem = pose(model, tokens, alpha=0.7)
     groups = problem.matrices(["gate_proj", "up_proj", "down_proj"])
     scores = problem.score(groups, problem.run())
@@ -114,18 +114,18 @@ def test_one_fused_matrix_of_gate_and_up_is_scored_channel_by_channel(tokens):
 
 
 def test_patterns_of_the_gate_lie_along_its_outputs_and_the_result_says_so(tokens):
-    model = tiny_model("llama")
+    model = small_model("llama")
     pruned = prune(pose(model, tokens), pattern="2:4")
     mlp = model.model.layers[0].mlp
     for W in (mlp.gate_proj.weight.T, mlp.up_proj.weight.T, mlp.down_proj.weight):
         assert ((W.reshape(-1, 4) == 0).sum(1) == 2).all()
     assert "sparse tensor cores" in pruned.notes["remark"]
-    assert "remark" not in prune(pose(tiny_model("llama"), tokens)).notes
+    assert "remark" not in prune(pose(small_model("llama"), tokens)).notes
 
 
 def test_a_model_whose_ffns_are_stacked_experts_is_refused_before_the_work():
     with torch.device("meta"):
-        model = tiny_model("mixtral")
+        model = small_model("mixtral")
     problem = pose(model)
     check = pruners.entry("unstructured").meta["check"]
     with pytest.raises(ConfigError, match="criterion=dass scores none"):
@@ -133,7 +133,7 @@ def test_a_model_whose_ffns_are_stacked_experts_is_refused_before_the_work():
 
 
 def test_a_pattern_must_divide_the_outputs_of_what_makes_the_channels():
-    problem = pose(tiny_model("llama"))
+    problem = pose(small_model("llama"))
     check = pruners.entry("unstructured").meta["check"]
     from prunekit.selection.elements import parse_pattern
 

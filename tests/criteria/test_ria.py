@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from small_models import small_model
 
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.matrices import module_name
@@ -24,7 +24,7 @@ def pose(model, tokens, criterion="ria", target=0.5, **options):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2_moe"])
 def test_scores_are_stored_like_the_matrices(name, tokens):
-    model = tiny_model(name)
+    model = small_model(name)
     problem = pose(model, tokens)
     groups = problem.matrices()
     seen = {}
@@ -44,7 +44,7 @@ def test_scores_are_stored_like_the_matrices(name, tokens):
 @pytest.mark.parametrize("scope", ["matrix", "row"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2_moe"])
 def test_half_of_every_matrix_goes(name, scope, tokens):
-    model = tiny_model(name)
+    model = small_model(name)
     pruned = pruners.build({"name": "unstructured", "scope": scope})(pose(model, tokens))
     for g in pruned.groups:
         W = weight_of(model.get_submodule(module_name(g)))

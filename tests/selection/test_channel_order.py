@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from small_models import small_model
 
 from prunekit import checkpoint
 from prunekit.architecture.matrices import matrix, module_name
@@ -51,7 +51,7 @@ def logits(model, tokens):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_computes_what_it_did_and_discovery_says_what_is_folded(name, tokens):
-    model = tiny_model(name)
+    model = small_model(name)
     before = logits(model, tokens)
     problem = pose(model, tokens)
     groups = problem.matrices()
@@ -73,7 +73,7 @@ def test_the_model_computes_what_it_did_and_discovery_says_what_is_folded(name, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_stand_where_their_weights_stand(name, tokens):
-    model = tiny_model(name)
+    model = small_model(name)
     problem = pose(model, tokens)
     groups = problem.matrices()
     order = ChannelOrder(model, 4)
@@ -89,7 +89,7 @@ def test_scores_stand_where_their_weights_stand(name, tokens):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", ["blocks", "whole"])
 def test_what_is_stored_is_two_of_four_and_loads_again(name, schedule, tokens, tmp_path):
-    model = tiny_model(name)
+    model = small_model(name)
     pruned = prune(model, tokens, schedule=schedule)
     for g in pruned.groups:
         W = matrix(model, g)
@@ -106,7 +106,7 @@ def test_what_is_stored_is_two_of_four_and_loads_again(name, schedule, tokens, t
 def test_less_of_the_score_goes_than_without(tokens):
     found = {}
     for permute in (False, True):
-        model = tiny_model("llama")
+        model = small_model("llama")
         dense = logits(model, tokens)
         pruned = prune(model, tokens, permute=permute)
         found[permute] = (logits(model, tokens) - dense).norm()
@@ -115,7 +115,7 @@ def test_less_of_the_score_goes_than_without(tokens):
 
 
 def test_mixed_patterns_leave_a_matrix_that_keeps_all_in_place(tokens):
-    model = tiny_model("llama")
+    model = small_model("llama")
     problem = replace(
         pose(model, tokens),
         ratio=lambda problem, groups: Allocation(
@@ -133,7 +133,7 @@ def test_mixed_patterns_leave_a_matrix_that_keeps_all_in_place(tokens):
 
 def test_heads_that_runs_do_not_divide_are_gathered_for(tokens):
     """Heads of 12 channels hold no whole runs of 8."""
-    model = tiny_model("llama")
+    model = small_model("llama")
     free = FreeReaders(model)
     run = pose(model, tokens).run()
     reader = "model.layers.0.self_attn.o_proj"
@@ -143,7 +143,7 @@ def test_heads_that_runs_do_not_divide_are_gathered_for(tokens):
 
 
 def test_channels_that_do_not_belong_together_are_not_taken_to_be_free(tokens):
-    model = tiny_model("llama")
+    model = small_model("llama")
     run = pose(model, tokens).run()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     free = FreeReaders(model)
@@ -155,7 +155,7 @@ def test_channels_that_do_not_belong_together_are_not_taken_to_be_free(tokens):
 
 
 def test_a_matrix_in_two_places_stays_in_its_order(tokens, caplog):
-    model = tiny_model("llama")
+    model = small_model("llama")
     for n in ("q_proj", "down_proj"):
         first, second = (b.self_attn if n == "q_proj" else b.mlp for b in model.model.layers)
         getattr(second, n).weight = getattr(first, n).weight
@@ -175,13 +175,13 @@ def test_orders_without_a_pattern_are_refused_before_the_work():
     check = pruners.entry("unstructured").meta["check"]
     options = dict(permute=True, schedule="blocks", targets=None)
     with pytest.raises(ConfigError, match=r"give pruner\.pattern"):
-        check(pose(tiny_model("llama")), pattern=None, **options)
+        check(pose(small_model("llama")), pattern=None, **options)
     with pytest.raises(ConfigError, match="compares along outputs"):
-        check(pose(tiny_model("llama"), criterion="dass"), pattern=parse_pattern("2:4"), **options)
+        check(pose(small_model("llama"), criterion="dass"), pattern=parse_pattern("2:4"), **options)
 
 
 def test_modules_behind_a_gather_are_named_in_the_groups(tokens):
-    model = tiny_model("llama")
+    model = small_model("llama")
     pruned = prune(model, tokens)
     names = {module_name(g) for g in pruned.groups}
     assert "model.layers.0.self_attn.q_proj.linear" in names
