@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunekit import graph
@@ -28,6 +29,15 @@ from prunekit.types import Allocation, Counts, Group, Run, Scores
 CALIBRATION = "calibration"
 
 
+def named_sets(tokens: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a calib gives, by name: `calibration` is all of it, and several texts are there beside,
+    in order.
+    """
+    if isinstance(tokens, Tensor):
+        return {CALIBRATION: tokens}
+    return {CALIBRATION: torch.cat(list(tokens.values())), **tokens}
+
+
 @dataclass(frozen=True)
 class Problem:
     """One model to prune, and all that a pruner or a recovery may ask for.
@@ -35,10 +45,10 @@ class Problem:
     Attributes:
         model: changed in place.
         tokenizer: None where none is at hand.
-        token_sets: name -> (N, T) int64; `calibration` is the run's own. Empty on the meta device,
-            where only shapes can be asked for.
+        token_sets: name -> (N, T) int64; `calibration` is the run's own, and the texts of a
+            sequence stand beside it. Empty on the meta device, where only shapes can be asked for.
         criterion: `(model, groups, run) -> Scores`; None for pruners that choose by themselves.
-        ratio: `(problem, groups) -> Allocation`.
+        ratio: `(problem, groups) -> Allocation`; None for pruners that decide that by themselves.
         exclude: `(groups) -> groups`.
         load_dense: makes the model as it was before anything was pruned.
     """
@@ -98,10 +108,11 @@ class Problem:
         return scores
 
     def allocate(self, groups: list[Group]) -> Allocation:
-        """How many units of each of `groups` go. Raises ConfigError where the target cannot be met,
-        NeedsData where only weights and text can tell.
+        """How many units of each of `groups` go. Raises ConfigError where the target cannot be met
+        or there is no ratio, NeedsData where only weights and text can tell.
         """
-        assert self.ratio is not None
+        if self.ratio is None:
+            raise ConfigError("this pruner needs a ratio; ratio=none was given")
         return self.ratio(self, groups)
 
     def by_block(

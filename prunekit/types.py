@@ -8,7 +8,7 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -99,13 +99,19 @@ class Allocation:
     Attributes:
         counts: units to remove by group.
         ranking: `local` keeps these numbers; `kind` and `global` let groups exchange units, the
-            total staying what the counts come to.
+            total staying what the counts come to; `rows` keeps the numbers of single rows of
+            matrices.
         budget: in what that total is counted.
+        rows: with `rows`, (outputs,) elements to remove of each row, by group; they add up to
+            counts.
+        notes: what is worth showing of how it was found.
     """
 
     counts: Counts
-    ranking: Ranking = "local"
+    ranking: Ranking | Literal["rows"] = "local"
     budget: Budget = "units"
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:

@@ -15,10 +15,11 @@ from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.matrices import to_out_in, zero_elements
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, check_no_loss, expect
-from prunekit.registry import pruners
-from prunekit.selection.elements import NM, SCOPES, Pattern, check_pattern, everywhere
+from prunekit.registry import Component, pruners
+from prunekit.selection.channel_order import ChannelOrder
+from prunekit.selection.elements import NM, SCOPES, Pattern, check_pattern, each_row, everywhere
 from prunekit.selection.units import check_finite
-from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Scores
+from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Run, Scores
 
 log = logging.getLogger("prunekit")
 Schedule = Literal["blocks", "whole"]
@@ -28,6 +29,7 @@ def check_unstructured(
     problem: Problem,
     *,
     pattern: Pattern | None,
+    permute: bool,
     schedule: Schedule,
     targets: list[str] | None,
     **_: Any,
@@ -37,23 +39,64 @@ def check_unstructured(
     """
     if schedule == "blocks":
         check_no_loss(problem, "pruner.schedule=blocks")
-    expected = expect(problem, problem.matrices(targets), smaller=False)
-    check_pattern(problem.model, expected.groups, expected.counts, pattern)
+    groups, axes = _scorable(problem, targets)
+    _permutable(permute, pattern, axes)
+    expected = expect(problem, groups, smaller=False)
+    check_pattern(problem.model, expected.groups, expected.counts, pattern, axes)
     if expected.counts is not None:
-        _rankable(problem.allocate(expected.groups), pattern, schedule)
+        _rankable(problem.allocate(expected.groups).ranking, pattern, schedule, axes)
+    elif isinstance(problem.ratio, Component) and "ranking" in problem.ratio.meta:
+        _rankable(problem.ratio.meta["ranking"](**problem.ratio.options), pattern, schedule, axes)
     return expected
 
 
-def _rankable(allocation: Allocation, pattern: Pattern | None, schedule: Schedule) -> None:
-    if allocation.ranking != "local" and pattern:
+def _scorable(problem: Problem, targets: list[str] | None) -> tuple[list[Group], dict[str, int]]:
+    """The matrices that the criterion scores, and along which axis of (outputs, inputs) their
+    elements compete where it is not along the inputs: a criterion that is particular about either
+    says so in its registration.
+    """
+    groups, criterion = problem.matrices(targets), problem.criterion
+    if not isinstance(criterion, Component) or "axes" not in criterion.meta:
+        return groups, {}
+    axes: dict[str, int] = criterion.meta["axes"](problem.model, groups)
+    dense = [g.name for g in groups if g.name not in axes]
+    if len(dense) == len(groups):
         raise ConfigError(
-            f"ratio.ranking={allocation.ranking} lets matrices exchange elements, which a "
+            f"criterion={criterion.name} scores none of the {len(groups)} matrices "
+            f"({groups[0].name} .. {groups[-1].name})"
+        )
+    if dense:
+        log.info("%d matrices, which the criterion does not score, stay dense", len(dense))
+    return [g for g in groups if g.name in axes], axes
+
+
+def _permutable(permute: bool, pattern: Pattern | None, axes: dict[str, int]) -> None:
+    if permute and pattern is None:
+        raise ConfigError("pruner.permute=true orders channels for N:M: give pruner.pattern")
+    if permute and not all(axes.values()):
+        raise ConfigError(
+            "pruner.permute=true orders inputs, and the criterion compares along outputs"
+        )
+
+
+def _rankable(
+    ranking: str, pattern: Pattern | None, schedule: Schedule, axes: dict[str, int]
+) -> None:
+    if ranking == "rows":
+        if pattern or not all(axes.values()):
+            raise ConfigError(
+                "the ratio gives every row a number of its own, which a pattern and a criterion "
+                "that compares along columns contradict: give ratio.per=matrix"
+            )
+        return
+    if ranking != "local" and pattern:
+        raise ConfigError(
+            f"ratio.ranking={ranking} lets matrices exchange elements, which a "
             "pattern forbids: give ratio.ranking=local, or pruner.pattern=null"
         )
-    if allocation.ranking != "local" and schedule == "blocks":
+    if ranking != "local" and schedule == "blocks":
         raise ConfigError(
-            f"ratio.ranking={allocation.ranking} ranks all matrices at once: it needs "
-            "pruner.schedule=whole"
+            f"ratio.ranking={ranking} ranks all matrices at once: it needs pruner.schedule=whole"
         )
 
 
@@ -71,6 +114,7 @@ def unstructured(
     *,
     scope: Literal["row", "matrix", "alpha"] = "row",
     pattern: NM = None,
+    permute: bool = False,
     schedule: Schedule = "blocks",
     targets: list[str] | None = None,
     store: Store = "memory",
@@ -81,8 +125,13 @@ def unstructured(
     Args:
         scope: `row` takes the same number from every output (rounded down), `matrix` so many of
             each matrix, `alpha` from every row the lowest ones up to the same share of its sum.
+            With criterion=dass the rows of what makes intermediate channels are the inputs.
         pattern: "2:4" keeps 2 of every 4 consecutive inputs; the ratio must agree. "N:8" lets the
             ratio decide for each matrix (OWL's mixed N:8). The scope has no say then.
+        permute: put the inputs of each matrix into the order in which the pattern keeps the most
+            score (RIA's channel permutation): for nothing where discovery finds what makes them
+            free to follow (down_proj; o_proj inside each head), else behind a gather that is saved
+            with the model.
         schedule: `blocks` scores a block on what the pruned ones before it put out, `whole` all of
             them on the dense model: the same for magnitude, and faster.
         targets: names or globs of the linear modules in a block; null takes all.
@@ -92,16 +141,24 @@ def unstructured(
     Raises ConfigError where a pattern fits no matrix or ratio.
     """
     model = problem.model
-    groups = problem.matrices(targets)
+    groups, axes = _scorable(problem, targets)
     allocation = problem.allocate(groups)
     counts = allocation.counts
-    check_pattern(model, groups, counts, pattern)
-    _rankable(allocation, pattern, schedule)
+    check_pattern(model, groups, counts, pattern, axes)
+    _rankable(allocation.ranking, pattern, schedule, axes)
+    _permutable(permute, pattern, axes)
+    order = ChannelOrder(model, pattern.m) if permute and pattern else None
     kept: Kept = {}
-    for row, scores in _scored(problem, groups, counts, schedule, PassOptions(store, precision)):
+    pruned: dict[str, Group] = {g.name: g for g in groups}
+    options = PassOptions(store, precision)
+    for row, run, scores in _scored(problem, groups, counts, schedule, options):
         check_finite(scores)
-        if allocation.ranking == "local":
-            mask = _choose(model, row, scores, counts, scope, pattern)
+        if order and pattern:
+            keep = {g.name: pattern.kept_of(counts[g.name], g.units, g.name) for g in row}
+            row, scores = order.arrange(run, row, scores, keep)
+            pruned |= {g.name: g for g in row}
+        if allocation.ranking in ("local", "rows"):
+            mask = _choose(model, row, scores, allocation, scope, pattern, axes)
         else:
             mask = everywhere(scores, sum(counts.values()))
         zero_elements(model, row, mask)
@@ -110,38 +167,56 @@ def unstructured(
     if emptied:
         log.warning("%d matrices lost every weight: %s", len(emptied), ", ".join(emptied[:5]))
     gone = {name: int((~mask).sum()) for name, mask in kept.items()}
-    return Pruned(model, kept, groups, {}, {"counts": gone})
+    notes: dict[str, Any] = {"counts": gone, **allocation.notes}
+    along_outputs = [name for name in kept if not axes.get(name, 1)]
+    if along_outputs:
+        notes["compared_along_outputs"] = along_outputs
+        if pattern:
+            notes["remark"] = (
+                f"{len(along_outputs)} matrices have the pattern along their outputs: no layout "
+                "that sparse tensor cores take"
+            )
+    if order:
+        notes["channels"] = order.notes
+    return Pruned(model, kept, list(pruned.values()), {}, notes)
 
 
 def _scored(
     problem: Problem, groups: list[Group], counts: Counts, schedule: Schedule, options: PassOptions
-) -> Iterator[tuple[list[Group], Scores]]:
+) -> Iterator[tuple[list[Group], Run, Scores]]:
     """Groups that lose something, with their scores: block after block, or all at once."""
     if schedule == "whole":
         part = [g for g in groups if counts[g.name]]
         if part:
-            yield part, problem.score(part, problem.run())
+            run = problem.run()
+            yield part, run, problem.score(part, run)
         return
-    for row, run in problem.by_block(groups, counts, options):
+    for row, block in problem.by_block(groups, counts, options):
         part = [g for g in row if counts[g.name]]
-        yield part, problem.score(part, run)
+        yield part, block, problem.score(part, block)
 
 
 def _choose(
     model: nn.Module,
     groups: list[Group],
     scores: Scores,
-    counts: Counts,
+    allocation: Allocation,
     scope: str,
     pattern: Pattern | None,
+    axes: dict[str, int],
 ) -> Kept:
     """Masks, stored like the matrices, of what stays."""
     out: Kept = {}
     for g in groups:
         s = to_out_in(model, g, scores[g.name])
+        s = s if axes.get(g.name, 1) else s.T.contiguous()
+        count = allocation.counts[g.name]
         if pattern:
-            mask = pattern.mask(s, pattern.kept_of(counts[g.name], g.units, g.name))
+            mask = pattern.mask(s, pattern.kept_of(count, g.units, g.name))
+        elif allocation.ranking == "rows":
+            mask = each_row(s, allocation.rows[g.name])
         else:
-            mask = SCOPES[scope](s, counts[g.name])
+            mask = SCOPES[scope](s, count)
+        mask = mask if axes.get(g.name, 1) else mask.T
         out[g.name] = to_out_in(model, g, mask).contiguous()
     return out

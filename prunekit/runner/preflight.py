@@ -26,7 +26,7 @@ class Components:
     model: Component
     calib: Component
     criterion: Component | None
-    ratio: Component
+    ratio: Component | None
     exclude: Component
     pruner: Component
     recovery: Component | None
@@ -65,13 +65,14 @@ def build_components(cfg: dict[str, Any]) -> Components:
         registry.models.build(cfg["model"]),
         registry.calibs.build(cfg["calib"]),
         optional(registry.criteria, cfg["criterion"]),
-        registry.ratios.build(cfg["ratio"]),
+        optional(registry.ratios, cfg["ratio"]),
         registry.excludes.build(cfg["exclude"]),
         registry.pruners.build(cfg["pruner"]),
         optional(registry.recoveries, cfg["recovery"]),
         {name: registry.evals.build(node) for name, node in (cfg["eval"] or {}).items() if node},
     )
     check_criterion(parts.criterion, parts.pruner)
+    check_pruner(parts)
     return parts
 
 
@@ -125,6 +126,24 @@ def check_criterion(criterion: Component | None, pruner: Component) -> None:
         raise ConfigError(
             f"pruner={pruner.name} removes {', '.join(sorted(wanted))}, which criterion={name} "
             f"cannot score; possible: {possible}"
+        )
+
+
+def check_pruner(parts: Components) -> None:
+    """Raises ConfigError where the pruner cannot use the ratio or the text that it would get."""
+    name = parts.pruner.name
+    if parts.pruner.meta.get("own_ratio") and parts.ratio:
+        raise ConfigError(
+            f"pruner={name} decides by itself how much goes and cannot use "
+            f"ratio={parts.ratio.name}; give ratio=none"
+        )
+    if parts.pruner.meta.get("several_texts") and not parts.calib.meta.get("several"):
+        possible = ", ".join(
+            n for n in registry.calibs.names() if registry.calibs.entry(n).meta.get("several")
+        )
+        raise ConfigError(
+            f"pruner={name} meets one text after the other, calib={parts.calib.name} gives one; "
+            f"possible: calib={possible}"
         )
 
 

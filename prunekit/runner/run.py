@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunekit import checkpoint
 from prunekit.architecture import offload
 from prunekit.errors import ConfigError
-from prunekit.problem import CALIBRATION, Problem
+from prunekit.problem import CALIBRATION, Problem, named_sets
 from prunekit.profiling import Stages
 from prunekit.runner import cache, progress, provenance, results, tracking
 from prunekit.runner.distributed import first_process
@@ -54,10 +54,10 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
         with stage(job, "load"):
             model, tokenizer = job.parts.model()
             offload.check_fits_in_memory(model)
-            tokens = job.parts.calib(tokenizer)
+            texts = named_sets(job.parts.calib(tokenizer))
         measure(job, "dense", model, tokenizer, tracker)
         with stage(job, "prune"), offload.in_memory(model):
-            problem = pose(job, model, tokenizer, tokens)
+            problem = pose(job, model, tokenizer, texts)
             pruned = job.parts.pruner(problem)
         show_kept(pruned, tracker)
         measure(job, "pruned", pruned.model, tokenizer, tracker)
@@ -72,7 +72,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
             job.stages.results,
             pruned,
             saved,
-            provenance.collect(cfg, tokens),
+            provenance.collect(cfg, texts[CALIBRATION]),
         )
     if first_process():
         results.write(job.folder / "result.json", record | {"cached": job.cache.used})
@@ -80,14 +80,14 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def pose(job: Job, model: nn.Module, tokenizer: Any, tokens: Tensor) -> Problem:
+def pose(job: Job, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]) -> Problem:
     """What the pruner and the recovery work on."""
     parts = job.parts
     criterion = parts.criterion and job.cache.scores(parts.criterion, job.stages)
     return Problem(
         model,
         tokenizer,
-        {CALIBRATION: tokens},
+        texts,
         criterion,
         parts.ratio,
         parts.exclude,

@@ -8,18 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.activations.moments import Moments, moments
-from prunekit.architecture.matrices import matrix, module_name
+from prunekit.architecture.linear import weight_of
+from prunekit.architecture.matrices import module_name
 from prunekit.types import Group, Run
 
 
-@torch.no_grad()
 def input_norms(model: nn.Module, groups: Iterable[Group], run: Run) -> dict[str, Tensor]:
     """Group name -> (inputs,) `||X_j||_2` over all calibration tokens that enter the module; zero
     where none does (an idle expert).
     """
     groups = list(groups)
-    found = moments(model, dict.fromkeys(module_name(g) for g in groups), run)
-    return {g.name: _norm(found[module_name(g)], matrix(model, g)) for g in groups}
+    found = module_norms(model, dict.fromkeys(module_name(g) for g in groups), run)
+    return {g.name: found[module_name(g)] for g in groups}
+
+
+@torch.no_grad()
+def module_norms(model: nn.Module, names: Iterable[str], run: Run) -> dict[str, Tensor]:
+    """The same by the names of linear modules."""
+    found = moments(model, names, run)
+    return {name: _norm(m, weight_of(model.get_submodule(name))) for name, m in found.items()}
 
 
 def _norm(m: Moments, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ counts are exact.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -45,6 +45,13 @@ def per_row(scores: Tensor, count: int) -> Tensor:
     rounded down.
     """
     return drop_lowest(scores, count // scores.shape[0])
+
+
+def each_row(scores: Tensor, counts: Tensor) -> Tensor:
+    """Row i loses its `counts[i]` lowest."""
+    order = scores.argsort(dim=1, stable=True)
+    stays = torch.arange(scores.shape[1], device=scores.device) >= counts.to(scores.device)[:, None]
+    return torch.empty_like(stays).scatter_(1, order, stays)
 
 
 def per_matrix(scores: Tensor, count: int) -> Tensor:
@@ -128,18 +135,24 @@ NM = Annotated[Pattern | None, BeforeValidator(parse_pattern)]
 
 
 def check_pattern(
-    model: nn.Module, groups: Iterable[Group], counts: Counts | None, pattern: Pattern | None
+    model: nn.Module,
+    groups: Iterable[Group],
+    counts: Counts | None,
+    pattern: Pattern | None,
+    axes: Mapping[str, int] | None = None,
 ) -> None:
     """Raises ConfigError where a pattern does not divide a matrix, or is not what the ratio asks
-    for; `counts` None where only weights and text can tell them.
+    for; `counts` None where only weights and text can tell them. `axes` names matrices whose runs
+    lie along the outputs (0) and not the inputs (1).
     """
     for g in groups if pattern else ():
-        inputs = matrix(model, g).shape[1]
+        axis = (axes or {}).get(g.name, 1)
+        size = matrix(model, g).shape[axis]
         if pattern and (counts is None or counts.get(g.name)):
-            if inputs % pattern.m:
+            if size % pattern.m:
                 raise ConfigError(
-                    f"{g.name} has {inputs} inputs, which the {pattern.m} of pruner.pattern do not "
-                    "divide: narrow pruner.targets"
+                    f"{g.name} has {size} {('outputs', 'inputs')[axis]}, which the {pattern.m} of "
+                    "pruner.pattern do not divide: narrow pruner.targets"
                 )
             if counts is None:
                 continue

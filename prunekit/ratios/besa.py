@@ -1,0 +1,212 @@
+"""BESA (Xu et al., ICLR 2024, arXiv 2402.16880): what each matrix of a block, or each of its rows,
+should lose is learned by gradient on what the block puts out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.func import functional_call
+from tqdm import tqdm
+
+from prunekit.activations.blockwise import BlockRun, groups_by_block, iterate_blocks
+from prunekit.activations.hooks import first_tensor
+from prunekit.activations.storage import Activations, PassOptions, Precision, Store, autocast
+from prunekit.architecture.matrices import block_names, matrix, to_out_in
+from prunekit.errors import ConfigError
+from prunekit.problem import Problem
+from prunekit.registry import Positive, Share, ratios
+from prunekit.scoring.wanda import input_norms, wanda_score
+from prunekit.selection.elements import floor_share
+from prunekit.solvers.besa import Matrix, channel_error, learn, project, ranked
+from prunekit.types import Allocation, Group, Scores
+
+Weights = dict[str, Tensor]
+
+
+def ranking(per: str, **_: Any) -> str:
+    """What the allocation will say, known from the options."""
+    return "rows" if per == "row" else "local"
+
+
+@ratios.register(paper="arXiv 2402.16880", year=2024, needs="data", ranking=ranking)
+def besa(
+    problem: Problem,
+    groups: list[Group],
+    *,
+    target: Share = 0.5,
+    per: Literal["matrix", "row"] = "row",
+    prefix: Literal["pruned", "dense"] = "pruned",
+    candidates: Positive = 100,
+    epochs: Positive = 1,
+    rate: Annotated[float, Field(gt=0)] = 0.05,
+    pull: Annotated[float, Field(ge=0)] = 5.0,
+    store: Store = "memory",
+    precision: Precision = "model",
+) -> Allocation:
+    """Every block loses `target` of its weights; how that is spread over its matrices, or their
+    rows, is learned on the block's output, weights going in the criterion's order.
+
+    Args:
+        per: what has a share of its own: a `matrix` (the paper's layer-wise form) or a `row`.
+        prefix: what feeds a block: the `pruned` blocks before it, or the `dense` ones.
+        candidates: a share is the mean of candidate shares d / candidates.
+        epochs: passes over the calibration text, a step of Adam with each sample.
+        rate: of Adam, on the candidates' logits.
+        pull: weight of the squared relative miss of the target beside the error.
+        store: where activations between blocks wait.
+        precision: of the forwards.
+
+    The order is Wanda's where there is no criterion. A block keeps equal shares where learned ones
+    did not lower its error over the text; the notes have both. Raises ConfigError for units other
+    than single weights.
+    """
+    others = [g for g in groups if g.kind != "weights"]
+    if others:
+        raise ConfigError(f"ratio=besa allocates single weights; {others[0].name} is no matrix")
+    model, tokens = problem.model, problem.tokens
+    if target == 0:
+        return Allocation({g.name: 0 for g in groups})
+    blocks = block_names(model)
+    rows = groups_by_block(groups, blocks)
+    per_row: dict[str, Tensor] = {}
+    errors: dict[str, list[float]] = {"learned": [], "uniform": []}
+    before: dict[str, Tensor] = {}
+    try:
+        for run in iterate_blocks(model, blocks, tokens, PassOptions(store, precision, batch=1)):
+            if not (row := rows[run.block]):
+                continue
+            block = _Block(run, row, _order(problem, row, run), store)
+            removed, seen = _allocate(block, target, per == "row", candidates, epochs, rate, pull)
+            for name, error in seen.items():
+                errors[name].append(error)
+            per_row |= removed
+            if prefix == "pruned":
+                before |= {g.name: matrix(model, g).detach().cpu().clone() for g in row}
+                block.apply(removed)
+    finally:
+        with torch.no_grad():
+            for g in groups:
+                if g.name in before:
+                    matrix(model, g).copy_(before[g.name])
+    return Allocation(
+        {g.name: int(per_row[g.name].sum()) for g in groups},
+        ranking="rows" if per == "row" else "local",
+        rows=per_row if per == "row" else {},
+        notes={"besa": errors},
+    )
+
+
+def _order(problem: Problem, groups: list[Group], run: BlockRun) -> Scores:
+    """(outputs, inputs) scores of each matrix."""
+    model = problem.model
+    if problem.criterion is None:
+        norms = input_norms(model, groups, run)
+        return {g.name: wanda_score(matrix(model, g), norms[g.name]) for g in groups}
+    scores = problem.score(groups, run)
+    return {g.name: to_out_in(model, g, scores[g.name]) for g in groups}
+
+
+class _Block:
+    """A block with the order in which the weights of its matrices go, and its dense outputs."""
+
+    def __init__(self, run: BlockRun, groups: list[Group], order: Scores, store: Store) -> None:
+        self.run, self.groups = run, groups
+        model = run.model
+        self.matrices: dict[str, Matrix] = {
+            g.name: ranked(matrix(model, g).detach().clone(), order[g.name]) for g in groups
+        }
+        self.others = {n: p.detach() for n, p in run.module.named_parameters()}
+        with torch.no_grad():
+            for rows, out in run.outputs():
+                if rows.start == 0:
+                    self.dense = Activations(len(run.tokens), out, store)
+                self.dense[rows] = out
+
+    def error(self, weights: Weights, batch: int) -> Tensor:
+        """Of the block's outputs for a batch, with these weights `(outputs, inputs)` in it."""
+        run, model = self.run, self.run.model
+        prefix = run.feed.blocks[run.block] + "."
+        mine = {
+            g.members[0].param.removeprefix(prefix): to_out_in(model, g, weights[g.name])
+            for g in self.groups
+        }
+        args, kwargs = run.feed.calls[run.block][batch]
+        rows = run.feed.rows[batch]
+        x = run.inputs[rows]
+        with autocast(run.feed.precision, x.device):
+            out = functional_call(run.module, self.others | mine, (x, *args), kwargs)
+        return channel_error(first_tensor(out), self.dense[rows])
+
+    @torch.no_grad()
+    def total_error(self, removed: dict[str, Tensor]) -> float:
+        """Mean over the text, with so many weights of each row removed."""
+        weights = self.removed(removed)
+        batches = range(len(self.run.feed.rows))
+        return float(torch.stack([self.error(weights, i) for i in batches]).mean())
+
+    def removed(self, removed: dict[str, Tensor]) -> Weights:
+        """The weights less the first so many of each row."""
+        return {
+            name: m.weight * (m.rank >= removed[name].to(m.rank.device)[:, None])
+            for name, m in self.matrices.items()
+        }
+
+    @torch.no_grad()
+    def apply(self, removed: dict[str, Tensor]) -> None:
+        """Zero them in the model."""
+        weights = self.removed(removed)
+        for g in self.groups:
+            matrix(self.run.model, g).copy_(weights[g.name])
+
+
+def _allocate(
+    block: _Block,
+    target: float,
+    per_row: bool,
+    candidates: int,
+    epochs: int,
+    rate: float,
+    pull: float,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(outputs,) weights to remove of each row by matrix, and the error of learned and of equal
+    shares.
+    """
+    batches = len(block.run.feed.rows)
+    steps = tqdm(range(epochs * batches), desc="shares", unit="step", leave=False, delay=2)
+
+    def error(weights: Weights, step: int) -> Tensor:
+        steps.update()
+        return block.error(weights, step % batches)
+
+    found = learn(
+        block.matrices,
+        error,
+        target,
+        epochs * batches,
+        per_row=per_row,
+        candidates=candidates,
+        rate=rate,
+        pull=pull,
+    )
+    steps.close()
+    count = floor_share(sum(m.weight.numel() for m in block.matrices.values()), target)
+    learned = _whole(block, found, count)
+    uniform = _whole(block, {n: torch.full_like(s[:1], target) for n, s in found.items()}, count)
+    errors = {"learned": block.total_error(learned), "uniform": block.total_error(uniform)}
+    return (learned if errors["learned"] <= errors["uniform"] else uniform), errors
+
+
+def _whole(block: _Block, shares: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Whole numbers for each row that meet the count."""
+    shapes = [m.weight.shape for m in block.matrices.values()]
+    numbers = project(
+        [shares[n] for n in block.matrices], [s[1] for s in shapes], [s[0] for s in shapes], count
+    )
+    return {
+        name: n.cpu().expand(len(m.weight)).contiguous()
+        for (name, m), n in zip(block.matrices.items(), numbers, strict=True)
+    }

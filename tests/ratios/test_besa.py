@@ -1,0 +1,112 @@
+"""BESA as a ratio: what it allocates on several architectures, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import small_model
+
+from prunekit.architecture.matrices import matrix
+from prunekit.errors import ConfigError, NeedsData
+from prunekit.problem import Problem
+from prunekit.registry import criteria, pruners, ratios
+from prunekit.selection.elements import parse_pattern
+
+
+def pose(model, tokens=None, criterion="wanda", **options):
+    return Problem(
+        model,
+        None,
+        {} if tokens is None else {"calibration": tokens},
+        criterion and criteria.build({"name": criterion}),
+        ratios.build({"name": "besa", "rate": 0.2, **options}),
+    )
+
+
+@pytest.mark.parametrize("per", ["matrix", "row"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2_moe"])
+def test_every_block_loses_its_share_and_the_model_is_as_before(name, per, tokens):
+    model = small_model(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    problem = pose(model, tokens, per=per, target=0.6)
+    groups = problem.matrices()
+    found = problem.allocate(groups)
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, before[k]), k
+    for layer in range(2):
+        inside = [g for g in groups if g.layer == layer]
+        total = sum(g.units for g in inside)
+        coarse = 1 if per == "row" else max(matrix(model, g).shape[0] for g in inside)
+        assert 0 <= int(0.6 * total) - sum(found.counts[g.name] for g in inside) < coarse
+    assert found.ranking == ("rows" if per == "row" else "local")
+    shares = {g.name: found.counts[g.name] / g.units for g in groups}
+    assert len(set(shares.values())) > 2
+    if per == "row":
+        for g in groups:
+            assert found.rows[g.name].shape == matrix(model, g).shape[:1]
+            assert int(found.rows[g.name].sum()) == found.counts[g.name]
+        assert len({n for r in found.rows.values() for n in r.tolist()}) > 4
+
+
+@pytest.mark.parametrize("prefix", ["pruned", "dense"])
+def test_learned_rows_lower_the_error_of_every_block(prefix, tokens):
+    found = pose(small_model("llama"), tokens, prefix=prefix, epochs=10)
+    notes = found.allocate(found.matrices()).notes["besa"]
+    assert len(notes["learned"]) == len(notes["uniform"]) == 2
+    assert all(a < b for a, b in zip(notes["learned"], notes["uniform"]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("per", ["matrix", "row"])
+def test_the_pruner_removes_what_is_allocated(name, per, tokens):
+    model = small_model(name)
+    problem = pose(model, tokens, per=per)
+    told = problem.allocate(problem.matrices())
+    pruned = pruners.build({"name": "unstructured"})(problem)
+    for g in pruned.groups:
+        zeros = (matrix(model, g) == 0).sum(1)
+        assert int(zeros.sum()) == told.counts[g.name]
+        if per == "row":
+            assert torch.equal(zeros, told.rows[g.name])
+    assert pruned.notes["besa"]["learned"]
+
+
+def test_a_block_sees_what_the_pruned_ones_before_it_put_out(tokens):
+    """Blocks fed by dense ones have other errors from the second on."""
+    found = {}
+    for prefix in ("pruned", "dense"):
+        problem = pose(small_model("llama", layers=3), tokens, prefix=prefix)
+        found[prefix] = problem.allocate(problem.matrices()).notes["besa"]["uniform"]
+    assert found["pruned"][0] == pytest.approx(found["dense"][0])
+    assert found["pruned"][1] != pytest.approx(found["dense"][1])
+
+
+def test_the_order_is_the_criterion_s_and_wanda_s_where_there_is_none(tokens):
+    found = {}
+    for criterion in ("wanda", None, "random"):
+        problem = pose(small_model("llama"), tokens, criterion=criterion, per="matrix")
+        found[criterion] = problem.allocate(problem.matrices()).notes["besa"]["uniform"]
+    assert found["wanda"] == pytest.approx(found[None])
+    assert found["random"][0] > 1.2 * found["wanda"][0]
+
+
+def test_what_it_cannot_allocate_is_refused_by_name(tokens):
+    model = small_model("llama")
+    problem = pose(model, tokens)
+    with pytest.raises(ConfigError, match="neurons.0 is no matrix"):
+        problem.allocate(problem.units(["neurons"]))
+    with pytest.raises(NeedsData):
+        pose(model).allocate(problem.matrices())
+
+
+def test_rows_of_their_own_and_a_pattern_are_refused_before_the_work():
+    check = pruners.entry("unstructured").meta["check"]
+    options = dict(pattern=parse_pattern("2:4"), permute=False, schedule="blocks", targets=None)
+    with pytest.raises(ConfigError, match=r"ratio\.per=matrix"):
+        check(pose(small_model("llama")), **options)
+    assert check(pose(small_model("llama"), per="matrix"), **options).counts is None
+
+
+def test_nothing_to_remove_costs_nothing(tokens):
+    problem = pose(small_model("llama"), tokens, target=0.0)
+    assert problem.allocate(problem.matrices()).empty
