@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunekit.selection.elements import lowest, per_matrix, share
+from prunekit.selection.elements import drop_lowest, floor_share, per_matrix
 from prunekit.solvers.preconditioning import inverse, unit_diagonal
 
 Select = Callable[[Tensor, int], Tensor]
@@ -20,13 +20,13 @@ two.
 """
 
 
-def runs(kept: int, block_m: int) -> Select:
-    """The `kept` highest of each run of `block_m` inputs stay whatever `count` is; the others go
+def of_each_run(kept: int, m: int) -> Select:
+    """The `kept` highest of each run of `m` inputs stay whatever `count` is; the others go
     lowest first, all of them once `count` is their number.
     """
 
     def select(scores: Tensor, count: int) -> Tensor:
-        safe = lowest(scores.reshape(-1, block_m), block_m - kept).view(scores.shape)
+        safe = drop_lowest(scores.reshape(-1, m), m - kept).view(scores.shape)
         return per_matrix(scores.masked_fill(safe, torch.inf), count)
 
     return select
@@ -41,7 +41,7 @@ def cubic(count: int, step: int, steps: int) -> int:
     """How many of `count` elements are gone at step 1 to `steps`: `count (1 - (1 - step /
     steps)^3)`, rounded down.
     """
-    return share(count, 1 - (1 - step / steps) ** 3)
+    return floor_share(count, 1 - (1 - step / steps) ** 3)
 
 
 @torch.no_grad()
@@ -53,23 +53,23 @@ def admm(
     *,
     iterations: int = 20,
     reselect: int = 15,
-    damp: float = 0.1,
+    ridge: float = 0.1,
     penalty: float = 1.0,
     name: str = "weight",
 ) -> tuple[Tensor, Tensor]:
     """New weights and the mask of what stays, both `(outputs, inputs)`, float32.
 
     With inputs scaled to unit norm (so that `|V|` is Wanda's score) and `A` their gram matrix plus
-    `damp` on the diagonal, each iteration takes `Z = M (V + U)`, `U += V - Z`, `V = (A V0 + penalty
-    (Z - U)) (A + penalty I)^-1`. The ridge holds weights to their dense values, not to zero. The
-    first `reselect` iterations choose `M` anew from `|V + U|`, for a count that grows as `cubic`
-    says (so `reselect <= iterations`); 0 keeps the mask of the dense weights (the paper's ADMM1).
+    `ridge` on the diagonal, each iteration takes `Z = M (V + U)`, `U += V - Z`, `V = (A V0 +
+    penalty (Z - U)) (A + penalty I)^-1`. The ridge holds weights to their dense values, not to
+    zero. The first `reselect <= iterations` choose `M` anew from `|V + U|`, for a count that
+    grows as `cubic` says; 0 keeps the mask of the dense weights (the paper's ADMM1).
 
     `gram (inputs, inputs)`: the sum or mean of `x x^T`. `count` elements go. Raises ConfigError,
     with `name`, where `A` has no inverse.
     """
     A, norms = unit_diagonal(gram)
-    A.diagonal().add_(damp * A.diagonal().mean())
+    A.diagonal().add_(ridge * A.diagonal().mean())
     step = A.clone()
     step.diagonal().add_(penalty)
     step, A, norms = inverse(step, name).float(), A.float(), norms.float()

@@ -23,24 +23,24 @@ def alps(
     *,
     iterations: int = 300,
     every: int = 3,
-    damp: float = 0.01,
+    ridge: float = 0.01,
     penalty: float = 0.1,
     cg_steps: int = 10,
     name: str = "weight",
 ) -> tuple[Tensor, Tensor]:
     """New weights and the mask of what stays, both `(outputs, inputs)`, float32.
 
-    With `A` the damped gram matrix, inputs scaled so that its diagonal is one: `B = (A B0 - V + rho
-    D) (A + rho I)^-1`, `D` the `B + V / rho` that stay, `V += rho (B - D)`. `rho` starts at
+    With `A` the gram matrix plus a ridge, inputs scaled so that its diagonal is one: `B = (A B0 -
+    V + rho D) (A + rho I)^-1`, `D` the `B + V / rho` that stay, `V += rho (B - D)`. `rho` starts at
     `penalty` and grows `every` so many iterations by how much of the support changed since; no
     change ends it. The mask is then that of `B`, and `cg_steps` conjugate gradient steps go from
     there towards the least squares solution.
 
-    `gram (inputs, inputs)`: the sum or mean of `x x^T`; `damp` in units of its mean diagonal.
+    `gram (inputs, inputs)`: the sum or mean of `x x^T`; `ridge` in units of its mean diagonal.
     `count` elements go. Raises ConfigError, with `name`, where there is no inverse.
     """
     H = gram.double().clone()
-    H.diagonal().add_(damp * H.diagonal().mean())
+    H.diagonal().add_(ridge * H.diagonal().mean())
     exact, norms = unit_diagonal(H)
     A, scale = exact.float(), norms.float()
     dense = weight.float() * scale

@@ -38,7 +38,7 @@ def inverse(matrix: Tensor, name: str) -> Tensor:
     if failed or not torch.isfinite(found).all():
         raise ConfigError(
             f"{name}: no Cholesky factor of the {len(matrix)} inputs' gram matrix: numbers that "
-            "are not finite, or too little text for this ridge. Raise pruner.damp, calibrate on "
+            "are not finite, or too little text for this ridge. Raise pruner.ridge, calibrate on "
             "more text, or with model.dtype=float32"
         )
     return found

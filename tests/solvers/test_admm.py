@@ -12,10 +12,9 @@ import torch
 
 from prunekit.errors import ConfigError
 from prunekit.selection.elements import per_matrix, per_row
-from prunekit.solvers.admm import admm, cubic, fixed, runs
+from prunekit.solvers.admm import admm, cubic, fixed, of_each_run
 from prunekit.solvers.preconditioning import squared_error
-from prunekit.solvers.sparsegpt import fixed as fixed_choice
-from prunekit.solvers.sparsegpt import inverse_factor, sweep
+from prunekit.solvers.sparsegpt import inverse_factor, solve_columns
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "admm.npz"
 
@@ -77,16 +76,16 @@ LAST = {"select": lambda scores, count: per_matrix(scores, HALF)}
         ("admm1_matrix_70", per_matrix, MORE, {"reselect": 0}),
         ("admm1_row_50", per_row, HALF, {"reselect": 0}),
         ("admm1_row_70", per_row, MORE, {"reselect": 0}),
-        ("admm1_24", runs(2, 4), HALF, {"reselect": 0}),
+        ("admm1_24", of_each_run(2, 4), HALF, {"reselect": 0}),
         ("admm1_matrix_50_iters200", per_matrix, HALF, {"reselect": 0, "iterations": 200}),
-        ("admm1_matrix_50_damp0", per_matrix, HALF, {"reselect": 0, "damp": 0.0}),
+        ("admm1_matrix_50_damp0", per_matrix, HALF, {"reselect": 0, "ridge": 0.0}),
         ("grad_matrix_50", LAST["select"], HALF, {}),
-        ("grad_matrix_50_damp001", LAST["select"], HALF, {"damp": 0.01}),
+        ("grad_matrix_50_damp001", LAST["select"], HALF, {"ridge": 0.01}),
         ("grad_matrix_50_it5_10", LAST["select"], HALF, {"iterations": 10, "reselect": 5}),
         ("grad_matrix_50_schedule_used", per_matrix, HALF, {}),
         ("grad_row_50", per_row, HALF, {}),
         ("grad_row_70", per_row, MORE + 1, {}),  # theirs floors share * inputs at every iteration
-        ("grad_24", runs(2, 4), HALF, {}),
+        ("grad_24", of_each_run(2, 4), HALF, {}),
     ],
 )
 def test_the_authors_numbers(golden, key, select, count, options):
@@ -140,8 +139,10 @@ def test_for_one_mask_nearer_than_sparsegpt_and_zeroing(seed):
     W, gram = problem(seed)
     H = gram + 0.01 * gram.diagonal().mean() * torch.eye(24)
     mask = per_matrix(W.abs() * gram.diagonal().sqrt(), 72)
-    new, _ = admm(W, gram, fixed(mask), 72, iterations=300, reselect=0, damp=0.01)
-    swept, _, _ = sweep(W, inverse_factor(gram, 0.01, "w")[0].float(), fixed_choice(mask), 24)
+    new, _ = admm(W, gram, fixed(mask), 72, iterations=300, reselect=0, ridge=0.01)
+    swept, _, _ = solve_columns(
+        W, inverse_factor(gram, 0.01, "w")[0].float(), lambda j, _: mask.T[j : j + 1], 24
+    )
     errors = [squared_error(W, x, H) for x in (new, swept, W * mask)]
     assert errors[0] < errors[1] < errors[2]
 
@@ -172,13 +173,13 @@ def test_every_row_loses_as_many():
 @pytest.mark.parametrize(("kept", "length"), [(2, 4), (4, 8), (1, 4), (3, 4), (5, 12)])
 def test_patterns_of_any_length_hold(kept, length):
     W, gram = problem()
-    _, mask = admm(W, gram, runs(kept, length), 144 * (length - kept) // length)
+    _, mask = admm(W, gram, of_each_run(kept, length), 144 * (length - kept) // length)
     assert (mask.view(6, -1, length).sum(-1) == kept).all()
 
 
 def test_a_pattern_grows_from_the_lowest_that_may_go():
     scores = torch.tensor([[4.0, 3.0, 2.0, 1.0, 8.0, 7.0, 0.5, 6.0]])
-    gone = [(~runs(2, 4)(scores, count)).nonzero()[:, 1].tolist() for count in (0, 1, 2, 3, 4)]
+    gone = [(~of_each_run(2, 4)(scores, n)).nonzero()[:, 1].tolist() for n in range(5)]
     assert gone == [[], [6], [3, 6], [2, 3, 6], [2, 3, 6, 7]]
 
 
