@@ -105,7 +105,7 @@ class _Recorder(TorchDispatchMode):
     """Shows every operation to the spans that have started."""
 
     def __init__(self, spans: Iterable[_Notes]) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.spans = list(spans)
 
     def __torch_dispatch__(

@@ -145,8 +145,9 @@ def descend(
     return x
 
 
-def is_relu(act: Activation) -> bool:
-    x = torch.linspace(-4, 4, 65)
+def is_relu(act: Activation, like: Tensor) -> bool:
+    """Whether `act` is a ReLU on tensors `(T, F)` such as `like`."""
+    x = torch.linspace(-4, 4, 65).to(like)[:, None].expand(65, like.shape[1])
     return torch.equal(act(x), x.clamp(min=0))
 
 
@@ -161,7 +162,7 @@ def update_auxiliaries(
     zeros = aux.x.new_zeros
     sums = Sums(zeros(F, F), zeros(F, aux.x.shape[1]), zeros(C, F), None)
     sums.sx = None if aux.s is None else zeros(F, aux.x.shape[1])
-    relu = aux.s is None and is_relu(ffn.act)
+    relu = aux.s is None and is_relu(ffn.act, aux.z)
     inner = curvature(ffn.down, terms, f"{name}, p")
     for start in range(0, len(aux.x), chunk):
         rows = slice(start, start + chunk)

@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, relu, silu
 
 from prunekit.errors import ConfigError
 from prunekit.solvers import sparsellm
-from prunekit.solvers.sparsegpt import inverse_factor, runs, spread, sweep
+from prunekit.solvers.sparsegpt import inverse_factor, lowest_of_block, of_each_run, solve_columns
 from prunekit.solvers.sparsellm import Auxiliaries, Ffn, Terms
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "sparsellm_llama.npz"
@@ -51,8 +51,10 @@ def pruned(ffn, gram_x, gram_p, share=0.5, damp=0.01, damp_p=0.01, choice=None):
         if W is None:
             return None
         U, _ = inverse_factor(gram, damp, "w")
-        chosen = choice or spread(share if share > 1 else int(share * W.numel()), W.shape[1], 128)
-        return sweep(W, U.to(W), chosen, 128)[0]
+        chosen = choice or lowest_of_block(
+            share if share > 1 else int(share * W.numel()), W.shape[1], 128
+        )
+        return solve_columns(W, U.to(W), chosen, 128)[0]
 
     return replace(
         ffn,
@@ -88,7 +90,7 @@ def test_the_authors_numbers(golden, tag, choice):
     """Their ridge is added in place, step after step, to the gram matrix of the first two."""
     x = golden["X"].reshape(-1, 24)
     dense = Ffn(silu, golden["llama_up"], golden["llama_down"], golden["llama_gate"])
-    how = {"share": choice} if choice else {"choice": runs(2, 4)}
+    how = {"share": choice} if choice else {"choice": of_each_run(2, 4)}
     last, steps = first(dense, x, **how), [dense]
     aux, errors, pinv = Auxiliaries.of(dense, x), [], torch.linalg.pinv(x)
     for step in range(1, 5):
