@@ -4,23 +4,27 @@ the others of a row making up for them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.activations.gram import grams, warn_of_little_text
 from prunekit.activations.storage import PassOptions, Precision, Store
-from prunekit.architecture.matrices import matrix, to_out_in
+from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError
-from prunekit.problem import Expected, Problem, expect
+from prunekit.problem import Expected, Problem
+from prunekit.pruners.matrixwise import Ridge, check_matrices, local_counts, write
 from prunekit.registry import Positive, pruners
-from prunekit.selection.elements import NM, Pattern, check_pattern
-from prunekit.solvers.sparsegpt import inverse_factor, lowest_of_block, of_each_run, solve_columns
-from prunekit.types import Counts, Group, Kept, Pruned
-
-Ridge = Annotated[float, Field(ge=0)]
+from prunekit.selection.elements import NM, Pattern
+from prunekit.solvers.sparsegpt import (
+    MaskRule,
+    inverse_factor,
+    lowest_of_block,
+    of_each_run,
+    solve_columns,
+)
+from prunekit.types import Group, Kept, Pruned
 
 
 def check_sparsegpt(
@@ -33,28 +37,12 @@ def check_sparsegpt(
 ) -> Expected:
     """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or block."""
     _check_block(pattern, block)
-    expected = expect(problem, problem.matrices(targets), smaller=False)
-    if expected.counts is None:
-        check_pattern(problem.model, expected.groups, None, pattern)
-    else:
-        _counts(problem, expected.groups, pattern)
-    return expected
+    return check_matrices(problem, pattern, targets, "sparsegpt")
 
 
 def _check_block(pattern: Pattern | None, block: int) -> None:
     if pattern and block % pattern.m:
         raise ConfigError(f"pruner.block={block} must be a multiple of the {pattern.m} of pattern")
-
-
-def _counts(problem: Problem, groups: list[Group], pattern: Pattern | None) -> Counts:
-    allocation = problem.allocate(groups)
-    if allocation.ranking != "local":
-        raise ConfigError(
-            f"ratio.ranking={allocation.ranking}: pruner=sparsegpt sees one matrix at a time and "
-            "cannot rank them together; give ratio.ranking=local"
-        )
-    check_pattern(problem.model, groups, allocation.counts, pattern)
-    return allocation.counts
 
 
 @pruners.register(
@@ -90,7 +78,7 @@ def sparsegpt(
     model = problem.model
     groups = problem.matrices(targets)
     warn_of_little_text(problem.tokens, max(matrix(model, g).shape[1] for g in groups))
-    counts = _counts(problem, groups, pattern)
+    counts = local_counts(problem, groups, pattern, "sparsegpt")
     kept: Kept = {}
     costs: dict[str, float] = {}
     grown: dict[str, float] = {}
@@ -106,6 +94,13 @@ def sparsegpt(
     return Pruned(model, kept, groups, {}, {"counts": gone, "costs": costs, "larger_ridge": grown})
 
 
+def mask_rule(g: Group, inputs: int, count: int, pattern: Pattern | None, block: int) -> MaskRule:
+    """How `count` elements of a matrix are chosen."""
+    if pattern:
+        return of_each_run(pattern.kept_of(count, g.units, g.name), pattern.m)
+    return lowest_of_block(count, inputs, block)
+
+
 def prune_matrix(
     model: nn.Module,
     g: Group,
@@ -117,11 +112,7 @@ def prune_matrix(
 ) -> tuple[Tensor, float]:
     """Solve one matrix in place. Returns the mask, stored like the matrix, and the cost."""
     W = matrix(model, g)
-    if pattern:
-        rule = of_each_run(pattern.kept_of(count, g.units, g.name), pattern.m)
-    else:
-        rule = lowest_of_block(count, W.shape[1], block)
+    rule = mask_rule(g, W.shape[1], count, pattern, block)
     dead = gram.diagonal().to(W.device) == 0
     new, mask, cost = solve_columns(W.float(), U.to(W.device, torch.float32), rule, block, dead)
-    W.copy_(new.to(W).masked_fill_(~mask, 0))
-    return to_out_in(model, g, mask).contiguous(), cost
+    return write(model, g, new, mask), cost

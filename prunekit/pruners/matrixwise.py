@@ -1,0 +1,105 @@
+"""What pruners of single weights share that see one matrix and the gram matrix of its inputs at a
+time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunekit.activations.gram import grams, warn_of_little_text
+from prunekit.activations.storage import PassOptions
+from prunekit.architecture.matrices import matrix, to_out_in
+from prunekit.errors import ConfigError
+from prunekit.problem import Expected, Problem, expect
+from prunekit.selection.elements import SCOPES, Pattern, check_pattern
+from prunekit.solvers.admm import Select, of_each_run
+from prunekit.solvers.preconditioning import squared_error
+from prunekit.types import Counts, Group, Kept, Pruned
+
+Ridge = Annotated[float, Field(ge=0)]
+Scope = Literal["row", "matrix", "alpha"]
+
+Solve = Callable[..., tuple[Tensor, Tensor]]
+"""`solve(weight, gram, select, count, name=...)`: new weights and the mask of what stays, both
+`(outputs, inputs)`.
+"""
+
+
+def check_matrices(
+    problem: Problem, pattern: Pattern | None, targets: list[str] | None, pruner: str
+) -> Expected:
+    """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or ratio."""
+    expected = expect(problem, problem.matrices(targets), smaller=False)
+    if expected.counts is None:
+        check_pattern(problem.model, expected.groups, None, pattern)
+    else:
+        local_counts(problem, expected.groups, pattern, pruner)
+    return expected
+
+
+def local_counts(
+    problem: Problem, groups: list[Group], pattern: Pattern | None, pruner: str
+) -> Counts:
+    """How many elements of each matrix go. Raises ConfigError for a ratio that ranks matrices
+    together, and where a pattern does not fit.
+    """
+    allocation = problem.allocate(groups)
+    if allocation.ranking != "local":
+        raise ConfigError(
+            f"ratio.ranking={allocation.ranking}: pruner={pruner} sees one matrix at a time and "
+            "cannot rank them together; give ratio.ranking=local"
+        )
+    check_pattern(problem.model, groups, allocation.counts, pattern)
+    return allocation.counts
+
+
+def selection(g: Group, count: int, scope: Scope, pattern: Pattern | None) -> Select:
+    """The rule by which elements of a matrix go."""
+    return (
+        of_each_run(pattern.kept_of(count, g.units, g.name), pattern.m)
+        if pattern
+        else SCOPES[scope]
+    )
+
+
+def write(model: nn.Module, g: Group, new: Tensor, mask: Tensor) -> Tensor:
+    """Put `new (outputs, inputs)` in the place of a matrix. Returns the mask, stored like it."""
+    W = matrix(model, g)
+    W.copy_(new.to(W).masked_fill_(~mask, 0))
+    return to_out_in(model, g, mask).contiguous()
+
+
+@torch.no_grad()
+def prune_matrices(
+    problem: Problem,
+    groups: list[Group],
+    counts: Counts,
+    solve: Solve,
+    *,
+    scope: Scope,
+    pattern: Pattern | None,
+    options: PassOptions,
+) -> Pruned:
+    """Every matrix by `solve`, block by block; the next block is shown what the pruned ones before
+    it put out. The notes' `costs` are the squared errors of the outputs, a token.
+    """
+    model = problem.model
+    warn_of_little_text(problem.tokens, max(matrix(model, g).shape[1] for g in groups))
+    kept: Kept = {}
+    costs: dict[str, float] = {}
+    for row, run in problem.by_block(groups, counts, options):
+        part = [g for g in row if counts[g.name]]
+        for alike, gram in grams(model, part, run):
+            for g in alike:
+                W, count = matrix(model, g).float(), counts[g.name]
+                here = gram.to(W.device)
+                new, mask = solve(W, here, selection(g, count, scope, pattern), count, name=g.name)
+                costs[g.name] = squared_error(W, new, here)
+                kept[g.name] = write(model, g, new, mask)
+    gone = {name: int((~mask).sum()) for name, mask in kept.items()}
+    return Pruned(model, kept, groups, {}, {"counts": gone, "costs": costs})

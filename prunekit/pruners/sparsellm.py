@@ -1,0 +1,280 @@
+"""SparseLLM (Bai et al., NeurIPS 2024, arXiv 2402.17946): SparseGPT, and then the matrices of each
+feed-forward block again, by turns with what passes between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunekit import graph
+from prunekit.activations.gram import grams, warn_of_little_text
+from prunekit.activations.hooks import hook_activations
+from prunekit.activations.runs import forward
+from prunekit.activations.storage import PassOptions, Precision, Store
+from prunekit.architecture.linear import weight_of
+from prunekit.architecture.matrices import matrix, module_name
+from prunekit.errors import ConfigError
+from prunekit.graph.feed_forward import FeedForward, Neurons, Rows, feed_forwards, neurons_of
+from prunekit.graph.replay import Span, record
+from prunekit.problem import Expected, Problem
+from prunekit.pruners.matrixwise import Ridge, local_counts, write
+from prunekit.pruners.sparsegpt import check_sparsegpt, mask_rule, prune_matrix
+from prunekit.registry import Positive, pruners
+from prunekit.selection.elements import NM, Pattern
+from prunekit.solvers.sparsegpt import inverse_factor, solve_columns
+from prunekit.solvers.sparsellm import Ffn, Terms, alternate
+from prunekit.types import Counts, Group, Kept, Pruned
+
+Weight = Annotated[float, Field(gt=0)]
+
+
+def check_sparsellm(
+    problem: Problem,
+    *,
+    pattern: Pattern | None,
+    block: int,
+    targets: list[str] | None,
+    steps: int,
+    **_: Any,
+) -> Expected:
+    """Raises ConfigError where SparseGPT would, and where there is no feed-forward block to go on
+    with.
+    """
+    expected = check_sparsegpt(problem, pattern=pattern, block=block, targets=targets)
+    if steps > 1:
+        whole_blocks(problem.model, expected.groups)
+    return expected
+
+
+def whole_blocks(model: nn.Module, groups: list[Group]) -> list[FeedForward]:
+    """The feed-forward blocks all of whose matrices are among `groups`. Raises ConfigError where
+    there is none.
+    """
+    modules = {module_name(g) for g in groups}
+    found = [
+        f
+        for f in feed_forwards(model, graph.discover(model, verify=False))
+        if f.modules <= modules
+        and len(f.columns) == weight_of(model.get_submodule(f.reader)).shape[1]
+    ]
+    if not found:
+        raise ConfigError(
+            "pruner=sparsellm goes on where pruner=sparsegpt ends with feed-forward blocks of "
+            "linear modules, and none is among the matrices: widen pruner.targets, or give "
+            "pruner=sparsegpt"
+        )
+    return found
+
+
+@pruners.register(
+    paper="arXiv 2402.17946", year=2024, needs="data", out="zeros", check=check_sparsellm
+)
+@torch.no_grad()
+def sparsellm(
+    problem: Problem,
+    *,
+    pattern: NM = None,
+    block: Positive = 128,
+    ridge: Ridge = 0.01,
+    steps: Positive = 4,
+    alpha: Weight = 5.0,
+    beta: Weight = 5.0,
+    gamma: Weight = 5.0,
+    descents: Positive = 2,
+    rate: Weight = 0.01,
+    refit_ridge: Ridge = 1e-4,
+    targets: list[str] | None = None,
+    store: Store = "memory",
+    precision: Precision = "model",
+) -> Pruned:
+    """Zeroes elements as SparseGPT does, then improves each feed-forward block for the sake of its
+    output; the best step's matrices are kept, so its error is never larger than SparseGPT's.
+
+    Args:
+        pattern: "2:4" keeps 2 of every 4 consecutive inputs; the ratio must agree. "N:8" lets the
+            ratio decide for each matrix.
+        block: inputs among whose elements those with the least `w^2 / U_jj^2` go.
+        ridge: of SparseGPT, in units of the gram's mean diagonal; it grows, with a warning, where
+            rounding leaves no Cholesky factor.
+        steps: outer steps; 1 is SparseGPT.
+        alpha: weight of what the first matrices put out being what they should.
+        beta: weight of the output.
+        gamma: weight of the neurons being what the activation makes of it.
+        descents: gradient steps on what enters the activation, where there is no closed form.
+        rate: of these steps.
+        refit_ridge: of the refits on the matrices' distance from their dense values, in units of
+            the gram's mean diagonal.
+        targets: names or globs of the linear modules in a block; null takes all. A feed-forward
+            block that they do not hold in full is left as SparseGPT makes it.
+        store: where activations between blocks wait.
+        precision: of the forwards.
+
+    Raises ConfigError where a pattern fits no matrix or ratio, and where the neurons of a block are
+    not an activation, or an activation times a linear map.
+    """
+    model = problem.model
+    groups = problem.matrices(targets)
+    warn_of_little_text(problem.tokens, max(matrix(model, g).shape[1] for g in groups))
+    counts = local_counts(problem, groups, pattern, "sparsellm")
+    part = [g for g in groups if counts[g.name]]
+    blocks = studied(problem, part) if steps > 1 and part else []
+    terms = Terms(alpha, beta, gamma, descents, rate)
+    rule = Rule(counts, pattern, block, ridge)
+    kept: Kept = {}
+    costs: dict[str, float] = {}
+    grown: dict[str, float] = {}
+    errors: dict[str, list[float]] = {}
+    for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
+        by_module = {module_name(g): g for g in row}
+        work = [
+            Work(model, f, n, {m: by_module[m] for m in f.modules})
+            for f, n in blocks
+            if f.modules <= by_module.keys()
+        ]
+        with hook_activations(model, inputs={w.first: w.see for w in work}):
+            shown = grams(model, row, run)
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        for alike, gram in shown:
+            U, took = inverse_factor(gram, ridge, alike[0].name)
+            for g in alike:
+                kept[g.name], costs[g.name] = prune_matrix(
+                    model, g, gram, U, counts[g.name], pattern, block
+                )
+                grown |= {g.name: took} if took != ridge else {}
+                factors[module_name(g)] = U.float(), gram.diagonal() == 0
+        for w in work:
+            masks, errors[w.block.name] = w.improve(rule, factors, steps, terms, refit_ridge)
+            kept |= masks
+            for name in masks:
+                del costs[name]
+    gone = {name: int((~mask).sum()) for name, mask in kept.items()}
+    notes = {"counts": gone, "costs": costs, "larger_ridge": grown}
+    return Pruned(model, kept, groups, {}, {**notes, "feed_forward_errors": errors})
+
+
+def studied(problem: Problem, groups: list[Group]) -> list[tuple[FeedForward, Neurons]]:
+    """The feed-forward blocks with the way in which their neurons come about, by running the first
+    samples through.
+    """
+    model = problem.model
+    found = whole_blocks(model, groups)
+    spans = {f.name: Span(tuple({r.module for r in f.makers}), f.reader) for f in found}
+    passes = (forward(model, ids[None], head=False) for ids in problem.tokens)
+    replays = record(model, spans, passes)
+    for f in found:
+        if f.name not in replays:
+            raise ConfigError(
+                f"no calibration token goes from {' and '.join(spans[f.name].starts)} to "
+                f"{f.reader} (an idle expert?): calibrate on more text, or narrow pruner.targets"
+            )
+    return [(f, neurons_of(model, f, replays[f.name])) for f in found]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How SparseGPT prunes a matrix."""
+
+    counts: Counts
+    pattern: Pattern | None
+    block: int
+    ridge: float
+
+
+class Work:
+    """A feed-forward block on which work is going on: its dense matrices and its input."""
+
+    def __init__(
+        self, model: nn.Module, block: FeedForward, neurons: Neurons, groups: dict[str, Group]
+    ) -> None:
+        self.model, self.block, self.neurons, self.groups = model, block, neurons, groups
+        self.dense = {m: matrix(model, g).float().clone() for m, g in groups.items()}
+        self.inputs: list[Tensor] = []
+
+    @property
+    def first(self) -> str:
+        return self.block.makers[0].module
+
+    def see(self, x: Tensor) -> None:
+        """Take in the block's input `(..., C)`."""
+        self.inputs.append(x.reshape(-1, x.shape[-1]).float().clone())
+
+    def as_ffn(self, matrices: dict[str, Tensor]) -> Ffn:
+        """The block with these matrices, by module."""
+
+        def bias_of(module: str) -> Tensor | None:
+            bias: Tensor | None = self.model.get_submodule(module).bias  # type: ignore[assignment]
+            return None if bias is None else bias.float()
+
+        def rows(rows: Rows) -> tuple[Tensor, Tensor | None]:
+            index = rows.index.to(matrices[rows.module].device)
+            bias = bias_of(rows.module)
+            return matrices[rows.module][index], None if bias is None else bias[index]
+
+        up, up_bias = rows(self.neurons.up)
+        gate, gate_bias = rows(self.neurons.gate) if self.neurons.gate else (None, None)
+        reader = self.block.reader
+        down = matrices[reader][:, self.block.columns.to(up.device)]
+        return Ffn(self.neurons.act, up, down, gate, up_bias, bias_of(reader), gate_bias)
+
+    def as_matrices(self, ffn: Ffn) -> dict[str, Tensor]:
+        """The other way round; outputs of a maker that make no neuron stay dense."""
+        out = {m: W.clone() for m, W in self.dense.items()}
+        out[self.neurons.up.module][self.neurons.up.index] = ffn.up
+        if self.neurons.gate and ffn.gate is not None:
+            out[self.neurons.gate.module][self.neurons.gate.index] = ffn.gate
+        out[self.block.reader][:, self.block.columns] = ffn.down
+        return out
+
+    def improve(
+        self,
+        rule: Rule,
+        factors: dict[str, tuple[Tensor, Tensor]],
+        steps: int,
+        terms: Terms,
+        refit_ridge: float,
+    ) -> tuple[Kept, list[float]]:
+        """Outer steps from the second on. Writes the best matrices and returns their masks, none
+        where SparseGPT's are the best; and the errors of the output, step by step.
+        """
+        made: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+
+        def reprune(full: Ffn, pp: Tensor) -> Ffn:
+            new, masks = {}, {}
+            for module, W in self.as_matrices(full).items():
+                g = self.groups[module]
+                U, dead = factors[module]
+                if module == self.block.reader:
+                    U = inverse_factor(pp, rule.ridge, g.name)[0].float()
+                    dead = pp.diagonal() == 0
+                choose = mask_rule(g, W.shape[1], rule.counts[g.name], rule.pattern, rule.block)
+                new[module], masks[module], _ = solve_columns(
+                    W, U.to(W.device), choose, rule.block, dead.to(W.device)
+                )
+            made.append((new, masks))
+            return self.as_ffn(new)
+
+        x = torch.cat(self.inputs)
+        self.inputs.clear()
+        now = {m: matrix(self.model, g).float() for m, g in self.groups.items()}
+        _, errors = alternate(
+            self.as_ffn(self.dense),
+            self.as_ffn(now),
+            x,
+            reprune,
+            steps=steps,
+            terms=terms,
+            ridge=refit_ridge,
+            name=self.block.name,
+        )
+        best = errors.index(min(errors))
+        if best == 0:
+            return {}, errors
+        new, masks = made[best - 1]
+        return {
+            g.name: write(self.model, g, new[m], masks[m]) for m, g in self.groups.items()
+        }, errors
