@@ -3,6 +3,7 @@ that both are the same.
 """
 
 from prunekit.graph.discovery import discover, report, verify
+from prunekit.graph.gated import gated
 from prunekit.graph.surgery import edits, rebuild, remove, zero
 
-__all__ = ["discover", "edits", "rebuild", "remove", "report", "verify", "zero"]
+__all__ = ["discover", "edits", "gated", "rebuild", "remove", "report", "verify", "zero"]
