@@ -31,12 +31,14 @@ class Member:
 
     Unit `u` owns the slices `index[u]` along `axis` of the tensor that `model.get_parameter(param)`
     (or `get_buffer`) names. Tied tensors appear once, under the first of their names. `index` is
-    `(U, width)` int64, ascending in each row.
+    `(U, width)` int64, ascending in each row. `reads`: the tensor is multiplied with what the units
+    computed and summed over this axis (`down_proj`, `o_proj`).
     """
 
     param: str
     axis: int
     index: Tensor
+    reads: bool = False
 
     @property
     def width(self) -> int:

@@ -3,7 +3,18 @@ that both are the same.
 """
 
 from prunekit.graph.discovery import discover, report, verify
+from prunekit.graph.gated import gated
 from prunekit.graph.surgery import edits, rebuild, remove, zero
 from prunekit.graph.zero_masks import zero_masks
 
-__all__ = ["discover", "edits", "rebuild", "remove", "report", "verify", "zero", "zero_masks"]
+__all__ = [
+    "discover",
+    "edits",
+    "gated",
+    "rebuild",
+    "remove",
+    "report",
+    "verify",
+    "zero",
+    "zero_masks",
+]

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from prunekit.graph.gate_hooks import Gate
 from prunekit.graph.groups import Candidate, Pattern, candidates
 from prunekit.graph.labels import Labels, tensors
 from prunekit.graph.skeleton import (
@@ -37,7 +38,7 @@ class Discovery:
     was left alone.
 
     `uncached`: why generation with a cache is no part of the proofs (the unpruned model cannot do
-    it either); empty where it is.
+    it either); empty where it is. `places`: where `gated` multiplies units, once it was used.
     """
 
     candidates: list[Candidate]
@@ -46,6 +47,7 @@ class Discovery:
     skip: frozenset[tuple[str, int]] = frozenset()
     blocks: Group | None = None
     uncached: str = ""
+    places: dict[Pattern, Any] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[Group]:
@@ -206,9 +208,12 @@ def fingerprint(model: nn.Module) -> str:
             for k, v in vars(m).items()
             if isinstance(v, (int, str, tuple)) and not k.startswith("_")
         ]
-        digest.update(
-            repr((path, type(m).__qualname__, settings, len(m._forward_pre_hooks))).encode()
-        )
+        hooks = [
+            h
+            for h in m._forward_pre_hooks.values()
+            if not isinstance(getattr(h, "__self__", h), Gate)
+        ]
+        digest.update(repr((path, type(m).__qualname__, settings, len(hooks))).encode())
     for name, t in tensors(model):
         digest.update(repr((name, tuple(t.shape), t.dtype)).encode())
     for _, config in configs(model):

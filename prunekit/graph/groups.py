@@ -170,7 +170,7 @@ def _build(
 ) -> Candidate:  # type: ignore[no-untyped-def]
     keys = sorted(zip(f.names, f.axes.values(), strict=True), key=lambda item: order[item[0][0]])
     members = [
-        Member(real, dim, torch.from_numpy(index.copy()))
+        Member(real, dim, torch.from_numpy(index.copy()), (n, dim) in solution.lab.read)
         for (n, dim), index in keys
         for real in rename(n)
     ]

@@ -100,6 +100,7 @@ class Labels(Relations):
         self.least: list[tuple[np.ndarray, int]] = []
         self.picks: list[tuple[str, int, int]] = []
         self.opaque: set[str] = set()
+        self.read: set[tuple[str, int]] = set()
         self.touched: dict[str, dict[int, np.ndarray]] = {}
         self._owned: dict[int, list[Owned]] = defaultdict(list)
         self._cells: dict[int, Cell] = {}
@@ -135,14 +136,7 @@ class Labels(Relations):
         key = t.untyped_storage()._cdata
         cell = self._cells.get(key)
         if cell is None:
-            owned = next(
-                (
-                    o
-                    for o in self._owned.get(key, ())
-                    if o.offset <= t.storage_offset() < o.offset + o.numel
-                ),
-                None,
-            )
+            owned = self._owner(t)
             return [] if owned is None else self._of_parameter(t, key, owned)
         if cell.itemsize != t.element_size():
             return []
@@ -151,6 +145,17 @@ class Labels(Relations):
             return cell.fields
         found = [f.as_strided(*geometry) for f in self._spread(t, cell)]
         return self._separate([reduced(f) for f in found if f.numel() and bool((f > 0).any())])
+
+    def _owner(self, t: Tensor) -> Owned | None:
+        """The parameter that `t` is a view of."""
+        return next(
+            (
+                o
+                for o in self._owned.get(t.untyped_storage()._cdata, ())
+                if o.offset <= t.storage_offset() < o.offset + o.numel
+            ),
+            None,
+        )
 
     def _of_parameter(self, t: Tensor, key: int, owned: Owned) -> list[Tensor]:
         cache = (key, t.size(), t.stride(), t.storage_offset())
@@ -231,6 +236,14 @@ class Labels(Relations):
         self.flags[name].append(labels[labels > 0])
         if name == "statistic":
             self.statistics.append((self.scope[-1], labels[labels > 0]))
+
+    def note_read(self, t: Tensor, fields: Sequence[Tensor], dim: int) -> None:
+        """Axes of a parameter over which a product sums: `dim` of the fields of its view `t`."""
+        owned = self._owner(t)
+        for axis in owned.axes if owned else ():
+            ends = [f for f in fields if f.size(dim) > 1]
+            if any(bool(((f >= axis.base) & (f < axis.base + axis.size)).any()) for f in ends):
+                self.read.add((axis.name, axis.dim))
 
     def note_constant(self, t: Tensor, rank: int, fields: Sequence[Tensor]) -> None:
         """An unlabelled operand whose values change along a labelled dim: its units cannot go

@@ -136,13 +136,26 @@ def bypass(block: nn.Module) -> Any:
     """
 
     def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor))
-        if isinstance(output, Tensor):
-            return given
-        return (
-            output._replace(**{output._fields[0]: given})
-            if hasattr(output, "_fields")
-            else (given, *output[1:])
-        )
+        return with_stream(output, stream_in(args, kwargs))
 
     return block.register_forward_hook(skip, with_kwargs=True)
+
+
+def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream that a block is given: its first tensor."""
+    return next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor))
+
+
+def stream_out(output: Any) -> Tensor:
+    """The residual stream that a block returns: its output, or the first of several."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
+
+
+def with_stream(output: Any, stream: Tensor) -> Any:
+    """A block's output with another residual stream in it."""
+    if isinstance(output, Tensor):
+        return stream
+    if hasattr(output, "_fields"):
+        return output._replace(**{output._fields[0]: stream})
+    return (stream, *output[1:])

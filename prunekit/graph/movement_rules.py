@@ -41,6 +41,7 @@ def convolution(lab: Labels, op: Op) -> None:
     out, groups = op.outs[0], op.args[8] if len(op.args) > 8 else op.get(6, "groups", 1)
     depthwise = groups == x.size(1) == out.size(1)
     channels = [f.reshape(-1) for f in lab.fields(w) if varying(f) == (0,)]
+    lab.note_read(w, lab.fields(w), 1)
     if op.args[2] is not None:
         channels += [f.reshape(-1) for f in lab.fields(op.args[2])]
     for f in lab.fields(x):

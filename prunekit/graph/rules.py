@@ -120,6 +120,7 @@ def contraction(lab: Labels, op: Op) -> None:
 
     fields = lab.merge([left(f) for f in lab.fields(a)] + [right(f) for f in lab.fields(b)])
     for t, coordinates in ((a, left), (b, right)):
+        lab.note_read(t, [coordinates(f) for f in lab.fields(t)], 2)
         if not lab.fields(t) and t.numel() > 1:
             lab.note_constant(coordinates(t), 4, fields)
     if a.dim() == 3:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from prunekit.activations.blockwise import BlockRun, groups_by_block, iterate_blocks
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.storage import Activations, PassOptions, Precision, Store, autocast
-from prunekit.architecture.matrices import block_names, matrix, to_out_in
+from prunekit.architecture.blocks import block_names
+from prunekit.architecture.matrices import matrix, to_out_in
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import Positive, Share, ratios
