@@ -87,7 +87,9 @@ OWN: dict[str, Callable[[Sizes], dict[str, Any]]] = {
             "moe_top_k": 2,
         },
     },
-    "deepseek_v3": lambda s: latent(s) | {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+    "deepseek_v3": lambda s: (
+        latent(s) | {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    ),
     "falcon": lambda s: {"num_kv_heads": s.kv, "ffn_hidden_size": s.ffn},
     "gpt2": inner,
     "gpt_bigcode": inner,
