@@ -34,10 +34,12 @@ from pathlib import Path
 from prunekit.cli.compose import composed
 from prunekit.runner.resume import code_version, finished
 
-found, words, run_too = {}, *json.loads(sys.argv[1])
-for name, said in words.items():
-    (cfg,) = composed(said)
-    found[name] = {"code": code_version(cfg), "finished": finished(Path(name), cfg)}
+found, configs, run_too = {}, *json.loads(sys.argv[1])
+for name, cfg in configs.items():
+    if isinstance(cfg, list):
+        (cfg,) = composed(cfg)
+    code = code_version(cfg)
+    found[name] = {"config": cfg, "code": code, "finished": finished(Path(name), cfg)}
     if name in run_too:
         from prunekit.runner.run import run
         record = run(cfg, name)
@@ -47,11 +49,11 @@ print(json.dumps(found))
 """
 
 
-def ask(top: Path, words: dict[str, list[str]], run_too: list[str]) -> dict[str, Any]:
-    """Of each configuration the hash of its code, and whether its result counted as finished; of
-    those that ran their results.
+def ask(top: Path, configs: dict[str, Any], run_too: list[str]) -> dict[str, Any]:
+    """Of each configuration, composed if it is a list of words, the hash of its code, and whether
+    its result counts as finished; of those that run then their results.
     """
-    given = json.dumps([{name: [*TINY, *said] for name, said in words.items()}, run_too])
+    given = json.dumps([configs, run_too])
     env = environment(top, PRUNEKIT_CACHE=str(top / "cache"))
     asked = [sys.executable, "-c", DRIVER, given]
     done = subprocess.run(asked, cwd=top, env=env, capture_output=True, text=True)
@@ -66,16 +68,18 @@ def story(tmp_path_factory) -> dict[str, dict[str, Any]]:
     has changed.
     """
     top = copy_of_the_package(tmp_path_factory.mktemp("copy"))
-    found = {"before": ask(top, OLD, ["plain"])}
+    words = {name: [*TINY, *said] for name, said in (OLD | NEW).items()}
+    found = {"before": ask(top, {name: words[name] for name in OLD}, ["plain"])}
     for kind in NEW:
         files = files_of(kind)
         assert sorted(Path(path).suffix for path in files) == [".py", ".yaml"]
         add(top, files)
-    found["added"] = ask(top, OLD | NEW, RAN)
+    found["added"] = ask(top, words, RAN)
+    configs = {name: found["added"][name]["config"] for name in words}
     for kind in NEW:
         (python,) = (top / path for path in files_of(kind) if path.endswith(".py"))
         python.write_text(python.read_text() + "# changed\n")
-        found[kind] = ask(top, OLD | NEW, ["criterion"] if kind == "criterion" else [])
+        found[kind] = ask(top, configs, ["criterion"] if kind == "criterion" else [])
         python.write_text(python.read_text().removesuffix("# changed\n"))
     return found
 
