@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.data.datasets import Dataset, default_split, document, texts
-from prunekit.data.files import DataRoot, TextFile, read
+from prunekit.data.datasets import Dataset, evaluation_text
+from prunekit.data.files import DataRoot, TextFile
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.registry import Positive, evals
@@ -92,14 +92,7 @@ def perplexity(
     stands for it in the key. The text is cut into blocks of `block` tokens, of which each
     `every`-th is read, and these into windows. Raises ConfigError.
     """
-    if path:
-        text = (
-            "".join(r["text"] for r in read(path))
-            if not path.endswith(".jsonl")
-            else document([r["text"] for r in read(path)])
-        )
-    else:
-        text = document(texts(dataset, split or default_split(dataset, "evaluate"), data_root))
+    text = evaluation_text(dataset, split, path, data_root)
     key = f"ppl_{label or (Path(path).stem if path else dataset)}_{window}"
     windows = cut(token_ids(text, tokenizer, bos), window, block, every, limit)
     with eval_mode(model):
