@@ -95,29 +95,3 @@ def test_docstrings_name_the_parameters_that_there_are():
     assert len(found) > 3
     for where, named, parameters in found:
         assert named <= parameters, where
-
-
-def layers() -> list[list[str]]:
-    """The rows of CONTRIBUTING's table, from the top: names of packages and modules."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    table = text.split("## How it is laid out")[1].split("|---|---|\n")[1].split("\n\n")[0]
-    return [re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines()]
-
-
-def imported(path: Path) -> set[str]:
-    """Packages and modules at prunekit's top that the file imports from."""
-    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
-    inside = [n for n in nodes if (n.module or "").partition(".")[0] == "prunekit"]
-    deeper = {(n.module or "").split(".")[1] for n in inside if n.module != "prunekit"}
-    return deeper | {a.name for n in inside if n.module == "prunekit" for a in n.names}
-
-
-def test_the_layers_are_those_of_the_imports():
-    place = {name: (i, j) for i, row in enumerate(layers()) for j, name in enumerate(row)}
-    for path in sorted((ROOT / "prunekit").rglob("*.py")):
-        own = path.relative_to(ROOT / "prunekit").with_suffix("").parts[0]
-        if own.startswith("__"):
-            continue
-        assert own in place, f"{own} is not in CONTRIBUTING's table"
-        for name in imported(path) - {own}:
-            assert place[name] > place[own], f"{path.name}: {own} imports {name}"

@@ -25,48 +25,19 @@ def main(argv: list[str]) -> int:
     """Prints the groups of the model that the same overrides would prune, and writes each `--to
     FILE` by its suffix.
     """
-    parser = argparse.ArgumentParser(prog="prunekit groups", description=__doc__)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OVERRIDE",
-        help="as for a run: model=..., exclude=..., pruner.kinds=...",
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print JSON: every group, member and index rule, nothing folded",
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="a tree with every block and every tensor, alike or not"
-    )
-    parser.add_argument(
-        "--to",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="write .json, .txt (the tree) or .svg (a picture of one block)",
-    )
-    parser.add_argument(
-        "--block",
-        type=int,
-        metavar="N",
-        help="the block of the picture (default: the first of the most common make)",
-    )
-    args = parser.parse_intermixed_args(argv)
+    args = parser().parse_intermixed_args(argv)
     targets = [target(Path(to)) for to in args.to]
     found = inventory_of_overrides(args.overrides)
     pictures = [p for p in targets if p.suffix == ".svg"]
     drawn = picture.svg(found, args.block) if pictures or args.block is not None else ""
+    form = {
+        ".json": lambda: data(found),
+        ".svg": lambda: drawn,
+        ".txt": lambda: text(found, args.all),
+    }
     for path in targets:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            data(found)
-            if path.suffix == ".json"
-            else drawn
-            if path.suffix == ".svg"
-            else text(found, args.all)
-        )
+        path.write_text(form[path.suffix]())
     console = Console()
     if args.json:
         console.out(data(found), end="", highlight=False)
@@ -75,6 +46,39 @@ def main(argv: list[str]) -> int:
     else:
         console.out(text(found, args.all), end="", highlight=False)
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's words."""
+    words = argparse.ArgumentParser(prog="prunekit groups", description=__doc__)
+    words.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="as for a run: model=..., exclude=..., pruner.kinds=...",
+    )
+    words.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON: every group, member and index rule, nothing folded",
+    )
+    words.add_argument(
+        "--all", action="store_true", help="a tree with every block and every tensor, alike or not"
+    )
+    words.add_argument(
+        "--to",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write .json, .txt (the tree) or .svg (a picture of one block)",
+    )
+    words.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="the block of the picture (default: the first of the most common make)",
+    )
+    return words
 
 
 def target(path: Path) -> Path:

@@ -1,6 +1,4 @@
-"""The drawing itself: rows and lanes placed from top to bottom, written as SVG that follows the
-reader's light or dark scheme.
-"""
+"""The drawing itself: rows and lanes placed from top to bottom of a page."""
 
 from __future__ import annotations
 
@@ -15,25 +13,13 @@ from xml.etree import ElementTree as ET
 from prunekit.inventory.facts import Part
 from prunekit.inventory.fold import Alike
 from prunekit.inventory.rule import in_words
+from prunekit.inventory.svg import CHAR, SMALL, TEXT, Page, colour
 
-TEXT, SMALL, CHAR = 12, 11, 0.602
-"""Font sizes in pixels, and the width of a character of a monospaced font as a share
-of its size.
-"""
 LARGEST, SMALLEST, THIN = 76, 16, 8
 """Sides of boxes in pixels: of the largest axis, of the smallest, and across a vector."""
 MARGIN, HEAD, GAP = 20, 92, 10
 CELL = 38
 """Characters of a line beside a dot."""
-STYLE = """
-svg { --paper: #ffffff; --ink: #1f2328; --faint: #656d76; --rule: #d8dee4; --band: #f6f8fa; --box: #e7ebef;
-  --c0: #0969da; --c1: #bc4c00; --c2: #1a7f37; --c3: #8250df; --c4: #bf3989; --c5: #1b7c83; --c6: #9a6700 }
-@media (prefers-color-scheme: dark) { svg { --paper: #0d1117; --ink: #e6edf3; --faint: #9198a1; --rule: #30363d; --band: #161b22; --box: #2d333b;
-  --c0: #58a6ff; --c1: #f0883e; --c2: #3fb950; --c3: #bc8cff; --c4: #f778ba; --c5: #39c5cf; --c6: #d29922 } }
-text { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace; fill: var(--ink) }
-.faint { fill: var(--faint) } .bold { font-weight: 600 }
-"""  # noqa: E501  (style sheet)
-COLOURS = 7
 
 
 @dataclass(frozen=True)
@@ -79,7 +65,7 @@ class Drawing:
         for i in range(len(lanes)):
             self.lane_x.append(self.lane_x[-1] + self.lane_width(i))
         self.width = max(self.lane_x[-1], MARGIN * 2 + len(self.title) * 15 * CHAR, 560)
-        self.root = ET.Element("svg", xmlns="http://www.w3.org/2000/svg")
+        self.page = Page()
 
     def lane_width(self, i: int) -> float:
         texts = [cell for r in self.rows for cell in self.cells(r, i)]
@@ -120,14 +106,11 @@ class Drawing:
     def text(self) -> str:
         bands, y = self.bands()
         bottom, legend = y + GAP, self.legend()
-        self.add("style").text = STYLE
         height = bottom + 34 + 18 * len(legend)
-        self.root.set("viewBox", f"0 0 {self.width:.0f} {height:.0f}")
-        self.root.set("width", f"{self.width:.0f}")
-        self.root.set("height", f"{height:.0f}")
-        self.add("title").text = self.title
-        self.add("rect", width=self.width, height=height, rx=8, style="fill: var(--paper)")
-        self.write(MARGIN, MARGIN + 14, self.title, "bold", size=15)
+        self.page.size(self.width, height)
+        self.page.add("title").text = self.title
+        self.page.add("rect", width=self.width, height=height, rx=8, style="fill: var(--paper)")
+        self.page.write(MARGIN, MARGIN + 14, self.title, "bold", size=15)
         for band in bands:
             self.band(band.module, band.top, band.rows[-1][1] + band.rows[-1][2] + 4)
         self.lines(
@@ -142,9 +125,8 @@ class Drawing:
                     high,
                 )
         for k, line in enumerate(legend):
-            self.write(MARGIN, bottom + 34 + 18 * k, line, "faint", size=SMALL)
-        ET.indent(self.root)
-        return ET.tostring(self.root, encoding="unicode") + "\n"
+            self.page.write(MARGIN, bottom + 34 + 18 * k, line, "faint", size=SMALL)
+        return self.page.text()
 
     def bands(self) -> tuple[list[Band], float]:
         """The rows by the module that they lie in, from top to bottom, and where they end. A module
@@ -168,17 +150,10 @@ class Drawing:
         return out, y
 
     def band(self, module: str, top: float, bottom: float) -> None:
-        self.add(
-            "rect",
-            x=MARGIN - 8,
-            y=top,
-            width=self.width - 2 * MARGIN + 16,
-            height=bottom - top,
-            rx=6,
-            style="fill: var(--band)",
-        )
+        wide = self.width - 2 * MARGIN + 16
+        self.page.rect(MARGIN - 8, top, wide, bottom - top, "fill: var(--band)", rx=6)
         if module:
-            self.write(MARGIN, top + 16, module, "bold")
+            self.page.write(MARGIN, top + 16, module, "bold")
 
     def lines(self, middles: Sequence[tuple[Row, float]], bottom: float) -> None:
         """Each group's line from its first dot to its last; a group of the whole network comes from
@@ -187,30 +162,32 @@ class Drawing:
         for i, x in enumerate(self.lane_x[:-1]):
             name, units, each = self.heading(i)
             top = MARGIN + 44
-            self.write(x - 6, top, name, "bold", lane=i)
-            self.write(x - 6, top + 16, units, "faint", size=SMALL)
-            self.write(x - 6, top + 31, each, "faint", size=SMALL)
+            self.page.write(x - 6, top, name, "bold", lane=i)
+            self.page.write(x - 6, top + 16, units, "faint", size=SMALL)
+            self.page.write(x - 6, top + 31, each, "faint", size=SMALL)
             at = [y for row, y in middles if i in row.lanes]
             stroke = f"stroke: {colour(i)}; stroke-width: 2.5; stroke-linecap: round"
-            self.add("line", x1=x, x2=x, y1=at[0], y2=at[-1], style=stroke)
+            self.page.add("line", x1=x, x2=x, y1=at[0], y2=at[-1], style=stroke)
             if self.lanes[i].first.block is None:
                 for y1, y2 in ((HEAD + MARGIN - 8, at[0]), (at[-1], bottom)):
-                    self.add(
+                    self.page.add(
                         "line", x1=x, x2=x, y1=y1, y2=y2, style=stroke + "; stroke-dasharray: 2 5"
                     )
                 elsewhere = sum(
                     not p.names[0].startswith(self.path + ".") for p in self.lanes[i].first.parts
                 )
-                self.write(x + 10, bottom + 4, f"+ {elsewhere} axes elsewhere", "faint", size=SMALL)
+                self.page.write(
+                    x + 10, bottom + 4, f"+ {elsewhere} axes elsewhere", "faint", size=SMALL
+                )
 
     def row(self, row: Row, name: str, top: float, high: float) -> None:
         middle = top + high / 2
-        self.write(MARGIN + 4, middle - 3, name)
+        self.page.write(MARGIN + 4, middle - 3, name)
         owners = {
             axis: [i for i, parts in row.lanes.items() for p in parts if p.axis == axis]
             for axis in range(len(row.part.shape))
         }
-        line = self.write(MARGIN + 4, middle + 12, "", "faint", size=SMALL)
+        line = self.page.write(MARGIN + 4, middle + 12, "", "faint", size=SMALL)
         for axis, n in enumerate(row.part.shape):
             if axis:
                 line[-1].tail = " x "
@@ -222,7 +199,7 @@ class Drawing:
         self.draw_box(row, middle)
         for i in row.lanes:
             x, cells = self.lane_x[i], self.cells(row, i)
-            self.add(
+            self.page.add(
                 "circle",
                 cx=x,
                 cy=middle,
@@ -230,7 +207,9 @@ class Drawing:
                 style=f"fill: {colour(i)}; stroke: var(--band); stroke-width: 1.5",
             )
             for k, cell in enumerate(cells):
-                self.write(x + 11, middle + 4 + 15 * (k - (len(cells) - 1) / 2), cell, size=SMALL)
+                self.page.write(
+                    x + 11, middle + 4 + 15 * (k - (len(cells) - 1) / 2), cell, size=SMALL
+                )
 
     # ---- boxes
 
@@ -267,71 +246,22 @@ class Drawing:
         lit = next((i for axis, i, _, _ in here if axis == depth), None)
         for k in range(3, 0, -1) if back else ():
             fill = colour(lit) if lit is not None and k == 2 else "var(--box)"
-            self.add(
-                "rect",
-                x=x + 4 * k,
-                y=y - 4 * k,
-                width=w,
-                height=h,
-                style=f"fill: {fill}; stroke: var(--paper)",
-            )
-        self.add(
-            "rect",
-            x=x,
-            y=y,
-            width=w,
-            height=h,
-            style="fill: var(--box); stroke: var(--paper)" if back else "fill: var(--box)",
-        )
+            edge = f"fill: {fill}; stroke: var(--paper)"
+            self.page.rect(x + 4 * k, y - 4 * k, w, h, edge)
+        plain = "fill: var(--box); stroke: var(--paper)" if back else "fill: var(--box)"
+        self.page.rect(x, y, w, h, plain)
         for axis, i, rule, units in here:
             if axis not in (down, right):
                 continue
             long = (h if axis == down else w) / part.shape[axis]
             for first, count in stretches(rule.of(unit_shown(units))):
                 a, b = first * long, max(2.0, count * long)
-                place = (
-                    {"x": x, "y": y + a, "width": w, "height": b}
-                    if axis == down
-                    else {"x": x + a, "y": y, "width": b, "height": h}
-                )
-                self.add("rect", **place, style=f"fill: {colour(i)}; fill-opacity: 0.55")
+                place = (x, y + a, w, b) if axis == down else (x + a, y, b, h)
+                self.page.rect(*place, f"fill: {colour(i)}; fill-opacity: 0.55")
             for first, count in stretches(sorted({n for u in range(units) for n in rule.of(u)})):
                 a, b = first * long, count * long
-                edge = (
-                    {"x": x - 4, "y": y + a, "width": 3, "height": b}
-                    if axis == down
-                    else {"x": x + a, "y": y - 4, "width": b, "height": 3}
-                )
-                self.add("rect", **edge, style=f"fill: {colour(i)}")
-
-    # ---- elements
-
-    def add(self, tag: str, **values: float | str) -> ET.Element:
-        given = {
-            k: f"{v:.1f}".removesuffix(".0") if isinstance(v, float) else str(v)
-            for k, v in values.items()
-        }
-        return ET.SubElement(self.root, tag, given)
-
-    def write(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        kind: str = "",
-        size: int = TEXT,
-        lane: int | None = None,
-    ) -> ET.Element:
-        style = {} if lane is None else {"style": f"fill: {colour(lane)}"}
-        element = self.add(
-            "text", x=x, y=y, **{"font-size": size}, **({"class": kind} if kind else {}), **style
-        )
-        element.text = text
-        return element
-
-
-def colour(lane: int) -> str:
-    return f"var(--c{lane % COLOURS})"
+                along = (x - 4, y + a, 3.0, b) if axis == down else (x + a, y - 4, b, 3.0)
+                self.page.rect(*along, f"fill: {colour(i)}")
 
 
 def stretches(indices: Sequence[int]) -> list[tuple[int, int]]:

@@ -7,24 +7,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from prunekit.activations.gram import grams, warn_of_little_text
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.matrices import matrix
-from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
-from prunekit.pruners.matrixwise import Ridge, check_matrices, local_counts, write
+from prunekit.pruners.columnwise import check_block, check_columns, prune_matrix
+from prunekit.pruners.matrixwise import Ridge, local_counts
 from prunekit.registry import Positive, pruners
 from prunekit.selection.elements import NM, Pattern
-from prunekit.solvers.sparsegpt import (
-    MaskRule,
-    inverse_factor,
-    lowest_of_block,
-    of_each_run,
-    solve_columns,
-)
-from prunekit.types import Group, Kept, Pruned
+from prunekit.solvers.sparsegpt import inverse_factor
+from prunekit.types import Kept, Pruned
 
 
 def check_sparsegpt(
@@ -36,13 +29,7 @@ def check_sparsegpt(
     **_: Any,
 ) -> Expected:
     """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or block."""
-    _check_block(pattern, block)
-    return check_matrices(problem, pattern, targets, "sparsegpt")
-
-
-def _check_block(pattern: Pattern | None, block: int) -> None:
-    if pattern and block % pattern.m:
-        raise ConfigError(f"pruner.block={block} must be a multiple of the {pattern.m} of pattern")
+    return check_columns(problem, pattern, block, targets, "sparsegpt")
 
 
 @pruners.register(
@@ -74,7 +61,7 @@ def sparsegpt(
 
     Raises ConfigError where a pattern fits no matrix or ratio.
     """
-    _check_block(pattern, block)
+    check_block(pattern, block)
     model = problem.model
     groups = problem.matrices(targets)
     warn_of_little_text(problem.tokens, max(matrix(model, g).shape[1] for g in groups))
@@ -92,27 +79,3 @@ def sparsegpt(
                 grown |= {g.name: took} if took != ridge else {}
     gone = {name: int((~mask).sum()) for name, mask in kept.items()}
     return Pruned(model, kept, groups, {}, {"counts": gone, "costs": costs, "larger_ridge": grown})
-
-
-def mask_rule(g: Group, inputs: int, count: int, pattern: Pattern | None, block: int) -> MaskRule:
-    """How `count` elements of a matrix are chosen."""
-    if pattern:
-        return of_each_run(pattern.kept_of(count, g.units, g.name), pattern.m)
-    return lowest_of_block(count, inputs, block)
-
-
-def prune_matrix(
-    model: nn.Module,
-    g: Group,
-    gram: Tensor,
-    U: Tensor,
-    count: int,
-    pattern: Pattern | None,
-    block: int,
-) -> tuple[Tensor, float]:
-    """Solve one matrix in place. Returns the mask, stored like the matrix, and the cost."""
-    W = matrix(model, g)
-    rule = mask_rule(g, W.shape[1], count, pattern, block)
-    dead = gram.diagonal().to(W.device) == 0
-    new, mask, cost = solve_columns(W.float(), U.to(W.device, torch.float32), rule, block, dead)
-    return write(model, g, new, mask), cost

@@ -22,8 +22,8 @@ from prunekit.errors import ConfigError
 from prunekit.graph.feed_forward import FeedForward, Neurons, Rows, feed_forwards, neurons_of
 from prunekit.graph.replay import Span, record
 from prunekit.problem import Expected, Problem
+from prunekit.pruners.columnwise import check_columns, mask_rule, prune_matrix
 from prunekit.pruners.matrixwise import Ridge, local_counts, write
-from prunekit.pruners.sparsegpt import check_sparsegpt, mask_rule, prune_matrix
 from prunekit.registry import Positive, pruners
 from prunekit.selection.elements import NM, Pattern
 from prunekit.solvers.sparsegpt import inverse_factor, solve_columns
@@ -45,7 +45,7 @@ def check_sparsellm(
     """Raises ConfigError where SparseGPT would, and where there is no feed-forward block to go on
     with.
     """
-    expected = check_sparsegpt(problem, pattern=pattern, block=block, targets=targets)
+    expected = check_columns(problem, pattern, block, targets, "sparsellm")
     if steps > 1:
         whole_blocks(problem.model, expected.groups)
     return expected

@@ -5,7 +5,7 @@ recipe), merged at the end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from prunekit.architecture.blocks import linear_names
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.training_examples import (
     Corpus,
+    Example,
     check_source,
     load_examples,
     split_validation,
@@ -23,6 +24,9 @@ from prunekit.problem import Problem
 from prunekit.registry import Natural, Positive, Share, recoveries
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.types import Pruned
+
+if TYPE_CHECKING:
+    from prunekit.training.trainer import History
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -85,13 +89,8 @@ def lora(
     `recovery_trained_params` in `pruned.notes`. Raises ConfigError for targets that match nothing
     or data that holds nothing.
     """
-    from transformers import set_seed
-
-    from prunekit.training.trainer import train
-    from prunekit.training.zeros import apply_masks
-
     model = pruned.model
-    names = linear_names(model, targets)
+    updates = Updates(linear_names(model, targets), r, alpha, dropout)
     recipe = Recipe(
         lr=lr,
         warmup_steps=warmup_steps,
@@ -107,16 +106,7 @@ def lora(
     examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    set_seed(seed)  # the updates start at random
-    inject(model, names, r, alpha, dropout)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    factors = factor_masks(model, names, keep)
-    history = train(model, examples, recipe, validation=validation, keep=factors)
-    merge(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags[name])
-    apply_masks(model, keep)
+    history, trained = train_and_merge(model, updates, examples, validation, recipe, keep)
     pruned.notes |= {
         "recovery_curve": history.curve,
         "recovery_best_step": history.best_step,
@@ -126,17 +116,55 @@ def lora(
     return model
 
 
-def inject(model: nn.Module, names: Sequence[str], r: int, alpha: int, dropout: float) -> None:
+class Updates(NamedTuple):
+    """Low-rank updates `alpha / r * B A` of the linear layers of these names."""
+
+    names: Sequence[str]
+    r: int
+    alpha: int
+    dropout: float
+
+
+def train_and_merge(
+    model: nn.Module,
+    updates: Updates,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    recipe: Recipe,
+    keep: Mapping[str, Tensor],
+) -> tuple[History, int]:
+    """Trains the updates and adds them to the weights; what requires gradients is as it was, and
+    what `keep` says is zero. Returns the history and how many parameters were trained.
+    """
+    from transformers import set_seed
+
+    from prunekit.training.trainer import train
+    from prunekit.training.zeros import apply_masks
+
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    set_seed(recipe.seed)  # the updates start at random
+    inject(model, updates)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    factors = factor_masks(model, updates.names, keep)
+    history = train(model, examples, recipe, validation=validation, keep=factors)
+    merge(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
+    apply_masks(model, keep)
+    return history, trained
+
+
+def inject(model: nn.Module, updates: Updates) -> None:
     """Puts float32 low-rank updates on the named layers and freezes all else."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    transposed = not isinstance(model.get_submodule(names[0]), nn.Linear)
+    transposed = not isinstance(model.get_submodule(updates.names[0]), nn.Linear)
     config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
+        r=updates.r,
+        lora_alpha=updates.alpha,
+        lora_dropout=updates.dropout,
         bias="none",
-        target_modules=list(names),
+        target_modules=list(updates.names),
         fan_in_fan_out=transposed,
     )
     inject_adapter_in_model(config, model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunekit.architecture.matrices import matrix, module_name, to_out_in
 from prunekit.checkpoint.remote_code.runtime_modules import Gather, insert
 from prunekit.selection.free_channels import FreeChannels, FreeReaders, reorder, reorder_along
-from prunekit.solvers.permutation import kept_score, permutation
+from prunekit.selection.permutation import kept_score, permutation
 from prunekit.types import Group, Member, Run, Scores
 
 log = logging.getLogger("prunekit")

@@ -10,7 +10,7 @@ import torch
 from paths import GOLDEN
 from scipy.optimize import linear_sum_assignment
 
-from prunekit.solvers.permutation import assign, deal, kept_score, permutation
+from prunekit.selection.permutation import assign, deal, kept_score, permutation
 
 PATTERNS = [("24", 2, 4), ("48", 4, 8)]
 
