@@ -9,10 +9,9 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
-from prunekit.calibs import draw
 from prunekit.data.duplicates import new_rows
 from prunekit.errors import ConfigError
-from prunekit.registry import Component, Natural, Positive, built, calibs
+from prunekit.registry import Component, Natural, Positive, built, calibs, draw
 
 OF_THE_MIX = ("samples", "length", "seed")
 """Options of the mix, which say for every source how much it draws."""

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
-from prunekit.calibs import draw
 from prunekit.errors import ConfigError
-from prunekit.registry import Component, built, calibs
+from prunekit.registry import Component, built, calibs, draw
 
 
 def _components(nodes: Any) -> dict[str, Component]:

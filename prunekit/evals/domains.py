@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from prunekit.data.datasets import Dataset, evaluation_text
 from prunekit.data.files import DataRoot, TextFile
-from prunekit.data.texts_read import texts_read
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
-from prunekit.evals.perplexity import cut, token_ids, window_nll
+from prunekit.evals.texts_read import texts_read
+from prunekit.evals.windows import cut, token_ids, window_nll
 from prunekit.registry import Component, Positive, evals
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from prunekit import checkpoint
 from prunekit.architecture import offload
-from prunekit.calibs import draw
 from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Problem, named_sets
 from prunekit.profiling import Stages
+from prunekit.registry import draw
 from prunekit.runner import cache, progress, provenance, results, tracking
 from prunekit.runner.distributed import first_process
 from prunekit.runner.preflight import Components, check

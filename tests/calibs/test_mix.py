@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunekit.calibs import draw
 from prunekit.calibs.mix import whole_shares
 from prunekit.data.duplicates import new_rows
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer, tiny_llama
-from prunekit.registry import calibs
+from prunekit.registry import calibs, draw
 
 TOKENIZER = byte_tokenizer()
 

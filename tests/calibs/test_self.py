@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunekit.calibs import draw
 from prunekit.data.generation import generate_rows
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import tiny_llama
-from prunekit.registry import calibs
+from prunekit.registry import calibs, draw
 
 
 @pytest.fixture(scope="module")
