@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,38 +13,20 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
-
-from prunekit.registry import REGISTRIES
-
-PLURALS = {kind: registry.package for kind, registry in REGISTRIES.items()}
-
-
-def shown(page: str) -> dict[str, str]:
-    """path in the repository -> text, of each block that names its file in the first line."""
-    block = r"```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)```"
-    return dict(re.findall(block, (ROOT / page).read_text(), flags=re.DOTALL))
-
-
-TEMPLATES = shown("CONTRIBUTING.md")
-EXAMPLE = shown("README.md")
+from templates import EXAMPLE, PLURALS, TEMPLATES, add, copy_of_the_package, environment
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     """The package, its configuration, all templates and the README's criterion."""
-    top = tmp_path_factory.mktemp("copy")
-    for name in ("prunekit", "conf", "hydra_plugins"):
-        shutil.copytree(ROOT / name, top / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path, text in (TEMPLATES | EXAMPLE).items():
-        assert not (top / path).exists(), f"{path} is a template and a file"
-        (top / path).write_text(text)
+    top = copy_of_the_package(tmp_path_factory.mktemp("copy"))
+    add(top, TEMPLATES | EXAMPLE)
     return top
 
 
 def prunekit(top: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(top), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     asked = [sys.executable, "-m", "prunekit", *words]
-    return subprocess.run(asked, cwd=top, env=env, capture_output=True, text=True)
+    return subprocess.run(asked, cwd=top, env=environment(top), capture_output=True, text=True)
 
 
 def test_each_kind_has_a_template():
@@ -132,8 +112,8 @@ for kind, (node, _) in json.loads(sys.argv[1]).items():
 
 
 def test_their_options_are_checked(copy):
-    env = os.environ | {"PYTHONPATH": str(copy)}
     asked = [sys.executable, "-c", BUILD, json.dumps(REFUSED)]
+    env = environment(copy)
     done = subprocess.run(asked, env=env, cwd=copy, capture_output=True, text=True, check=True)
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     for kind, (_, message) in REFUSED.items():
