@@ -157,7 +157,6 @@ def test_a_change_in_what_a_job_does_is_one_line(tmp_path, caplog):
     assert [r.getMessage().rpartition(": ")[2] for r in caplog.records] == ["load", "prune"]
 
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = [
     "model=tiny_llama",
     "exclude=none",
