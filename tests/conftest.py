@@ -7,11 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Set before torch, transformers and datasets are imported: no test asks the hub, and each of
+# several test processes computes on a thread of its own (tiny models gain nothing from more).
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # no test asks the hub; set before transformers and datasets are imported
 ROOT = Path(__file__).resolve().parents[1]
 
 

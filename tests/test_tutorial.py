@@ -13,7 +13,7 @@ from io import StringIO
 import pytest
 from paths import ROOT
 
-from prunekit.cli import main as cli
+from prunekit.cli.main import main as cli
 
 PAGE = ROOT / "docs" / "tutorial.md"
 BLOCK = re.compile(r"```(python|sh)\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)

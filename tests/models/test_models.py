@@ -158,3 +158,20 @@ def test_smollm2_is_the_model_of_the_peers(smollm2):
     }
     ids = torch.tensor([tokenizer("The capital of France is").input_ids], device=model.device)
     assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("device", "amx", "avx512", "expected"),
+    [
+        ("cpu", False, False, torch.float32),
+        ("cpu", True, False, torch.bfloat16),
+        ("cpu", False, True, torch.bfloat16),
+        ("cuda:1", False, False, torch.bfloat16),
+    ],
+)
+def test_fast_is_bfloat16_where_the_device_computes_in_it(
+    monkeypatch, device, amx, avx512, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert smollm2_module.fast_dtype(device) is expected

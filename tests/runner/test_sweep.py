@@ -14,7 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from fakes import config, result
+from paths import ROOT
 
 from prunekit.errors import ConfigError
 from prunekit.runner import progress, resume, sweep
@@ -155,7 +157,6 @@ def test_a_change_in_what_a_job_does_is_one_line(tmp_path, caplog):
     assert [r.getMessage().rpartition(": ")[2] for r in caplog.records] == ["load", "prune"]
 
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = [
     "model=tiny_llama",
     "exclude=none",
@@ -310,3 +311,11 @@ def test_the_slurm_yaml_asks_for_what_a_7b_job_needs(tmp_path, monkeypatch):
         "--time=480",
     ):
         assert f"#SBATCH {line}" in script
+
+
+@pytest.mark.parametrize("name", ["local", "slurm"])
+def test_the_launcher_that_a_yaml_names_is_there(name):
+    from hydra.utils import get_class
+
+    node = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / f"{name}.yaml").read_text())
+    assert get_class(node["_target_"])

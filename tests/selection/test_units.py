@@ -51,10 +51,10 @@ def model():
 
 
 def ranked(model, ranking, budget):
-    """A choice among heads and neurons by drawn scores, heads a little ahead."""
+    """A choice among heads and neurons by drawn scores."""
     groups = llama_groups(model, ("heads", "neurons"))
     rng = torch.Generator().manual_seed(1)
-    scores = {g.name: torch.rand(g.units, generator=rng) * (1 + g.width / 8) for g in groups}
+    scores = {g.name: torch.rand(g.units, generator=rng) for g in groups}
     counts = {g.name: 1 if g.kind == "heads" else 4 + 2 * (g.layer or 0) for g in groups}
     return (
         groups,
