@@ -18,31 +18,12 @@ from torch import Tensor, nn
 from prunekit.activations.runs import ModelRun
 from prunekit.errors import ConfigError
 from prunekit.registry import Component
-from prunekit.runner import provenance
+from prunekit.runner import provenance, store
+from prunekit.runner.store import Entry
 from prunekit.source import code_hash, module_file
 from prunekit.types import Group, Run, Scores
 
-LIMIT = 2 * 2**30
-"""Bytes kept; beyond them the entries that were not used for longest go."""
 SWITCH = {True: True, False: False, "on": True, "off": False, None: True}
-
-
-def folder() -> Path:
-    """`PRUNEKIT_CACHE`, default `~/.cache/prunekit`."""
-    return (
-        Path(os.environ.get("PRUNEKIT_CACHE") or Path.home() / ".cache" / "prunekit").expanduser()
-        / "results"
-    )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where something is stored, what it is called in a result, and how it is read and written."""
-
-    path: str
-    name: str
-    read: Callable[[Path], Any]
-    write: Callable[[Path, Any], None]
 
 
 @dataclass
@@ -90,7 +71,7 @@ class Cache:
             provenance.token_hash(run.tokens),
             *map(group_print, groups),
         )
-        entry = Entry(f"scores/{key}.safetensors", "score", read_scores, write_scores)
+        entry = Entry("scores", key, "score", store.decode_scores, store.encode_scores)
         found: Scores = self.remember(entry, lambda: criterion(model, groups, run))
         return found
 
@@ -115,28 +96,15 @@ class Cache:
             tokenizer_print(tokenizer),
             files_print(node),
         )
-        entry = Entry(f"dense/{key}.json", f"dense/{name}", read_numbers, write_numbers)
+        entry = Entry("dense", key, f"dense/{name}", store.decode_numbers, store.encode_numbers)
         stored: dict[str, float] = self.remember(entry, lambda: evaluate(model, tokenizer))
         return stored
 
     def remember(self, entry: Entry, compute: Callable[[], Any]) -> Any:
-        """What is stored, or what `compute` gives, stored then. One process computes, the others
-        wait for it.
-        """
-        from filelock import FileLock
-
-        file = folder() / entry.path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
-            if file.exists():
-                os.utime(file)
-                self.used.append(entry.name)
-                return entry.read(file)
-            value = compute()
-            aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-            entry.write(aside, value)
-            aside.replace(file)
-        keep_within(folder(), LIMIT)
+        """What is stored, or what `compute` gives, stored then; a hit is noted in `used`."""
+        value, stored = store.remember(entry, compute)
+        if stored:
+            self.used.append(entry.name)
         return value
 
 
@@ -246,52 +214,3 @@ def strings(node: Any) -> Iterable[str]:
         if isinstance(node, str)
         else []
     )
-
-
-def keep_within(top: Path, limit: int) -> None:
-    """Deletes the entries that were not used for longest until the rest fits into `limit` bytes.
-    Others may do so at the same time.
-    """
-    entries = []
-    for path in top.rglob("*"):
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            continue
-        if path.suffix in (".json", ".safetensors"):
-            entries.append((stat.st_mtime_ns, stat.st_size, path))
-    total = sum(size for _, size, _ in entries)
-    for _, size, path in sorted(entries):
-        if total <= limit:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
-
-
-def read_scores(path: Path) -> Scores:
-    """Each tensor on the device that it was on."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as f:
-        places = f.metadata() or {}
-        return {name: f.get_tensor(name).to(places.get(name, "cpu")) for name in places}
-
-
-def write_scores(path: Path, scores: Scores) -> None:
-    """safetensors keep no order and no devices: the metadata does."""
-    from safetensors.torch import save_file
-
-    save_file(
-        {n: s.detach().cpu().clone().contiguous() for n, s in scores.items()},
-        path,
-        {n: str(s.device) for n, s in scores.items()},
-    )
-
-
-def read_numbers(path: Path) -> dict[str, float]:
-    numbers: dict[str, float] = json.loads(path.read_text())
-    return numbers
-
-
-def write_numbers(path: Path, numbers: dict[str, float]) -> None:
-    path.write_text(json.dumps(numbers))

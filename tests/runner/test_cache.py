@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import time
 
 import pytest
 import torch
@@ -109,26 +106,9 @@ def test_what_a_criterion_of_ones_own_does_nobody_can_hash(tiny, tokens):
         assert not asked(registered(own, module="somewhere.else"), tiny, tokens, {"name": "own"})[1]
 
 
-def test_scores_keep_their_order_and_their_bits(tmp_path):
-    scores = {"b": torch.randn(5), "a": torch.tensor([1.0, float("inf")])}
-    cache.write_scores(tmp_path / "x.safetensors", scores)
-    read = cache.read_scores(tmp_path / "x.safetensors")
-    assert set(read) == set(scores)
-    assert all(torch.equal(read[n], scores[n]) for n in scores)
-
-
 def test_times_and_memory_are_never_taken_from_the_cache():
     for name in ("latency", "memory"):
         assert registry.evals.entry(name).meta["cached"] is False
-
-
-def test_the_store_is_bounded_and_drops_what_was_unused_for_longest(tmp_path):
-    for i in range(4):
-        path = tmp_path / f"{i}.json"
-        path.write_text("x" * 100)
-        os.utime(path, (i, i))
-    cache.keep_within(tmp_path, 250)
-    assert {p.name for p in tmp_path.iterdir()} == {"2.json", "3.json"}
 
 
 def test_a_changed_data_file_is_another_key(tmp_path):
@@ -139,22 +119,30 @@ def test_a_changed_data_file_is_another_key(tmp_path):
     assert cache.files_print({"name": "perplexity", "path": str(path)}) != before
 
 
-def _remember(folder: str) -> bool:
-    os.environ["PRUNEKIT_CACHE"] = folder
-    view = cache.open_cache({"cache": True, "seed": 0})
-
-    def slow():
-        time.sleep(0.5)
-        return {"x": float(os.getpid())}
-
-    view.remember(cache.Entry("dense/k.json", "k", cache.read_numbers, cache.write_numbers), slow)
+def measured(folder_of_text, model, tokenizer, seed=0):
+    """Whether the dense number came from disk."""
+    node = {"name": "perplexity", "path": str(folder_of_text / "t.txt"), "window": 16, "limit": 2}
+    view = cache.open_cache({"eval": {"ppl": node}, "seed": seed, "cache": True})
+    view.measured("ppl", model, tokenizer, registry.evals.build(node))
     return bool(view.used)
 
 
-def test_processes_that_want_the_same_compute_it_once(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        used = pool.map(_remember, [str(tmp_path)] * 2)
-    assert sorted(used) == [False, True]
+def test_what_a_dense_number_depends_on_is_in_the_key(tmp_path, monkeypatch):
+    model, tokenizer = registry.models.build({"name": "tiny_llama", "layers": 1})()
+    (tmp_path / "t.txt").write_text("some words " * 99)
+    assert not measured(tmp_path, model, tokenizer)
+    assert measured(tmp_path, model, tokenizer)
+    assert not measured(tmp_path, model, tokenizer, seed=1)
+    (tmp_path / "t.txt").write_text("other words " * 99)
+    assert not measured(tmp_path, model, tokenizer)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    assert not measured(tmp_path, model, tokenizer)
+    tokenizer.add_tokens(["some"])
+    assert not measured(tmp_path, model, tokenizer)
+    assert measured(tmp_path, model, tokenizer)
+    monkeypatch.setattr(cache, "code_hash", lambda modules: f"edited {modules}")
+    assert not measured(tmp_path, model, tokenizer)
 
 
 def test_the_switch_is_checked():
