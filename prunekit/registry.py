@@ -166,6 +166,15 @@ class Registry:
             raise ConfigError(f"{self.kind}={entry.name}: {option}={value!r}: {what}") from None
 
 
+def draw(calib: Component, tokenizer: Any, model: Any) -> Any:
+    """The tokens of a calib, which is handed the dense model too if it is registered with
+    `needs="model"`. `(N, T)` int64, or several by name. Raises ConfigError.
+    """
+    if calib.meta.get("needs") == "model":
+        return calib(tokenizer, model)
+    return calib(tokenizer)
+
+
 models = Registry("model", "models")
 calibs = Registry("calib", "calibs")
 criteria = Registry("criterion", "criteria")

@@ -1,1 +1,1 @@
-"""Calibration data: functions that draw token windows from text."""
+"""Calibration data: functions that draw token windows from text, or from the model itself."""

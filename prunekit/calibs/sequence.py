@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
-from prunekit.registry import Component, built, calibs
+from prunekit.registry import Component, built, calibs, draw
 
 
 def _components(nodes: Any) -> dict[str, Component]:
@@ -20,8 +20,8 @@ def _components(nodes: Any) -> dict[str, Component]:
 Texts = Annotated[Any, BeforeValidator(_components)]
 
 
-@calibs.register(several=True)
-def sequence(tokenizer: Any, *, texts: Texts) -> dict[str, Tensor]:
+@calibs.register(several=True, needs="model")
+def sequence(tokenizer: Any, model: nn.Module, *, texts: Texts) -> dict[str, Tensor]:
     """The texts of other calibs by name, in order, for pruner=copal; other methods calibrate on all
     of them together.
 
@@ -29,7 +29,7 @@ def sequence(tokenizer: Any, *, texts: Texts) -> dict[str, Tensor]:
 
     Raises ConfigError where samples are not of one length.
     """
-    found = {name: calib(tokenizer) for name, calib in texts.items()}
+    found = {name: draw(calib, tokenizer, model) for name, calib in texts.items()}
     lengths = {name: tokens.shape[1] for name, tokens in found.items()}
     if len(set(lengths.values())) > 1:
         raise ConfigError(f"calib=sequence: samples must have one length, there are {lengths}")

@@ -107,6 +107,8 @@ def launch(args: list[str]) -> int:
         from prunekit.runner.job import run_job
         from prunekit.runner.sweep import plain_config
 
+        hush_libraries()  # this may be a worker
+        hush_bars()
         return run_job(plain_config(cfg), failures)
 
     # The sweeper adds the jobs that ended badly. Hydra finds it by itself but for editable
@@ -126,12 +128,23 @@ def launch(args: list[str]) -> int:
 
 def hush_libraries() -> None:
     """What libraries say of themselves while they load is of no use here: optional kernels that
-    torchao could not find, torch's note on enums, transformers' bars over tensors.
+    torchao could not find, torch's note on enums.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def hush_bars() -> None:
+    """Transformers' bars over tensors name no unit and last a moment; those over downloads stay."""
+    from huggingface_hub import utils as hub
+    from transformers.utils.logging import disable_progress_bar
+
+    downloads = not hub.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    disable_progress_bar()
+    if downloads:
+        hub.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -161,3 +161,17 @@ def texts(dataset: str, split: str, data_root: str | None = None) -> Sequence[st
 def document(rows: Sequence[str]) -> str:
     """All rows as one text with blank lines between them, LLM-Pruner's form for perplexity."""
     return "\n\n".join(rows)
+
+
+def evaluation_text(
+    dataset: str | None, split: str | None, path: str | None, data_root: str | None = None
+) -> str:
+    """A text to be tested on, as one string: the file `path`, else the data set, in the split kept
+    for evaluation unless another is named. Raises ConfigError.
+    """
+    if path:
+        rows = [r["text"] for r in read(path)]
+        return document(rows) if path.endswith(".jsonl") else "".join(rows)
+    if dataset is None:
+        raise ConfigError("a text is either a dataset or a path")
+    return document(texts(dataset, split or default_split(dataset, "evaluate"), data_root))

@@ -99,8 +99,8 @@ def instructions(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int
     but a loss of nothing at all).
     """
     found = []
-    starts = range(0, len(rows), CHUNK)
-    for start in tqdm(starts, desc="tokenizing", leave=False, disable=len(starts) == 1):
+    bar = tqdm(total=len(rows), desc="tokenizing", unit="example", leave=False)
+    for start in range(0, len(rows), CHUNK):
         chunk = [rows[i] for i in range(start, min(start + CHUNK, len(rows)))]
         prompts = [prompt(r) for r in chunk]
         whole = [p + r["output"] for p, r in zip(prompts, chunk, strict=True)]
@@ -109,6 +109,8 @@ def instructions(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int
         for asked, ids in zip(prompt_ids, whole_ids, strict=True):
             example = answered(ids, length_without_end(asked, tokenizer), tokenizer, max_length)
             found += [example] if example else []
+        bar.update(len(chunk))
+    bar.close()
     return found
 
 

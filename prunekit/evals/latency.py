@@ -5,7 +5,8 @@ apart.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import median, quantiles
 from typing import Annotated, Any
 
@@ -38,17 +39,17 @@ def latency(
     `new_tokens` passes of one token with the cache, greedy. The prompt is all ones, so the work is
     the same every time. `latency_ms` is the whole request, `tokens_per_s` counts `batch *
     new_tokens` over decode alone. A model that returns no cache reads the whole sequence anew for
-    each token, as it would have to in use. CUDA is synchronised around each part. `warmup` whole
-    requests go unmeasured.
+    each token, as it would have to in use. Every device of the model is waited for around each
+    part. `warmup` whole requests go unmeasured.
     """
     device = next(model.parameters()).device
     ids = torch.ones(batch, prompt, dtype=torch.long, device=device)
-    wait = _waiter(device)
+    wait = partial(_wait_for, {p.device for p in model.parameters()})
     training, times = model.training, []
     model.eval()
     try:
         with torch.no_grad():
-            for i in tqdm(range(warmup + repeats), desc="latency", leave=False):
+            for i in tqdm(range(warmup + repeats), desc="latency", unit="request", leave=False):
                 measured = _request(model, ids, new_tokens, wait)
                 if i >= warmup:
                     times.append(measured)
@@ -86,10 +87,11 @@ def _request(
     return middle - start, time.perf_counter() - middle
 
 
-def _waiter(device: torch.device) -> Callable[[], None]:
-    """What to call so that everything sent to the device is done."""
-    synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
-    return synchronize if synchronize is not None and device.type != "cpu" else lambda: None
+def _wait_for(devices: Iterable[torch.device]) -> None:
+    """Returns when everything sent to these devices is done."""
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
 
 
 def _spread(values: list[float]) -> float:

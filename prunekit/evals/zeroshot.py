@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 from torch import nn
+from tqdm import tqdm
 
 from prunekit.data import docs_cloze
 from prunekit.data.files import DataRoot, data_folder
@@ -73,8 +75,8 @@ def _known(tasks: list[str]) -> list[str]:
 
 @contextmanager
 def _aside() -> Iterator[None]:
-    """lm-eval's log and the bars of datasets off for a while (that over the requests stays),
-    Python's generator as it was afterwards.
+    """lm-eval's log and the bars of datasets off for a while, its own bars with units, Python's
+    generator as it was afterwards.
     """
     import datasets
 
@@ -83,12 +85,33 @@ def _aside() -> Iterator[None]:
     log.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        yield
+        with _units():
+            yield
     finally:
         log.setLevel(level)
         random.setstate(state)
         if not bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _units() -> Iterator[None]:
+    """Its bars say what they count, and go when they are full. lm-eval has no option for it."""
+    from lm_eval.api import model, task
+    from lm_eval.models import huggingface
+
+    bars = {
+        task: {"desc": "Building requests", "unit": "item"},
+        model: {"unit": "input"},
+        huggingface: {"unit": "request"},
+    }
+    try:
+        for module, options in bars.items():
+            vars(module)["tqdm"] = partial(tqdm, leave=False, **options)
+        yield
+    finally:
+        for module in bars:
+            vars(module)["tqdm"] = tqdm
 
 
 def _spec(task: str, folder: Path | None) -> Any:

@@ -73,6 +73,9 @@ def build_components(cfg: dict[str, Any]) -> Components:
     )
     check_criterion(parts.criterion, parts.pruner)
     check_pruner(parts)
+    for evaluate in parts.evals.values():
+        if "check" in evaluate.meta:
+            evaluate.meta["check"](parts.calib, **evaluate.options)
     return parts
 
 

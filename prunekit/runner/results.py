@@ -26,6 +26,21 @@ def prefixed(when: str, numbers: dict[str, float], known: dict[str, float]) -> d
     return named
 
 
+def to_dense(
+    when: str, numbers: dict[str, float], known: dict[str, float], start: str | None
+) -> dict[str, float]:
+    """The numbers whose keys begin with `start`, divided by the dense model's, under
+    `when/<key>_to_dense`; nothing for the dense model itself.
+    """
+    if when == "dense" or start is None:
+        return {}
+    return {
+        f"{when}/{k}_to_dense": float(v) / known[f"dense/{k}"]
+        for k, v in numbers.items()
+        if k.startswith(start)
+    }
+
+
 def widths(pruned: Pruned) -> dict[str, list[int]]:
     """group name -> [units kept, units there were]."""
     return {name: [int(mask.sum()), mask.numel()] for name, mask in pruned.kept.items()}

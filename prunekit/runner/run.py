@@ -18,6 +18,7 @@ from prunekit.architecture import offload
 from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Problem, named_sets
 from prunekit.profiling import Stages
+from prunekit.registry import draw
 from prunekit.runner import cache, progress, provenance, results, tracking
 from prunekit.runner.distributed import first_process
 from prunekit.runner.preflight import Components, check
@@ -51,18 +52,18 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     job = Job(cfg, Path(folder), check(cfg), Stages(), {}, cache.open_cache(cfg))
     job.folder.mkdir(parents=True, exist_ok=True)
     with tracking.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
-        with stage(job, "load"):
+        with stage(job, "load", "loading the model"):
             model, tokenizer = job.parts.model()
             offload.check_fits_in_memory(model)
-            texts = named_sets(job.parts.calib(tokenizer))
+            texts = named_sets(draw(job.parts.calib, tokenizer, model))
         measure(job, "dense", model, tokenizer, tracker)
-        with stage(job, "prune"), offload.in_memory(model):
+        with stage(job, "prune", "pruning"), offload.in_memory(model):
             problem = pose(job, model, tokenizer, texts)
             pruned = job.parts.pruner(problem)
         show_kept(pruned, tracker)
         measure(job, "pruned", pruned.model, tokenizer, tracker)
         if job.parts.recovery:
-            with stage(job, "recover"):
+            with stage(job, "recover", "recovering"):
                 pruned.model = job.parts.recovery(problem, pruned)
             measure(job, "recovered", pruned.model, tokenizer, tracker)
         saved = save(job, pruned, tokenizer, tracker)
@@ -96,10 +97,11 @@ def pose(job: Job, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]) -
 
 
 @contextmanager
-def stage(job: Job, name: str) -> Iterator[None]:
-    """Notes what the job does now, and what it cost. Each starts from the run's seed, whether or
-    not those before came from the cache.
+def stage(job: Job, name: str, says: str) -> Iterator[None]:
+    """Says and notes what the job does now, and what it cost. Each starts from the run's seed,
+    whether or not those before came from the cache.
     """
+    log.info(says)
     progress.note(job.folder, name)
     provenance.seed_everything(job.cfg["seed"])
     with job.stages(name):
@@ -111,13 +113,13 @@ def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: trac
     other's number.
     """
     for name, evaluate in job.parts.evals.items():
-        log.info("%s: measuring %s", when, name)
-        with stage(job, f"{when}/{name}"):
+        with stage(job, f"{when}/{name}", f"{when}: measuring {name}"):
             if when == "dense":
                 numbers = job.cache.measured(name, model, tokenizer, evaluate)
             else:
                 numbers = evaluate(model, tokenizer)
         job.found |= results.prefixed(when, numbers, job.found)
+        job.found |= results.to_dense(when, numbers, job.found, evaluate.meta.get("relative"))
     tracker.log({k: v for k, v in job.found.items() if k.startswith(f"{when}/")})
 
 
@@ -135,7 +137,7 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> s
     if not job.cfg["save"] or not first_process():
         return None
     folder = job.folder / "checkpoint"
-    with stage(job, "save"):
+    with stage(job, "save", "writing the checkpoint"):
         facts: dict[str, Any] = {
             "kept": pruned.kept,
             "groups": pruned.groups,

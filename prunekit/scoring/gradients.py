@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,35 +88,51 @@ def backward(
         with torch.no_grad():
             sink(name, weight, gradient, mean_squared)
 
-    with torch.enable_grad(), _Progress(model, len(run.tokens)) as progress:
+    total = len(run.tokens)
+    with torch.enable_grad():
         if not squares:
-            with only_these_train(model, set(wanted)):
-                at_once = batch or samples_at_once(run.tokens, TOKENS)
+            at_once = batch or samples_at_once(run.tokens, TOKENS)
+            with only_these_train(model, set(wanted)), _Progress(model, total, at_once) as progress:
                 _whole_batch(model, wanted, run, deliver, at_once, progress)
             return
         owners = _linear_owners(model, wanted)
         done: set[str] = set()
         if owners:
-            with only_these_train(model, set()), _per_sample(owners, deliver, run.tokens, done):
+            with (
+                only_these_train(model, set()),
+                _per_sample(owners, deliver, run.tokens, done),
+                _Progress(model, total, total) as progress,
+            ):
                 for out in run.losses():
                     out.loss.backward()
+                    progress.done()
         others = [n for n in wanted if n not in done]
         if others:
-            with only_these_train(model, set(others)):
+            with only_these_train(model, set(others)), _Progress(model, total, 1) as progress:
                 _sample_by_sample(model, others, run, deliver, progress)
 
 
 class _Progress:
-    """A bar over samples that moves with every block of a forward, not only with every batch."""
+    """A bar over samples that moves with each block that a batch of them has passed, forwards and
+    backwards: a batch takes from seconds to minutes.
+    """
 
-    def __init__(self, model: nn.Module, samples: int):
-        self.blocks, self.samples = block_modules(model), samples
+    FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} samples [{elapsed}<{remaining}]"
+    FORWARD = 1 / 3
+    """Share of the work that a forward is."""
+
+    def __init__(self, model: nn.Module, samples: int, at_once: int):
+        self.blocks, self.samples, self.at_once = block_modules(model), samples, at_once
+        self.finished = 0
+
+    @property
+    def size(self) -> int:
+        """Samples of the batch that is on its way."""
+        return min(self.at_once, self.samples - self.finished)
 
     def __enter__(self) -> _Progress:
-        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} samples [{elapsed}<{remaining}]"
-        self.bar = tqdm(total=self.samples, desc="gradients", bar_format=form, leave=False)
+        self.bar = tqdm(total=self.samples, desc="gradients", bar_format=self.FORMAT, leave=False)
         self.hooks = [b.register_forward_hook(self._forward) for b in self.blocks]
-        self.reported = 0.0
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,19 +140,21 @@ class _Progress:
             hook.remove()
         self.bar.close()
 
-    def _forward(self, *_: object) -> None:
-        # A forward is a third of the work; what is recomputed in a backward must not run ahead.
-        self._to(self.reported + (self.bar.n - self.reported) + 0.33 / len(self.blocks), 0.33)
+    def _forward(self, block: nn.Module, args: Any, out: Any) -> None:
+        self._passed(self.FORWARD)
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        if isinstance(first, Tensor) and first.requires_grad:
+            first.register_hook(lambda _: self._passed(1 - self.FORWARD))
 
-    def _to(self, n: float, ahead: float) -> None:
-        n = min(n, self.reported + ahead, self.samples)
-        if n > self.bar.n:
-            self.bar.update(n - self.bar.n)
+    def _passed(self, share: float) -> None:
+        # What is recomputed in a backward passes again: never beyond the batch.
+        most = self.finished + self.size - self.bar.n
+        self.bar.update(max(0.0, min(share * self.size / len(self.blocks), most)))
 
-    def done(self, samples: int) -> None:
-        """So many samples went forward and backward."""
-        self.reported += samples
-        self.bar.update(max(0.0, min(self.reported, self.samples) - self.bar.n))
+    def done(self) -> None:
+        """The batch went forward and backward."""
+        self.finished += self.size
+        self.bar.update(self.finished - self.bar.n)
 
 
 def _whole_batch(
@@ -162,7 +181,7 @@ def _whole_batch(
             size = min(batch, total - (seen - 1) * batch)
             # The mean over all N samples, whatever the size of the last batch.
             (out.loss * (size / total)).backward()
-            progress.done(size)
+            progress.done()
     finally:
         for h in hooks:
             h.remove()
@@ -187,7 +206,7 @@ def _sample_by_sample(
                 mean[n] += g / total
                 squared[n] += g.square() / total
                 p.grad = None
-        progress.done(1)
+        progress.done()
     for n, p in params.items():
         sink(n, p, mean.pop(n), squared.pop(n))
 

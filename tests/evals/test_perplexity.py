@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prunekit.errors import ConfigError
-from prunekit.evals.perplexity import cut, token_ids
+from prunekit.evals.windows import cut, token_ids
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.registry import evals, models
 

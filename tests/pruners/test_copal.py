@@ -11,6 +11,7 @@ from small_models import small_model
 
 from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError
+from prunekit.models.tiny import tiny_llama
 from prunekit.problem import Problem, named_sets
 from prunekit.pruners.copal import report
 from prunekit.registry import calibs, pruners, ratios
@@ -150,8 +151,9 @@ def test_a_sequence_names_two_texts_of_one_length():
     with pytest.raises(ConfigError, match="two texts or more"):
         calibs.build({"name": "sequence", "texts": {"a": one}})
     made = calibs.build({"name": "sequence", "texts": {"a": one, "b": one | {"length": 32}}})
+    model, tokenizer = tiny_llama()
     with pytest.raises(ConfigError, match="one length"):
-        made(pytest.importorskip("prunekit.models.tiny").tiny_llama()[1])
+        made(tokenizer, model)
 
 
 def test_all_texts_together_are_the_calibration_of_other_methods():

@@ -1,0 +1,55 @@
+"""Sampling rows of one length from a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.errors import ConfigError
+
+
+@torch.no_grad()
+def generate_rows(
+    model: nn.Module,
+    prompts: Tensor,
+    length: int,
+    *,
+    banned: list[int],
+    temperature: float,
+    seed: int,
+    batch: int,
+) -> Tensor:
+    """What the model samples after each prompt `(N, P)`, with a cache, up to `length` tokens.
+
+    Nothing but the temperature shapes the distribution, whatever the model's own generation config
+    says; `banned` ids have no share in it. The global generators are left as they were. Returns
+    `(N, length)` int64 on the CPU, the prompts in front. Raises ConfigError for a model that cannot
+    generate.
+    """
+    from transformers import GenerationConfig
+
+    generate: Any = getattr(model, "generate", None)
+    if generate is None:
+        raise ConfigError(f"{type(model).__name__} cannot generate text")
+    device = next(model.parameters()).device
+    new = length - prompts.shape[1]
+    how = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        suppress_tokens=banned or None,
+        pad_token_id=0,
+    )
+    rows = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for part in tqdm(prompts.split(batch), desc="writing text", unit="batch", delay=2):
+            part = part.to(device)
+            rows.append(generate(part, attention_mask=torch.ones_like(part), generation_config=how))
+    return torch.cat(rows).cpu()

@@ -1,0 +1,59 @@
+"""Windows of a text, and what a model loses on each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.errors import ConfigError
+
+
+def token_ids(text: str, tokenizer: Any, bos: bool | None) -> Tensor:
+    """The whole text tokenized once, with what the tokenizer puts around a text (None), one BOS in
+    front (True) or nothing (False).
+    """
+    ids = tokenizer(text, add_special_tokens=bos is None).input_ids
+    if bos:
+        if tokenizer.bos_token_id is None:
+            raise ConfigError("bos=true, but the tokenizer has no BOS token; use bos=null or false")
+        ids = [tokenizer.bos_token_id, *ids]
+    return torch.tensor(ids)
+
+
+def cut(ids: Tensor, window: int, block: int | None, every: int, limit: int | None) -> Tensor:
+    """Non-overlapping windows `(N, window)` of a token stream, the tail dropped, of every
+    `every`-th block. Raises ConfigError.
+    """
+    block = block or window
+    if block % window:
+        raise ConfigError(f"block={block} is no multiple of window={window}")
+    blocks = ids[: len(ids) // block * block].view(-1, block)[::every]
+    windows = blocks.reshape(-1, window)[:limit]
+    if not len(windows):
+        raise ConfigError(f"the text has {len(ids)} tokens, not one block of {block}")
+    return windows
+
+
+@torch.inference_mode()
+def window_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tensor:
+    """Mean negative log-likelihood of each window's predicted tokens, in float32 per token and
+    float64 over them. `(N,)`.
+    """
+    device = next(model.parameters()).device
+    means = []
+    with tqdm(total=len(windows), desc=name, unit="window", leave=False) as bar:
+        for rows in windows.split(batch):
+            rows = rows.to(device)
+            logits = model(input_ids=rows, use_cache=False).logits
+            for row, scores in zip(
+                rows, logits, strict=True
+            ):  # one at a time: float32 logits of a batch can be gigabytes
+                loss = nn.functional.cross_entropy(
+                    scores[:-1].float(), row[1:].to(scores.device), reduction="none"
+                )
+                means.append(loss.double().mean().cpu())
+            bar.update(len(rows))
+    return torch.stack(means)

@@ -1,0 +1,72 @@
+"""Text that the model writes itself: its distribution, its generator, what it may not say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunekit.data.generation import generate_rows
+from prunekit.errors import ConfigError
+from prunekit.models.tiny import tiny_llama
+from prunekit.registry import calibs, draw
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = tiny_llama(layers=2, device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # logits that a temperature can change
+    return model, tokenizer
+
+
+def made(tiny, **options):
+    node = {"name": "self", "samples": 6, "length": 24, "batch": 4, "seed": 0} | options
+    return draw(calibs.build(node), tiny[1], tiny[0])
+
+
+def test_rows_have_the_asked_shape_no_special_token_and_private_seeds(tiny):
+    state = torch.get_rng_state()
+    tokens = made(tiny)
+    assert tokens.shape == (6, 24)
+    assert tokens.dtype == torch.int64
+    assert not torch.isin(tokens, torch.tensor(tiny[1].all_special_ids)).any()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(tokens, made(tiny))
+    assert not torch.equal(tokens, made(tiny, seed=1))
+
+
+def test_a_generation_config_of_the_model_does_not_shape_the_text(tiny):
+    plain = made(tiny)
+    tiny[0].generation_config.top_k = 1
+    try:
+        assert torch.equal(made(tiny), plain)
+    finally:
+        tiny[0].generation_config.top_k = None
+
+
+def test_a_low_temperature_says_what_is_likeliest(tiny):
+    model, _ = tiny
+    tokens = made(tiny, temperature=1e-4)
+    logits = model(tokens).logits[:, :-1]
+    logits[..., :3] = -torch.inf
+    assert torch.equal(logits.argmax(-1), tokens[:, 1:])
+    assert not torch.equal(made(tiny), tokens)
+
+
+def test_tokens_follow_the_distribution_of_the_model(tiny):
+    model, _ = tiny
+    start = torch.full((4000, 1), 50)
+    rows = generate_rows(model, start, 2, banned=[0, 1, 2], temperature=2.0, seed=0, batch=4000)
+    logits = model(start[:1]).logits[0, -1] / 2.0
+    logits[:3] = -torch.inf
+    share = torch.bincount(rows[:, 1], minlength=len(logits)) / 4000
+    assert (share - logits.softmax(-1)).abs().sum() < 0.25
+
+
+def test_messages(tiny):
+    with pytest.raises(ConfigError, match="nothing to say"):
+        made(tiny, length=1)
+    with pytest.raises(ConfigError, match="cannot generate"):
+        made((torch.nn.Linear(2, 2), tiny[1]))
+    with pytest.raises(ConfigError, match="greater than 0"):
+        made(tiny, temperature=0)

@@ -1,0 +1,102 @@
+"""Gradients of every weight, and a bar that tells how far they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from prunekit.activations.runs import ModelRun
+from prunekit.scoring import gradients
+
+
+class Recorded:
+    """A bar that remembers where it stood."""
+
+    made: list[Recorded] = []  # noqa: RUF012  (of one test)
+
+    def __init__(self, total, **options):
+        self.total, self.n, self.seen = total, 0.0, []
+        Recorded.made.append(self)
+
+    def update(self, n):
+        assert n >= 0
+        self.n += n
+        self.seen.append(self.n)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    Recorded.made = []
+    monkeypatch.setattr(gradients, "tqdm", Recorded)
+    return Recorded.made
+
+
+@pytest.mark.parametrize(
+    ("squares", "names", "batch", "passes"),
+    [
+        (False, "q_proj.weight", None, [4]),  # all samples at once
+        (False, "q_proj.weight", 2, [2, 4]),
+        (True, "q_proj.weight", None, [4]),  # squares of linear layers: one backward
+        (True, "layernorm.weight", None, [1, 2, 3, 4]),  # of others: one a sample
+    ],
+)
+def test_the_bar_moves_with_every_block_and_ends_at_the_samples(
+    bars, tokens, squares, names, batch, passes
+):
+    model = tiny_model("llama", layers=3)
+    wanted = [n for n, _ in model.named_parameters() if n.endswith(names)]
+    run = ModelRun(model, tokens)
+    gradients.backward(model, wanted, run, lambda *_: None, squares=squares, batch=batch)
+    (bar,) = bars
+    assert bar.total == len(tokens)
+    assert bar.n == pytest.approx(len(tokens))
+    assert bar.seen == sorted(bar.seen)
+    first = [n for n in bar.seen if n < passes[0] - 1e-6]
+    assert len(set(first)) >= 5, "three blocks forwards, three backwards"
+    assert all(any(abs(n - done) < 1e-6 for n in bar.seen) for done in passes)
+
+
+def test_weights_of_both_sorts_have_a_bar_each(bars, tokens):
+    model = tiny_model("llama", layers=2)
+    wanted = [n for n, _ in model.named_parameters() if "layers" in n]
+    gradients.backward(model, wanted, ModelRun(model, tokens), lambda *_: None, squares=True)
+    assert [bar.n for bar in bars] == pytest.approx([len(tokens)] * 2)
+
+
+def test_no_hook_stays(bars, tokens):
+    model = tiny_model("llama", layers=2)
+    wanted = ["model.layers.0.mlp.up_proj.weight"]
+    gradients.backward(model, wanted, ModelRun(model, tokens), lambda *_: None, squares=False)
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_weight_that_only_an_earlier_batch_reached_keeps_that_gradient(bars, tokens):
+    """Delivered once all is over, not lost with the last batch."""
+    model = tiny_model("llama", layers=1)
+    mlp = model.model.layers[0].mlp
+    whole = mlp.forward
+    calls = []
+
+    def only_once(x):
+        calls.append(None)
+        return whole(x) if len(calls) == 1 else x * 0
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    found = {}
+
+    def sink(n, weight, gradient, _):
+        found[n] = gradient.clone()
+
+    mlp.forward = only_once
+    wanted = [name, "model.layers.0.self_attn.q_proj.weight"]
+    gradients.backward(model, wanted, ModelRun(model, tokens), sink, squares=False, batch=2)
+    del mlp.forward
+    model.zero_grad()
+    loss = model(input_ids=tokens[:2], labels=tokens[:2]).loss / 2
+    loss.backward()
+    assert torch.allclose(found[name], model.get_parameter(name).grad, atol=1e-6)
