@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from prunekit.checkpoint.integrity import CheckpointError, read_json
 from prunekit.checkpoint.state import non_persistent_buffers
 
 LARGEST_NUMBER = 2**31 - 1
-MOST_LAYERS, MOST_EXPERTS = 128, 1024
-"""Where a class keeps more than it has tensors: it builds so many on the meta device in seconds."""
 LARGEST_BUFFERS = 64 * 2**20
 """Bytes that buffers outside the weights may take where the weights are smaller than that."""
 COUNTS = re.compile(r"(^|_)(layers?|blocks?)$")
@@ -30,10 +29,26 @@ REFUSED = ("quantization_config", "compression_config")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def config_and_class(folder: Path, held: Shapes) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Bounds:
+    """What a config may ask for: as many layers and experts as a class builds on the meta device in
+    seconds, or more where there are tensors for them.
+    """
+
+    layers: int = 1024
+    experts: int = 1024
+    heads: int = 1 << 16
+
+    @classmethod
+    def of(cls, held: Shapes) -> Bounds:
+        """For a checkpoint with tensors of these shapes."""
+        largest = max((n for shape in held.values() for n in shape), default=0)
+        return cls(max(len(held), 128), max(len(held), 1024), max(len(held), largest))
+
+
+def config_and_class(folder: Path, bounds: Bounds) -> tuple[Any, Any]:
     """The config and the model class, from names that transformers itself registers; no remote code
-    is looked at. `held` are the shapes in the headers of the weights, which bound every count.
-    Raises CheckpointError naming the field.
+    is looked at. Raises CheckpointError naming the field.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -46,7 +61,7 @@ def config_and_class(folder: Path, held: Shapes) -> tuple[Any, Any]:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise CheckpointError(f"{name}: model_type {kind!r} is not one of transformers'")
-    check_fields(name, raw, held)
+    check_fields(name, raw, bounds)
     names = raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CheckpointError(f"{name}: architectures must name one class, found {names!r}")
@@ -66,11 +81,10 @@ def config_and_class(folder: Path, held: Shapes) -> tuple[Any, Any]:
     return config, getattr(modeling_pruned, names[0]) if names[0].startswith(PREFIX) else base
 
 
-def check_fields(name: Path, raw: dict[str, Any], held: Shapes) -> None:
+def check_fields(name: Path, raw: dict[str, Any], bounds: Bounds) -> None:
     """Raises CheckpointError for a number that no model of these tensors can have, for code that
     comes from elsewhere, and for what prunekit does not write.
     """
-    largest = max((n for shape in held.values() for n in shape), default=0)
     for path, value in fields_of(raw):
         field = path.rpartition(".")[2]
         if field in REFUSED and value is not None:
@@ -83,15 +97,13 @@ def check_fields(name: Path, raw: dict[str, Any], held: Shapes) -> None:
             continue
         most = LARGEST_NUMBER
         if COUNTS.search(field):
-            most = max(len(held), MOST_LAYERS)
+            most = bounds.layers
         elif "expert" in field:
-            most = max(len(held), MOST_EXPERTS)
+            most = bounds.experts
         elif "head" in field:
-            most = max(len(held), largest)
+            most = bounds.heads
         if value > most or value < (0 if SIZES.search(field) else -LARGEST_NUMBER):
-            raise CheckpointError(
-                f"{name}: {path} is {value}, which the tensors in the safetensors cannot have"
-            )
+            raise CheckpointError(f"{name}: {path} is {value}, which no model of these tensors has")
 
 
 def fields_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -104,23 +116,27 @@ def fields_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from fields_of(value, here)
 
 
-def build_checked(folder: Path, config: Any, kind: Any, held: Shapes) -> nn.Module:
-    """The model on the meta device. Raises CheckpointError where there can be none, or where its
-    buffers would take more than its weights.
-    """
+def build_checked(folder: Path, config: Any, kind: Any) -> nn.Module:
+    """The model on the meta device. Raises CheckpointError where there can be none."""
     from huggingface_hub.errors import StrictDataclassError
 
-    name = folder / "config.json"
     try:
-        model = build_on_meta(kind, config)
+        return build_on_meta(kind, config)
     except (*REFUSALS, StrictDataclassError, ImportError, MemoryError) as error:
-        raise CheckpointError(f"{name}: no model can be built from it: {error}") from None
+        raise CheckpointError(
+            f"{folder / 'config.json'}: no model can be built from it: {error}"
+        ) from None
+
+
+def check_buffers(folder: Path, model: nn.Module, held: Shapes) -> None:
+    """Raises CheckpointError for buffers outside the weights that would take more than those."""
     weights = sum(4 * prod(shape) for shape in held.values())
     for path, buffer in non_persistent_buffers(model):
         size = buffer.numel() * buffer.element_size()
         if size > max(weights, LARGEST_BUFFERS):
-            raise CheckpointError(f"{name}: the buffer {path} would have {size} bytes")
-    return model
+            raise CheckpointError(
+                f"{folder / 'config.json'}: the buffer {path} would have {size} bytes"
+            )
 
 
 def _classes_of(config: Any) -> tuple[str, ...]:

@@ -12,7 +12,12 @@ from torch import nn
 
 from prunekit.checkpoint import bitmask
 from prunekit.checkpoint.class_sizes import REFUSALS
-from prunekit.checkpoint.config_reader import build_checked, config_and_class
+from prunekit.checkpoint.config_reader import (
+    Bounds,
+    build_checked,
+    check_buffers,
+    config_and_class,
+)
 from prunekit.checkpoint.integrity import CheckpointError, check_index
 from prunekit.checkpoint.manifest import check_manifest, check_weights
 from prunekit.checkpoint.state import tensors
@@ -30,24 +35,27 @@ def load(
     not fit, before a weight is read.
     """
     folder = Path(path)
-    manifest, config, kind, _ = _checked(folder)
+    manifest = check_manifest(folder)
+    config, kind = _check_headers(folder, manifest)
     check_weights(folder, manifest)
     with bitmask.unpacked(folder, list(manifest["files"])) as (plain, files):
         return _read(plain, config, kind, dtype, device), _read_tokenizer(plain, files)
 
 
 def outline(path: str | Path) -> nn.Module:
-    """The model of a folder that `save` wrote, on the meta device: shapes only, of the files of
-    weights the headers are read. Raises CheckpointError as `load` does.
+    """The model of a folder that `save` wrote, on the meta device: shapes only, the files of
+    weights are not opened. Raises CheckpointError as `load` does.
     """
-    return _checked(Path(path))[3].eval()
+    folder = Path(path)
+    check_manifest(folder)
+    config, kind = config_and_class(folder, Bounds())
+    return build_checked(folder, config, kind).eval()
 
 
-def _checked(folder: Path) -> tuple[dict[str, Any], Any, Any, nn.Module]:
-    """Manifest, config, class and the model on the meta device, once names, shapes and places in
-    the headers are those that config.json asks for.
+def _check_headers(folder: Path, manifest: dict[str, Any]) -> tuple[Any, Any]:
+    """Config and class, once names, shapes and places in the headers are those that config.json
+    asks for.
     """
-    manifest = check_manifest(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, str] = {}
     for file in manifest["files"]:
@@ -60,8 +68,9 @@ def _checked(folder: Path) -> tuple[dict[str, Any], Any, Any, nn.Module]:
                 )
             shapes |= found
             places |= dict.fromkeys(found, file)
-    config, kind = config_and_class(folder, shapes)
-    model = build_checked(folder, config, kind, shapes)
+    config, kind = config_and_class(folder, Bounds.of(shapes))
+    model = build_checked(folder, config, kind)
+    check_buffers(folder, model, shapes)
     for name, tensor in tensors(model).items():
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(
@@ -69,7 +78,7 @@ def _checked(folder: Path) -> tuple[dict[str, Any], Any, Any, nn.Module]:
                 f"{folder / 'config.json'} asks for {tuple(tensor.shape)}"
             )
     check_index(folder, {name: bitmask.plain_name(file) for name, file in places.items()})
-    return manifest, config, kind, model
+    return config, kind
 
 
 def _read(

@@ -18,7 +18,7 @@ import torch
 from checkpoints import change_json, llama, resealed
 
 from prunekit import registry
-from prunekit.checkpoint import bitmask, load, save
+from prunekit.checkpoint import bitmask, load, outline, save
 from prunekit.checkpoint.integrity import CheckpointError
 from prunekit.checkpoint.manifest import MANIFEST
 from prunekit.checkpoint.replay import replay
@@ -193,6 +193,9 @@ def test_no_size_of_the_config_is_believed(folder: Path, field: str, value: int)
     words = told(folder)
     assert "config.json" in words
     assert field in words
+    if field != "vocab_size" or value == 2**62:
+        with pytest.raises(CheckpointError, match=field):
+            outline(folder)
 
 
 @pytest.mark.parametrize(
