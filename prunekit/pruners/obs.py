@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,11 +33,13 @@ from prunekit.activations.gram import GramStatistics, warn_of_little_text
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
-from prunekit.registry import Positive, pruners
+from prunekit.registry import NonNegative, Positive, pruners
 from prunekit.solvers.bias_compensation import add_biases
 from prunekit.solvers.least_squares import ridge_problem
 from prunekit.solvers.obs import greedy_removal
 from prunekit.types import Counts, Group, Kept, Pruned, tensor_of
+
+Kinds = Annotated[list[Literal["heads", "neurons"]], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,11 @@ def _counts(problem: Problem, groups: list[Group]) -> Counts:
 def obs(
     problem: Problem,
     *,
-    kinds: list[Literal["heads", "neurons"]] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
+    kinds: Kinds = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
     target: Literal["own", "dense"] = "own",
     bias: bool = True,
     token_weight: Literal["relative", "equal"] = "relative",
-    ridge: float = 0.01,
+    ridge: NonNegative = 0.01,
     dense_ridge: Positive = 32768,
     store: Store = "memory",
     precision: Precision = "bf16",

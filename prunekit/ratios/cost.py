@@ -22,7 +22,7 @@ from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
-from prunekit.registry import InnerRatio, Positive, Share, ratios
+from prunekit.registry import InnerRatio, NonNegative, Positive, Share, ratios
 from prunekit.selection.budget import cheapest
 from prunekit.selection.shares import uniform_counts
 from prunekit.solvers.least_squares import ridge_problem
@@ -42,7 +42,7 @@ def cost(
     cost_tokens: Positive = 16384,
     bias: bool = True,
     token_weight: Literal["relative", "equal"] = "relative",
-    ridge: float = 0.01,
+    ridge: NonNegative = 0.01,
     store: Store = "memory",
     precision: Precision = "bf16",
 ) -> Allocation:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import ConfigError
 from prunekit.types import Pruned
 
 VERSION = 1
@@ -15,11 +16,11 @@ VERSION = 1
 
 
 def prefixed(when: str, numbers: dict[str, float], known: dict[str, float]) -> dict[str, float]:
-    """`numbers` under `when/`. Raises ValueError when two evals give the same key."""
+    """`numbers` under `when/`. Raises ConfigError when two evals give the same key."""
     named = {f"{when}/{k}": float(v) for k, v in numbers.items()}
     twice = named.keys() & known.keys()
     if twice:
-        raise ValueError(
+        raise ConfigError(
             f"two evals both report {', '.join(sorted(twice))}: give one of them another window, "
             "dataset or label"
         )

@@ -57,6 +57,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
             offload.check_fits_in_memory(model)
             texts = named_sets(draw(job.parts.calib, tokenizer, model))
         measure(job, "dense", model, tokenizer, tracker)
+        check_reported(job)
         with stage(job, "prune", "pruning"), offload.in_memory(model):
             problem = pose(job, model, tokenizer, texts)
             pruned = job.parts.pruner(problem)
@@ -121,6 +122,16 @@ def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: trac
         job.found |= results.prefixed(when, numbers, job.found)
         job.found |= results.to_dense(when, numbers, job.found, evaluate.meta.get("relative"))
     tracker.log({k: v for k, v in job.found.items() if k.startswith(f"{when}/")})
+
+
+def check_reported(job: Job) -> None:
+    """Raises ConfigError for an objective that the dense model's numbers show not to exist."""
+    wanted = str(job.cfg.get("objective") or "").partition("/")[2]
+    known = [key.partition("/")[2] for key in job.found]
+    if wanted and known and not any(wanted.startswith(key) for key in known):
+        raise ConfigError(
+            f"objective={job.cfg['objective']!r}; the evals report: {', '.join(known)}"
+        )
 
 
 def show_kept(pruned: Pruned, tracker: tracking.Track) -> None:
