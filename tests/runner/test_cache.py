@@ -154,8 +154,10 @@ def test_what_a_dense_number_depends_on_is_in_the_key(tmp_path, monkeypatch):
     tokenizer.add_tokens(["some"])
     assert not measured(tmp_path, model, tokenizer)
     assert measured(tmp_path, model, tokenizer)
-    monkeypatch.setattr(cache, "code_hash", lambda modules: f"edited {modules}")
+    used = []
+    monkeypatch.setattr(cache, "code_hash", lambda modules: used.append(modules) or "edited")
     assert not measured(tmp_path, model, tokenizer)
+    assert used == [["prunekit.evals.perplexity", "prunekit.runner.cache"]]
 
 
 def test_the_switch_is_checked():
