@@ -4,6 +4,7 @@ random weights.
 
 from __future__ import annotations
 
+import gates
 import pytest
 import torch
 from torch import nn
@@ -78,3 +79,17 @@ def architecture(request: pytest.FixtureRequest) -> nn.Module:
 def llama() -> nn.Module:
     """A tiny tied GQA Llama; copy it before changing it."""
     return build("llama")
+
+
+@pytest.fixture(scope="session", params=gates.MODELS)
+def passing_norms_and_routers(request: pytest.FixtureRequest) -> nn.Module:
+    """Experts; ranks with a norm over them; LayerNorms without parameters. Copy it before changing
+    it.
+    """
+    return gates.build(request.param)
+
+
+@pytest.fixture(scope="session")
+def mixtral() -> nn.Module:
+    """Two blocks with five experts each; copy it before changing it."""
+    return gates.build("mixtral")
