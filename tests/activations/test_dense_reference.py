@@ -14,13 +14,14 @@ from tiny_models import tiny_model
 from prunekit import graph
 from prunekit.activations.blockwise import capture_inputs
 from prunekit.activations.dense_reference import (
-    SINK_FACTOR,
     PairedStreams,
+    add_in_turn,
     check_readers,
     is_residual_sum,
     readers_by_block,
     token_weights,
 )
+from prunekit.activations.gram import GramStatistics
 from prunekit.activations.storage import PassOptions
 from prunekit.architecture.blocks import block_names
 from prunekit.errors import ConfigError
@@ -72,7 +73,7 @@ def test_a_reader_should_move_by_what_the_dense_network_is_ahead(model, tokens, 
         first = readers[0].inside
         move += watched(dense, dense.get_submodule(first), x, tokens)[1]
         move -= watched(block, block.get_submodule(first), x, tokens)[1]
-    stats = streams.regression(block, readers[place], relative=False)
+    (stats,) = streams.regression(block, readers[place], relative=False)
     flat, wanted = inputs.flatten(0, 1), move.flatten(0, 1)
     assert wanted.norm() > 0
     assert torch.allclose(stats.cross, flat.T @ wanted, atol=1e-4)
@@ -87,7 +88,7 @@ def test_relative_errors_count_by_the_size_of_the_stream(model, tokens):
     reader = block.get_submodule(readers[0].inside)
     inputs, y, _ = watched(block, reader, x, tokens)
     w = 1 / (x + y).square().mean(-1).flatten()
-    stats = streams.regression(block, readers[0], relative=True)
+    (stats,) = streams.regression(block, readers[0], relative=True)
     flat = inputs.flatten(0, 1)
     assert torch.allclose(stats.gram, flat.T @ (flat * w[:, None]), rtol=1e-4, atol=1e-4)
     assert stats.weight == pytest.approx(float(w.sum()), rel=1e-4)
@@ -109,14 +110,22 @@ def test_both_streams_stand_before_the_next_block(model, tokens, regress):
     assert not torch.allclose(streams.own[every], dense[1], atol=1e-3)
 
 
-def test_tokens_far_above_the_median_are_sinks():
-    residual = torch.ones(1, 5, 4)
-    residual[0, 2] *= SINK_FACTOR * 1.01
-    residual[0, 3] *= SINK_FACTOR * 0.99
-    weights, sinks = token_weights(residual, relative=True)
-    assert sinks.tolist() == [[False, False, True, False, False]]
-    assert weights[0, 2] == pytest.approx((SINK_FACTOR * 1.01) ** -2)
-    assert token_weights(residual, relative=False)[0] is None
+def test_tokens_count_by_their_size_or_all_alike():
+    residual = torch.ones(1, 3, 4) * torch.tensor([1.0, 2.0, 10.0])[None, :, None]
+    weights = token_weights(residual, relative=True)
+    assert weights[0].tolist() == pytest.approx([1.0, 0.25, 0.01])
+    assert token_weights(residual, relative=False) is None
+
+
+def test_samples_go_to_the_sums_in_turn_across_batches():
+    x = torch.arange(5.0).view(5, 1, 1).expand(5, 3, 2)  # five samples of three tokens
+    w = torch.ones(5, 3)
+    stats = [GramStatistics(2), GramStatistics(2)]
+    for rows in (slice(0, 3), slice(3, 5)):
+        flat = x[rows].reshape(-1, 2)  # as OPT has them
+        add_in_turn(stats, rows, flat, None, w[rows])
+    assert [s.tokens for s in stats] == [9, 6]
+    assert [s.sum_x[0].item() for s in stats] == [3 * (0 + 2 + 4), 3 * (1 + 3)]
 
 
 def test_a_block_whose_output_is_more_than_a_sum_is_told_apart(model, tokens):

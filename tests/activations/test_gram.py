@@ -1,4 +1,4 @@
-"""Sums over tokens against plain products, and the unit of ridges."""
+"""Sums over tokens against plain products."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from prunekit.activations.gram import GramStatistics, SharedGrams, warn_of_little_text
+from prunekit.activations.gram import GramStatistics, SharedGrams, added, warn_of_little_text
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -31,17 +31,17 @@ def test_sums_are_those_of_all_tokens_however_they_come():
     assert stats.tokens == 24
 
 
-def test_the_level_leaves_sinks_out_and_the_gram_does_not():
-    x = numbers(1, 8, 4)
-    x[0, 0] *= 100
-    sinks = torch.tensor([[True] + [False] * 7])
-    stats = GramStatistics(4)
-    stats.add(x, sinks=sinks)
-    assert stats.level == pytest.approx(float(x[0, 1:].square().sum()) / 4, rel=1e-5)
-    assert float(stats.gram.diagonal().mean()) > 100 * stats.level
-    whole = GramStatistics(4)
-    whole.add(x)
-    assert whole.level == pytest.approx(float(whole.gram.diagonal().mean()), rel=1e-5)
+def test_parts_add_up_to_the_sums_of_all():
+    x, y, w = numbers(6, 4, 3), numbers(6, 4, 2, seed=1), numbers(6, 4, seed=2).exp()
+    whole, parts = GramStatistics(3, 2), [GramStatistics(3, 2) for _ in range(2)]
+    whole.add(x, y, w)
+    for part, rows in zip(parts, (slice(0, 2), slice(2, 6)), strict=True):
+        part.add(x[rows], y[rows], w[rows])
+    both = added(parts)
+    for name in ("gram", "cross", "sum_x", "sum_y"):
+        assert torch.allclose(getattr(both, name), getattr(whole, name), atol=1e-4), name
+    assert (both.tokens, both.weight) == (24, pytest.approx(whole.weight))
+    assert added(parts[:1]) is parts[0]
 
 
 def test_modules_that_are_shown_the_same_tensor_share_a_gram():
