@@ -32,7 +32,7 @@ def existing_folder(path: str | None) -> str | None:
 
 TOP: dict[str, Any] = {
     "seed": registry.Seed,
-    "save": bool | Literal["packed"],
+    "save": Any,
     "objective": str | None,
     "cache": bool | Literal["on", "off"],
     "resume": Any,
@@ -91,6 +91,10 @@ def check_top(cfg: dict[str, Any]) -> None:
     if unknown:
         raise ConfigError(
             f"the config has no key {unknown[0]!r}; possible: {', '.join([*KEYS, 'track', *TOP])}"
+        )
+    if type(cfg["save"]) is not bool and cfg["save"] != "packed":
+        raise ConfigError(
+            f"save={cfg['save']!r}; possible: true, false, packed (zeros stored as a bitmask)"
         )
     checked_values("", {k: v for k, v in cfg.items() if k in TOP}, TOP)
     if not isinstance(cfg["track"], dict):

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from blocks import hidden_states
 from problems import problem, uniform
 from tiny_models import tiny_model
 
+from prunekit.activations.dense_reference import PairedStreams
 from prunekit.errors import ConfigError
 from prunekit.registry import pruners
 
@@ -116,6 +118,28 @@ def test_other_architectures(text, arch):
     assert len(out.notes["apart"]) == (2 if apart else 0)
 
 
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_each_block_is_regressed_on_what_the_pruned_ones_before_it_put_out(
+    llama, tokens, target, monkeypatch
+):
+    dense, seen, regression = hidden_states(llama, tokens), {}, PairedStreams.regression
+
+    def watched(streams, *args):
+        every = slice(0, len(tokens))
+        reference = None if streams.dense is None else streams.dense[every].clone()
+        seen.setdefault(streams.block, (streams.own[every].clone(), reference))
+        return regression(streams, *args)
+
+    monkeypatch.setattr(PairedStreams, "regression", watched)
+    prune(llama, tokens, share=0.4, **PLAIN | {"target": target})
+    pruned = hidden_states(llama, tokens)
+    assert sorted(seen) == [0, 1, 2]
+    for block, (own, reference) in seen.items():
+        assert torch.allclose(own, pruned[block], atol=1e-4)
+        assert reference is None or torch.allclose(reference, dense[block], atol=1e-4)
+    assert not torch.allclose(pruned[2], dense[2], atol=1e-2)
+
+
 def test_excluded_blocks_stay_as_they_are(llama, text):
     before = copy.deepcopy(llama.model.layers[1].state_dict())
     prune(llama, text, ratio="cost", exclude=lambda groups: [g for g in groups if g.layer != 1])
@@ -154,6 +178,37 @@ def test_activations_elsewhere(llama, text, store):
 def test_experts_have_no_single_reader(text):
     with pytest.raises(ConfigError, match="neurons.0 and 1 more groups have none"):
         prune(tiny_model("mixtral"), text, kinds=["heads", "neurons"])
+
+
+def test_the_ridges_are_chosen_by_reader_and_said(llama, text):
+    own, dense = copy.deepcopy(llama), copy.deepcopy(llama)
+    notes = prune(own, text, share=0.5, precision="model").notes["ridges"]
+    assert set(notes) == {
+        f"model.layers.{i}.{r}" for i in range(3) for r in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert all(len(row) == 1 and row[0] > 0 for row in notes.values())
+    assert len({row[0] for row in notes.values()}) > 1
+    both = prune(dense, text, share=0.5, precision="model", target="dense").notes["ridges"]
+    assert all(len(row) == 2 for row in both.values())
+    given = prune(llama, text, share=0.5, target="dense", ridge=10, dense_ridge=20).notes["ridges"]
+    assert all(row == [10, 20] for row in given.values())
+
+
+def test_chosen_ridges_beat_given_ones_on_new_text(llama, text):
+    """512 tokens say little about 96 inputs: no ridge at all fits their noise."""
+    new = torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        dense = llama(new).logits
+    free = copy.deepcopy(llama)
+    prune(free, text[:4], kinds=["neurons"], share=0.3, precision="model", ridge=1e-6)
+    prune(llama, text[:4], kinds=["neurons"], share=0.3, precision="model")
+    assert drift(llama, new, dense) < drift(free, new, dense)
+
+
+def test_one_sample_cannot_judge_itself(llama, text):
+    with pytest.raises(ConfigError, match="there is one sample"):
+        prune(llama, text.view(1, -1))
+    prune(llama, text.view(1, -1), ridge=10.0)
 
 
 @pytest.mark.slow
