@@ -155,10 +155,8 @@ def measure(
     keys are prefixed with `when`. An eval named twice must not hide the other's number.
     """
     for name, evaluate in job.parts.evals.items():
-        found, kept = job.kept.numbers(
-            f"{when}/{name}",
-            lambda n=name, e=evaluate: measured(job, when, n, model(), tokenizer, e),
-        )
+        compute = partial(measured, job, when, name, model, tokenizer, evaluate)
+        found, kept = job.kept.numbers(f"{when}/{name}", compute)
         if kept:
             job.stages.results[f"{when}/{name}"] = found["costs"]
         numbers = found["numbers"]

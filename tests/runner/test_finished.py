@@ -1,4 +1,4 @@
-"""A run that was cut off goes on with the stage after the last one that is done, to the same bits."""
+"""A run that was cut off goes on after its last whole stage, to the same bits."""
 
 from __future__ import annotations
 
