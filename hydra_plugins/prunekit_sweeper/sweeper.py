@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prunekit.cli.overrides import two_lines
 from prunekit.errors import ConfigError
-from prunekit.runner import progress, resume, sweep
+from prunekit.runner import parent, progress, resume, sweep
 from prunekit.runner.sweep import Plan
 
 log = logging.getLogger("prunekit")
@@ -146,8 +146,7 @@ class TableSweeper(Sweeper):
         """
         if not todo:
             return []
-        for folder, _ in todo:
-            (folder / "failed.txt").unlink(missing_ok=True)
+        parent.announce()
         self.use_tolerant_launcher()
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.context,

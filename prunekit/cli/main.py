@@ -72,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as e:
         print(f"prunekit: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prunekit: interrupted", file=sys.stderr)
+        return 130
 
 
 def one_experiment_each(args: list[str]) -> list[list[str]]:
@@ -91,13 +94,15 @@ def launch(args: list[str]) -> int:
     """Hand the overrides to Hydra, after a look at their keys that gives better messages than
     Hydra's.
     """
-    from prunekit.cli.overrides import check_keys
+    from prunekit.cli.overrides import check_keys, two_lines
 
     check_keys(args)
     hush_libraries()
 
     import hydra
     from hydra.core.plugins import Plugins
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     from hydra_plugins.prunekit_sweeper.sweeper import TableSweeper
 
@@ -117,8 +122,13 @@ def launch(args: list[str]) -> int:
     Plugins.instance().register(TableSweeper)
 
     before, sys.argv = sys.argv, [sys.argv[0], *args]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # what goes wrong in Hydra is said here, not by it
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(two_lines(e)) from None
+    except OSError as e:
+        raise ConfigError(f"{e.filename or 'a file'} cannot be written: {e.strerror}") from None
     finally:
         sys.argv = before
     for line in failures:

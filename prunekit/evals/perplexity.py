@@ -13,10 +13,9 @@ from torch import nn
 
 from prunekit.data.datasets import Dataset, check_split, default_split, evaluation_text
 from prunekit.data.files import DataRoot, TextFile
-from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.evals.texts_read import splits_read
-from prunekit.evals.windows import cut, token_ids, window_nll
+from prunekit.evals.windows import check_block, cut, token_ids, window_nll
 from prunekit.registry import Component, Length, Positive, evals
 
 log = logging.getLogger("prunekit")
@@ -40,8 +39,7 @@ def check_perplexity(
     """Raises ConfigError for blocks that windows do not divide, and for a split that there is not;
     warns where the text is the one that `calib` reads.
     """
-    if block is not None and block % window:
-        raise ConfigError(f"eval=perplexity: block={block} is no multiple of window={window}")
+    check_block(window, block or window)
     part = split or default_split(dataset, "evaluate")
     if path is None:
         check_split(dataset, part)

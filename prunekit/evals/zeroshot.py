@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 from torch import nn
 from tqdm import tqdm
 
@@ -208,7 +208,7 @@ def zeroshot(
     model: nn.Module,
     tokenizer: Any,
     *,
-    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_known)] = list(PAPER),  # noqa: B006  read only
+    tasks: Annotated[list[str], AfterValidator(_known)] = list(PAPER),  # noqa: B006  read only
     limit: Positive | None = None,
     batch: Positive = 8,
     bos: bool | None = None,

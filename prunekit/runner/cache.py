@@ -69,7 +69,7 @@ class Cache:
             provenance.token_hash(run.tokens),
             *map(group_print, groups),
         )
-        entry = Entry("scores", key, "score", store.decode_scores, store.encode_scores)
+        entry = Entry.of_scores(key)
         found: Scores = self.remember(entry, lambda: criterion(model, groups, run))
         return found
 
@@ -94,7 +94,7 @@ class Cache:
             tokenizer_print(tokenizer),
             files_print(node),
         )
-        entry = Entry("dense", key, f"dense/{name}", store.decode_numbers, store.encode_numbers)
+        entry = Entry.of_numbers(key, name)
         stored: dict[str, float] = self.remember(entry, lambda: evaluate(model, tokenizer))
         return stored
 

@@ -38,6 +38,7 @@ TOP: dict[str, Any] = {
     "resume": Any,
     "data_root": Annotated[str | None, AfterValidator(existing_folder)],
     "out": str,
+    "keep_stages": bool,
     "table": str | None,
     "row": str | None,
     "scale": str,

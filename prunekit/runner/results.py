@@ -94,8 +94,11 @@ def write(path: Path, content: dict[str, Any]) -> None:
         "not_finite": bad,
     }
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    with aside.open("w") as f:
-        json.dump(clean, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w") as f:
+            json.dump(clean, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
