@@ -94,6 +94,7 @@ def candidates(
     needs="data",
     out="self-contained",
     own_ratio=True,
+    searches=True,
     check=check_laser,
 )
 @torch.no_grad()
@@ -120,7 +121,7 @@ def laser(
         layers: numbers of the blocks; null takes all.
         shares: of a matrix's rank, min(outputs, inputs), that may stay; 1 leaves it as it is.
         metric: of the calibration text: the `loss` of the next token, or how often it ranks first.
-            No eval reads that text.
+            An eval that reads the same text is refused.
         factors: store a matrix as two factors where they hold fewer numbers; false keeps every
             matrix dense, for stock transformers.
         batch: samples a forward of the search.

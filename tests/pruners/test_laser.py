@@ -301,6 +301,20 @@ def test_it_runs_from_the_command_line(tmp_path):
     assert sum(p.numel() for p in model.parameters()) == record["results"]["pruned/params"]
 
 
+def test_an_eval_of_the_text_that_decides_is_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text. " * 200)
+    node = {"name": "perplexity", "window": 16}
+    cfg = config(*WORDS) | {"ratio": {"name": "none"}}
+    cfg |= {"calib": {"name": "text", "path": str(text), "samples": 2, "length": 16}}
+    build_components(cfg | {"eval": {"a": node}})
+    with pytest.raises(ConfigError, match="eval a reads the same one .*text.txt"):
+        build_components(cfg | {"eval": {"a": node | {"path": str(text)}}})
+    cfg["calib"] = {"name": "crop", "dataset": "pydocs", "split": "train"}
+    with pytest.raises(ConfigError, match=r"eval a reads the same one \(pydocs, train\)"):
+        build_components(cfg | {"eval": {"a": node | {"split": "train"}}})
+
+
 def test_a_ratio_is_refused_before_anything_is_loaded():
     with pytest.raises(ConfigError, match="pruner=laser decides by itself.*ratio=uniform"):
         build_components(config(*WORDS))

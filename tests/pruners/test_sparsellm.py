@@ -95,11 +95,12 @@ def test_a_pattern_holds(arch):
         assert ((W != 0).view(len(W), -1, 4).sum(-1) == 2).all()
 
 
-def test_a_block_that_gains_nothing_stays_as_sparsegpt_makes_it():
+def test_a_block_that_gains_nothing_stays_as_sparsegpt_makes_it(monkeypatch):
+    monkeypatch.setattr("prunekit.solvers.sparsellm.refit", lambda weight, *_: -weight)
     one, other = tiny_model("llama"), tiny_model("llama")
-    out = prune("sparsellm", one, alpha=1e-3, gamma=1e3, steps=2)
-    assert all(e[1] >= e[0] for e in out.notes["feed_forward_errors"].values())
-    prune("sparsegpt", other)
+    out, expected = prune("sparsellm", one, steps=3), prune("sparsegpt", other)
+    assert all(min(e[1:]) > e[0] for e in out.notes["feed_forward_errors"].values())
+    assert out.notes["costs"] == expected.notes["costs"]
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
