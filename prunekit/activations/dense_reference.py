@@ -112,21 +112,16 @@ def forward_until(
     return seen._replace(out=out)
 
 
-SINK_FACTOR = 4.0
-"""A token whose size exceeds this many times the median is a sink: attention rests on it, and its
-activations are of a class of their own.
-"""
-
-
-def token_weights(residual: Tensor, relative: bool) -> tuple[Tensor | None, Tensor]:
-    """How much each token's error counts `(...)` at a place of the residual stream `(..., C)`
-    (None: all alike), and which are sinks.
+def token_weights(residual: Tensor, relative: bool) -> Tensor | None:
+    """How much each token's error counts `(...)` at a place of the residual stream `(..., C)`; None
+    where all count alike.
 
     With `relative`, it counts relative to the token's root mean square, which the next norm divides
     by.
     """
-    size = residual.float().square().mean(-1).sqrt().clamp(min=1e-6)
-    return (size.square().reciprocal() if relative else None), size > SINK_FACTOR * size.median()
+    if not relative:
+        return None
+    return residual.float().square().mean(-1).clamp(min=1e-12).reciprocal()
 
 
 def is_residual_sum(
@@ -143,6 +138,22 @@ def is_residual_sum(
     added = seen.after[names[-1]] - x if names else torch.zeros_like(x)
     moved = seen.out - x
     return bool((moved - added).float().norm() <= 0.01 * moved.float().norm())
+
+
+def add_in_turn(
+    stats: list[GramStatistics], rows: slice, x: Tensor, y: Tensor | None, w: Tensor | None
+) -> None:
+    """Sample number i of all, of which `rows` are here, goes to sum number i modulo their
+    number.
+    """
+    samples = rows.stop - rows.start
+    x = x.reshape(samples, -1, x.shape[-1])
+    y = None if y is None else y.reshape(samples, -1, y.shape[-1])
+    w = None if w is None else w.reshape(samples, -1)
+    for fold, sums in enumerate(stats):
+        mine = slice((fold - rows.start) % len(stats), None, len(stats))
+        if len(x[mine]):
+            sums.add(x[mine], None if y is None else y[mine], None if w is None else w[mine])
 
 
 @dataclass
@@ -164,17 +175,16 @@ class PairedStreams:
     passed: bool = False
     """Whether the dense stream stands behind this block already."""
 
-    def regression(self, module: nn.Module, p: UnitReader, relative: bool) -> GramStatistics:
+    def regression(
+        self, module: nn.Module, p: UnitReader, relative: bool, folds: int = 1
+    ) -> list[GramStatistics]:
         """Sums over what a reader gets in the network pruned so far and, beside the dense one, how
-        far its output should move.
+        far its output should move; samples go to the `folds` sums in turn.
         """
         outputs, inputs = p.reader.weight.shape
-        stats = GramStatistics(
-            inputs,
-            0 if self.dense is None else outputs,
-            p.reader.weight.device,
-            self.feed.precision == "bf16",
-        )
+        device, bf16 = p.reader.weight.device, self.feed.precision == "bf16"
+        moves = 0 if self.dense is None else outputs
+        stats = [GramStatistics(inputs, moves, device, bf16) for _ in range(folds)]
         ends = (
             p.inside == self.names[-1]
         )  # what the dense block puts out is known then, and its input not needed any more
@@ -201,7 +211,7 @@ class PairedStreams:
                     if self.adds
                     else theirs.y[p.inside] - mine.y[p.inside]
                 )
-            stats.add(mine.x[p.inside], move, *token_weights(after, relative))
+            add_in_turn(stats, rows, mine.x[p.inside], move, token_weights(after, relative))
         self.passed = ends and self.dense is not None
         return stats
 

@@ -5,7 +5,7 @@ y_t^T`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,11 +24,9 @@ class GramStatistics:
     """Sums over tokens of a module's inputs `x (inputs)` and of the outputs `y (outputs)` it should
     give, float32 on the inputs' device.
 
-    Tokens may have weights; `weight` is their sum, `tokens` the number of tokens. `level` is the
-    gram's mean diagonal over those tokens that are not sinks: the unit of ridges, since a few huge
-    tokens can make up most of the gram. With `bf16` (for activations that come in that precision)
-    factors are rounded to bfloat16, several times faster where the hardware has it; sums remain
-    float32.
+    Tokens may have weights; `weight` is their sum, `tokens` the number of tokens. With `bf16` (for
+    activations that come in that precision) factors are rounded to bfloat16, several times faster
+    where the hardware has it; sums remain float32.
     """
 
     def __init__(
@@ -39,19 +37,11 @@ class GramStatistics:
         self.cross = torch.zeros(inputs, outputs, device=device)
         self.sum_x = torch.zeros(inputs, device=device)
         self.sum_y = torch.zeros(outputs, device=device)
-        self.level = self.weight = 0.0
+        self.weight = 0.0
         self.tokens = 0
 
-    def add(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        w: Tensor | None = None,
-        sinks: Tensor | None = None,
-    ) -> None:
-        """Take in `x (..., inputs)`, `y (..., outputs)`, weights `w (...)` and which tokens are
-        sinks `(...)`.
-        """
+    def add(self, x: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> None:
+        """Take in `x (..., inputs)`, `y (..., outputs)` and weights `w (...)`."""
         x = x.reshape(-1, x.shape[-1]).float()
         w = torch.ones(len(x), device=x.device) if w is None else w.reshape(-1).float()
         root = w.sqrt()[:, None]
@@ -66,10 +56,24 @@ class GramStatistics:
             with rounding(self.bf16):
                 self.cross += xw.T @ yw
             self.sum_y += yw.T @ root[:, 0]
-        ordinary = xw if sinks is None else xw[~sinks.flatten()]
-        self.level += float(ordinary.square().sum()) / x.shape[1]
         self.weight += float(w.double().sum())
         self.tokens += len(x)
+
+
+def added(parts: Sequence[GramStatistics]) -> GramStatistics:
+    """The sums over the tokens of all `parts`; of a single one itself."""
+    if len(parts) == 1:
+        return parts[0]
+    outputs = parts[0].cross.shape[1]
+    whole = GramStatistics(len(parts[0].gram), outputs, parts[0].gram.device, parts[0].bf16)
+    for part in parts:
+        whole.gram += part.gram
+        whole.cross += part.cross
+        whole.sum_x += part.sum_x
+        whole.sum_y += part.sum_y
+        whole.weight += part.weight
+        whole.tokens += part.tokens
+    return whole
 
 
 def warn_of_little_text(tokens: Tensor, inputs: Mapping[str, int]) -> None:

@@ -81,7 +81,7 @@ def candidates(
         )
     shared = shared_parameters(problem.model)
     for g in groups:
-        if id(problem.model.get_parameter(g.members[0].param)) in shared:
+        if id(problem.model.get_parameter(g.matrix)) in shared:
             raise ConfigError(
                 f"{module_name(g)} shares its matrix with another module: narrow pruner.targets"
             )

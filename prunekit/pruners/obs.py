@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,15 +29,22 @@ from prunekit.activations.dense_reference import (
     is_residual_sum,
     readers_by_block,
 )
-from prunekit.activations.gram import GramStatistics, warn_of_little_text
+from prunekit.activations.gram import GramStatistics, added, warn_of_little_text
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
-from prunekit.registry import Positive, pruners
+from prunekit.registry import pruners
 from prunekit.solvers.bias_compensation import add_biases
-from prunekit.solvers.least_squares import ridge_problem
+from prunekit.solvers.least_squares import prior_ridge, ridge_problem
 from prunekit.solvers.obs import greedy_removal
+from prunekit.solvers.validated_ridge import Ridges, validated
 from prunekit.types import Counts, Group, Kept, Pruned, tensor_of
+
+FOLDS = 2
+"""Parts of the text, each of which judges what is fitted to the others."""
+DENSE_START = 32768.0
+"""Where the choice of `dense_ridge` begins, in tokens."""
+Tokens = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,22 @@ class Regression:
     target: Literal["own", "dense"]
     bias: bool
     relative: bool
-    ridge: float
-    dense_ridge: int
+    ridge: float | None
+    dense_ridge: float | None
+    """Tokens; None = chosen by text that was not fitted to."""
+
+    @property
+    def chosen(self) -> list[str]:
+        """The ridges that text chooses."""
+        names = ["ridge"] + (["dense_ridge"] if self.target == "dense" else [])
+        return [name for name in names if getattr(self, name) is None]
+
+    def start(self, inputs: int) -> Ridges:
+        """Those that are given, and where the others begin."""
+        return Ridges(
+            prior_ridge(inputs) if self.ridge is None else self.ridge,
+            DENSE_START if self.dense_ridge is None else self.dense_ridge,
+        )
 
 
 def check_obs(problem: Problem, *, kinds: list[str], **_: Any) -> Expected:
@@ -88,8 +110,8 @@ def obs(
     target: Literal["own", "dense"] = "own",
     bias: bool = True,
     token_weight: Literal["relative", "equal"] = "relative",
-    ridge: float = 0.01,
-    dense_ridge: Positive = 32768,
+    ridge: Tokens | Literal["auto"] = "auto",
+    dense_ridge: Tokens | Literal["auto"] = "auto",
     store: Store = "memory",
     precision: Precision = "bf16",
 ) -> Pruned:
@@ -99,17 +121,18 @@ def obs(
     Args:
         kinds: of units that may go.
         target: `own` keeps the readers' outputs where they are; `dense` moves the residual stream
-            back to the dense network's (ahead at 20 % of SmolLM2-135M, behind at 50 %).
+            back to the dense network's.
         bias: gives the readers a bias.
         token_weight: how much a token's error counts: relative to the token's size, or equally.
-        ridge: of the refit, in units of the gram's mean diagonal.
-        dense_ridge: tokens that the ridge of what moves the outputs weighs as much as, with
-            target=dense: it loses its hold as the text grows.
+        ridge: tokens that hold the readers near their dense weights; `auto` takes for each reader
+            the number that does best on the half of the samples that it is not fitted to.
+        dense_ridge: likewise for what moves the outputs, with target=dense.
         store: where activations between blocks wait.
         precision: of the forwards; sums are float32, solutions float64 either way.
 
-    Nothing changes where the ratio removes nothing. Raises ConfigError for units that no linear
-    module of a block reads.
+    Notes say the ridges of each reader. Nothing changes where the ratio removes nothing. Raises
+    ConfigError for units that no linear module of a block reads, and for a single sample where a
+    ridge is to be chosen.
     """
     model = problem.model
     groups = problem.groups(kinds)
@@ -120,7 +143,18 @@ def obs(
     counts = _counts(problem, groups)
     if not any(counts.values()):
         return Pruned(model, {}, groups, {}, {"counts": counts})
-    how = Regression(target, bias, token_weight == "relative", ridge, dense_ridge)
+    how = Regression(
+        target,
+        bias,
+        token_weight == "relative",
+        None if ridge == "auto" else ridge,
+        None if dense_ridge == "auto" else dense_ridge,
+    )
+    if how.chosen and len(problem.tokens) < FOLDS:
+        raise ConfigError(
+            f"pruner=obs chooses {', '.join(how.chosen)} by samples that are not fitted to, and "
+            "there is one sample: give calib.samples=2 or more, or a number"
+        )
     kept, notes = _refit_blocks(problem, readers, counts, how, PassOptions(store, precision))
     graph.remove(model, kept)
     return Pruned(model, kept, groups, {}, {"counts": counts, **notes})
@@ -141,7 +175,9 @@ def _refit_blocks(
     own, feed = capture_inputs(model, blocks, problem.tokens, options)
     dense = own.clone() if how.target == "dense" else None
     kept: Kept = {}
-    apart = []
+    apart: list[str] = []
+    ridges: dict[str, list[float]] = {}
+    folds = FOLDS if how.chosen else 1
     for b, row in enumerate(tqdm(readers, desc="structured OBS", unit="block")):
         module = model.get_submodule(blocks[b])
         before = copy.deepcopy(module) if dense is not None else module
@@ -152,27 +188,35 @@ def _refit_blocks(
             apart.append(blocks[b])
         for r in row:
             if counts.get(r.group.name):
-                stats = streams.regression(module, r, how.relative)
-                kept[r.group.name] = _prune_reader(model, r, stats, counts[r.group.name], how)
+                stats = streams.regression(module, r, how.relative, folds)
+                mask, used = _prune_reader(model, r, stats, counts[r.group.name], how)
+                kept[r.group.name] = mask
+                ridges[r.reader.name] = [used.ridge]
+                if dense is not None:
+                    ridges[r.reader.name].append(used.dense_ridge)
         if b + 1 < len(blocks):
             streams.advance(module)
-    return kept, {"apart": apart}
+    return kept, {"apart": apart, "ridges": ridges}
 
 
 def _prune_reader(
-    model: nn.Module, r: UnitReader, stats: GramStatistics, count: int, how: Regression
-) -> Tensor:
+    model: nn.Module, r: UnitReader, folds: list[GramStatistics], count: int, how: Regression
+) -> tuple[Tensor, Ridges]:
     """Zero `count` units and refit their reader to the others, in place. Returns the mask of the
-    units that stay.
+    units that stay, and the ridges.
     """
-    reader, units = r.reader, r.reader.member.index
-    task = ridge_problem(stats, reader.weight, how.ridge, how.bias, how.dense_ridge)
+    reader, units, stats = r.reader, r.reader.member.index, added(folds)
+    ridges = how.start(len(stats.gram))
+    task = ridge_problem(stats, reader.weight, ridges.ridge, how.bias, ridges.dense_ridge)
     mask = torch.ones(r.group.units, dtype=torch.bool)
     order, _ = greedy_removal(task.best, task.inverse(), units, count)
     mask[order] = False
     stays = torch.ones(len(task.gram), dtype=torch.bool)
     stays[units[~mask].flatten()] = False
     columns = stays.nonzero()[:, 0].to(reader.weight.device)
+    if how.chosen:
+        ridges = validated(folds, reader.weight, columns, how.bias, ridges, how.chosen)
+        task = ridge_problem(stats, reader.weight, ridges.ridge, how.bias, ridges.dense_ridge)
     A, b = task.solve(columns)
     for m in r.group.members:
         tensor = tensor_of(model, m.param)
@@ -181,4 +225,4 @@ def _prune_reader(
     reader.weight[:, columns] = A.to(reader.weight)
     if b is not None:
         add_biases(model, {reader.name: b})
-    return mask
+    return mask, ridges

@@ -4,9 +4,10 @@ the hull of each cost curve instead of its dynamic programme).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from prunekit.activations.blockwise import iterate_blocks
@@ -25,7 +26,7 @@ from prunekit.problem import Problem
 from prunekit.registry import InnerRatio, Positive, Share, ratios
 from prunekit.selection.budget import cheapest
 from prunekit.selection.shares import uniform_counts
-from prunekit.solvers.least_squares import ridge_problem
+from prunekit.solvers.least_squares import prior_ridge, ridge_problem
 from prunekit.solvers.obs import greedy_removal
 from prunekit.types import Allocation, Group, Of
 
@@ -42,7 +43,7 @@ def cost(
     cost_tokens: Positive = 16384,
     bias: bool = True,
     token_weight: Literal["relative", "equal"] = "relative",
-    ridge: float = 0.01,
+    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto",
     store: Store = "memory",
     precision: Precision = "bf16",
 ) -> Allocation:
@@ -56,7 +57,7 @@ def cost(
         cost_tokens: the first so many calibration tokens tell the costs.
         bias: of the regression, as in pruner=obs.
         token_weight: likewise.
-        ridge: likewise.
+        ridge: of the regression, in tokens; `auto` takes four for every input.
         store: where activations between blocks wait.
         precision: of the forwards.
 
@@ -91,7 +92,7 @@ def cost(
             seen = forward_until(run.feed, run.module, run.block, i, run.inputs[rows], inside)
             for r in row:
                 weights = token_weights(seen.after[r.inside], relative)
-                stats[r.inside].add(seen.x[r.inside], None, *weights)
+                stats[r.inside].add(seen.x[r.inside], None, weights)
         for r in row:
             if r.group.name in counts:
                 costs[r.group.name] = removal_costs(r, stats[r.inside], ridge, bias)
@@ -99,9 +100,12 @@ def cost(
     return Allocation(cheapest(costs, per_unit, sizes.removed(counts)))
 
 
-def removal_costs(r: UnitReader, stats: GramStatistics, ridge: float, bias: bool) -> Tensor:
+def removal_costs(
+    r: UnitReader, stats: GramStatistics, ridge: float | Literal["auto"], bias: bool
+) -> Tensor:
     """(U,) what removing 1, 2, .. units costs on the dense model, per token."""
     W = r.reader.weight
-    inverse = ridge_problem(stats, W, ridge, bias).inverse()
+    tokens = prior_ridge(W.shape[1]) if ridge == "auto" else ridge
+    inverse = ridge_problem(stats, W, tokens, bias).inverse()
     _, costs = greedy_removal(W, inverse, r.reader.member.index, r.group.units)
     return torch.tensor(costs).cumsum(0) / stats.tokens

@@ -64,44 +64,39 @@ class LeastSquares:
         return torch.cholesky_inverse(cholesky(self.gram))
 
 
+def prior_ridge(inputs: int) -> float:
+    """A ridge in tokens to begin with: four for every input."""
+    return 4.0 * inputs
+
+
 def ridge_problem(
     stats: GramStatistics, weight: Tensor, ridge: float, affine: bool, dense_ridge: float = 32768
 ) -> LeastSquares:
     """The regression around a module's weights `(outputs, inputs)`: what they put out, plus the `y`
     of the sums, if those were taken.
 
-    Ridges are in units of the gram's mean diagonal over ordinary tokens. `ridge` is that of the map
-    as a whole. What is fitted to `y`, which says how far the output should move from where it is,
-    has noise in it where the rest has none: its ridge weighs as much as `dense_ridge` tokens do,
-    and so loses its hold as the text grows.
+    Ridges are numbers of tokens: that of an input weighs as much as so many tokens in which it
+    varies as usual and alone, so that it loses its hold as the text grows. `ridge` holds the map
+    near the weights as they are, `dense_ridge` what is fitted to `y`, which says how far the output
+    should move from there.
     """
     H, best = stats.gram.double(), weight.double()
     mean_x = stats.sum_x.double() / stats.weight
     mean_y = best @ mean_x
     if affine:
         H = H - stats.weight * torch.outer(mean_x, mean_x)
-    unit = (
-        H.diagonal()
-        .mean()
-        .clamp(
-            min=torch.finfo(torch.float32).tiny,
-            max=max(stats.level, torch.finfo(torch.float32).tiny),
-        )
-    )
-    floor = (
-        ROUNDING * stats.gram.double().diagonal().max()
-    )  # of the sums as they were taken: centring cancels most of a large mean
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    # of the sums as they were taken: centring cancels most of a large mean
+    floor = ROUNDING * stats.gram.double().diagonal().max()
+
+    def with_ridge(tokens: float) -> Tensor:
+        if not tokens:
+            return H
+        alone = (H.diagonal() * (tokens / stats.tokens)).clamp(min=floor)
+        return H + torch.diag(alone)
+
     if stats.cross.shape[1]:
         C, shift = stats.cross.double(), stats.sum_y.double() / stats.weight
         C = C - stats.weight * torch.outer(mean_x, shift) if affine else C
-        best = (
-            best
-            + torch.cholesky_solve(
-                C, cholesky(H + max(dense_ridge / stats.tokens * unit, floor) * eye)
-            ).T
-        )
+        best = best + torch.cholesky_solve(C, cholesky(with_ridge(dense_ridge))).T
         mean_y = mean_y + shift
-    return LeastSquares(
-        H + max(ridge * unit, floor if ridge else 0) * eye, best, mean_x, mean_y, affine
-    )
+    return LeastSquares(with_ridge(ridge), best, mean_x, mean_y, affine)

@@ -159,6 +159,37 @@ def test_experts_have_no_single_reader(text):
         prune(tiny_model("mixtral"), text, kinds=["heads", "neurons"])
 
 
+def test_the_ridges_are_chosen_by_reader_and_said(llama, text):
+    own, dense = copy.deepcopy(llama), copy.deepcopy(llama)
+    notes = prune(own, text, share=0.5, precision="model").notes["ridges"]
+    assert set(notes) == {
+        f"model.layers.{i}.{r}" for i in range(3) for r in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert all(len(row) == 1 and row[0] > 0 for row in notes.values())
+    assert len({row[0] for row in notes.values()}) > 1
+    both = prune(dense, text, share=0.5, precision="model", target="dense").notes["ridges"]
+    assert all(len(row) == 2 for row in both.values())
+    given = prune(llama, text, share=0.5, target="dense", ridge=10, dense_ridge=20).notes["ridges"]
+    assert all(row == [10, 20] for row in given.values())
+
+
+def test_chosen_ridges_beat_given_ones_on_new_text(llama, text):
+    """512 tokens say little about 96 inputs: no ridge at all fits their noise."""
+    new = torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        dense = llama(new).logits
+    free = copy.deepcopy(llama)
+    prune(free, text[:4], kinds=["neurons"], share=0.3, precision="model", ridge=1e-6)
+    prune(llama, text[:4], kinds=["neurons"], share=0.3, precision="model")
+    assert drift(llama, new, dense) < drift(free, new, dense)
+
+
+def test_one_sample_cannot_judge_itself(llama, text):
+    with pytest.raises(ConfigError, match="there is one sample"):
+        prune(llama, text.view(1, -1))
+    prune(llama, text.view(1, -1), ridge=10.0)
+
+
 @pytest.mark.slow
 def test_the_real_model(smollm2, shared):
     import importlib.util
