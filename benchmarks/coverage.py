@@ -76,7 +76,8 @@ def measure(name: str) -> dict[str, Any]:
     import torch
 
     from prunekit.graph.discovery import discovery, forget
-    from prunekit.graph.skeleton import configs, logits_of
+    from prunekit.graph.model_settings import configs
+    from prunekit.graph.sample_run import logits_of
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -90,7 +91,8 @@ def measure(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     found = discovery(model)
     out["seconds"] = time.perf_counter() - start
-    out["left"], out["uncached"] = found.left, found.uncached
+    out["left"] = [f"{place}: {reason}" for place, reason in found.left_alone]
+    out["uncached"] = found.uncached
     out["moe"] = any("experts" in n and "shared" not in n for n, _ in model.named_parameters())
     for _, config in configs(model):
         if hasattr(config, "use_cache"):
@@ -141,23 +143,20 @@ def check(
     import torch
 
     from prunekit.graph import remove, zero
-    from prunekit.graph.skeleton import logits_of
+    from prunekit.graph.groups import Cut
+    from prunekit.graph.sample_run import logits_of
     from prunekit.graph.verification import count_after, masked_logits
 
-    asked = [
-        (c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members})
-        for c in found.candidates
-        if c.group.name in kept
-    ]
+    cuts = [Cut.everywhere(c, kept[c.group.name]) for c in found.candidates if c.group.name in kept]
     removed = remove(copy.deepcopy(model), kept)
     with torch.no_grad():
         after = logits_of(removed(**inputs)).float()
         if kind == "blocks":
             reference = logits_of(zero(copy.deepcopy(model), kept)(**inputs)).float()
         else:
-            reference = masked_logits(model, inputs, asked, found.skip)
+            reference = masked_logits(model, inputs, cuts, found.skip)
     parameters = sum(p.numel() for p in removed.parameters())
-    exact = kind == "blocks" or parameters == count_after(model, asked)
+    exact = kind == "blocks" or parameters == count_after(model, cuts)
     scale = max(1.0, float(reference.abs().max()))
     ties = [
         m.get_input_embeddings().weight is m.get_output_embeddings().weight
@@ -178,13 +177,13 @@ def generates(model: Any, inputs: Any, kept: dict[str, Any]) -> str:
     logits, with and without a cache.
     """
     from prunekit.graph import remove
-    from prunekit.graph.generation_check import same_with_cache
+    from prunekit.graph.generation_check import cache_difference
 
-    dense = same_with_cache(copy.deepcopy(model), inputs)
+    dense = cache_difference(copy.deepcopy(model), inputs)
     if dense:
         return f"n/a (before pruning: {dense})"[:90]
     try:
-        after = same_with_cache(remove(copy.deepcopy(model), kept), inputs)
+        after = cache_difference(remove(copy.deepcopy(model), kept), inputs)
     except Exception as e:  # this is the finding
         after = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80]}"
     return f"fails: {after}" if after else "same"

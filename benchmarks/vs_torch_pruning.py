@@ -114,14 +114,14 @@ def tied(model: Any) -> bool:
 
 def attempts(name: str, tiny: Any, sizes: Any, only: Sequence[str]) -> dict[str, Any]:
     """The recipe and each kind on one architecture in the first of the sizes that it takes."""
-    from prunekit.graph.discovery import survey
-    from prunekit.graph.skeleton import configs
+    from prunekit.graph.discovery import find_candidates
+    from prunekit.graph.model_settings import configs
 
     model, inputs = ours.build(tiny, name, sizes)
     for _, config in configs(model):
         if hasattr(config, "use_cache"):
             config.use_cache = False
-    known = survey(model, each=2)[1]
+    known = find_candidates(model, each=2)[1]
     kinds = [k for k in KINDS if expected(name, {"moe": False}, k)]
     out = {}
     if "recipe" in only:
@@ -181,7 +181,7 @@ def one(name: str) -> tuple[str, dict[str, Any]]:
         return name, measure(name)
     except ours.NotBuilt as e:
         return name, {"build": str(e)}
-    except Exception as e:  # a model that our survey does not get through
+    except Exception as e:  # a model that our find_candidates does not get through
         return name, {
             "error": f"{type(e).__name__}: "
             f"{str(e).strip().splitlines()[0][:120] if str(e).strip() else ''}"

@@ -76,13 +76,13 @@ def by_graph(inputs: Any, known: Any, kind: str) -> Plan:
         import torch
         import torch_pruning as tp
 
-        from prunekit.graph.verification import some_masks
+        from prunekit.graph.verification import random_cut
 
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=inputs)
 
         def groups() -> Iterator[Any]:
             for i, c in enumerate(c for c in known.candidates if c.group.kind == kind):
-                gone = ~next(iter(some_masks(c, RATIO, i).values()))
+                gone = ~random_cut(c, RATIO, i).units.mask
                 layers = [(x, m, x.out_features) for x, m in makers(model, c.group)]
                 for layer, member, size in layers[:1] if kind == "hidden" else layers:
                     if layer.out_features == size and isinstance(layer, torch.nn.Linear):
@@ -99,12 +99,13 @@ def reference(model: Any, inputs: Any, lost: Lost, skip: Any) -> Any:
     import torch
 
     from prunekit.graph.masked_reference import Masked
-    from prunekit.graph.skeleton import logits_of, quiet
+    from prunekit.graph.model_settings import use_plain_code
+    from prunekit.graph.sample_run import logits_of
     from prunekit.graph.trace import trace
     from prunekit.graph.verification import duplicate
 
     zeroed = duplicate(model)
-    quiet(zeroed)
+    use_plain_code(zeroed)
     names = tensors(zeroed)
     with torch.no_grad():
         for name, axis, index in lost:
@@ -126,7 +127,7 @@ def judge(
     """Nothing if the pruned model is right after one of the fixes, else what is wrong with it."""
     import torch
 
-    from prunekit.graph.skeleton import ERRORS, logits_of
+    from prunekit.graph.sample_run import ERRORS, logits_of
 
     hit = {(n, a) for n, a, _ in lost}
     for kind in kinds:
@@ -243,7 +244,7 @@ def makers(model: Any, group: Any) -> list[tuple[Any, Any]]:
 
 
 def helped_settings(model: Any, known: Any, kind: str) -> dict[str, Any]:
-    from prunekit.graph.slicing import standard
+    from prunekit.graph.module_sizes import standard
 
     heads, halves, ratios = {}, {}, {}
     for group in (c.group for c in known.candidates if c.group.kind == kind):
@@ -272,7 +273,11 @@ def helped_sizes(before: Any, known: Any, kind: str, lost: Lost) -> Iterator[Cal
     """None, the example's, then those that our discovery saw shrink: certain ones, with configs,
     all.
     """
-    from prunekit.graph.slicing import Recipe, follow, patches, set_sizes
+    import torch
+
+    from prunekit.graph.groups import Cut
+    from prunekit.graph.module_sizes import Recipe, required_sizes, set_sizes
+    from prunekit.graph.recipes import sizes_in
 
     yield lambda model: None
     yield example_sizes(before)
@@ -284,14 +289,10 @@ def helped_sizes(before: Any, known: Any, kind: str, lost: Lost) -> Iterator[Cal
             for m in c.group.members
             if (m.param, m.axis) in gone
         ]
-        cuts.append((c, max(units, default=0)))
-    sizes = {
-        (cls, attr): doubtful
-        for c, n in cuts
-        for (_, attr), (cls, _, _, doubtful) in follow(c, n, before).items()
-    }
+        cuts.append(Cut.everywhere(c, torch.arange(c.group.units) >= max(units, default=0)))
+    sizes = sizes_in(before, cuts)
     plain = [k for k, doubtful in sizes.items() if not doubtful]
-    for names in ([k for k in plain if "config." not in k[1]], plain, list(sizes)):
-        recipe = Recipe(frozenset(names))
-        changes = patches(before, cuts, {c.pattern: recipe for c, _ in cuts})
+    for settings in ([k for k in plain if not k.in_config], plain, list(sizes)):
+        recipe = Recipe(frozenset(settings))
+        changes = required_sizes(before, cuts, {c.candidate.pattern: recipe for c in cuts})
         yield lambda model, changes=changes: set_sizes(model, changes, own=True)  # type: ignore[misc]

@@ -9,7 +9,7 @@ blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -56,8 +56,8 @@ class Group:
     Members stand in the order in which the traced forward meets their parameters, so the first one
     is the trigger (`gate_proj`, `q_proj`) and the last one the consumer (`down_proj`, `o_proj`). A
     group of kind `blocks` has no members but `modules`: unit `u` is the whole module `modules[u]`.
-    A group of kind `weights` has one member with `axis=-1` and an empty index: its units are the
-    elements of the matrix.
+    A group of kind `weights` has neither: its units are the elements of the parameter that `matrix`
+    names. `whole`: the group that this one is a part of (see `parts`).
     """
 
     name: str
@@ -67,6 +67,8 @@ class Group:
     members: tuple[Member, ...] = ()
     modules: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
+    matrix: str = ""
+    whole: str = ""
 
     def __post_init__(self) -> None:
         if not self.shape:
@@ -78,6 +80,16 @@ class Group:
         channels.
         """
         return min((m.width for m in self.members), default=1)
+
+    @property
+    def parts(self) -> tuple[Group, ...]:
+        """Every member as a group of its own: for structures chosen without regard to what depends
+        on them.
+        """
+        return tuple(
+            replace(self, name=f"{self.name}/{m.param}:{m.axis}", members=(m,), whole=self.name)
+            for m in self.members
+        )
 
 
 Scores = dict[str, Tensor]

@@ -9,15 +9,6 @@ from paths import ROOT
 
 FILES = [p for top in ("prunekit", "hydra_plugins") for p in sorted((ROOT / top).rglob("*.py"))]
 AT_TOP, LINES, BODY = 8, 300, 50
-BEING_SPLIT = {
-    "graph/groups.py": {"candidates"},
-    "graph/skeleton.py": set(),
-    "graph/slicing.py": set(),
-    "graph/small_model.py": {"shrink_config"},
-    "graph/unit_kinds.py": {"type_families"},
-    "graph/verification.py": set(),
-}
-"""Files that are longer for now, with functions of theirs."""
 
 
 def too_long(text: str) -> dict[str, int]:
@@ -41,10 +32,9 @@ def test_the_top_is_small():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_are_short(path):
-    excused = BEING_SPLIT.get(path.relative_to(path.parents[1]).as_posix())
     text = path.read_text()
-    assert excused is not None or len(text.splitlines()) <= LINES
-    assert set(too_long(text)) <= (excused or set())
+    assert len(text.splitlines()) <= LINES
+    assert not too_long(text)
 
 
 def test_what_counts_is_the_body_and_a_reason_excuses_it():

@@ -211,8 +211,8 @@ def groups_by_block(groups: list[Group], blocks: tuple[str, ...]) -> list[list[G
     rows: list[list[Group]] = [[] for _ in blocks]
     for g in groups:
         homes = {
-            next((i for i, b in enumerate(blocks) if m.param.startswith(b + ".")), None)
-            for m in g.members
+            next((i for i, b in enumerate(blocks) if name.startswith(b + ".")), None)
+            for name in ([g.matrix] if g.matrix else [m.param for m in g.members])
         }
         home = homes.pop() if len(homes) == 1 else None
         if home is None:

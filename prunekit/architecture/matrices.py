@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.architecture.blocks import block_modules, block_names, linear_names
 from prunekit.architecture.linear import weight_of
-from prunekit.types import Group, Kept, Member, tensor_of
+from prunekit.types import Group, Kept, tensor_of
 
 log = logging.getLogger("prunekit")
 
@@ -36,10 +36,15 @@ def matrices(model: nn.Module, targets: list[str] | None = None) -> list[Group]:
         if id(weight) in seen:
             continue
         seen.add(id(weight))
-        member = Member(f"{full}.weight", -1, torch.empty(0, 1, dtype=torch.int64))
-        shape = tuple(weight.shape)
         groups.append(
-            Group(f"weights.{layer}.{name}", "weights", layer, weight.numel(), (member,), (), shape)
+            Group(
+                f"weights.{layer}.{name}",
+                "weights",
+                layer,
+                weight.numel(),
+                shape=tuple(weight.shape),
+                matrix=f"{full}.weight",
+            )
         )
     if stacked := stacked_parameters(model):
         log.warning(
@@ -57,7 +62,7 @@ def stacked_parameters(model: nn.Module) -> int:
 
 def module_name(group: Group) -> str:
     """The linear module whose matrix the group is."""
-    return group.members[0].param.removesuffix(".weight")
+    return group.matrix.removesuffix(".weight")
 
 
 def matrix(model: nn.Module, group: Group) -> Tensor:
@@ -75,5 +80,5 @@ def zero_elements(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None
     """Zero what `kept` (stored like the matrices) leaves out."""
     for g in groups:
         if g.name in kept:
-            weight = tensor_of(model, g.members[0].param)
+            weight = tensor_of(model, g.matrix)
             weight.masked_fill_(~kept[g.name].to(weight.device), 0)

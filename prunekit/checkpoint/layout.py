@@ -71,9 +71,9 @@ def describe_runtime_modules(model: nn.Module) -> list[dict[str, Any]]:
             names = (f"{path}.argument_indices_{i}" for i in itertools.count())
             name = next(n for n in names if n not in taken)
             taken.add(name)
-            key = int(hook["argument"]) if str(hook["argument"]).isdigit() else hook["argument"]
-            entry = {"path": name, "kind": "argument_indices", "argument": key, "axis": hook["dim"]}
-            found.append(entry | {k: hook[k] for k in ("size", "keep")})
+            where = {"argument": hook["argument"], "axis": hook["dim"], "size": hook["size"]}
+            entry = {"path": name, "kind": "argument_indices", **where, "keep": hook["keep"]}
+            found.append(entry)
     return found
 
 

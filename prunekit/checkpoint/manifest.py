@@ -40,7 +40,8 @@ def build_manifest(
             "kind": group.kind,
             "layer": group.layer,
             "units": group.units,
-            "members": [[m.param, m.axis] for m in group.members] or list(group.modules),
+            "members": [[m.param, m.axis] for m in group.members]
+            or list(group.modules or [group.matrix]),
             "kept": _kept_units(kept.get(group.name), group),
         }
     for name, mask in kept.items():

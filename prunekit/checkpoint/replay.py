@@ -29,9 +29,10 @@ def replay(
 
     manifest, file = _manifest(source)
     kept = kept_masks(manifest, file)
-    have = {g.name: g.units for g in graph.discover(dense)}
+    groups = graph.discover(dense)
+    have = {g.name: g.units for whole in groups for g in (whole, *whole.parts)}
     for name, mask in kept.items():
-        units = have.get(name.partition("/")[0])
+        units = have.get(name)
         if units is None:
             raise ConfigError(
                 f"groups[{name!r}] is not in this model, which has {', '.join(list(have)[:6])} …; "

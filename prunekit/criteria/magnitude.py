@@ -41,4 +41,4 @@ def norm_scores(model: nn.Module, groups: list[Group], p: int, reduce: Reduce) -
 @torch.no_grad()
 def weight_magnitude(model: nn.Module, groups: list[Group], run: Run) -> Scores:
     """The size of each single weight."""
-    return {g.name: tensor_of(model, g.members[0].param).detach().float().abs() for g in groups}
+    return {g.name: tensor_of(model, g.matrix).detach().float().abs() for g in groups}

@@ -3,8 +3,9 @@ that both are the same.
 """
 
 from prunekit.graph.discovery import discover, report, verify
+from prunekit.graph.edit_record import edits
 from prunekit.graph.gated import gated
-from prunekit.graph.surgery import edits, rebuild, remove, zero
+from prunekit.graph.surgery import rebuild, remove, zero
 from prunekit.graph.zero_masks import zero_masks
 
 __all__ = [

@@ -11,42 +11,37 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prunekit.graph.block_lists import block_lists, block_of
+from prunekit.graph.block_verification import BLOCKS, prove_blocks
 from prunekit.graph.gate_hooks import Gate
 from prunekit.graph.groups import Candidate, Pattern, candidates
 from prunekit.graph.labels import Labels, tensors
-from prunekit.graph.skeleton import (
-    ERRORS,
-    TOKENS,
-    block_lists,
-    block_of,
-    configs,
-    inputs_for,
-    open_routing,
-    skeleton,
-)
+from prunekit.graph.model_settings import configs, pick_all_experts
+from prunekit.graph.sample_run import ERRORS, TOKENS, inputs_for
+from prunekit.graph.skeleton import skeleton
 from prunekit.graph.small_model import small_version
 from prunekit.graph.solve import Solution
 from prunekit.graph.trace import Trace, trace
-from prunekit.graph.unit_kinds import Typed, type_families
-from prunekit.graph.verification import BLOCKS, Verdict, disagreement, prove, prove_blocks
+from prunekit.graph.unit_kinds import LeftAlone, TypedFamily, type_families
+from prunekit.graph.verification import Verdict, dense_cache_difference, prove
 from prunekit.types import Group
 
 
 @dataclass
 class Discovery:
-    """What is known about a model: proven candidates, recipes for removing them, and in words what
-    was left alone.
+    """What is known about a model: proven candidates, recipes for removing them, and what was left
+    alone.
 
     `uncached`: why generation with a cache is no part of the proofs (the unpruned model cannot do
-    it either); empty where it is. `places`: where `gated` multiplies units, once it was used.
+    it either); None where it is. `places`: where `gated` multiplies units, once it was used.
     """
 
     candidates: list[Candidate]
     verdicts: dict[Pattern, Verdict]
-    left: list[str]
+    left_alone: list[LeftAlone]
     skip: frozenset[tuple[str, int]] = frozenset()
     blocks: Group | None = None
-    uncached: str = ""
+    uncached: str | None = None
     places: dict[Pattern, Any] = field(default_factory=dict)
 
     @property
@@ -58,38 +53,39 @@ class Discovery:
         return {c.group.name: c.least for c in self.candidates}
 
 
-_FOUND: dict[tuple[str, bool], Discovery] = {}
-REMEMBERED = 16
+_CACHE: dict[tuple[str, bool], Discovery] = {}
+UNTOUCHED = "the traced run never touched it"
+CACHE_SIZE = 16
 """How many discoveries are kept, by what they depend on: a model's classes, shapes and settings,
 not its weights.
 """
 
 
-def survey(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
+def find_candidates(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discovery]:
     """Trace a skeleton with `each` blocks of a kind and type what it holds; nothing is proven yet.
     Returns the skeleton too.
     """
-    small, stands = skeleton(model, each)
+    small, representatives = skeleton(model, each)
     inputs = inputs_for(small)
     labels, _ = trace(small, inputs)
     skip = token_axes(labels)
     if skip:
         labels, _ = trace(small, inputs, Trace(small, skip))
-    labels = meet_generation(small, inputs, skip, labels)
-    typed, refused, solution = typed_families(small, labels)
-    typed, refused, solution, labels = meet_experts(
+    labels = with_generation(small, inputs, skip, labels)
+    typed, refused, solution = type_units(small, labels)
+    typed, refused, solution, labels = with_all_experts(
         small, inputs, skip, (typed, refused, solution, labels)
     )
-    found = candidates(solution, typed, small, stands, model)
-    left = refused + [f"{n}: the traced run never touched it" for n in untouched(small, labels)]
+    found = candidates(solution, typed, small, representatives, model)
+    left = refused + [LeftAlone(n, UNTOUCHED) for n in untouched(small, labels)]
     used = [
         path for path in block_lists(model) if any(n.startswith(path + ".") for n in labels.touched)
     ]
     blocks = blocks_of(model, used)
     if blocks is None:
+        where = f"{len(used)} lists ({', '.join(used[:4])})"
         left.append(
-            f"blocks: the blocks that ran are in {len(used)} lists ({', '.join(used[:4])}), not "
-            "in one of two or more"
+            LeftAlone("blocks", f"the blocks that ran are in {where}, not in one of two or more")
         )
     return small, Discovery(found, {}, left, skip, blocks)
 
@@ -102,7 +98,7 @@ def untouched(small: nn.Module, labels: Labels) -> list[str]:
     ]
 
 
-def meet_generation(
+def with_generation(
     small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: Trace
 ) -> Trace:
     """Where a plain run leaves parameters untouched, follow a step of generation too: XLNet asks
@@ -120,10 +116,10 @@ def meet_generation(
     return both if len(untouched(small, both)) < len(untouched(small, first)) else first
 
 
-Typing = tuple[list[Typed], list[str], Solution, Trace]
+Typing = tuple[list[TypedFamily], list[LeftAlone], Solution, Trace]
 
 
-def meet_experts(
+def with_all_experts(
     small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: Typing
 ) -> Typing:
     """Where a top-k did not lead to experts in stacked weights, trace again with all experts
@@ -132,14 +128,14 @@ def meet_experts(
     typed, _, _, labels = first
     routed = {t.block for t in typed if t.kind == "experts" and not t.modules}
     picks = [p for p in labels.picks if block_of(p[0], block_lists(small)) not in routed]
-    if not picks or not open_routing(small, picks):
+    if not picks or not pick_all_experts(small, picks):
         return first
     try:
         again, _ = trace(small, inputs, Trace(small, skip))
     except ERRORS:
         return first
     again.least = labels.least
-    second = (*typed_families(small, again), again)
+    second = (*type_units(small, again), again)
     return (
         second
         if sum(t.kind == "experts" for t in second[0]) >= sum(t.kind == "experts" for t in typed)
@@ -147,7 +143,9 @@ def meet_experts(
     )
 
 
-def typed_families(small: nn.Module, labels: Labels) -> tuple[list[Typed], list[str], Solution]:
+def type_units(
+    small: nn.Module, labels: Labels
+) -> tuple[list[TypedFamily], list[LeftAlone], Solution]:
     solution = Solution(labels)
     typed, refused = type_families(small, solution, solution.families())
     return typed, refused, solution
@@ -189,14 +187,14 @@ def discovery(model: nn.Module, verify: bool = True) -> Discovery:
     was discovered before.
     """
     key = (fingerprint(model), verify)
-    if key not in _FOUND:
-        found = survey(model)[1]
+    if key not in _CACHE:
+        found = find_candidates(model)[1]
         if verify:
-            found = settle(found, *verdicts_for(model))
-        while len(_FOUND) >= REMEMBERED:
-            del _FOUND[next(iter(_FOUND))]
-        _FOUND[key] = found
-    return _FOUND[key]
+            found = keep_proven(found, *verdicts_for(model))
+        while len(_CACHE) >= CACHE_SIZE:
+            del _CACHE[next(iter(_CACHE))]
+        _CACHE[key] = found
+    return _CACHE[key]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -221,37 +219,43 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def verdicts_for(model: nn.Module) -> tuple[dict[Pattern, Verdict], str]:
+def verdicts_for(model: nn.Module) -> tuple[dict[Pattern, Verdict], str | None]:
     """Proofs on a small version of the model with random weights and two blocks of each kind; why
     they leave out the cache, if they do.
     """
-    twin = small_version(model)
-    inputs = inputs_for(twin)
-    _, known = survey(twin, each=2)
-    uncached = disagreement(twin, inputs)
-    verdicts = prove(twin, inputs, known.candidates, known.skip, caches=not uncached)
+    small = small_version(model)
+    inputs = inputs_for(small)
+    _, known = find_candidates(small, each=2)
+    uncached = dense_cache_difference(small, inputs)
+    verdicts = prove(small, inputs, known.candidates, known.skip, caches=uncached is None)
     if known.blocks:
-        verdicts[BLOCKS] = prove_blocks(twin, inputs, known.blocks, caches=not uncached)
+        verdicts[BLOCKS] = prove_blocks(small, inputs, known.blocks, caches=uncached is None)
     return verdicts, uncached
 
 
-def settle(found: Discovery, verdicts: dict[Pattern, Verdict], uncached: str) -> Discovery:
+def keep_proven(
+    found: Discovery, verdicts: dict[Pattern, Verdict], uncached: str | None
+) -> Discovery:
     """Keep for each place the first candidate that is proven; say why the others are not."""
-    kept, left = [], list(found.left)
+    kept, left = [], list(found.left_alone)
     for c in found.candidates:
         chosen = next(
-            (o for o in [c, *c.spare] if verdicts.get(o.pattern, Verdict(None)).recipe is not None),
+            (
+                o
+                for o in [c, *c.alternatives]
+                if verdicts.get(o.pattern, Verdict(None)).recipe is not None
+            ),
             None,
         )
         if chosen is None:
             none = Verdict(None, "its small version has no such units")
-            left.append(f"{c.group.name}: {verdicts.get(c.pattern, none).reason}")
+            left.append(LeftAlone(c.group.name, verdicts.get(c.pattern, none).reason))
         else:
             kept.append(chosen)
     blocks = found.blocks
     if blocks and verdicts[BLOCKS].recipe is None:
         blocks = None
-        left.append(f"blocks: {verdicts[BLOCKS].reason}")
+        left.append(LeftAlone("blocks", verdicts[BLOCKS].reason))
     return Discovery(kept, verdicts, left, found.skip, blocks, uncached)
 
 
@@ -264,7 +268,7 @@ def verify(model: nn.Module, groups: Sequence[Group]) -> list[tuple[str, bool, s
     """
     found = discovery(model, verify=True)
     proven = {g.name for g in found.groups}
-    why = {name: reason for name, _, reason in (line.partition(": ") for line in found.left)}
+    why = dict(found.left_alone)
     return [
         (
             g.name,
@@ -278,9 +282,9 @@ def verify(model: nn.Module, groups: Sequence[Group]) -> list[tuple[str, bool, s
 def forget(model: nn.Module) -> None:
     """Drop what is known about models built like this one."""
     for verify in (False, True):
-        _FOUND.pop((fingerprint(model), verify), None)
+        _CACHE.pop((fingerprint(model), verify), None)
 
 
 def report(model: nn.Module) -> list[str]:
     """What discovery left alone, one line each: the place and the reason."""
-    return list(discovery(model).left)
+    return [f"{place}: {reason}" for place, reason in discovery(model).left_alone]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from prunekit.graph.replay import Replay
 from prunekit.types import Group, Member
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rows:
     """Outputs of a linear module, one a neuron: `index (F,)`."""
 
     module: str

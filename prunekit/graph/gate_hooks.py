@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from prunekit.graph.block_lists import block_lists
 from prunekit.graph.masks import stream_in, stream_out, with_stream
-from prunekit.graph.skeleton import ERRORS, block_lists, clone
+from prunekit.graph.sample_run import ERRORS
+from prunekit.graph.skeleton import clone
 from prunekit.graph.slicing import holders
 from prunekit.types import tensor_of
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from prunekit.architecture.linear import is_linear
-from prunekit.graph.discovery import Discovery, survey
+from prunekit.graph.discovery import Discovery, find_candidates
 from prunekit.graph.gate_hooks import (
     Hooks,
     InputGate,
@@ -22,9 +22,9 @@ from prunekit.graph.gate_hooks import (
     Scale,
     lowest_where_zero,
 )
-from prunekit.graph.groups import Candidate, Pattern
-from prunekit.graph.masks import Masks, zero_slices
-from prunekit.graph.skeleton import ERRORS, inputs_for
+from prunekit.graph.groups import Candidate, Cut, Pattern
+from prunekit.graph.masks import zero_slices
+from prunekit.graph.sample_run import ERRORS, inputs_for
 from prunekit.graph.small_model import small_version
 from prunekit.graph.verification import (
     MOVES,
@@ -32,8 +32,8 @@ from prunekit.graph.verification import (
     UNMOVED,
     duplicate,
     masked_logits,
+    random_cut,
     run,
-    some_masks,
 )
 from prunekit.types import Group, Member, tensor_of
 
@@ -163,9 +163,9 @@ def find_places(model: nn.Module) -> dict[Pattern, Found]:
     """
     small = small_version(model)
     inputs = inputs_for(small)
-    _, known = survey(small, each=2)
+    _, known = find_candidates(small, each=2)
     by_pattern: dict[Pattern, list[Candidate]] = defaultdict(list)
-    for candidate in [o for c in known.candidates for o in (c, *c.spare)]:
+    for candidate in [o for c in known.candidates for o in (c, *c.alternatives)]:
         by_pattern[candidate.pattern].append(candidate)
     return {p: _try_places(small, inputs, same, known) for p, same in by_pattern.items()}
 
@@ -175,13 +175,13 @@ def _try_places(
 ) -> Found:
     routed = same[0].group.kind == "experts"
     try:
-        asked, reference = _reference(small, inputs, same, known.skip, routed)
+        cuts, reference = _reference(small, inputs, same, known.skip, routed)
     except ERRORS as error:
         return Found(None, f"{type(error).__name__}: {str(error)[:100]}")
     written = writers_of(known.candidates)
     sites = [
-        Site(small, c.group, next(iter(masks.values())).float(), c.norms, written)
-        for c, masks in asked
+        Site(small, c.candidate.group, c.units.mask.float(), c.candidate.norms, written)
+        for c in cuts
     ]
     scale, off = max(1.0, float(reference.abs().max())), float("nan")
     for place in EXPERTS if routed else PLACES:
@@ -204,19 +204,19 @@ def _reference(
     same: Sequence[Candidate],
     skip: frozenset[tuple[str, int]],
     routed: bool,
-) -> tuple[list[tuple[Candidate, Masks]], Tensor]:
-    """Masks that matter for this input, and the logits with the units zeroed, experts removed.
+) -> tuple[list[Cut], Tensor]:
+    """Cuts that matter for this input, and the logits with the units zeroed, experts removed.
     Raises ValueError where none matters.
     """
     dense = run(small, inputs)
     for seed in range(0, 400, 100):
-        asked = [(c, some_masks(c, 0.3, seed + i)) for i, c in enumerate(same)]
+        cuts = [random_cut(c, 0.3, seed + i) for i, c in enumerate(same)]
         if routed:
-            logits = masked_logits(small, inputs, asked, skip)
+            logits = masked_logits(small, inputs, cuts, skip)
         else:
             zeroed = duplicate(small)
-            zero_slices(zeroed, [(c.group, masks) for c, masks in asked])
+            zero_slices(zeroed, [c.units for c in cuts])
             logits = run(zeroed, inputs)
         if float((logits - dense).abs().max()) > MOVES * max(1.0, float(logits.abs().max())):
-            return asked, logits
+            return cuts, logits
     raise ValueError(UNMOVED)

@@ -55,7 +55,7 @@ def gated(
             _gate_slices(hooks, model, sites)
         for name, value in z.items():
             if by_name[name].kind == "weights":
-                hooks.replace(by_name[name].members[0].param, partial(_times, value))
+                hooks.replace(by_name[name].matrix, partial(_times, value))
             elif by_name[name].kind == "blocks":
                 for u, path in enumerate(by_name[name].modules):
                     hooks.around(model.get_submodule(path), BlockGate(value[u]))
@@ -80,13 +80,13 @@ def _checked(groups: Sequence[Group], z: Mapping[str, Tensor]) -> dict[str, Grou
     return by_name
 
 
-def _gate_slices(hooks: Hooks, model: nn.Module, asked: Sequence[tuple[Group, Tensor]]) -> None:
+def _gate_slices(hooks: Hooks, model: nn.Module, gates: Sequence[tuple[Group, Tensor]]) -> None:
     """Units that are slices of tensors. Raises ConfigError for a group that the model has not."""
     found = discovery(model)
     known = {c.group.name: c for c in found.candidates}
     written = writers_of(found.candidates)
-    for group, z in asked:
-        if "/" in group.name:
+    for group, z in gates:
+        if group.whole:
             install(hooks, Site(model, group, z), "members")
             continue
         candidate = known.get(group.name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph.skeleton import ERRORS, PROMPT
+from prunekit.graph.sample_run import ERRORS, PROMPT
 
 NEW, CLOSE = 3, 1e-3
 """Tokens generated, and how far the logits of each may be apart, relative: chunked and stepwise
@@ -17,9 +17,9 @@ recurrences round differently.
 """
 
 
-def same_with_cache(model: nn.Module, inputs: dict[str, Tensor]) -> str:
-    """Nothing if `NEW` greedy tokens and their logits come out alike with a cache and without, else
-    in words what happens instead.
+def cache_difference(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+    """None if `NEW` greedy tokens and their logits come out alike with a cache and without, else in
+    words what happens instead.
     """
     if not hasattr(model, "generate"):
         return "it has no `generate`"
@@ -35,7 +35,7 @@ def same_with_cache(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     if not torch.equal(without[0], cached[0]):
         return "the tokens differ"
     off = float((without[1] - cached[1]).abs().max()) / scale
-    return "" if off < CLOSE else f"the tokens' logits differ by {off:.1e}"
+    return None if off < CLOSE else f"the tokens' logits differ by {off:.1e}"
 
 
 def _generated(
@@ -48,7 +48,8 @@ def _generated(
         "pad_token_id": 0,
         "eos_token_id": None,
     }
-    out = model.generate(
+    generate: Any = model.generate
+    out = generate(
         **prompt, **options, use_cache=use_cache, return_dict_in_generate=True, output_logits=True
-    )  # type: ignore[operator]
+    )
     return out.sequences, torch.stack(out.logits).float()

@@ -120,7 +120,7 @@ class Labels(Relations):
         self.axes += axes
         self._alive.append(p)
         self._owned[p.untyped_storage()._cdata].append(
-            Owned(name, p.storage_offset(), p.numel(), p.stride(), axes)
+            Owned(name, int(p.storage_offset()), p.numel(), p.stride(), axes)
         )
 
     # ---- fields of tensors
@@ -162,9 +162,8 @@ class Labels(Relations):
         if cache not in self._views:
             out = []
             for axis in owned.axes:
-                coordinate = torch.full(
-                    [1] * t.dim(), t.storage_offset() - owned.offset, dtype=torch.int64
-                )
+                start = int(t.storage_offset()) - owned.offset
+                coordinate = torch.full([1] * t.dim(), start, dtype=torch.int64)
                 for i, (n, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
                     steps = torch.arange(n) * stride
                     along = (coordinate.flatten()[0] + steps) // owned.stride[axis.dim] % axis.size

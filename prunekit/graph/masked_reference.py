@@ -67,8 +67,10 @@ class Masked(Trace):
             return func(*args, **kwargs)
         x = args[0]
         dims = reduced_dims(Op(name, func, args, kwargs, [x], [], False))
+        if dims is None:
+            return func(*args, **kwargs)
         keep = torch.ones((), dtype=torch.bool)
-        for f in self.fields(x) if dims is not None else ():
+        for f in self.fields(x):
             if any(f.size(d) > 1 for d in dims):
                 keep = keep & ~torch.from_numpy(self._gone[f.numpy()])
         if bool(keep.all()):

@@ -1,9 +1,10 @@
-"""What a user asked to keep, checked; the slices that go; and setting them to zero."""
+"""What a user wants to keep, checked; the slices that go; and setting them to zero."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,71 +15,92 @@ from prunekit.types import Group, Kept, Member, tensor_of
 
 Keep = dict[str, dict[int, Tensor]]
 """tensor name -> axis -> indices that stay, ascending."""
-Masks = dict[tuple[str, int], Tensor]
-"""(parameter, axis) -> bool mask over a group's units."""
 
 
-def checked(
-    groups: Sequence[Group], kept: Kept, least: dict[str, int]
-) -> list[tuple[Group, Masks]]:
-    """(group, (parameter, axis) -> bool mask over its units), for plain names and for split names
-    `GROUP/PARAM:AXIS`.
+@dataclass(frozen=True, eq=False)
+class KeptUnits:
+    """Which units of a group stay.
 
-    Raises ConfigError for an unknown name, a mask of the wrong shape, an emptied group, or split
-    masks of unequal counts.
+    masks: one (U,) bool tensor for each member, in their order; a single one where the group has no
+        members (blocks). All keep equally many units.
     """
-    by_name = {g.name: g for g in groups}
-    asked: dict[str, Masks] = defaultdict(dict)
+
+    group: Group
+    masks: tuple[Tensor, ...]
+
+    @staticmethod
+    def everywhere(group: Group, mask: Tensor) -> KeptUnits:
+        """The same units at every member."""
+        return KeptUnits(group, (mask,) * max(1, len(group.members)))
+
+    @property
+    def mask(self) -> Tensor:
+        """(U,) bool: that of the first member, of the arguments and of the modules."""
+        return self.masks[0]
+
+    @property
+    def removed(self) -> int:
+        """How many units go."""
+        return int((~self.mask).sum())
+
+    @property
+    def lost_modules(self) -> list[str]:
+        """The modules (experts in a ModuleList, blocks) that go."""
+        gone = (~self.mask).nonzero()[:, 0].tolist()
+        return [self.group.modules[i] for i in gone] if self.group.modules else []
+
+    def slices(self) -> Iterator[tuple[Member, Tensor]]:
+        """Members with the indices that go, ascending."""
+        for member, mask in zip(self.group.members, self.masks):
+            yield member, member.index[~mask].reshape(-1).sort().values
+
+
+def checked(groups: Sequence[Group], kept: Kept, least: dict[str, int]) -> list[KeptUnits]:
+    """What `kept` says of groups and of their parts (`Group.parts`).
+
+    Raises ConfigError for an unknown name, a mask of the wrong shape, an emptied group, or parts
+    that are not all there or keep unequal counts.
+    """
+    whole: dict[str, tuple[Group, Sequence[int]]] = {
+        g.name: (g, range(max(1, len(g.members)))) for g in groups
+    }
+    parts = {part.name: (g, (i,)) for g in groups for i, part in enumerate(g.parts)}
+    found: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, mask in kept.items():
-        stem, _, place = name.partition("/")
-        if stem not in by_name:
-            raise ConfigError(
-                f"no group called {stem!r}. There are: {', '.join(by_name) or 'none'}"
-            )
-        group = by_name[stem]
+        group, members = {**parts, **whole}.get(name, (None, ()))
+        if group is None:
+            raise ConfigError(f"no group called {name!r}. There are: {', '.join(whole) or 'none'}")
         if mask.dtype != torch.bool or tuple(mask.shape) != group.shape:
             raise ConfigError(
                 f"kept[{name!r}] must be a bool tensor of shape {group.shape}, got {mask.dtype} "
                 f"{tuple(mask.shape)}"
             )
-        if int(mask.sum()) < least.get(stem, 1):
+        if int(mask.sum()) < least.get(group.name, 1):
             raise ConfigError(
-                f"kept[{name!r}] keeps {int(mask.sum())} of {group.units} units of {stem}; at "
-                f"least {least.get(stem, 1)} must stay"
+                f"kept[{name!r}] keeps {int(mask.sum())} of {group.units} units of {group.name}; "
+                f"at least {least.get(group.name, 1)} must stay"
             )
-        places = {(m.param, m.axis): mask.cpu() for m in group.members}
-        if place:
-            param, _, axis = place.rpartition(":")
-            if not axis.isdigit() or (param, int(axis)) not in places:
-                raise ConfigError(
-                    f"{stem} has no member {place!r}. There are: "
-                    f"{', '.join(f'{p}:{a}' for p, a in places)}"
-                )
-            places = {(param, int(axis)): mask.cpu()}
-        asked[stem].update(places or {("", -1): mask.cpu()})
-    for name, masks in asked.items():
-        counts = {int(m.sum()) for m in masks.values()}
-        missing = [
-            f"{m.param}:{m.axis}" for m in by_name[name].members if (m.param, m.axis) not in masks
-        ]
-        if len(counts) > 1 or missing:
-            raise ConfigError(
-                f"{name} is split: every member needs a mask with the same count; counts "
-                f"{sorted(counts)}, missing {missing}"
-            )
-    return [(by_name[name], masks) for name, masks in asked.items()]
+        found[group.name].update(dict.fromkeys(members, mask.cpu()))
+    return [_complete(whole[name][0], masks) for name, masks in found.items()]
 
 
-def gone(group: Group, masks: Masks) -> Iterable[tuple[Member, Tensor]]:
-    """Members with the indices that go, ascending."""
-    for m in group.members:
-        yield m, m.index[~masks[m.param, m.axis]].reshape(-1).sort().values
+def _complete(group: Group, masks: dict[int, Tensor]) -> KeptUnits:
+    """Raises ConfigError where parts lack members, or keep unequal counts."""
+    counts = sorted({int(m.sum()) for m in masks.values()})
+    missing = [part.name for i, part in enumerate(group.parts) if i not in masks]
+    if len(counts) > 1 or missing:
+        raise ConfigError(
+            f"{group.name} is split: every member needs a mask with the same count; counts "
+            f"{counts}, missing {missing}"
+        )
+    return KeptUnits(group, tuple(masks[i] for i in sorted(masks)))
 
 
-def to_keep(model: nn.Module, asked: Iterable[tuple[Group, Masks]]) -> Keep:
+def to_keep(model: nn.Module, cuts: Iterable[KeptUnits]) -> Keep:
+    """Indices that stay, for every tensor and axis that loses some."""
     drop: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    for group, masks in asked:
-        for m, index in gone(group, masks):
+    for units in cuts:
+        for m, index in units.slices():
             drop[m.param][m.axis].append(index)
     out: Keep = {}
     for name, axes in drop.items():
@@ -94,25 +116,19 @@ def to_keep(model: nn.Module, asked: Iterable[tuple[Group, Masks]]) -> Keep:
 # ---- zero
 
 
-def zero_slices(model: nn.Module, asked: Iterable[tuple[Group, Masks]]) -> None:
-    """Set the units' slices of parameters to zero. Buffers stay: they hold constants, which zeroed
-    parameters make harmless.
+def zero_slices(model: nn.Module, cuts: Iterable[KeptUnits]) -> None:
+    """Set the units' slices of parameters to zero, and all of the modules that go with them.
+    Buffers stay: they hold constants, which zeroed parameters make harmless.
     """
     with torch.no_grad():
-        for group, masks in asked:
-            for m, index in gone(group, masks):
+        for units in cuts:
+            for m, index in units.slices():
                 t = tensor_of(model, m.param)
                 if isinstance(t, nn.Parameter):
                     t.index_fill_(m.axis, index.to(t.device), 0)
-            if group.modules and group.members:
-                for i in lost_modules(group, masks):
-                    for p in model.get_submodule(group.modules[i]).parameters():
-                        p.zero_()
-
-
-def lost_modules(group: Group, masks: Masks) -> list[int]:
-    """Numbers of the modules (experts in a ModuleList) that go."""
-    return (~next(iter(masks.values()))).nonzero()[:, 0].tolist() if group.modules else []
+            for path in units.lost_modules if units.group.members else ():
+                for p in model.get_submodule(path).parameters():
+                    p.zero_()
 
 
 def zero_block(model: nn.Module, path: str) -> None:

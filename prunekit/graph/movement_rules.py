@@ -5,6 +5,7 @@ convolution, batched linear algebra.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def store(lab: Labels, op: Op) -> None:
     target = op.args[0] if op.mutable else op.outs[0]
     fields = list(lab.fields(op.args[0]))
     put = op.name.strip("_").startswith(("index_put", "unsafe_index_put"))
-    source = op.args[2] if put else None if op.name == "masked_scatter" else op.args[3]
+    source: Any = op.args[2] if put else None if op.name == "masked_scatter" else op.args[3]
     for f in lab.fields(source) if isinstance(source, Tensor) else ():
         blank, f = torch.zeros(target.shape, dtype=torch.int64), f.expand(source.shape).contiguous()
         if put:

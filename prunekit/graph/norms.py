@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from prunekit.errors import ConfigError
-from prunekit.graph.groups import Candidate
-from prunekit.graph.masks import Keep, Masks, to_keep
+from prunekit.graph.groups import Cut
+from prunekit.graph.masks import Keep, to_keep
 from prunekit.graph.skeleton import clone
-from prunekit.graph.slicing import cut
+from prunekit.graph.slicing import slice_tensors
 
 
-def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> None:
+def rescale_norms(model: nn.Module, cuts: Sequence[Cut]) -> None:
     """Scale the gains of every norm that averages over removed channels by s = sqrt(before / kept),
     and its eps by s**2, before cutting.
 
@@ -25,9 +25,9 @@ def rescale_norms(model: nn.Module, cuts: Sequence[tuple[Candidate, Masks]]) -> 
     module itself. Raises ConfigError where neither makes the norm of the kept channels what it was
     with zeros.
     """
-    keep = to_keep(model, [(c.group, masks) for c, masks in cuts])
+    keep = to_keep(model, [c.units for c in cuts])
     styles: dict[tuple[str, tuple[int, ...]], tuple[bool, str]] = {}
-    for path in dict.fromkeys(path for c, _ in cuts for path in c.norms):
+    for path in dict.fromkeys(path for c in cuts for path in c.candidate.norms):
         module = model.get_submodule(path)
         own = {n: axes for n, axes in keep.items() if n.rpartition(".")[0] == path}
         gain = next((n for n in own if len(tensor_shape(module, n)) == 1), None)
@@ -77,7 +77,7 @@ def style_of(module: nn.Module, leaf: str, keep: Keep) -> tuple[bool, str]:
             for offset in (False, True):
                 new = clone(old, lambda t: t.detach().clone())
                 correct(new, leaf, eps, before / len(index), offset)
-                cut(new, keep)
+                slice_tensors(new, keep)
                 if torch.allclose(new(zeroed[..., index]), target, rtol=1e-4, atol=1e-5):
                     return offset, eps
     raise ConfigError(

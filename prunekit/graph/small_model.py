@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.graph.labels import tensors
-from prunekit.graph.skeleton import ERRORS, clone, inputs_for, logits_of, skeleton
-from prunekit.graph.slicing import standard
+from prunekit.graph.module_sizes import standard
+from prunekit.graph.sample_run import ERRORS, inputs_for, logits_of
+from prunekit.graph.skeleton import clone, skeleton
 
 SMALL = 4_000_000
 """Parameters up to which a skeleton is its own small version."""
 HIDDEN, INNER, HEADS, KV, HEAD = 48, 60, 6, 3, 8
-"""Sizes of a twin, all different so that one size cannot be taken for another."""
+"""Sizes of a small model, all different so that one size cannot be taken for another."""
 
 
 def small_version(model: nn.Module) -> nn.Module:
@@ -30,92 +31,92 @@ def small_version(model: nn.Module) -> nn.Module:
     """
     own = skeleton(model, each=2)[0]
     if count(own) > SMALL and hasattr(model, "config"):
-        for twin in twins(model):
+        for shrunk in shrunk_models(model):
             try:
-                small = skeleton(twin, each=2)[0]
-                small = randomised(small)
+                small = randomised(skeleton(shrunk, each=2)[0])
                 with torch.no_grad():
-                    if (
-                        count(small) <= SMALL
-                        and torch.isfinite(logits_of(small(**inputs_for(small)))).all()
-                    ):
-                        return small
+                    logits = logits_of(small(**inputs_for(small)))
             except ERRORS:
                 continue
+            if count(small) <= SMALL and torch.isfinite(logits).all():
+                return small
     return randomised(own)
 
 
-def twins(model: nn.Module) -> Iterator[nn.Module]:
-    """Models of the same class on the meta device, from the config with its sizes shrunk: boldly
-    first, then only what must be.
+def shrunk_models(model: nn.Module) -> Iterator[nn.Module]:
+    """Models of the same class on the meta device, from the config with its sizes shrunk: all of
+    them first, then only numbers of experts and the standard sizes.
     """
-    for bold in (True, False):
+    for everything in (True, False):
         config = copy.deepcopy(model.config)
-        shrink_config(config, bold)
+        shrink_config(config, everything)
+        build: Any = type(model)
         try:
             with torch.device("meta"):
-                twin = type(model)(config)
+                shrunk = build(config)
         except ERRORS:
             continue
-        yield twin
+        yield shrunk
 
 
-def shrink_config(config: Any, bold: bool) -> None:
-    """Sizes under transformers' standard names get small values, others that equal them or
-    multiples of them follow; experts become few.
+def shrink_config(config: Any, everything: bool) -> None:
+    """Sizes under transformers' standard names get small values, with `everything` others that
+    equal them or multiples of them follow; experts become few.
     """
     for value in vars(config).values():
         if hasattr(value, "to_dict"):
-            shrink_config(value, bold)
+            shrink_config(value, everything)
     hidden, heads = standard(config, "hidden_size"), standard(config, "num_attention_heads")
     if not hidden or not heads:
         return
-    kv, inner = standard(config, "num_key_value_heads"), standard(config, "intermediate_size")
+    kv = standard(config, "num_key_value_heads")
     head = standard(config, "head_dim") or hidden // heads
-    small_kv = KV if kv and kv < heads else HEADS
-    small_kv = 1 if kv == 1 else small_kv
-    known = {
+    following = {
         hidden: HIDDEN,
-        inner: INNER,
+        standard(config, "intermediate_size") or 0: INNER,
         head: HEAD,
         heads * head: HEADS * HEAD,
         4 * hidden: 4 * HIDDEN,
         3 * hidden: 3 * HIDDEN,
     }
-    named = {
+    changes = {}
+    for attr, value in vars(config).items():
+        fixed = attr.endswith("token_id") or "layer" in attr or attr.startswith("_")
+        if type(value) is not int or fixed:
+            continue
+        new = _few(attr, value)
+        if new is None:
+            new = _following(attr, value, following, hidden) if everything else value
+        if new != value:
+            changes[attr] = new
+    for attr, value in {
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": small_kv,
+        "num_key_value_heads": 1 if kv == 1 else KV if kv and kv < heads else HEADS,
         "head_dim": HEAD,
-    }
-    changes = {}
-    for attr, value in vars(config).items():
-        if (
-            type(value) is not int
-            or attr.endswith("token_id")
-            or "layer" in attr
-            or attr.startswith("_")
-        ):
-            continue
-        if "expert" in attr and "per_tok" not in attr and "size" not in attr and value > 8:
-            changes[attr] = 8
-        elif "vocab" in attr:
-            changes[attr] = min(value, 160)
-        elif bold and value >= 32 and value in known:
-            changes[attr] = known[value]
-        elif (
-            bold
-            and value >= 128
-            and any(part in attr for part in ("size", "dim", "rank", "width", "ffn", "inner"))
-        ):
-            changes[attr] = max(8, value * HIDDEN // hidden // 4 * 4)
-    for attr, value in named.items():
-        name = getattr(config, "attribute_map", {}).get(attr, attr)
+    }.items():
         if standard(config, attr):
-            changes[name] = value
+            changes[getattr(config, "attribute_map", {}).get(attr, attr)] = value
     for attr, value in changes.items():
         setattr(config, attr, value)
+
+
+def _few(attr: str, value: int) -> int | None:
+    """Fewer experts, a smaller vocabulary; None for other numbers."""
+    if "expert" in attr and "per_tok" not in attr and "size" not in attr and value > 8:
+        return 8
+    return min(value, 160) if "vocab" in attr else None
+
+
+def _following(attr: str, value: int, following: dict[int, int], hidden: int) -> int:
+    """The small value of a number that equals one of the standard sizes, or is a size by its
+    name.
+    """
+    if value >= 32 and value in following:
+        return following[value]
+    size = any(part in attr for part in ("size", "dim", "rank", "width", "ffn", "inner"))
+    return max(8, value * HIDDEN // hidden // 4 * 4) if value >= 128 and size else value
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -124,14 +125,15 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     g = torch.Generator().manual_seed(seed)
 
-    def draw(t: torch.Tensor) -> torch.Tensor:
+    def draw(t: Tensor) -> Tensor:
         if not isinstance(t, nn.Parameter):
             return t.detach().clone()
         t = t.detach().float()
         if t.dim() <= 1:
             return t + torch.randn(t.shape, generator=g) * 0.1
         fan = t.shape[-1] if t.dim() == 2 else max(t.shape[-2:])
-        return torch.randn(t.shape, generator=g) * fan**-0.5
+        scale: float = fan**-0.5
+        return torch.randn(t.shape, generator=g) * scale
 
     return clone(model, draw).float()
 

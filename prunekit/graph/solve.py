@@ -48,19 +48,21 @@ class Solution:
     gone.
     """
 
-    def __init__(self, lab: Labels):
-        self.lab = lab
+    def __init__(self, labels: Labels):
+        self.labels = labels
         self.cls = self._classes()
-        labels = [np.arange(a.base, a.base + a.size) for a in lab.axes]
-        owner = np.repeat(np.arange(len(lab.axes)), [a.size for a in lab.axes])
+        own = [np.arange(a.base, a.base + a.size) for a in labels.axes]
+        owner = np.repeat(np.arange(len(labels.axes)), [a.size for a in labels.axes])
         index = (
-            np.concatenate([np.arange(a.size) for a in lab.axes]) if lab.axes else np.zeros(0, int)
+            np.concatenate([np.arange(a.size) for a in labels.axes])
+            if labels.axes
+            else np.zeros(0, int)
         )
-        classes = self.cls[np.concatenate(labels)] if labels else np.zeros(0, int)
+        classes = self.cls[np.concatenate(own)] if own else np.zeros(0, int)
         order = np.lexsort((index, owner, classes))
         self._owner, self._index, self._sorted = owner[order], index[order], classes[order]
-        marks = np.random.default_rng(0).integers(1, 1 << 62, len(lab.axes), dtype=np.uint64)
-        self.signature = np.zeros(lab.next, dtype=np.uint64)
+        marks = np.random.default_rng(0).integers(1, 1 << 62, len(labels.axes), dtype=np.uint64)
+        self.signature = np.zeros(labels.next, dtype=np.uint64)
         np.add.at(self.signature, self._sorted, marks[self._owner])
         self._by_head, self._by_member = (
             defaultdict[int, list[int]](list),
@@ -72,14 +74,14 @@ class Solution:
                 self._by_member[m].append(i)
         self.flagged = {
             name: set(np.unique(self.cls[np.concatenate(v)]).tolist())
-            for name, v in lab.flags.items()
+            for name, v in labels.flags.items()
             if v
         }
-        self._matrices = [m for m in lab.matrices.values() if m.ndim > 1]
-        self._in_matrix = defaultdict[int, list[int]](list)
-        for i, m in enumerate(self._matrices):
-            for c in np.unique(self.cls[m[m > 0]]).tolist():
-                self._in_matrix[c].append(i)
+        self._matrices = [m for m in labels.matrices.values() if m.ndim > 1]
+        self.in_matrix = defaultdict[int, list[int]](list)
+        for i, matrix in enumerate(self._matrices):
+            for c in np.unique(self.cls[matrix[matrix > 0]]).tolist():
+                self.in_matrix[c].append(i)
         self._copies: dict[tuple[int, int], np.ndarray] = {}
 
     def _classes(self) -> np.ndarray:
@@ -87,13 +89,15 @@ class Solution:
         is that member.
         """
         edges = (
-            np.concatenate(self.lab.edges) if self.lab.edges else np.zeros((0, 2), dtype=np.int64)
+            np.concatenate(self.labels.edges)
+            if self.labels.edges
+            else np.zeros((0, 2), dtype=np.int64)
         )
         while True:
-            cls = components(self.lab.next, edges)
+            cls = components(self.labels.next, edges)
             first: dict[tuple[int, ...], int] = {}
             more = []
-            for g, members in self.lab.clauses:
+            for g, members in self.labels.clauses:
                 key = tuple(np.unique(cls[members]).tolist())
                 other = key[0] if len(key) == 1 else first.setdefault(key, g)
                 if cls[g] != cls[other]:
@@ -135,7 +139,7 @@ class Solution:
         """Whether in every label matrix that occurred the unit is a union of whole slabs, so that
         it can be cut out.
         """
-        for i in {i for c in unit for i in self._in_matrix.get(c, ())}:
+        for i in {i for c in unit for i in self.in_matrix.get(c, ())}:
             m = self._matrices[i]
             gone = np.isin(self.cls[m], list(unit)) & (m > 0)
             covered = np.zeros_like(gone)
@@ -155,11 +159,11 @@ class Solution:
             same = np.diff(np.take_along_axis(m, order, d), axis=d) == 0
             pad = [(0, 0)] * m.ndim
             pad[d] = (1, 0)
-            twin = np.pad(same, pad)
+            repeated = np.pad(same, pad)
             pad[d] = (0, 1)
-            twin |= np.pad(same, pad)
+            repeated |= np.pad(same, pad)
             out = np.zeros(m.shape, dtype=bool)
-            np.put_along_axis(out, order, twin, d)
+            np.put_along_axis(out, order, repeated, d)
             self._copies[i, d] = out
         return self._copies[i, d]
 
@@ -174,7 +178,7 @@ class Solution:
             if len(units) < 2:
                 continue
             first = self.slices(units[0])
-            if not first or any(len(v) >= self.lab.axes[a].size for a, v in first.items()):
+            if not first or any(len(v) >= self.labels.axes[a].size for a, v in first.items()):
                 continue
             if not all(self.rectangular(frozenset(u)) for u in units):
                 continue
@@ -236,7 +240,7 @@ class Solution:
                         yield tuple(np.unique(labels).tolist())
 
     def axis(self, number: int) -> Axis:
-        return self.lab.axes[number]
+        return self.labels.axes[number]
 
 
 def _disjoint(units: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

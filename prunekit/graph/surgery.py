@@ -1,28 +1,24 @@
-"""`zero` and `remove` by group name, and the edits that a loader repeats."""
+"""`zero` and `remove` by group name, and `rebuild`, which repeats what `remove` did."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.errors import ConfigError
-from prunekit.graph.discovery import Discovery, discovery
-from prunekit.graph.groups import Argument
-from prunekit.graph.masks import Masks, bypass, checked, zero_block, zero_slices
+from prunekit.graph.block_lists import drop_blocks
+from prunekit.graph.block_verification import BLOCKS
+from prunekit.graph.discovery import discovery
+from prunekit.graph.edit_record import RECORD, Edits, record, record_blocks
+from prunekit.graph.groups import Cut
+from prunekit.graph.masks import bypass, checked, zero_block, zero_slices
+from prunekit.graph.module_sizes import Setting, set_sizes
 from prunekit.graph.norms import rescale_norms
-from prunekit.graph.skeleton import drop_blocks
-from prunekit.graph.slicing import holders, keep_modules, replace, set_sizes, shrink, slice_argument
-from prunekit.graph.verification import BLOCKS
-from prunekit.types import Group, Kept, tensor_of
-
-Edits = dict[str, dict[str, Any]]
-KINDS = ("attributes", "configs", "arguments", "lists", "blocks")
-_EDITS: WeakKeyDictionary[nn.Module, Edits] = WeakKeyDictionary()
+from prunekit.graph.slicing import holders, keep_modules, replace, shrink, slice_argument
+from prunekit.types import Kept, tensor_of
 
 
 def zero(model: nn.Module, kept: Kept) -> nn.Module:
@@ -35,15 +31,14 @@ def zero(model: nn.Module, kept: Kept) -> nn.Module:
     a wrong mask, or a group left empty.
     """
     found = discovery(model)
-    asked = checked(found.groups, kept, found.least)
-    zero_slices(model, [(g, masks) for g, masks in asked if g.members])
-    for group, masks in asked:
-        if group.kind == "blocks":
-            for i in (~masks["", -1]).nonzero()[:, 0].tolist():
-                if found.verdicts[BLOCKS].bypass:
-                    bypass(model.get_submodule(group.modules[i]))
-                else:
-                    zero_block(model, group.modules[i])
+    cuts = checked(found.groups, kept, found.least)
+    zero_slices(model, [units for units in cuts if units.group.members])
+    for units in cuts:
+        for path in units.lost_modules if units.group.kind == "blocks" else ():
+            if found.verdicts[BLOCKS].bypass:
+                bypass(model.get_submodule(path))
+            else:
+                zero_block(model, path)
     return model
 
 
@@ -60,111 +55,49 @@ def remove(model: nn.Module, kept: Kept, norm: Literal["plain", "rescale"] = "pl
         raise ConfigError(f"norm={norm!r}; possible: plain, rescale")
     found = discovery(model)
     by_name = {c.group.name: c for c in found.candidates}
-    asked = [
-        (g, masks)
-        for g, masks in checked(found.groups, kept, found.least)
-        if not all(bool(m.all()) for m in masks.values())
-    ]
-    cuts = [(by_name[g.name], masks) for g, masks in asked if g.members]
+    changed = [units for units in checked(found.groups, kept, found.least) if units.removed]
+    cuts = [Cut(by_name[units.group.name], units) for units in changed if units.group.members]
     recipes = {p: v.recipe for p, v in found.verdicts.items() if v.recipe is not None}
     if norm == "rescale":
         rescale_norms(model, cuts)
-    edits = shrink(model, found.candidates, cuts, recipes)
-    _record(model, edits)
-    for group, masks in asked:
-        if group.kind == "blocks":
-            _drop(model, group, masks["", -1].nonzero()[:, 0].tolist())
+    record(model, shrink(model, found.candidates, cuts, recipes))
+    for units in changed:
+        if units.group.kind == "blocks":
+            path = units.group.modules[0].rpartition(".")[0]
+            keep = units.mask.nonzero()[:, 0].tolist()
+            drop_blocks(model, path, keep)
+            record_blocks(model, path, {"of": units.group.units, "keep": keep})
     return model
 
 
-def _record(model: nn.Module, edits: Edits) -> None:
-    total = _EDITS.setdefault(model, {k: {} for k in KINDS})
-    for kind in ("attributes", "configs"):
-        for path, values in edits[kind].items():
-            total[kind].setdefault(path, {}).update(values)
-    for path, now in edits["lists"].items():
-        before = total["lists"].get(path, {"of": now["of"], "keep": list(range(now["of"]))})
-        total["lists"][path] = {
-            "of": before["of"],
-            "keep": [before["keep"][i] for i in now["keep"]],
-        }
-    for path, hooks in edits["arguments"].items():
-        total["arguments"].setdefault(path, []).extend(
-            {"argument": k, **v} for k, v in hooks.items()
-        )
-
-
-def _drop(model: nn.Module, group: Group, keep: Sequence[int]) -> None:
-    path = group.modules[0].rpartition(".")[0]
-    drop_blocks(model, path, keep)
-    total = _EDITS[model]
-    before = total["blocks"].get(path, {"of": group.units, "keep": list(range(group.units))})
-    total["blocks"][path] = {"of": before["of"], "keep": [before["keep"][i] for i in keep]}
-    renumbered = {i: n for n, i in enumerate(keep)}
-    for kind in KINDS[:4]:
-        total[kind] = {
-            new: v
-            for p, v in total[kind].items()
-            if (new := _renamed(p, path, renumbered)) is not None
-        }
-
-
-def _renamed(name: str, path: str, renumbered: dict[int, int]) -> str | None:
-    match = re.match(re.escape(path) + r"\.(\d+)(.*)", name)
-    if match is None:
-        return name
-    number = renumbered.get(int(match[1]))
-    return None if number is None else f"{path}.{number}{match[2]}"
-
-
-def edits(model: nn.Module) -> Edits:
-    """What all `remove`s did to the model beyond the tensors' shapes, as JSON-able data for
-    `rebuild`.
-
-    `attributes` and `configs`: module -> {attribute: value} (of the module, of its own config);
-    `arguments`: module -> constants that enter it sliced; `lists`, `blocks`: ModuleList -> {of,
-    keep}, original numbers. Module names are those after dropping blocks.
-    """
-    return _EDITS.get(model, {k: {} for k in KINDS})
-
-
-def rebuild(model: nn.Module, shapes: dict[str, Sequence[int]], edits: Edits) -> nn.Module:
+def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]], edits: Edits) -> nn.Module:
     """Give a model built from the architecture's class (from the config before or after pruning)
     the pruned model's structure, in place.
 
     `shapes`: tensor name -> shape for every parameter and buffer in the checkpoint. Tensors whose
-    shape changes become uninitialised.
+    shape changes become uninitialised. The model has the same `edits` afterwards.
     """
-    for path, dropped in edits["blocks"].items():
-        if len(model.get_submodule(path)) != len(dropped["keep"]):  # type: ignore[arg-type]
-            drop_blocks(model, path, dropped["keep"])
-    for path, dropped in edits["lists"].items():
-        if len(model.get_submodule(path)) != len(dropped["keep"]):  # type: ignore[arg-type]
-            keep_modules(model, path, dropped["keep"])
+    for lists, drop in ((edits["blocks"], drop_blocks), (edits["lists"], keep_modules)):
+        for path, left in lists.items():
+            if len(list(model.get_submodule(path).children())) != len(left["keep"]):
+                drop(model, path, left["keep"])
     where = holders(model)
     for name, shape in shapes.items():
         old = tensor_of(model, name)
         if tuple(old.shape) != tuple(shape):
             replace(where[id(old)], old, old.detach().new_empty(tuple(shape)))
     for path, values in edits["attributes"].items():
-        set_sizes(
-            model, {(path, k): _like(model, path, k, v) for k, v in values.items()}, own=False
-        )
+        sizes = {Setting(path, k): _like(model, path, k, v) for k, v in values.items()}
+        set_sizes(model, sizes, own=False)
     for path, values in edits["configs"].items():
-        set_sizes(model, {(path, f"config.{k}"): v for k, v in values.items()}, own=path != "")
-    for path, hooks in edits["arguments"].items():
-        for h in hooks:
-            key = int(h["argument"]) if h["argument"].isdigit() else h["argument"]
-            argument = Argument(path, key, h["dim"], h["size"], torch.empty(0).numpy())
-            model.get_submodule(path).register_forward_pre_hook(
-                slice_argument(argument, torch.tensor(h["keep"])), with_kwargs=True
-            )
+        set_sizes(model, {Setting(path, k, True): v for k, v in values.items()}, own=path != "")
+    for path, arguments in edits["arguments"].items():
+        for sliced in arguments:
+            slice_argument(model.get_submodule(path), sliced)
+    setattr(model, RECORD, copy.deepcopy(edits))
     return model
 
 
 def _like(model: nn.Module, path: str, attr: str, value: Any) -> Any:
     old = getattr(model.get_submodule(path), attr)
     return tuple(value) if isinstance(old, tuple) else value
-
-
-__all__ = ["Discovery", "Masks", "Tensor", "edits", "rebuild", "remove", "zero"]

@@ -1,4 +1,4 @@
-"""What a family of units is, told without names: residual channels, heads, neurons, or other
+"""What a family of units is, found without names: residual channels, heads, neurons, or other
 channels inside a block.
 """
 
@@ -6,23 +6,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 from torch import nn
 
-from prunekit.graph.skeleton import block_lists, block_of
+from prunekit.graph.block_lists import block_lists, block_of
 from prunekit.graph.solve import Family, Solution
 
 
 @dataclass
-class Typed:
-    """A family with its kind, and the block it is in (None: it runs through the network)."""
+class TypedFamily:
+    """A family with its kind, and the block it is in (None: it runs through the network).
+    `alternatives`: other families of the same tensors.
+    """
 
     kind: str
     family: Family
     block: tuple[str, int] | None
-    spare: Sequence[Family] = ()
+    alternatives: Sequence[Family] = ()
     modules: tuple[str, ...] = ()
+
+
+class LeftAlone(NamedTuple):
+    """What is not pruned, and why."""
+
+    place: str
+    reason: str
 
 
 def parent(model: nn.Module, name: str, block: tuple[str, int] | None) -> str:
@@ -36,24 +45,24 @@ def parent(model: nn.Module, name: str, block: tuple[str, int] | None) -> str:
     return path if block is not None and len(above) <= len(f"{block[0]}.{block[1]}") else above
 
 
+Blocks = dict[int, set[tuple[str, int] | None]]
+"""id of a family -> the blocks that its tensors are in, None for those outside of all."""
+
+
 def type_families(
     model: nn.Module, solution: Solution, families: list[Family]
-) -> tuple[list[Typed], list[str]]:
-    """Kinds for what can be pruned, and in words what was found but refused."""
+) -> tuple[list[TypedFamily], list[LeftAlone]]:
+    """Kinds for what can be pruned, and what was found but refused."""
     lists = block_lists(model)
-    rank = {
-        a.name: max(b.dim for b in solution.lab.axes if b.name == a.name) + 1
-        for a in solution.lab.axes
-    }
     for f in families:
         f.names = tuple((solution.axis(a).name, solution.axis(a).dim) for a in f.axes)
     refused = [
-        f"{_place(f)}: {f.n} units pass through an op without a rule"
+        LeftAlone(_place(f), f"{f.n} units pass through an op without a rule")
         for f in families
         if "opaque" in f.flags and len(f.names) > 1
     ]
     good = [f for f in families if "opaque" not in f.flags]
-    blocks = {id(f): {block_of(n, lists) for n, _ in f.names} for f in good}
+    blocks: Blocks = {id(f): {block_of(n, lists) for n, _ in f.names} for f in good}
     hidden = _hidden(good, blocks)
     taken = {c for u in hidden.units for c in u} if hidden else set()
     rest = [
@@ -61,39 +70,50 @@ def type_families(
         for f in good
         if f is not hidden and len(f.names) > 1 and not any(set(u) & taken for u in f.units)
     ]
-    local = [f for f in rest if len(blocks[id(f)]) == 1 and None not in blocks[id(f)]]
-    batch = solution.flagged.get("batch", set())
-    experts = find_experts(model, solution, families, lists, batch)
+    experts = find_experts(model, solution, families, lists)
     routed = [set(u) for t in experts for u in t.family.units]
+    local = [f for f in rest if len(blocks[id(f)]) == 1 and None not in blocks[id(f)]]
     local = [f for f in local if not any(set(f.units[0]) <= u for u in routed)]
+    batch = solution.flagged.get("batch", set())
     slabs = [
         f for f in rest if all(set(u) & batch for u in f.units) and not _expert_axis(solution, f)
     ]
     heads = _one_per_module(slabs)
+    out = [TypedFamily("hidden", hidden, None)] if hidden else []
+    for f, others in heads:
+        block = next(iter(blocks[id(f)])) if len(blocks[id(f)]) == 1 else None
+        out.append(TypedFamily("heads", f, block, others))
+    channels = [f for f in local if not any(f is s for s in slabs)]
     mixers = [f for f, _ in heads] + [f for f in local if "convolved" in f.flags]
-    owners = {
-        parent(model, n, block_of(n, lists))
-        for f in mixers
-        for n, _ in f.names
-        if block_of(n, lists)
-    }
-    shared = {n for f, _ in heads for n, _ in f.names}
-    out = [Typed("hidden", hidden, None)] if hidden else []
-    out += [
-        Typed("heads", f, next(iter(blocks[id(f)])) if len(blocks[id(f)]) == 1 else None, spare)
-        for f, spare in heads
-    ]
-    in_matrix = set(solution._in_matrix)
-    channels = []
-    for f in local:
+    for f, inside in _channels(model, solution, channels, [f for f, _ in heads], mixers):
+        kind = "neurons" if "activated" in f.flags and not inside else "inner"
+        out.append(TypedFamily(kind, f, next(iter(blocks[id(f)]))))
+    return out + experts, refused
+
+
+def _channels(
+    model: nn.Module,
+    solution: Solution,
+    families: list[Family],
+    heads: list[Family],
+    mixers: list[Family],
+) -> list[tuple[Family, bool]]:
+    """Families of single channels, and whether each is inside a module that mixes tokens."""
+    lists = block_lists(model)
+    rank: dict[str, int] = {}
+    for axis in solution.labels.axes:
+        rank[axis.name] = max(rank.get(axis.name, 0), axis.dim + 1)
+    names = [n for f in mixers for n, _ in f.names]
+    owners = {parent(model, n, block) for n in names if (block := block_of(n, lists))}
+    in_matrix = set(solution.in_matrix)
+    shared = {n for f in heads for n, _ in f.names}
+    out = []
+    for f in families:
         inside = any(n in shared or any(n.startswith(o + ".") for o in owners) for n, _ in f.names)
         crossed = any(set(u) & in_matrix for u in f.units) and (inside or not heads)
-        if f not in slabs and not crossed and sum(rank[n] > 1 for n, _ in f.names) > 1:
-            channels.append((f, inside))
-    for f, inside in _minimal(channels):
-        neurons = "activated" in f.flags and not inside
-        out.append(Typed("neurons" if neurons else "inner", f, next(iter(blocks[id(f)]))))
-    return out + experts, refused
+        if not crossed and sum(rank[n] > 1 for n, _ in f.names) > 1:
+            out.append((f, inside))
+    return _minimal(out)
 
 
 def find_experts(
@@ -101,9 +121,8 @@ def find_experts(
     solution: Solution,
     families: list[Family],
     lists: dict[str, int],
-    batch: set[int],
-) -> list[Typed]:
-    """Rows of a router, told by a top-k over them, joined with whatever comes in as many pieces
+) -> list[TypedFamily]:
+    """Rows of a router, found by a top-k over them, joined with whatever comes in as many pieces
     near it: slabs of weights, or modules.
     """
     order = solution.flagged.get("order", set())
@@ -114,46 +133,45 @@ def find_experts(
             continue
         scope, root = router.names[0][0].rpartition(".")[0], f"{block[0]}.{block[1]}"
         while scope.startswith(root):
-            inside = [
-                f
-                for f in families
-                if f is not router and all(n.startswith(scope + ".") for n, _ in f.names)
-            ]
-            near = [f for f in inside if f.n == router.n]
-            slabs = [
-                f
-                for f in near
-                if all(d == 0 for _, d in f.names) and not any(set(u) & order for u in f.units)
-            ]
-            slabs = [
-                f
-                for f in slabs
-                if _expert_axis(solution, f) or not any(set(u) & batch for u in f.units)
-            ]
-            listed = [
-                n
-                for n, m in model.named_modules()
-                if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n
-            ]
-            fewer = [
-                f
-                for f in inside
-                if f.n < router.n <= 2 * f.n
-                and _expert_axis(solution, f)
-                and all(d == 0 for _, d in f.names)
-            ]
-            if slabs or listed or fewer or _expert_axis(solution, router):
-                modules = (
-                    tuple(f"{listed[0]}.{i}" for i in range(router.n))
-                    if listed and not slabs
-                    else ()
-                )
-                out.append(
-                    Typed("experts", _joined([router, *slabs, *fewer]), block, modules=modules)
-                )
+            found = _experts_in(scope, model, solution, families, router)
+            if found is not None:
+                slabs, modules = found
+                joined = _joined([router, *slabs])
+                out.append(TypedFamily("experts", joined, block, modules=modules))
                 break
             scope = scope.rpartition(".")[0]
     return out
+
+
+def _experts_in(
+    scope: str, model: nn.Module, solution: Solution, families: list[Family], router: Family
+) -> tuple[list[Family], tuple[str, ...]] | None:
+    """Slabs of weights inside a module that go with a router's rows, or modules that do; None where
+    neither is there.
+    """
+    order, batch = (solution.flagged.get(k, set()) for k in ("order", "batch"))
+    first = [
+        f
+        for f in families
+        if f is not router and all(n.startswith(scope + ".") and d == 0 for n, d in f.names)
+    ]
+    slabs = [
+        f
+        for f in first
+        if f.n == router.n
+        and not any(set(u) & order for u in f.units)
+        and (_expert_axis(solution, f) or not any(set(u) & batch for u in f.units))
+    ]
+    fewer = [f for f in first if f.n < router.n <= 2 * f.n and _expert_axis(solution, f)]
+    listed = [
+        n
+        for n, m in model.named_modules()
+        if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n
+    ]
+    if not (slabs or listed or fewer or _expert_axis(solution, router)):
+        return None
+    modules = [f"{listed[0]}.{i}" for i in range(router.n)] if listed and not slabs else []
+    return [*slabs, *fewer], tuple(modules)
 
 
 def _joined(families: list[Family]) -> Family:
@@ -186,7 +204,7 @@ def _hidden(good: list[Family], blocks: dict[int, set[tuple[str, int] | None]]) 
 
 def _expert_axis(solution: Solution, f: Family) -> bool:
     """Whether the units enumerate the first axis of 3-D weights."""
-    deep = {a.name for a in solution.lab.axes if a.dim == 2}
+    deep = {a.name for a in solution.labels.axes if a.dim == 2}
     return any(
         n in deep and d == 0 and idx.shape[1] == 1
         for (n, d), idx in zip(f.names, f.axes.values(), strict=True)
@@ -223,7 +241,3 @@ def _minimal(channels: list[tuple[Family, bool]]) -> list[tuple[Family, bool]]:
         ):
             out.append((f, inside))
     return out
-
-
-def indices(f: Family) -> list[np.ndarray]:
-    return list(f.axes.values())

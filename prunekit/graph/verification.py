@@ -4,30 +4,24 @@ gives; found by trying what must follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph.generation_check import same_with_cache
-from prunekit.graph.groups import Candidate, Pattern
+from prunekit.graph.generation_check import cache_difference
+from prunekit.graph.groups import Candidate, Cut, Pattern
 from prunekit.graph.masked_reference import Masked
-from prunekit.graph.masks import Masks, bypass, gone, lost_modules, to_keep, zero_block, zero_slices
-from prunekit.graph.skeleton import (
-    ERRORS,
-    block_kinds,
-    clone,
-    drop_blocks,
-    logits_of,
-    natural,
-    quiet,
-)
-from prunekit.graph.slicing import Recipe, follow, plain_experts, set_sizes, shrink
+from prunekit.graph.masks import to_keep, zero_slices
+from prunekit.graph.model_settings import restore_own_code, use_plain_code
+from prunekit.graph.module_sizes import Recipe, Setting, plain_experts, set_sizes
+from prunekit.graph.recipes import recipes, sizes_in
+from prunekit.graph.sample_run import ERRORS, logits_of
+from prunekit.graph.skeleton import clone
+from prunekit.graph.slicing import shrink
 from prunekit.graph.trace import trace
-from prunekit.types import Group
 
 TOLERANCE = 1e-4
 MOVES = 1e-3
@@ -35,19 +29,22 @@ MOVES = 1e-3
 dense logits by the second.
 """
 STALE = 20
-"""After so many recipes with which only the cache fails, none is expected to mend it."""
+"""After so many recipes with which only the cache fails, none is expected to help."""
 RANDOM = "two runs on the same input give different logits, so nothing can be compared"
 UNMOVED = "removing units does not move the logits, so nothing would be proven"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a proof: the recipe, or the reason why there is none; `bypass`: all-zero
-    parameters do not make a block the identity.
+    """What came of a proof: the recipe, or the reason why there is none.
+
+    moved: whether the units mattered for the input at all.
+    bypass: all-zero parameters do not make a block the identity.
     """
 
     recipe: Recipe | None
     reason: str = ""
+    moved: bool = True
     bypass: bool = False
 
 
@@ -63,28 +60,40 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 def masked_logits(
     model: nn.Module,
     inputs: dict[str, Any],
-    asked: Sequence[tuple[Candidate, Masks]],
+    cuts: Sequence[Cut],
     skip: frozenset[tuple[str, int]],
 ) -> Tensor:
     """Logits with the units' slices zeroed and statistics over the kept channels: what removal must
     reproduce.
     """
     zeroed = duplicate(model)
-    quiet(zeroed)
-    zero_slices(zeroed, [(c.group, masks) for c, masks in asked])
-    lost = [(m.param, m.axis, index) for c, masks in asked for m, index in gone(c.group, masks)]
+    use_plain_code(zeroed)
+    zero_slices(zeroed, [c.units for c in cuts])
+    lost = [(m.param, m.axis, index) for c in cuts for m, index in c.units.slices()]
     return logits_of(trace(zeroed, inputs, Masked(zeroed, skip, lost))[1]).float()
 
 
-def some_masks(candidate: Candidate, share: float, seed: int) -> Masks:
+def random_cut(candidate: Candidate, share: float, seed: int) -> Cut:
     """The same random units at every member."""
     n = candidate.group.units
-    lost = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[
-        : min(max(1, round(n * share)), n - candidate.least)
-    ]
+    lost = min(max(1, round(n * share)), n - candidate.least)
     mask = torch.ones(n, dtype=torch.bool)
-    mask[lost] = False
-    return {(m.param, m.axis): mask for m in candidate.group.members}
+    mask[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:lost]] = False
+    return Cut.everywhere(candidate, mask)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all proofs on one model share. `caches`: whether the unpruned model generates the same
+    with a cache as without; what is removed must leave it so.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    everything: Sequence[Candidate]
+    dense: Tensor
+    skip: frozenset[tuple[str, int]]
+    caches: bool
 
 
 def prove(
@@ -95,12 +104,12 @@ def prove(
     caches: bool = False,
     share: float = 0.3,
 ) -> dict[Pattern, Verdict]:
-    """A verdict for every pattern among the candidates and their spares; a spare is tried only
-    where what it stands in for fails.
+    """A verdict for every pattern among the candidates and their alternatives, which are tried
+    one after the other.
     """
     case = Case(model, inputs, everything, run(model, inputs), skip, caches)
     if not torch.allclose(run(model, inputs), case.dense):
-        return {o.pattern: Verdict(None, RANDOM) for c in everything for o in (c, *c.spare)}
+        return {o.pattern: Verdict(None, RANDOM) for c in everything for o in (c, *c.alternatives)}
     verdicts: dict[Pattern, Verdict] = {}
     level = list(everything)
     while level:
@@ -108,30 +117,38 @@ def prove(
             if pattern not in verdicts:
                 same = [c for c in level if c.pattern == pattern]
                 verdicts[pattern] = prove_pattern(case, same, share)
-        level = [c.spare[0] for c in level if c.spare and verdicts[c.pattern].recipe is None]
+        level = [
+            c.alternatives[0]
+            for c in level
+            if c.alternatives and verdicts[c.pattern].recipe is None
+        ]
     return verdicts
 
 
-@dataclass(frozen=True)
-class Case:
-    """What all proofs on one model share."""
-
-    model: nn.Module
-    inputs: dict[str, Any]
-    everything: Sequence[Candidate]
-    dense: Tensor
-    skip: frozenset[tuple[str, int]]
-    caches: bool
-    """Whether the unpruned model generates the same with a cache as without; what is removed must
-    leave it so.
-    """
-
-
-def disagreement(model: nn.Module, inputs: dict[str, Any]) -> str:
-    """Why the unpruned model cannot show that its cache survives pruning; nothing if it can."""
+def dense_cache_difference(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """Why the unpruned model cannot show that its cache survives pruning."""
     dense = duplicate(model)
-    natural(dense)
-    return same_with_cache(dense, inputs)
+    restore_own_code(dense)
+    return cache_difference(dense, inputs)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What removing the units of some cuts must come to: logits, and a number of parameters."""
+
+    cuts: Sequence[Cut]
+    logits: Tensor
+    parameters: int
+
+
+def target_of(case: Case, cuts: Sequence[Cut]) -> Target | Verdict:
+    """A verdict where the cuts could prove nothing."""
+    reference = masked_logits(case.model, case.inputs, cuts, case.skip)
+    if not torch.isfinite(reference).all():
+        return Verdict(None, "the reference is not finite")
+    if _difference(case.dense, reference) < MOVES:
+        return Verdict(None, UNMOVED, moved=False)
+    return Target(cuts, reference, count_after(case.model, cuts))
 
 
 def prove_pattern(case: Case, same: Sequence[Candidate], share: float, draws: int = 4) -> Verdict:
@@ -141,185 +158,96 @@ def prove_pattern(case: Case, same: Sequence[Candidate], share: float, draws: in
     Units that do not matter for this input (experts that no token took) prove nothing: others are
     drawn.
     """
-    verdict = Verdict(None, "every draw removed nothing")
+    target: Target | Verdict = Verdict(None, "every draw removed nothing")
     for seed in range(0, 100 * draws, 100):
         shares = [share, 0.5] if seed % 200 == 0 else [share / 2, share]
-        uneven = [(c, some_masks(c, shares[i % 2], seed + i)) for i, c in enumerate(same)]
-        verdict = prove_one(case, uneven, list(recipes(case.model, uneven)))
-        if verdict.reason != UNMOVED:
+        target = target_of(
+            case, [random_cut(c, shares[i % 2], seed + i) for i, c in enumerate(same)]
+        )
+        if isinstance(target, Target) or target.moved:
             break
+    if isinstance(target, Verdict):
+        return target
+    verdict = try_recipes(case, target, list(recipes(case.model, target.cuts)))
     if verdict.recipe is None:
         return verdict
-    even = [(c, some_masks(c, share, seed + i)) for i, c in enumerate(same)]
-    found = needed(case, uneven, verdict.recipe.attributes)
-    return prove_one(case, even, [Recipe(found, config=True), Recipe(found, config=False)])
+    found = needed(case, target, verdict.recipe.attributes)
+    even = target_of(case, [random_cut(c, share, seed + i) for i, c in enumerate(same)])
+    if isinstance(even, Verdict):
+        return even
+    return try_recipes(case, even, [Recipe(found, config=True), Recipe(found, config=False)])
 
 
-def needed(
-    case: Case, asked: Sequence[tuple[Candidate, Masks]], found: frozenset[tuple[str, str]]
-) -> frozenset[tuple[str, str]]:
+def needed(case: Case, target: Target, found: frozenset[Setting]) -> frozenset[Setting]:
     """The recipe without the doubtful sizes that it does not need: a kernel width may equal a rank
     by chance.
     """
-    for attribute in sorted(
-        found & frozenset(k for k, doubtful in sizes_in(case.model, asked).items() if doubtful)
-    ):
-        if prove_one(case, asked, [Recipe(found - {attribute}, config=False)]).recipe is not None:
+    doubtful = {k for k, doubt in sizes_in(case.model, target.cuts).items() if doubt}
+    for attribute in sorted(found & doubtful, key=_label):
+        without = [Recipe(found - {attribute}, config=False)]
+        if try_recipes(case, target, without).recipe is not None:
             found -= {attribute}
     return found
 
 
-def sizes_in(
-    model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]
-) -> dict[tuple[str, str], bool]:
-    """(module class, attribute) of every size that may have to follow -> whether that
-    is doubtful.
-    """
-    sizes: dict[tuple[str, str], bool] = {}
-    for c, _ in asked:
-        for (_, attr), (cls, _, _, doubtful) in follow(c, 1, model).items():
-            sizes[cls, attr] = sizes.get((cls, attr), False) or doubtful
-    return sizes
+def _label(setting: Setting) -> tuple[str, str]:
+    return setting.owner, f"config.{setting.name}" if setting.in_config else setting.name
 
 
-def prove_one(
-    case: Case,
-    asked: Sequence[tuple[Candidate, Masks]],
-    options: Sequence[Recipe],
-    tries: int = 150,
-) -> Verdict:
-    """Try recipes, simplest first, until removal equals the reference, the parameters fall by the
-    slices' sizes, and ties hold.
+def try_recipes(case: Case, target: Target, options: Sequence[Recipe], tries: int = 150) -> Verdict:
+    """Simplest first, until removal equals the reference, and the parameters fall by the slices'
+    sizes.
     """
-    model, inputs, everything, dense, skip = (
-        case.model,
-        case.inputs,
-        case.everything,
-        case.dense,
-        case.skip,
-    )
-    reference = masked_logits(model, inputs, asked, skip)
-    scale = max(1.0, float(reference.abs().max()))
-    if not torch.isfinite(reference).all():
-        return Verdict(None, "the reference is not finite")
-    if float((reference - dense).abs().max()) < MOVES * scale:
-        return Verdict(None, UNMOVED)
-    expected = count_after(model, asked)
-    pattern = asked[0][0].pattern
-    reason, stale = "", []
+    reason, stale = "", list[str]()
     for recipe in options[:tries]:
-        small = duplicate(model)
-        shrink(small, everything, asked, {pattern: recipe})
-        if sum(p.numel() for p in small.parameters()) != expected:
+        small = duplicate(case.model)
+        shrink(small, case.everything, target.cuts, {target.cuts[0].candidate.pattern: recipe})
+        if sum(p.numel() for p in small.parameters()) != target.parameters:
             return Verdict(None, "the parameter count does not fall by what the slices hold")
         try:
-            off = float((run(small, inputs) - reference).abs().max()) / scale
-            if off < TOLERANCE and natural(small):
-                set_sizes(small, plain_experts(small, asked), own=False)
-                off = float((run(small, inputs) - reference).abs().max()) / scale
+            off = _removal_error(case, small, target)
         except ERRORS as e:
-            reason = (
-                reason or f"{type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''}"
-            )
+            message = str(e).splitlines()[0][:100] if str(e) else ""
+            reason = reason or f"{type(e).__name__}: {message}"
             continue
         if not off < TOLERANCE:
             reason = f"removal differs from zeroing by {off:.1e}"
             continue
-        stale.append(same_with_cache(small, inputs) if case.caches else "")
-        if not stale[-1]:
+        differs = cache_difference(small, case.inputs) if case.caches else None
+        if differs is None:
             return Verdict(recipe)
+        stale.append(differs)
         if len(stale) == STALE:
             break
-    return Verdict(
-        None,
-        f"removal equals zeroing, but not when generating with a cache: {stale[0]}"
-        if stale
-        else reason,
-    )
+    if stale:
+        reason = f"removal equals zeroing, but not when generating with a cache: {stale[0]}"
+    return Verdict(None, reason)
 
 
-def count_after(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> int:
-    keep = to_keep(model, [(c.group, masks) for c, masks in asked])
+def _removal_error(case: Case, small: nn.Module, target: Target) -> float:
+    """How far a pruned model is off, relative; with its own attention and expert code too, where
+    plain code is right.
+    """
+    off = _difference(run(small, case.inputs), target.logits)
+    if off < TOLERANCE and restore_own_code(small):
+        set_sizes(small, plain_experts(small, target.cuts), own=False)
+        off = _difference(run(small, case.inputs), target.logits)
+    return off
+
+
+def _difference(logits: Tensor, reference: Tensor) -> float:
+    """The largest, relative to the largest logit of the reference (1 at least)."""
+    return float((logits - reference).abs().max()) / max(1.0, float(reference.abs().max()))
+
+
+def count_after(model: nn.Module, cuts: Sequence[Cut]) -> int:
+    """Parameters that are left, counted from what the slices hold."""
+    keep = to_keep(model, [c.units for c in cuts])
     total = 0
     for name, p in model.named_parameters():
         n = p.numel()
         for axis, index in keep.get(name, {}).items():
             n = n // p.shape[axis] * len(index)
         total += n
-    for c, masks in asked:
-        total -= sum(
-            p.numel()
-            for i in lost_modules(c.group, masks)
-            for p in model.get_submodule(c.group.modules[i]).parameters()
-        )
-    return total
-
-
-def recipes(model: nn.Module, asked: Sequence[tuple[Candidate, Masks]]) -> Iterator[Recipe]:
-    """Which sizes follow: first all that are certain, then none, then with configs, then the
-    doubtful, then up to three exceptions.
-    """
-    sizes = sizes_in(model, asked)
-    plain = frozenset(
-        k for k, doubtful in sizes.items() if not k[1].startswith("config.") and not doubtful
-    )
-    modules = frozenset(k for k in sizes if not k[1].startswith("config."))
-    certain = frozenset(k for k, doubtful in sizes.items() if not doubtful)
-    bases = list(
-        dict.fromkeys([plain, frozenset[tuple[str, str]](), certain, modules, frozenset(sizes)])
-    )
-    for base in bases:
-        yield Recipe(base, config=False)
-    order = sorted(sizes, key=lambda k: k[1].startswith("config."))
-    for size in (1, 2, 3):
-        for exceptions in combinations(order, size):
-            for base in bases[:3]:
-                yield Recipe(base ^ frozenset(exceptions), config=False)
-
-
-# ---- whole blocks
-
-BLOCKS: Pattern = ("blocks", frozenset())
-
-
-def prove_blocks(
-    model: nn.Module, inputs: dict[str, Any], blocks: Group, caches: bool = False
-) -> Verdict:
-    """Dropping any one block must equal zeroing all its parameters; or, where that is not the
-    identity, handing on its input.
-
-    With `caches` it must generate the same with a cache as without as well, unless the block is the
-    last of its kind: classes may refuse a cache where, say, no attention is left.
-    """
-    dense = run(model, inputs)
-    path = blocks.modules[0].rpartition(".")[0]
-    kinds = block_kinds(model, path)
-    if not torch.allclose(run(model, inputs), dense):
-        return Verdict(None, RANDOM)
-    by_zeros = True
-    for i in range(blocks.units):
-        small, skipped, zeroed = (duplicate(model) for _ in range(3))
-        drop_blocks(small, path, [j for j in range(blocks.units) if j != i])
-        bypass(skipped.get_submodule(blocks.modules[i]))
-        zero_block(zeroed, blocks.modules[i])
-        try:
-            removed, passed, silent = (run(m, inputs) for m in (small, skipped, zeroed))
-        except ERRORS as e:
-            return Verdict(None, f"without block {i}: {type(e).__name__}: {str(e)[:100]}")
-        scale = max(1.0, float(removed.abs().max()))
-        by_zeros = by_zeros and float((silent - removed).abs().max()) < TOLERANCE * scale
-        off = float((passed - removed).abs().max()) / scale
-        if not off < TOLERANCE and not by_zeros:
-            return Verdict(
-                None, f"dropping block {i} differs from handing on its input by {off:.1e}"
-            )
-        if float((removed - dense).abs().max()) < MOVES * scale:
-            return Verdict(
-                None, f"dropping block {i} does not move the logits, so nothing would be proven"
-            )
-        stale = same_with_cache(small, inputs) if caches and kinds.count(kinds[i]) > 1 else ""
-        if stale:
-            return Verdict(
-                None, f"without block {i} generation with a cache is not the same: {stale}"
-            )
-    return Verdict(Recipe(), bypass=not by_zeros)
+    lost = [model.get_submodule(path) for c in cuts for path in c.units.lost_modules]
+    return total - sum(p.numel() for module in lost for p in module.parameters())

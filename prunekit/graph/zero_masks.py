@@ -29,7 +29,7 @@ def zero_masks(model: nn.Module, groups: Iterable[Group], kept: Kept) -> dict[st
 def _zeroed(model: nn.Module, group: Group, kept: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The masks of one group: none if its units are no longer in the model."""
     if group.kind == "weights":
-        name = group.members[0].param
+        name = group.matrix
         weight = _parameter(model, name)
         if weight is not None and weight.shape == kept.shape:
             yield name, kept.to(weight.device)
@@ -54,7 +54,7 @@ def _slices(model: nn.Module, group: Group, gone: Tensor) -> list[tuple[str, int
 
     Then an index runs over the end of at least one tensor, namely of every one that holds nothing
     but the group's units along that axis. The others hold weights in the places of the units; so do
-    all of them where whole blocks were cut out, and others bear their numbers now.
+    all of them where whole blocks were cut out, and others have their numbers now.
     """
     found = []
     for m in group.members:

@@ -12,12 +12,11 @@ from typing import Any
 from torch import nn
 
 from prunekit.architecture.sizes import Sizes
-from prunekit.graph.discovery import discovery
-from prunekit.graph.skeleton import block_lists, block_of
+from prunekit.graph.block_lists import block_lists, block_of
+from prunekit.graph.discovery import UNTOUCHED, discovery
+from prunekit.graph.unit_kinds import LeftAlone
 from prunekit.inventory.rule import Rule, as_data, rule_of
 from prunekit.types import Group, tensor_of
-
-NEVER = "the traced run never touched it"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Inventory:
     params: int
     proven: bool
     entries: list[Entry]
-    left: list[tuple[str, str]]
+    left: list[LeftAlone]
     untouched: list[str]
     loose: list[str]
 
@@ -107,8 +106,7 @@ def inventory(
         )
         for g in groups
     ]
-    left = [(place, reason) for place, _, reason in (line.partition(": ") for line in found.left)]
-    untouched = [place for place, reason in left if reason == NEVER]
+    untouched = [place for place, reason in found.left_alone if reason == UNTOUCHED]
     owned = {m.param for g in groups for m in g.members} | set(untouched)
     inside = tuple(f"{x}." for g in groups if g.kind == "experts" for x in g.modules)
     loose = [n for n, _ in model.named_parameters() if n not in owned and not n.startswith(inside)]
@@ -118,7 +116,7 @@ def inventory(
         sizes.total,
         verify,
         entries,
-        [one for one in left if one[1] != NEVER],
+        [one for one in found.left_alone if one.reason != UNTOUCHED],
         untouched,
         loose,
     )

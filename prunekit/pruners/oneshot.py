@@ -134,9 +134,5 @@ def split(groups: list[Group], counts: Counts) -> tuple[list[Group], Counts]:
     """Every member a group of its own with its group's count: structures chosen without regard to
     what depends on them (Table 6).
     """
-    parts = [
-        (g, dataclasses.replace(g, name=f"{g.name}/{m.param}:{m.axis}", members=(m,)))
-        for g in groups
-        for m in g.members
-    ]
-    return [part for _, part in parts], {part.name: counts[g.name] for g, part in parts}
+    parts = [part for g in groups for part in g.parts]
+    return parts, {part.name: counts[part.whole] for part in parts}

@@ -132,8 +132,7 @@ class _Block:
         run, model = self.run, self.run.model
         prefix = run.feed.blocks[run.block] + "."
         mine = {
-            g.members[0].param.removeprefix(prefix): to_out_in(model, g, weights[g.name])
-            for g in self.groups
+            g.matrix.removeprefix(prefix): to_out_in(model, g, weights[g.name]) for g in self.groups
         }
         args, kwargs = run.feed.calls[run.block][batch]
         rows = run.feed.rows[batch]

@@ -165,7 +165,8 @@ def group_print(group: Group) -> str:
     """Hash of what a criterion sees of a group."""
     hasher = xxhash.xxh3_128(
         (
-            f"{group.name} {group.kind} {group.layer} {group.units} {group.shape} {group.modules}"
+            f"{group.name} {group.kind} {group.layer} {group.units} {group.shape} {group.modules} "
+            f"{group.matrix}"
         ).encode()
     )
     for m in group.members:

@@ -16,7 +16,7 @@ from prunekit.architecture.matrices import matrix, module_name, to_out_in
 from prunekit.checkpoint.remote_code.runtime_modules import Gather, insert
 from prunekit.selection.free_channels import FreeChannels, FreeReaders, reorder, reorder_along
 from prunekit.selection.permutation import kept_score, permutation
-from prunekit.types import Group, Member, Run, Scores
+from prunekit.types import Group, Run, Scores
 
 log = logging.getLogger("prunekit")
 PASSES = 2
@@ -82,7 +82,7 @@ class ChannelOrder:
     ) -> None:
         """New order of free channels, in the weights and in all scores of them."""
         s = to_out_in(self.model, g, scores[g.name])
-        by_param = {h.members[0].param: h.name for h in groups}
+        by_param = {h.matrix: h.name for h in groups}
         for c in channels:
             copies = s[:, c.read.T.flatten()].view(len(s), c.read.shape[1], -1)
             order = self._best(copies.flatten(0, 1), keep)
@@ -111,5 +111,4 @@ class ChannelOrder:
         insert(self.model, name, Gather.before(linear.train(module.training), order))
         scores[g.name] = s[:, order].contiguous()
         self.notes[g.name]["order"] = "gathered"
-        member = Member(f"{name}.linear.weight", -1, g.members[0].index)
-        return replace(g, members=(member,), shape=tuple(W.shape))
+        return replace(g, matrix=f"{name}.linear.weight", shape=tuple(W.shape))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps
 from prunekit.graph.discovery import forget
-from prunekit.graph.slicing import fit
+from prunekit.graph.slicing import update_sizes
 
 Basis = Tensor
 """(C, width) float64 with orthonormal columns."""
@@ -120,7 +120,7 @@ def put(module: nn.Module, weight: Tensor) -> None:
     """A new weight in the old one's dtype and on its device; the module's sizes follow."""
     old: Tensor = module.weight  # type: ignore[assignment]
     module.weight = nn.Parameter(weight.to(old).contiguous(), requires_grad=old.requires_grad)
-    fit(module, "weight", old.shape)
+    update_sizes(module, "weight", old.shape)
 
 
 def removed(model: nn.Module, chain: Stream, depth: int, width: int) -> int:

@@ -195,6 +195,19 @@ def test_positions_computed_outside_travel(tmp_path: Path, tokens: torch.Tensor)
     same(model, load(tmp_path / "two")[0], tokens)
 
 
+def test_a_copy_of_a_pruned_model_is_saved_like_the_model(
+    tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    """Also where removal left hooks: what they do is known of the copy too."""
+    torch.manual_seed(0)
+    model = BloomForCausalLM(
+        BloomConfig(vocab_size=100, hidden_size=48, n_layer=2, n_head=6, pad_token_id=0)
+    ).eval()
+    graph.remove(model, {"heads.0": torch.arange(6) != 2, "heads.1": torch.arange(6) > 2})
+    save(copy.deepcopy(model), None, tmp_path / "out")
+    same(model, load(tmp_path / "out")[0], tokens)
+
+
 def test_expert_widths_that_no_grouped_kernel_takes(tmp_path: Path, tokens: torch.Tensor) -> None:
     torch.manual_seed(0)
     sizes = {

@@ -68,10 +68,10 @@ def test_matrices_of_the_ffn_are_found_and_attention_stays_dense(
         pruned = prune(problem)
     assert "stay dense" in caplog.text
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {g.members[0].param for g in pruned.groups}
+    assert changed == {g.matrix for g in pruned.groups}
     assert {g.name for g in pruned.groups} == axes.keys()
     for g in pruned.groups:
-        W = weight_of(model.get_submodule(g.members[0].param.removesuffix(".weight")))
+        W = weight_of(model.get_submodule(g.matrix.removesuffix(".weight")))
         zeros = (W == 0).sum(axes[g.name]).tolist()
         assert set(zeros) == {W.shape[axes[g.name]] // 2}
     assert pruned.notes["compared_along_outputs"] == [n for n, axis in axes.items() if axis == 0]
@@ -84,7 +84,7 @@ def test_a_matrix_of_the_gate_is_scored_by_what_the_ffn_puts_into_down(tokens):
     scores = problem.score(groups, problem.run())
     norms = [channel_norms(model.model.layers[i].mlp.down_proj, model, tokens) for i in range(2)]
     for g in groups:
-        W = model.get_parameter(g.members[0].param).detach().abs()
+        W = model.get_parameter(g.matrix).detach().abs()
         z = norms[g.layer]
         plain = W * z if "down" in g.name else W * (z**0.7)[:, None]
         torch.testing.assert_close(scores[g.name], plain, rtol=1e-4, atol=1e-5)

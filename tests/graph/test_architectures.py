@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from prunekit.graph import remove
 from prunekit.graph.discovery import Discovery, discovery
-from prunekit.graph.skeleton import logits_of
+from prunekit.graph.groups import Cut
+from prunekit.graph.sample_run import logits_of
 from prunekit.graph.verification import count_after, masked_logits
 
 SIZES = {"hidden": 48, "heads": 6, "kv": 3}
@@ -96,14 +97,12 @@ def check(model: nn.Module, kinds: set[str]) -> None:
     assert {g.kind for g in found.groups} == kinds
     for kind in kinds - {"blocks"}:
         kept = masks(found, kind)
-        asked = [
-            (c, {(m.param, m.axis): kept[c.group.name] for m in c.group.members})
-            for c in found.candidates
-            if c.group.name in kept
+        cuts = [
+            Cut.everywhere(c, kept[c.group.name]) for c in found.candidates if c.group.name in kept
         ]
-        reference = masked_logits(model, inputs, asked, found.skip)
+        reference = masked_logits(model, inputs, cuts, found.skip)
         removed = remove(copy.deepcopy(model), kept)
         assert (
             float((logits(removed, inputs) - reference).abs().max() / reference.abs().max()) < 1e-4
         )
-        assert sum(p.numel() for p in removed.parameters()) == count_after(model, asked)
+        assert sum(p.numel() for p in removed.parameters()) == count_after(model, cuts)

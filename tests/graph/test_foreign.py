@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prunekit.graph import discover, edits, rebuild, remove, report, zero
 from prunekit.graph.discovery import discovery
-from prunekit.graph.skeleton import logits_of
+from prunekit.graph.groups import Cut
+from prunekit.graph.sample_run import logits_of
 from prunekit.graph.small_model import randomised
 from prunekit.graph.verification import masked_logits
 from prunekit.types import Kept
@@ -66,9 +67,9 @@ def test_removing_equals_zeroing(name: str, kind: str) -> None:
     removed = logits(remove(copy.deepcopy(model), kept))
     if kind == "hidden":
         hidden = next(c for c in discovery(model).candidates if c.group.kind == "hidden")
-        places = {(m.param, m.axis): kept["hidden"] for m in hidden.group.members}
+        cut = Cut.everywhere(hidden, kept["hidden"])
         inputs = {"idx" if name == "nanogpt" else "input_ids": TOKENS}
-        reference = masked_logits(model, inputs, [(hidden, places)], discovery(model).skip)
+        reference = masked_logits(model, inputs, [cut], discovery(model).skip)
     else:
         reference = logits(zero(copy.deepcopy(model), kept))
     assert off(reference, logits(model)) > 1e-2
@@ -87,11 +88,11 @@ def test_an_expert_goes_with_its_router_row() -> None:
     assert torch.equal(layer.gate.weight, dense.gate.weight[[0, 2, 3, 4]])
     assert torch.equal(layer.experts[1].w1.weight, dense.experts[2].w1.weight)
     candidate = next(c for c in discovery(model).candidates if c.group.name == "experts.1")
-    places = {(m.param, m.axis): kept["experts.1"] for m in candidate.group.members}
+    cut = Cut.everywhere(candidate, kept["experts.1"])
     assert (
         off(
             logits(removed),
-            masked_logits(model, {"input_ids": TOKENS}, [(candidate, places)], frozenset()),
+            masked_logits(model, {"input_ids": TOKENS}, [cut], frozenset()),
         )
         < 1e-5
     )

@@ -19,7 +19,7 @@ def test_elements_of_a_matrix_with_gradients_to_z_and_to_the_weight(
     groups = matrices(architecture)
     z = {n: v.requires_grad_() for n, v in random_z(groups, "weights").items()}
     by_hand = copy.deepcopy(architecture).requires_grad_(True)
-    weights = {g.name: by_hand.get_parameter(g.members[0].param) for g in groups}
+    weights = {g.name: by_hand.get_parameter(g.matrix) for g in groups}
     with torch.no_grad():
         for name, weight in weights.items():
             weight *= z[name]
@@ -28,7 +28,7 @@ def test_elements_of_a_matrix_with_gradients_to_z_and_to_the_weight(
     with gated(architecture, groups, z):
         architecture(input_ids=TOKENS).logits.square().mean().backward()
     for g in groups:
-        weight, grad = architecture.get_parameter(g.members[0].param), weights[g.name].grad
+        weight, grad = architecture.get_parameter(g.matrix), weights[g.name].grad
         assert torch.allclose(weight.grad, grad * z[g.name], atol=1e-5)
         assert torch.allclose(z[g.name].grad, grad * weight, atol=1e-5)
     architecture.requires_grad_(False)

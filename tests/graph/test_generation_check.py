@@ -14,8 +14,8 @@ from torch import nn
 
 from prunekit.graph import discover, edits, remove, report
 from prunekit.graph.discovery import discovery
-from prunekit.graph.generation_check import same_with_cache
-from prunekit.graph.skeleton import inputs_for
+from prunekit.graph.generation_check import cache_difference
+from prunekit.graph.sample_run import inputs_for
 from prunekit.graph.small_model import randomised
 
 SIZES = {
@@ -40,14 +40,14 @@ def build(config: str, **sizes: Any) -> nn.Module:
 
 @pytest.mark.parametrize(("kv", "layers"), [(2, 3), (3, 4)])
 def test_a_blocks_number_does_not_follow_heads_that_equal_it(kv: int, layers: int) -> None:
-    """A model of few blocks is its own twin: block 2 of one with 2 kv heads has `layer_idx` 2, and
-    a cache that is kept under it.
+    """A model of few blocks is its own small version: block 2 of one with 2 kv heads has
+    `layer_idx` 2, and a cache that is kept under it.
     """
     model = build("Gemma2Config", num_key_value_heads=kv, head_dim=8, num_hidden_layers=layers)
     remove(model, {f"heads.{i}": torch.arange(kv) != i % kv for i in range(layers)})
     assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(layers))
     assert not any("layer_idx" in values for values in edits(model)["attributes"].values())
-    assert same_with_cache(model, inputs_for(model)) == ""
+    assert cache_difference(model, inputs_for(model)) is None
 
 
 def test_blocks_of_a_hybrid_are_renumbered_wherever_they_keep_their_number() -> None:
@@ -68,7 +68,7 @@ def test_blocks_of_a_hybrid_are_renumbered_wherever_they_keep_their_number() -> 
         if hasattr(m, "layer_idx")
     ]
     assert numbers == [0, 1]
-    assert same_with_cache(model, inputs_for(model)) == ""
+    assert cache_difference(model, inputs_for(model)) is None
 
 
 def test_what_breaks_the_cache_is_left_alone_with_that_reason() -> None:
@@ -81,11 +81,11 @@ def test_what_breaks_the_cache_is_left_alone_with_that_reason() -> None:
     assert {g.kind for g in groups} == {"neurons"}
     assert any(line.startswith("hidden: ") and "with a cache" in line for line in report(model))
     kept = {g.name: torch.arange(g.units) % 3 > 0 for g in groups}
-    assert same_with_cache(remove(copy.deepcopy(model), kept), inputs_for(model)) == ""
+    assert cache_difference(remove(copy.deepcopy(model), kept), inputs_for(model)) is None
 
 
 def test_a_model_that_cannot_generate_is_proven_without_and_says_so(llama: nn.Module) -> None:
-    assert discovery(llama).uncached == ""
+    assert discovery(llama).uncached is None
     assert discovery(randomised(FOREIGN["nanogpt"]().eval())).uncached == "it has no `generate`"
 
 
@@ -104,7 +104,7 @@ class Noisy(nn.Module):
         return self.head(x + torch.randn_like(x))
 
 
-def test_a_model_that_rolls_dice_is_left_alone() -> None:
+def test_a_model_with_random_outputs_is_left_alone() -> None:
     model = Noisy()
     assert discover(model) == []
     assert any(line.startswith("hidden: two runs") for line in report(model))

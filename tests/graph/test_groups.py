@@ -144,16 +144,16 @@ def test_uniform_removal_is_followed_by_the_config(llama: nn.Module) -> None:
     ) == (2, 2, 1)
 
 
-def test_split_names_slice_each_member_by_its_own_mask(llama: nn.Module) -> None:
+def test_parts_slice_each_member_by_its_own_mask(llama: nn.Module) -> None:
     group = by_name(discover(llama))["neurons.1"]
     kept = {}
-    for n, m in enumerate(group.members):
-        kept[f"neurons.1/{m.param}:{m.axis}"] = mask = torch.ones(88, dtype=torch.bool)
+    for n, part in enumerate(group.parts):
+        kept[part.name] = mask = torch.ones(88, dtype=torch.bool)
         mask[n * 7 : n * 7 + 5] = False
     model = remove(copy.deepcopy(llama), kept)
-    for m in group.members:
+    for part, m in zip(group.parts, group.members):
         expected = llama.get_parameter(m.param).index_select(
-            m.axis, kept[f"neurons.1/{m.param}:{m.axis}"].nonzero()[:, 0]
+            m.axis, kept[part.name].nonzero()[:, 0]
         )
         assert torch.equal(model.get_parameter(m.param), expected)
 
@@ -171,7 +171,7 @@ def test_split_names_slice_each_member_by_its_own_mask(llama: nn.Module) -> None
         ),
         (
             {"neurons.0/model.layers.0.mlp.gate_proj.weight:1": torch.ones(88, dtype=torch.bool)},
-            "no member",
+            "no group called",
         ),
     ],
 )

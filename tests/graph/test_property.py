@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.graph import discover, edits, rebuild, remove, zero
 from prunekit.graph.discovery import discovery
+from prunekit.graph.groups import Cut
 from prunekit.graph.verification import masked_logits
 from prunekit.types import Group, Kept, tensor_of
 
@@ -84,8 +85,8 @@ def test_residual_channels(architecture: nn.Module) -> None:
     kept = random_kept(found.groups, "hidden", 0)
     hidden = next(c for c in found.candidates if c.group.kind == "hidden")
     removed = remove(copy.deepcopy(architecture), kept, norm="plain")
-    places = {(m.param, m.axis): kept["hidden"] for m in hidden.group.members}
-    reference = masked_logits(architecture, {"input_ids": TOKENS}, [(hidden, places)], frozenset())
+    cut = Cut.everywhere(hidden, kept["hidden"])
+    reference = masked_logits(architecture, {"input_ids": TOKENS}, [cut], frozenset())
     assert off(logits(removed), reference) < 1e-5
     assert off(reference, logits(architecture)) > 1e-2
     assert total(removed) == total(architecture) - parameters_lost(architecture, found.groups, kept)

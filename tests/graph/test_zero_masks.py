@@ -11,7 +11,7 @@ from torch import nn
 from prunekit import graph
 from prunekit.graph.masks import zero_block
 from prunekit.graph.zero_masks import zero_masks
-from prunekit.types import Group, Kept, Member
+from prunekit.types import Group, Kept
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 OPT = {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
@@ -84,8 +84,7 @@ def test_single_weights_and_units_of_one_matrix_add_up():
     name = "model.layers.0.mlp.up_proj.weight"
     (neurons,) = [g for g in graph.discover(model, verify=False) if g.name == "neurons.0"]
     elements = torch.rand(24, 16, generator=torch.Generator().manual_seed(0)) > 0.5
-    member = Member(name, -1, torch.empty(0, 1, dtype=torch.int64))
-    matrix = Group("weights.0.up", "weights", 0, 24 * 16, (member,), shape=(24, 16))
+    matrix = Group("weights.0.up", "weights", 0, 24 * 16, shape=(24, 16), matrix=name)
     kept = half([neurons])
     graph.zero(model, kept)
     kept["weights.0.up"] = elements

@@ -44,7 +44,7 @@ def test_half_of_every_matrix_goes_and_the_others_move(name, arch):
     for g in out.groups:
         W = matrix(model, g)
         assert int((W == 0).sum()) == g.units // 2 == out.notes["counts"][g.name]
-        assert torch.equal(model.get_parameter(g.members[0].param) != 0, out.kept[g.name])
+        assert torch.equal(model.get_parameter(g.matrix) != 0, out.kept[g.name])
         assert not torch.equal(W, matrix(before, g) * (W != 0))
     with torch.no_grad():
         assert torch.isfinite(model(TEXT).logits).all()

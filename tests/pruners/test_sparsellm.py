@@ -67,7 +67,7 @@ def test_the_error_that_is_reported_is_the_blocks_and_no_larger_than_sparsegpts(
     for name, model in (("sparsellm", found), ("sparsegpt", swept)):
         for g in out.groups:
             if not any(part in g.name for part in ("mlp", "fc")):
-                param = g.members[0].param
+                param = g.matrix
                 model.get_parameter(param).data.copy_(dense.get_parameter(param))
         gap = ffn_outputs(model, arch) - ffn_outputs(dense, arch)
         errors[name] = float(gap.square().mean())
@@ -85,7 +85,7 @@ def test_counts_are_exact_and_masks_are_what_stayed(arch):
     out = prune("sparsellm", model)
     for g in out.groups:
         assert int((matrix(model, g) == 0).sum()) == g.units // 2 == out.notes["counts"][g.name]
-        assert torch.equal(model.get_parameter(g.members[0].param) != 0, out.kept[g.name])
+        assert torch.equal(model.get_parameter(g.matrix) != 0, out.kept[g.name])
     with torch.no_grad():
         assert torch.isfinite(model(TEXT).logits).all()
 

@@ -105,7 +105,7 @@ def test_other_architectures(tokens, arch):
     for g in out.groups:
         W = matrix(model, g)  # (outputs, inputs), also where GPT-2 stores the transposed
         assert ((W == 0).sum(1) == W.shape[1] // 2).all()
-    assert all(g.members[0].param.startswith(block_names(model)) for g in out.groups)
+    assert all(g.matrix.startswith(block_names(model)) for g in out.groups)
     with torch.no_grad():
         assert torch.isfinite(model(tokens).logits).all()
 
@@ -141,7 +141,7 @@ def test_targets_and_exclusion_spare_the_rest(llama, tokens):
         exclude=lambda groups: [g for g in groups if g.layer == 1],
     )
     changed = {n for n, v in llama.state_dict().items() if not torch.equal(v, before[n])}
-    assert changed == {g.members[0].param for g in out.groups}
+    assert changed == {g.matrix for g in out.groups}
     assert len(changed) == 4
     assert all(".layers.1." in n for n in changed)
 

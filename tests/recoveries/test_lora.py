@@ -17,7 +17,7 @@ from prunekit.models.tiny import byte_tokenizer
 from prunekit.problem import Problem
 from prunekit.recoveries.lora import check_lora, lora
 from prunekit.registry import recoveries
-from prunekit.types import Group, Member, Pruned
+from prunekit.types import Group, Pruned
 
 SHORT = {
     "validation_size": 0,
@@ -208,8 +208,7 @@ def weights(model: nn.Module) -> Pruned:
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
     with torch.no_grad():
         weight.mul_(mask)
-    member = Member(name, -1, torch.empty(0, 0, dtype=torch.int64))
-    group = Group("up", "weights", 1, weight.numel(), (member,), shape=tuple(weight.shape))
+    group = Group("up", "weights", 1, weight.numel(), shape=tuple(weight.shape), matrix=name)
     return Pruned(model, {"up": mask}, [group])
 
 

@@ -78,11 +78,11 @@ def test_scores_stand_where_their_weights_stand(name, tokens):
     groups = problem.matrices()
     order = ChannelOrder(model, 4)
     run = problem.run()
-    scores = {g.name: model.get_parameter(g.members[0].param).detach().clone() for g in groups}
+    scores = {g.name: model.get_parameter(g.matrix).detach().clone() for g in groups}
     positive = {n: s.abs() for n, s in scores.items()}
     found, moved = order.arrange(run, groups, positive, {g.name: 2 for g in groups})
     for g in found:
-        weight = model.get_parameter(g.members[0].param).detach()
+        weight = model.get_parameter(g.matrix).detach()
         assert torch.equal(moved[g.name], weight.abs())
 
 
@@ -94,7 +94,7 @@ def test_what_is_stored_is_two_of_four_and_loads_again(name, schedule, tokens, t
     for g in pruned.groups:
         W = matrix(model, g)
         assert ((W.reshape(len(W), -1, 4) != 0).sum(2) == 2).all() or len(W) == 1
-        assert torch.equal(pruned.kept[g.name], model.get_parameter(g.members[0].param) != 0)
+        assert torch.equal(pruned.kept[g.name], model.get_parameter(g.matrix) != 0)
     facts = {"kept": pruned.kept, "groups": pruned.groups}
     checkpoint.save(model, None, tmp_path / "out", **facts)
     loaded = checkpoint.load(tmp_path / "out")[0]
