@@ -26,6 +26,7 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
     `failures`.
     """
     folder = Path(cfg["out"])
+    which = f"job {folder} failed: " if sweeping() else ""
     (folder / "failed.txt").unlink(missing_ok=True)
     try:
         record = run(named(cfg, folder) if sweeping() else cfg, folder)
@@ -36,15 +37,17 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
         (folder / "failed.txt").write_text(traceback.format_exc())
         kind = "ConfigError: " if isinstance(e, ConfigError) else f"{type(e).__name__}: "
         progress.note(folder, f"failed: {kind}{e}")
-        failures.append(
-            f"prunekit: {'job ' + str(folder) + ' failed: ' if sweeping() else ''}{kind}{e}"
-        )
+        failures.append(f"prunekit: {which}{kind}{e}")
         if not isinstance(e, ConfigError):
             log.error("%s", traceback.format_exc())
         return None
     if first_process():
         show(record, folder)
-    return objective(record, cfg["objective"])
+    try:
+        return objective(record, cfg["objective"])
+    except ConfigError as e:  # the result is whole all the same
+        failures.append(f"prunekit: {which}ConfigError: {e}")
+        return None
 
 
 def named(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from blocks import hidden_states
 from problems import problem, uniform
 from tiny_models import tiny_model
 
+from prunekit.activations.dense_reference import PairedStreams
 from prunekit.errors import ConfigError
 from prunekit.registry import pruners
 
@@ -114,6 +116,28 @@ def test_other_architectures(text, arch):
     assert drift(model, text, dense) < 1
     apart = arch == "gemma2"  # a norm stands between the readers and the residual stream
     assert len(out.notes["apart"]) == (2 if apart else 0)
+
+
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_each_block_is_regressed_on_what_the_pruned_ones_before_it_put_out(
+    llama, tokens, target, monkeypatch
+):
+    dense, seen, regression = hidden_states(llama, tokens), {}, PairedStreams.regression
+
+    def watched(streams, *args):
+        every = slice(0, len(tokens))
+        reference = None if streams.dense is None else streams.dense[every].clone()
+        seen.setdefault(streams.block, (streams.own[every].clone(), reference))
+        return regression(streams, *args)
+
+    monkeypatch.setattr(PairedStreams, "regression", watched)
+    prune(llama, tokens, share=0.4, **PLAIN | {"target": target})
+    pruned = hidden_states(llama, tokens)
+    assert sorted(seen) == [0, 1, 2]
+    for block, (own, reference) in seen.items():
+        assert torch.allclose(own, pruned[block], atol=1e-4)
+        assert reference is None or torch.allclose(reference, dense[block], atol=1e-4)
+    assert not torch.allclose(pruned[2], dense[2], atol=1e-2)
 
 
 def test_excluded_blocks_stay_as_they_are(llama, text):

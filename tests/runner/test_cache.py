@@ -54,10 +54,10 @@ def test_another_ratio_scores_nothing_anew(tmp_path):
     assert numbers(from_cache) == numbers(anew)
 
 
-def asked(criterion, model, tokens, node, seed=0, counts=None):
+def asked(criterion, model, tokens, node, seed=0, counts=None, first=0):
     """Scores through a fresh cache object, and whether they came from disk."""
     view = cache.open_cache({"criterion": node, "seed": seed, "cache": True})
-    groups = [g for g in graph.discover(model, verify=False) if g.kind == "neurons"]
+    groups = [g for g in graph.discover(model, verify=False) if g.kind == "neurons"][first:]
     scores = view.scores(criterion, Stages())(model, groups, ModelRun(model, tokens, counts))
     return scores, bool(view.used)
 
@@ -78,6 +78,19 @@ def test_what_scores_depend_on_is_in_the_key(tiny, tokens):
     with torch.no_grad():
         next(tiny.parameters()).view(-1)[0] += 1
     assert not asked(criterion, tiny, tokens, node)[1]
+
+
+def test_what_else_scores_depend_on_is_in_the_key(tiny, tokens, monkeypatch):
+    node = {"name": "taylor"}
+    criterion = registry.criteria.build(node)
+    assert not asked(criterion, tiny, tokens, node)[1]
+    assert not asked(criterion, tiny, tokens, node, seed=1)[1]
+    assert not asked(criterion, tiny, tokens, node, first=1)[1]
+    assert asked(criterion, tiny, tokens, node)[1]
+    used = []
+    monkeypatch.setattr(cache, "code_hash", lambda modules: used.append(modules) or "edited")
+    assert not asked(criterion, tiny, tokens, node)[1]
+    assert used == [["prunekit.criteria.taylor", "prunekit.runner.cache"]]
 
 
 def registered(fn, module="prunekit.criteria.taylor", **meta):
@@ -141,8 +154,10 @@ def test_what_a_dense_number_depends_on_is_in_the_key(tmp_path, monkeypatch):
     tokenizer.add_tokens(["some"])
     assert not measured(tmp_path, model, tokenizer)
     assert measured(tmp_path, model, tokenizer)
-    monkeypatch.setattr(cache, "code_hash", lambda modules: f"edited {modules}")
+    used = []
+    monkeypatch.setattr(cache, "code_hash", lambda modules: used.append(modules) or "edited")
     assert not measured(tmp_path, model, tokenizer)
+    assert used == [["prunekit.evals.perplexity", "prunekit.runner.cache"]]
 
 
 def test_the_switch_is_checked():
