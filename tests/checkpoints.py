@@ -1,11 +1,18 @@
-"""Small Llamas whose checkpoints several tests write: even, and with widths that
-differ by layer.
+"""Small Llamas whose checkpoints several tests write: even, and with widths that differ by layer;
+and what an attacker does to a folder.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
+
+from prunekit.checkpoint.integrity import digest, seal
+from prunekit.checkpoint.manifest import MANIFEST
 
 
 def llama(tie: bool = False, **over) -> nn.Module:
@@ -59,3 +66,20 @@ def uneven(model: nn.Module) -> nn.Module:
     ):
         narrow(linear, axis, torch.cat([torch.arange(width), torch.arange(2 * width, 3 * width)]))
     return model
+
+
+def resealed(folder: Path, **changes: Any) -> None:
+    """What an attacker would do: hashes and seal made to fit the damage."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = {
+        name: digest(folder / name) for name in manifest["files"] if (folder / name).is_file()
+    }
+    manifest.update(changes)
+    manifest["seal"] = seal(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def change_json(file: Path, change) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))

@@ -9,13 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prunekit.checkpoint.integrity import CheckpointError
+from prunekit.checkpoint.headers import MOST_AXES, naturals, read_header
+from prunekit.checkpoint.integrity import CheckpointError, plain_json
 
 ENDING = ".bitmask.safetensors"
 """Packed files have a name of their own, so that a loader that does not know them finds no weights
@@ -53,26 +55,57 @@ def write(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     save_file(out, path, {SHAPES: json.dumps(shapes)})
 
 
+def logical_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a file holds, as they are once unpacked; from its header
+    alone. Raises CheckpointError naming the tensor whose mask and values do not fit.
+    """
+    header = read_header(path)
+    if SHAPES not in header.notes:
+        return header.shapes
+    packed = plain_json(header.notes[SHAPES].encode(), f"{path}: {SHAPES}")
+    if not isinstance(packed, dict) or not path.name.endswith(ENDING):
+        raise CheckpointError(f"{path}: {SHAPES} must be an object, in a file named *{ENDING}")
+    shapes = dict(header.shapes)
+    for name, shape in packed.items():
+        if not naturals(shape) or len(shape) > MOST_AXES:
+            raise CheckpointError(f"{path}: {SHAPES}: {name!r} has the shape {str(shape)[:80]}")
+        bits, values = shapes.pop(name + BITS, None), shapes.pop(name + VALUES, None)
+        if bits is None or values is None or name in header.shapes:
+            raise CheckpointError(f"{path}: {name}{BITS} or {name}{VALUES} is missing, or {name}")
+        count = prod(shape)
+        if bits != (-(-count // 8),) or header.types[name + BITS] != "U8":
+            raise CheckpointError(
+                f"{path}: {name}{BITS} has {bits} bytes, and {count} elements need {-(-count // 8)}"
+            )
+        if len(values) != 1 or values[0] > count:
+            raise CheckpointError(
+                f"{path}: {name}{VALUES} has {values} elements, of {count} at most"
+            )
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def plain_name(file: str) -> str:
+    """What a file is called once it is unpacked."""
+    return file.removesuffix(ENDING) + ".safetensors" if file.endswith(ENDING) else file
+
+
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors as they were given to `write`. Raises CheckpointError naming the tensor whose
     mask and values do not fit.
     """
     from safetensors import safe_open
 
+    shapes = logical_shapes(Path(path))
+    out: dict[str, Tensor] = {}
     with safe_open(path, "pt") as f:
-        shapes: dict[str, list[int]] = json.loads((f.metadata() or {}).get(SHAPES, "{}"))
-        packed = {name + end for name in shapes for end in (BITS, VALUES)}
-        if not packed <= set(f.keys()):
-            raise CheckpointError(f"{path}: {sorted(packed - set(f.keys()))[0]} is missing")
-        out = {name: f.get_tensor(name) for name in f.keys() if name not in packed}  # noqa: SIM118 (not a dict)
+        held_names = set(f.keys())
         for name, shape in shapes.items():
+            if name in held_names:
+                out[name] = f.get_tensor(name)
+                continue
             bits, values = f.get_tensor(name + BITS), f.get_tensor(name + VALUES)
-            count = torch.Size(shape).numel()
-            if bits.numel() != -(-count // 8):
-                raise CheckpointError(
-                    f"{path}: {name}{BITS} has {bits.numel()} bytes, and {count} elements need "
-                    f"{-(-count // 8)}"
-                )
+            count = prod(shape)
             held = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()
             if int(held.sum()) != values.numel():
                 raise CheckpointError(
@@ -107,9 +140,7 @@ def unpacked(folder: Path, files: Sequence[str]) -> Iterator[tuple[Path, list[st
     with tempfile.TemporaryDirectory(prefix="prunekit-") as name:
         plain, names = Path(name), []
         for file in files:
-            names.append(
-                file.removesuffix(ENDING) + ".safetensors" if file.endswith(ENDING) else file
-            )
+            names.append(plain_name(file))
             if file.endswith(ENDING):
                 save_file(read(folder / file), plain / names[-1], {"format": "pt"})
             else:

@@ -10,14 +10,8 @@ from typing import Any
 import torch
 
 from prunekit.checkpoint import bitmask
-from prunekit.checkpoint.integrity import (
-    CheckpointError,
-    digest,
-    inside,
-    read_json,
-    refuse_pickles,
-    seal,
-)
+from prunekit.checkpoint.folder import check_files, check_own, inside
+from prunekit.checkpoint.integrity import CheckpointError, digest, read_json, seal
 from prunekit.types import Group, Kept
 
 MANIFEST = "pruning.json"
@@ -101,13 +95,13 @@ def read_manifest(file: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_manifest(folder: Path, weights: bool = True) -> dict[str, Any]:
-    """`pruning.json`, checked field by field, and every file that it lists compared with its hash.
+def check_manifest(folder: Path) -> dict[str, Any]:
+    """`pruning.json`, checked field by field; every file that it lists is there, and those without
+    weights match their hash. `check_weights` compares the others.
 
-    Without `weights` the safetensors are not opened, only looked for. Raises CheckpointError naming
-    the file and the field. Nothing but JSON and bytes is read.
+    Raises CheckpointError naming the file and the field. Nothing but JSON and bytes is read.
     """
-    refuse_pickles(folder)
+    check_files(folder)
     manifest, name = read_manifest(folder / MANIFEST), str(folder / MANIFEST)
     files = manifest.get("files")
     if (
@@ -121,14 +115,27 @@ def check_manifest(folder: Path, weights: bool = True) -> dict[str, Any]:
         path = inside(folder, file, f"{name}: files")
         if not path.is_file():
             raise CheckpointError(f"{name}: files lists {file}, which is missing in {folder}")
-        if (weights or not file.endswith(WEIGHTS)) and digest(path) != expected:
-            raise CheckpointError(
-                f"{path}: its SHA-256 is not the one in {MANIFEST}; the file was changed or damaged"
-            )
-    for path in folder.glob(f"*{WEIGHTS}*"):
-        if path.name not in files:
-            raise CheckpointError(f"{path}: not among the files of {MANIFEST}")
+        if not file.endswith(WEIGHTS):
+            check_hash(path, expected)
+    check_own(folder, files)
     return manifest
+
+
+def check_weights(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises CheckpointError for a file of weights that does not match its hash. All of it is
+    read: so first see that its header fits.
+    """
+    for file, expected in manifest["files"].items():
+        if file.endswith(WEIGHTS):
+            check_hash(folder / file, expected)
+
+
+def check_hash(path: Path, expected: Any) -> None:
+    """Raises CheckpointError for a file that is not the one which was written."""
+    if digest(path) != expected:
+        raise CheckpointError(
+            f"{path}: its SHA-256 is not the one in {MANIFEST}; the file was changed or damaged"
+        )
 
 
 def check_groups(groups: Any, name: str) -> None:
@@ -143,6 +150,8 @@ def check_groups(groups: Any, name: str) -> None:
             raise CheckpointError(f"{field}.units must be a positive integer")
         kept = entry.get("kept")
         if entry.get("kind") == "weights":
+            if type(kept) is not int or not 0 <= kept <= entry["units"]:
+                raise CheckpointError(f"{field}.kept must be a number of units")
             continue
         if not isinstance(kept, list) or any(type(k) is not int for k in kept):
             raise CheckpointError(f"{field}.kept must be a list of integers")

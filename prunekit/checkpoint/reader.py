@@ -12,9 +12,14 @@ from torch import nn
 
 from prunekit.checkpoint import bitmask
 from prunekit.checkpoint.class_sizes import REFUSALS
-from prunekit.checkpoint.construction import build_on_meta
-from prunekit.checkpoint.integrity import CheckpointError, check_index, read_header, read_json
-from prunekit.checkpoint.manifest import check_manifest
+from prunekit.checkpoint.config_reader import (
+    Bounds,
+    build_checked,
+    check_buffers,
+    config_and_class,
+)
+from prunekit.checkpoint.integrity import CheckpointError, check_index
+from prunekit.checkpoint.manifest import check_manifest, check_weights
 from prunekit.checkpoint.state import tensors
 
 
@@ -31,9 +36,9 @@ def load(
     """
     folder = Path(path)
     manifest = check_manifest(folder)
+    config, kind = _check_headers(folder, manifest)
+    check_weights(folder, manifest)
     with bitmask.unpacked(folder, list(manifest["files"])) as (plain, files):
-        config, kind = _config_and_class(plain)
-        _check_headers(plain, files, config, kind)
         return _read(plain, config, kind, dtype, device), _read_tokenizer(plain, files)
 
 
@@ -42,9 +47,38 @@ def outline(path: str | Path) -> nn.Module:
     weights are not opened. Raises CheckpointError as `load` does.
     """
     folder = Path(path)
-    check_manifest(folder, weights=False)
-    config, kind = _config_and_class(folder)
-    return build_on_meta(kind, config).eval()
+    check_manifest(folder)
+    config, kind = config_and_class(folder, Bounds())
+    return build_checked(folder, config, kind).eval()
+
+
+def _check_headers(folder: Path, manifest: dict[str, Any]) -> tuple[Any, Any]:
+    """Config and class, once names, shapes and places in the headers are those that config.json
+    asks for.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, str] = {}
+    for file in manifest["files"]:
+        if file.endswith(".safetensors"):
+            found = bitmask.logical_shapes(folder / file)
+            twice = sorted(found.keys() & shapes.keys())
+            if twice:
+                raise CheckpointError(
+                    f"{folder / file}: {twice[0]} is in {places[twice[0]]} as well"
+                )
+            shapes |= found
+            places |= dict.fromkeys(found, file)
+    config, kind = config_and_class(folder, Bounds.of(shapes))
+    model = build_checked(folder, config, kind)
+    check_buffers(folder, model, shapes)
+    for name, tensor in tensors(model).items():
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise CheckpointError(
+                f"{folder / places[name]}: {name} has shape {shapes[name]}, "
+                f"{folder / 'config.json'} asks for {tuple(tensor.shape)}"
+            )
+    check_index(folder, {name: bitmask.plain_name(file) for name, file in places.items()})
+    return config, kind
 
 
 def _read(
@@ -68,7 +102,7 @@ def _read(
             output_loading_info=True,
             **placed,
         )
-    except (*REFUSALS, SafetensorError) as error:
+    except (*REFUSALS, SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{folder}: the safetensors do not fit config.json: {error}"
         ) from error
@@ -87,79 +121,10 @@ def _read_tokenizer(folder: Path, files: list[str]) -> Any:
 
     if not {"tokenizer.json", "tokenizer_config.json"} & set(files):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _config_and_class(folder: Path) -> tuple[Any, Any]:
-    """The config and the model class, from names that transformers itself registers; no remote code
-    is looked at.
-    """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, PreTrainedModel
-
-    from prunekit.checkpoint.remote_code import modeling_pruned
-    from prunekit.checkpoint.remote_code.modeling_pruned import PREFIX
-
-    name, raw = folder / "config.json", read_json(folder / "config.json")
-    if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{name}: model_type {raw.get('model_type')!r} is not one of transformers'"
-        )
-    if raw.get("quantization_config") is not None:
-        raise CheckpointError(f"{name}: quantization_config is not something that prunekit writes")
-    names = raw.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise CheckpointError(f"{name}: architectures must name one class, found {names!r}")
-    base = getattr(transformers, names[0].removeprefix(PREFIX), None)
-    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
-        raise CheckpointError(
-            f"{name}: architectures names {names[0]!r}, which is not a model class of transformers"
-        )
     try:
-        config = CONFIG_MAPPING[raw["model_type"]].from_pretrained(folder, local_files_only=True)
-    except (*REFUSALS, StrictDataclassError, OSError) as error:
-        raise CheckpointError(f"{name}: {error}") from None
-    if base.__name__ not in _classes_of(config) and not isinstance(config, base.config_class or ()):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
         raise CheckpointError(
-            f"{name}: architectures names {names[0]!r}, whose model_type is not "
-            f"{raw['model_type']!r}"
-        )
-    return config, getattr(modeling_pruned, names[0]) if names[0].startswith(PREFIX) else base
-
-
-def _classes_of(config: Any) -> tuple[str, ...]:
-    """Names of the causal language models that transformers registers for the config."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    return (found,) if isinstance(found, str) else tuple(found)
-
-
-def _check_headers(folder: Path, held_files: list[str], config: Any, kind: type) -> None:
-    """Compare names, shapes and places in the safetensors headers with the model that config.json
-    asks for, and with the index.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    name = folder / "config.json"
-    layers = config.get_text_config().num_hidden_layers
-    files = [f for f in held_files if f.endswith(".safetensors")]
-    if not isinstance(layers, int) or layers > sum(len(read_header(folder / f)) for f in files):
-        raise CheckpointError(
-            f"{name}: num_hidden_layers is {layers!r}, more than there are tensors"
-        )
-    try:
-        expected = tensors(build_on_meta(kind, config))
-    except (*REFUSALS, StrictDataclassError) as error:
-        raise CheckpointError(f"{name}: no model can be built from it: {error}") from None
-    held: dict[str, str] = {}
-    for file in files:
-        for tensor, shape in read_header(folder / file).items():
-            held[tensor] = file
-            if tensor in expected and tuple(expected[tensor].shape) != shape:
-                want = tuple(expected[tensor].shape)
-                raise CheckpointError(
-                    f"{folder / file}: {tensor} has shape {shape}, {name} asks for {want}"
-                )
-    check_index(folder, held)
+            f"{folder}: tokenizer.json or tokenizer_config.json cannot be read: "
+            f"{type(error).__name__}: {error}"
+        ) from error

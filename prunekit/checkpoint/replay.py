@@ -28,21 +28,22 @@ def replay(
     from prunekit import graph
 
     manifest, file = _manifest(source)
-    kept = kept_masks(manifest, file)
+    check_groups(manifest.get("groups"), file)
     groups = graph.discover(dense)
     have = {g.name: g.units for whole in groups for g in (whole, *whole.parts)}
-    for name, mask in kept.items():
+    for name, entry in manifest["groups"].items():
         units = have.get(name)
-        if units is None:
+        if units is None and entry.get("kind") != "weights":
             raise ConfigError(
                 f"groups[{name!r}] is not in this model, which has {', '.join(list(have)[:6])} …; "
                 "is it the dense one?"
             )
-        if units != mask.numel():
+        if units != entry["units"] and entry.get("kind") != "weights":
             raise ConfigError(
-                f"groups[{name!r}] has {mask.numel()} units, in this model it has {units}; is it "
+                f"groups[{name!r}] has {entry['units']} units, in this model it has {units}; is it "
                 "the dense one?"
             )
+    kept = kept_masks(manifest, file)
     some = {name: mask for name, mask in kept.items() if not bool(mask.all())}
     if zeroed:
         graph.zero(dense, some)

@@ -116,12 +116,12 @@ def with_generation(
     return both if len(untouched(small, both)) < len(untouched(small, first)) else first
 
 
-Typing = tuple[list[TypedFamily], list[LeftAlone], Solution, Trace]
+TypedUnits = tuple[list[TypedFamily], list[LeftAlone], Solution, Trace]
 
 
 def with_all_experts(
-    small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: Typing
-) -> Typing:
+    small: nn.Module, inputs: dict[str, Any], skip: frozenset[tuple[str, int]], first: TypedUnits
+) -> TypedUnits:
     """Where a top-k did not lead to experts in stacked weights, trace again with all experts
     picked: one that no token took has no labels.
     """

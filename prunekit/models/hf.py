@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from prunekit.checkpoint import load, outline
+from prunekit.checkpoint.class_sizes import REFUSALS
+from prunekit.checkpoint.folder import check_plain
 from prunekit.checkpoint.manifest import MANIFEST
 from prunekit.errors import ConfigError
 from prunekit.registry import models
@@ -91,6 +93,7 @@ def hf(
     network. Raises ConfigError where neither disk nor hub has the model.
     """
     import transformers
+    from safetensors import SafetensorError
 
     if path.startswith((".", "~", "/")):
         path = str(Path(path).expanduser().resolve())
@@ -98,6 +101,8 @@ def hf(
             raise _lost(path, FileNotFoundError("no such folder"))
     if (Path(path) / MANIFEST).is_file():
         return _pruned(path, dtype, device, device_map, meta)
+    if Path(path).is_dir():
+        check_plain(Path(path))
     options: dict[str, Any] = {
         "revision": revision or "main",
         "trust_remote_code": trust_remote_code,
@@ -119,7 +124,7 @@ def hf(
             device_map=device_map,
             **options,
         )
-    except (OSError, ValueError) as e:
+    except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
         raise _lost(path, e) from e
     if device_map is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -8,7 +8,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    Required,  # pydantic asks for it before Python 3.12
+)
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from prunekit.errors import ConfigError
 
@@ -25,6 +32,42 @@ class Result:
     config: dict[str, Any]
     numbers: dict[str, dict[str, float | None]]
     record: dict[str, Any]
+
+
+Component = dict[str, Any]
+
+
+class Step(TypedDict, total=False):
+    """One entry of a recovery's curve."""
+
+    step: int
+    loss: float | None
+    eval_loss: float | None
+
+
+class Notes(TypedDict, total=False):
+    recovery_curve: list[Step] | None
+
+
+class Config(TypedDict, total=False):
+    """What the report reads of a configuration."""
+
+    model: Required[Component]
+    ratio: Required[Component]
+    criterion: Required[Component]
+    table: str | None
+    row: str | None
+
+
+class Record(TypedDict, total=False):
+    """What the report reads of a result file."""
+
+    config: Required[Config]
+    results: Required[dict[str, float | None]]
+    kept: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
+    importance: dict[str, dict[str, float]]
+    notes: Notes
+    not_finite: list[str] | None
 
 
 @dataclass
@@ -88,17 +131,30 @@ def reason(path: Path) -> str:
 
 
 def read(path: Path) -> Result:
-    """Raises ConfigError naming the file where it is not a result."""
+    """Raises ConfigError naming the file where it is not a result, and what in it is not as it
+    should be.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        record = json.loads(path.read_text())
-        flat = record["results"]
-        config = record["config"]
-    except (ValueError, KeyError, TypeError) as e:
+        if not path.is_file():
+            raise ConfigError(f"report: {path} is not a file")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        TypeAdapter(Record).validate_python(record, strict=True)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"report: {path} is not a result file: {where or 'its content'}: {first['msg']}"
+        ) from None
+    except (ValueError, RecursionError, OSError) as e:
+        if isinstance(e, ConfigError):
+            raise
         raise ConfigError(
             f"report: {path} is not a result file ({type(e).__name__}: {e})"
         ) from None
     numbers: dict[str, dict[str, float | None]] = {}
-    for key, value in flat.items():
+    for key, value in record["results"].items():
         stage, _, metric = key.partition("/")
         numbers.setdefault(stage, {})[metric] = value
-    return Result(path.parent, config, numbers, record)
+    return Result(path.parent, record["config"], numbers, record)

@@ -5,6 +5,11 @@ const MARKS = { dense: "star", pruned: "circle", recovered: "diamond" };
 const drawn = [];
 const waiting = [];
 
+// Plotly reads its texts as HTML; what comes from results is to be shown as it is.
+function plain(text) {
+  return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/"/g, "&quot;");
+}
+
 function number(text) {
   const value = Number(text);
   return text === "" ? null : Number.isNaN(value) ? text : value;
@@ -68,7 +73,7 @@ function quality(sheet, x, y) {
       name: stage, mode: "markers", type: "scatter", marker: { symbol: MARKS[stage], size: 9 },
       x: points.map((p) => p.values[x]), y: points.map((p) => p.values[y]),
       error_y: { array: points.map((p) => p.spreads[y] || 0), thickness: 1 },
-      text: points.map((p) => p.label + (p.target == null ? "" : ` ${Math.round(p.target * 100)} %`)),
+      text: points.map((p) => plain(p.label) + (p.target == null ? "" : ` ${Math.round(p.target * 100)} %`)),
       hovertemplate: "%{text}<br>%{x}, %{y}<extra>%{fullData.name}</extra>",
     };
   });
@@ -92,36 +97,36 @@ function byRatio(sheet, y) {
   }
   return Object.entries(lines).filter(([, v]) => v.length > 1).map(([name, v]) => {
     v.sort((a, b) => a[0] - b[0]);
-    return { name, mode: "lines+markers", type: "scatter", x: v.map((a) => a[0]), y: v.map((a) => a[1]), error_y: { array: v.map((a) => a[2]), thickness: 1 } };
+    return { name: plain(name), mode: "lines+markers", type: "scatter", x: v.map((a) => a[0]), y: v.map((a) => a[1]), error_y: { array: v.map((a) => a[2]), thickness: 1 } };
   });
 }
 
 function scatters(place, sheet, metric) {
   place.replaceChildren();
   const scale = metric.key.startsWith("ppl_") ? { type: "log" } : {};
-  const y = { title: { text: metric.title }, ...scale };
+  const y = { title: { text: plain(metric.title) }, ...scale };
   const has = (key) => sheet.points.some((p) => p.values[key] != null && p.values[metric.key] != null);
   for (const [key, name] of [["params", "parameters (billions)"], ["prefill_ms", "prefill (ms)"], ["decode_ms_per_token", "decode (ms/token)"]]) {
     if (!has(key)) continue;
     const traces = quality(sheet, key, metric.key).concat(key === "params" ? [] : [front(sheet, key, metric.key, metric.better)]);
-    draw(place, traces, { title: { text: `${metric.title} against ${name}` }, xaxis: { title: { text: name } }, yaxis: y });
+    draw(place, traces, { title: { text: `${plain(metric.title)} against ${name}` }, xaxis: { title: { text: name } }, yaxis: y });
   }
   const lines = byRatio(sheet, metric.key);
-  if (lines.length) draw(place, lines, { title: { text: `${metric.title} against the ratio asked for` }, xaxis: { title: { text: "ratio.target" }, tickformat: ".0%" }, yaxis: y });
+  if (lines.length) draw(place, lines, { title: { text: `${plain(metric.title)} against the ratio asked for` }, xaxis: { title: { text: "ratio.target" }, tickformat: ".0%" }, yaxis: y });
 }
 
 function layers(place, title, grids, normalise) {
   for (const [kind, grid] of Object.entries(grids)) {
     const cells = normalise ? grid.cells.map((row) => { const top = Math.max(...row.filter((v) => v != null)); return row.map((v) => (v == null || !top ? v : v / top)); }) : grid.cells;
-    const trace = { type: "heatmap", z: cells, y: grid.rows, x: [...Array(grid.depth).keys()], zmin: 0, zmax: 1, colorscale: "Viridis", hoverongaps: false };
-    draw(place, [trace], { title: { text: `${title}: ${kind}` }, xaxis: { title: { text: "layer" } }, yaxis: { autorange: "reversed", ticklabeloverflow: "hide past div" } });
+    const trace = { type: "heatmap", z: cells, y: grid.rows.map(plain), x: [...Array(grid.depth).keys()], zmin: 0, zmax: 1, colorscale: "Viridis", hoverongaps: false };
+    draw(place, [trace], { title: { text: `${title}: ${plain(kind)}` }, xaxis: { title: { text: "layer" } }, yaxis: { autorange: "reversed", ticklabeloverflow: "hide past div" } });
   }
 }
 
 function curves(place, all) {
   if (!all.length) return;
   const traces = all.flatMap((c) => [["loss", "solid"], ["eval_loss", "dash"]].filter(([k]) => c[k].length).map(([k, dash]) => (
-    { name: `${c.label} ${k === "loss" ? "training" : "held out"}`, mode: "lines", type: "scatter", x: c[k].map((p) => p[0]), y: c[k].map((p) => p[1]), line: { dash } })));
+    { name: `${plain(c.label)} ${k === "loss" ? "training" : "held out"}`, mode: "lines", type: "scatter", x: c[k].map((p) => p[0]), y: c[k].map((p) => p[1]), line: { dash } })));
   draw(place, traces, { title: { text: "recovery" }, xaxis: { title: { text: "step" } }, yaxis: { title: { text: "loss" } } });
 }
 

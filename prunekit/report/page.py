@@ -40,8 +40,9 @@ def html(tables: Sequence[ReportTable], found: Found) -> str:
 
 
 def as_script(data: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    """JSON that cannot end the script element it stands in, nor begin another one."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def section(table: ReportTable, index: int) -> str:
@@ -63,7 +64,11 @@ def section(table: ReportTable, index: int) -> str:
 def table_row(table: ReportTable, row: Row) -> str:
     """One line; `data-v` is what a column is sorted by."""
     label, ratio, tuned = heads(row)
-    cells = [td(escape(label), label), td(ratio, row.ratio), td(tuned, STAGES.index(row.stage))]
+    cells = [
+        td(escape(label), label),
+        td(escape(ratio), row.ratio),
+        td(escape(tuned), STAGES.index(row.stage)),
+    ]
     for column in table.columns:
         cell = row.cells[column.key]
         below = theirs(cell, column, table.comparable)
@@ -151,8 +156,8 @@ def grid(rows: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
 def curve(row: Row) -> dict[str, Any] | None:
     """Steps and losses of the first seed's recovery."""
     logged: list[dict[str, Any]] = first_curve(row.results)
-    trained = [(e["step"], e["loss"]) for e in logged if e.get("loss") is not None]
-    held = [(e["step"], e["eval_loss"]) for e in logged if e.get("eval_loss") is not None]
+    trained = [(e["step"], e["loss"]) for e in logged if finite(e.get("loss")) is not None]
+    held = [(e["step"], e["eval_loss"]) for e in logged if finite(e.get("eval_loss")) is not None]
     return {"label": titled(row), "loss": trained, "eval_loss": held} if trained or held else None
 
 

@@ -22,12 +22,12 @@ def sparse(dtype, zeros, *shape):
 @pytest.mark.parametrize("zeros", [0.5, 0.7])
 def test_round_trip_and_size(dtype, zeros, tmp_path):
     x = sparse(dtype, zeros, 512, 768)
-    bitmask.write({"w": x}, tmp_path / "w.safetensors")
-    found = bitmask.read(tmp_path / "w.safetensors")["w"]
+    bitmask.write({"w": x}, tmp_path / "w.bitmask.safetensors")
+    found = bitmask.read(tmp_path / "w.bitmask.safetensors")["w"]
     assert found.dtype == dtype
     assert torch.equal(found, x)
     formula = (1 - zeros + 1 / (8 * x.element_size())) * x.numel() * x.element_size()
-    assert (tmp_path / "w.safetensors").stat().st_size == pytest.approx(formula, rel=0.01)
+    assert (tmp_path / "w.bitmask.safetensors").stat().st_size == pytest.approx(formula, rel=0.01)
 
 
 def test_odd_sizes_dense_tensors_and_signed_zeros(tmp_path):
@@ -39,8 +39,8 @@ def test_odd_sizes_dense_tensors_and_signed_zeros(tmp_path):
         "scalar": torch.tensor(0.0),
         "empty": torch.empty(0, 4),
     }
-    bitmask.write(tensors, tmp_path / "t.safetensors")
-    found = bitmask.read(tmp_path / "t.safetensors")
+    bitmask.write(tensors, tmp_path / "t.bitmask.safetensors")
+    found = bitmask.read(tmp_path / "t.bitmask.safetensors")
     assert found.keys() == tensors.keys()
     for name, t in tensors.items():
         assert found[name].shape == t.shape
@@ -48,7 +48,7 @@ def test_odd_sizes_dense_tensors_and_signed_zeros(tmp_path):
 
 
 def test_what_does_not_fit_is_named(tmp_path):
-    path = tmp_path / "t.safetensors"
+    path = tmp_path / "t.bitmask.safetensors"
     save_file(
         {"w.bitmask": torch.tensor([255], dtype=torch.uint8), "w.values": torch.ones(3)},
         path,

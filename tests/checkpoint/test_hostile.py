@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import llama
+from checkpoints import change_json, llama, resealed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prunekit import graph
 from prunekit.checkpoint import load, save
-from prunekit.checkpoint.integrity import CheckpointError, digest, seal
+from prunekit.checkpoint.integrity import CheckpointError
 from prunekit.checkpoint.manifest import MANIFEST
 
 FUZZ = settings(
@@ -51,23 +51,6 @@ def folder(whole: Path, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(whole, tmp_path / "out"))
-
-
-def resealed(folder: Path, **changes: Any) -> None:
-    """What an attacker would do: hashes and seal made to fit the damage."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"] = {
-        name: digest(folder / name) for name in manifest["files"] if (folder / name).is_file()
-    }
-    manifest.update(changes)
-    manifest["seal"] = seal(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
-def change_json(file: Path, change) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 @FUZZ
@@ -178,6 +161,9 @@ def field(**fields: Any):
         (field(architectures=["GPT2LMHeadModel"]), "architectures"),
         (field(model_type="../../etc"), "model_type"),
         (field(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
+        (field(attn_implementation="evil/kernel"), "attn_implementation"),
+        (layout(modules=[{"path": "model.norm", "kind": "bypass", "outputs": 2**62}]), "outputs"),
+        (layout(modules=[{"path": "model.x", "kind": "low_rank", "inputs": -1}]), "model.x"),
     ],
 )
 def test_config_fields_are_checked(folder: Path, change, words: str) -> None:
@@ -188,18 +174,21 @@ def test_config_fields_are_checked(folder: Path, change, words: str) -> None:
 
 
 def test_remote_code_in_the_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
-    (folder / "modeling_pruned.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass PrunedLlamaForCausalLM: pass\n"
-    )
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    change_json(
-        folder / "config.json",
-        lambda c: c.update(
-            {"auto_map": {"AutoConfig": "evil.X", "AutoModelForCausalLM": "evil.X"}}
-        ),
-    )
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass PrunedLlamaForCausalLM: pass\n"
+    (folder / "modeling_pruned.py").write_text(code)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    resealed(folder, files=manifest["files"] | {"modeling_pruned.py": "0"})
     resealed(folder)
     load(folder)
+    assert not (tmp_path / "ran").exists()
+    (folder / "evil.py").write_text(code)
+    with pytest.raises(CheckpointError, match=r"evil\.py: code of others"):
+        load(folder)
+    (folder / "evil.py").unlink()
+    change_json(folder / "config.json", lambda c: c.update({"auto_map": {"AutoConfig": "evil.X"}}))
+    resealed(folder)
+    with pytest.raises(CheckpointError, match=r"auto_map\.AutoConfig is 'evil\.X'"):
+        load(folder)
     assert not (tmp_path / "ran").exists()
 
 

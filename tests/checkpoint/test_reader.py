@@ -41,7 +41,7 @@ def unreadable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     folder = save(uneven(llama()), None, tmp_path / "out", packed=request.param == "packed")
     for file in folder.glob("*.safetensors"):
         file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="SHA-256"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         load(folder)
     assert OPENED
     OPENED.clear()

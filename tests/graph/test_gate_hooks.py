@@ -79,7 +79,7 @@ def test_of_a_layer_norm_only_what_is_not_the_channels_own_is_multiplied(
     assert torch.allclose(norm(x), expected, atol=1e-6)
 
 
-def test_an_rms_norm_is_told_by_zeros_that_stay_zero() -> None:
+def test_an_rms_norm_is_recognised_by_zeros_that_stay_zero() -> None:
     assert norm_style(randomised(nn.RMSNorm(10)), 10) == NormStyle(False)
     assert norm_style(nn.Sequential(nn.Linear(10, 10), nn.LayerNorm(10)), 10) is None
 

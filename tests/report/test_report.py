@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -169,11 +170,89 @@ def test_unknown_form_and_missing_folder_are_refused(table1, tmp_path):
         report.main([str(tmp_path / "nowhere")])
 
 
-def test_half_a_file_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"config": ', "JSONDecodeError"),
+        ("[]", "its content"),
+        ('{"config": {}}', "config.model"),
+        ("\udcff", "UnicodeDecodeError"),
+        ("[" * 10**5, "RecursionError"),
+    ],
+)
+def test_half_a_file_is_named(tmp_path, text, says):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "result.json").write_text('{"config": ')
-    with pytest.raises(ConfigError, match="not a result file"):
+    (tmp_path / "a" / "result.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ConfigError, match=f"result.json is not a result file.*{says}"):
         load([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"kept": {"neurons.0": [1, 2, 3]}}, "kept.neurons.0"),
+        ({"importance": []}, "importance"),
+        ({"results": {"pruned/x": "12"}}, "results.pruned/x"),
+        ({"notes": {"recovery_curve": [{"step": "1"}]}}, "notes.recovery_curve.0.step"),
+    ],
+)
+def test_what_in_a_file_is_not_a_result_is_named(tmp_path, more, says):
+    result(tmp_path / "a", stages(10, 20), config(), **more)
+    with pytest.raises(ConfigError, match=says):
+        load([tmp_path])
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "result.json")
+    with pytest.raises(ConfigError, match="result.json is not a file"):
+        load([tmp_path])
+
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\"'<!--<script>"
+
+
+def evil(folder: Path) -> Path:
+    """Results whose every name is markup, among them a failed and an unfinished job."""
+    for i in (0, 1):
+        cfg = config(row=EVIL + str(i), table=EVIL, model={"name": EVIL, "path": EVIL})
+        numbers = {
+            f"{stage}/{key}": 1.0 + i
+            for stage in ("dense", "pruned", "recovered")
+            for key in (f"ppl_{EVIL}_128", f"acc_{EVIL}")
+        }
+        for target in (0.1, 0.2):
+            result(
+                folder / f"{i}{target}",
+                numbers,
+                cfg | {"ratio": {"name": EVIL, "target": target}},
+                kept={f"{EVIL.replace('/', '')}.0": [1, 2]},
+                importance={f"{EVIL.replace('/', '')}.0": {"mean": 1.0}},
+                notes={"recovery_curve": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]},
+                not_finite=[EVIL],
+            )
+    failed = folder / "failed <script>alert(1)<"
+    failed.mkdir()
+    (failed / "failed.txt").write_text(EVIL)
+    return folder
+
+
+def test_nothing_from_a_result_becomes_markup(tmp_path):
+    from plotly.offline import get_plotlyjs
+
+    report.main([str(evil(tmp_path / "in")), "--quiet", "--to", str(tmp_path / "r.html")])
+    page = (tmp_path / "r.html").read_text().replace(get_plotlyjs(), "")
+    assert "<img" not in page
+    assert "alert(1)</script>" not in page
+    assert "<!--<script" not in page
+    assert page.count("<script") == 3
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in page
+
+
+def test_losses_that_are_not_finite_are_left_out_of_the_curves(tmp_path):
+    curve = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}]
+    result(tmp_path / "a", stages(10, 20, 15), config(), notes={"recovery_curve": curve})
+    report.main([str(tmp_path), "--quiet", "--to", str(tmp_path / "r.html")])
+    assert '"loss":[[2,1.0]]' in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize("n", [*range(1, 11), *range(12, 18)])
@@ -213,25 +292,44 @@ def browser() -> str:
     return found
 
 
-@pytest.mark.parametrize("size", ["1280,900", "390,844"])
-def test_the_page_sorts_and_draws_in_a_real_browser_without_an_error(table1, tmp_path, size):
-    page = tmp_path / "report.html"
-    report.main([str(table1), "--quiet", "--to", str(page)])
-    page.write_text(page.read_text().replace("<main>", PROBE + "<main>"))
+def opened(page: Path, size: str, folder: Path) -> dict:
+    """What the probe in the page found."""
     command = [
         browser(),
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--user-data-dir={folder / 'profile'}",
     ]
     command += [f"--window-size={size}", "--virtual-time-budget=8000", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = json.loads(
+    return json.loads(
         re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]
         .replace("&gt;", ">")
         .replace("&lt;", "<")
     )
+
+
+def test_markup_in_results_is_shown_as_text_by_a_real_browser(tmp_path):
+    page = tmp_path / "report.html"
+    report.main([str(evil(tmp_path / "in")), "--quiet", "--to", str(page)])
+    probe = PROBE[: PROBE.index("const table")] + PROBE[PROBE.index("const plots") :]
+    probe = probe.replace("up, down, plots", "images, plots").replace(
+        "const plots", 'const images = document.querySelectorAll("img").length;\n  const plots'
+    )
+    page.write_text(page.read_text().replace("<main>", probe + "<main>"))
+    found = opened(page, "1280,900", tmp_path)
+    assert found["errors"] == []
+    assert found["images"] == 0
+    assert found["plots"] >= 4
+
+
+@pytest.mark.parametrize("size", ["1280,900", "390,844"])
+def test_the_page_sorts_and_draws_in_a_real_browser_without_an_error(table1, tmp_path, size):
+    page = tmp_path / "report.html"
+    report.main([str(table1), "--quiet", "--to", str(page)])
+    page.write_text(page.read_text().replace("<main>", PROBE + "<main>"))
+    found = opened(page, size, tmp_path)
     assert found["errors"] == []
     assert found["up"] == ["dense", "Element1", "Element1", "Random", "L2"]
     assert found["down"] == found["up"][::-1]

@@ -40,6 +40,8 @@ class Bypass(RuntimeModule):
 
     def __init__(self, outputs: int = 1):
         super().__init__()
+        if not 1 <= outputs <= 16:
+            raise ValueError(f"outputs is {outputs!r}; possible: 1 to 16")
         self.outputs = outputs
 
     def numbers(self) -> dict[str, Any]:
@@ -180,6 +182,10 @@ class ArgumentIndices(RuntimeModule):
 
     def __init__(self, argument: int | str, axis: int, size: int, keep: list[int]):
         super().__init__()
+        if type(argument) not in (int, str) or type(axis) is not int:
+            raise ValueError(f"argument {argument!r} or axis {axis!r} is not one")
+        if not all(type(k) is int and 0 <= k < size for k in keep):
+            raise ValueError(f"keep must hold numbers from 0 to {size - 1}")
         self.argument, self.axis, self.size, self.keep = argument, axis, size, keep
 
     def numbers(self) -> dict[str, Any]:
@@ -272,7 +278,7 @@ def build_modules(model: nn.Module, entries: list[dict[str, Any]]) -> None:
             )
         try:
             module = KINDS[kind](**numbers)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"config.json: {LAYOUT}.modules: {path!r}: {error}") from None
         insert(model, path, module)
 
