@@ -14,6 +14,10 @@ from prunekit.cli.paths import conf_dir
 from prunekit.errors import ConfigError
 
 COMMANDS = {
+    "eval": (
+        "prunekit.cli.evaluate",
+        "eval CHECKPOINT [OVERRIDE ...] [--to FOLDER]: a saved checkpoint measured again",
+    ),
     "export": (
         "prunekit.checkpoint.gguf",
         "export PATH --gguf FILE [--type f32|f16|q8_0]: a stock checkpoint as one GGUF file",
@@ -30,6 +34,11 @@ COMMANDS = {
     "plan": (
         "prunekit.cli.plan",
         "plan [OVERRIDE ...]: sizes, MACs and memory that a run would leave; no weights are read",
+    ),
+    "recover": (
+        "prunekit.cli.recover",
+        "recover CHECKPOINT [OVERRIDE ...] [--to FOLDER]: a saved checkpoint recovered, measured "
+        "and saved",
     ),
     "report": (
         "prunekit.report.command",

@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, NotFinite
 from prunekit.runner import parent, progress, resume
 from prunekit.runner.distributed import first_process
 from prunekit.runner.run import objective, run
@@ -97,7 +96,8 @@ def note_failure(folder: Path, error: Exception) -> None:
     expected.
     """
     words = described(error)
-    expected = isinstance(error, ConfigError) or words.endswith(tuple(map(os.strerror, DISK)))
+    disk = isinstance(error, OSError) and error.errno in DISK
+    expected = disk or isinstance(error, ConfigError | NotFinite)
     if not expected:
         log.error("%s", traceback.format_exc())
     try:

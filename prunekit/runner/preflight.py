@@ -39,6 +39,7 @@ TOP: dict[str, Any] = {
     "data_root": Annotated[str | None, AfterValidator(existing_folder)],
     "out": str,
     "keep_stages": bool,
+    "allow_nonfinite": bool,
     "table": str | None,
     "row": str | None,
     "scale": str,

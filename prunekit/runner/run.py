@@ -20,7 +20,7 @@ from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Problem, named_sets
 from prunekit.profiling import Stages
 from prunekit.registry import Component, draw
-from prunekit.runner import cache, progress, provenance, results, tracking
+from prunekit.runner import cache, numerics, progress, provenance, results, tracking
 from prunekit.runner.distributed import first_process
 from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.preflight import Components, check
@@ -87,11 +87,13 @@ def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
         with stage(job, "load", "loading the model"):
             model, tokenizer = job.parts.model()
             offload.check_fits_in_memory(model)
+            check_finite(job, model, "load")
             texts = named_sets(draw(job.parts.calib, tokenizer, model))
         measure(job, "dense", lambda: model, tokenizer, tracker)
         check_reported(job)
         with stage(job, "prune", "pruning"), offload.in_memory(model):
             pruned = job.parts.pruner(pose(job, model, tokenizer, texts))
+            check_finite(job, pruned.model, "prune")
         standing = Standing(pruned, tokenizer, texts, job.stages.results)
         job.kept.keep("pruned", standing)
     else:
@@ -113,6 +115,7 @@ def recovered(job: Job, start: Standing) -> Standing:
     with stage(job, "recover", "recovering"):
         problem = pose(job, pruned.model, start.tokenizer, start.texts)
         pruned.model = job.parts.recovery(problem, pruned)
+        check_finite(job, pruned.model, "recover")
     standing = Standing(pruned, start.tokenizer, start.texts, job.stages.results)
     job.kept.keep("recovered", standing)
     return standing
@@ -122,6 +125,8 @@ def pose(job: Job, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]) -
     """What the pruner and the recovery work on."""
     parts = job.parts
     criterion = parts.criterion and job.cache.scores(parts.criterion, job.stages)
+    if not job.cfg.get("allow_nonfinite"):
+        criterion = numerics.watched(criterion)
     return Problem(
         model,
         tokenizer,
@@ -181,7 +186,15 @@ def measured(
             numbers = job.cache.measured(name, model, tokenizer, evaluate)
         else:
             numbers = evaluate(model, tokenizer)
+        if not job.cfg.get("allow_nonfinite"):
+            numerics.check_numbers(f"{when}/{name}", numbers, model)
     return {"numbers": numbers, "costs": job.stages.results[f"{when}/{name}"]}
+
+
+def check_finite(job: Job, model: nn.Module, name: str) -> None:
+    """Raises NotFinite for weights that are not finite after stage `name`."""
+    if not job.cfg.get("allow_nonfinite"):
+        numerics.check_weights(model, name)
 
 
 def check_reported(job: Job) -> None:
