@@ -103,9 +103,10 @@ def launch(args: list[str]) -> int:
     """Hand the overrides to Hydra, after a look at their keys that gives better messages than
     Hydra's.
     """
-    from prunekit.cli.overrides import check_keys, two_lines
+    from prunekit.cli.overrides import check_composition, check_keys, two_lines
 
     check_keys(args)
+    check_composition(args)
     hush_libraries()
 
     import hydra

@@ -17,9 +17,8 @@ def check_keys(args: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    words = [a for a in args if not a.startswith("-") and ("=" in a or a.startswith("~"))]
     try:
-        overrides = OverridesParser.create().parse_overrides(words)
+        overrides = OverridesParser.create().parse_overrides(words_of(args))
     except HydraException as e:
         raise ConfigError(
             f"{str(e).splitlines()[0]}\n  hint: an override is key=value; what has commas, braces "
@@ -57,7 +56,11 @@ def check_keys(args: list[str]) -> None:
         ):
             continue
         check_path(cfg, o.key_or_group)
-    check_composition(args, overrides)
+
+
+def words_of(args: list[str]) -> list[str]:
+    """The overrides among the arguments, without flags and their values."""
+    return [a for a in args if not a.startswith("-") and ("=" in a or a.startswith("~"))]
 
 
 def check_table_words(overrides: list[Any], cfg: Any) -> None:
@@ -71,15 +74,17 @@ def check_table_words(overrides: list[Any], cfg: Any) -> None:
             )
 
 
-def check_composition(args: list[str], overrides: list[Any]) -> None:
+def check_composition(args: list[str]) -> None:
     """Raises ConfigError for what Hydra would refuse of a single run: values that it cannot set,
     interpolations that lead nowhere, lists of values. The jobs of a sweep are composed there.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
+    overrides = OverridesParser.create().parse_overrides(words_of(args))
     swept = next((o for o in overrides if o.is_sweep_override()), None)
     words = [o.input_line for o in overrides if not o.is_sweep_override()]
     sweep = bool({"-m", "--multirun"} & set(args))
