@@ -13,7 +13,14 @@ from paths import ROOT
 
 from prunekit.registry import models
 
-WORDS = ["experiment=demo", "model=hf", "exclude=none", "track=silent", "calib.samples=4"]
+WORDS = [
+    "experiment=demo",
+    "model=hf",
+    "model.dtype=float32",
+    "exclude=none",
+    "track=silent",
+    "calib.samples=4",
+]
 WORDS += ["recovery.max_steps=2", "recovery.max_length=32", "eval.latency.repeats=2"]
 WORDS += ["eval.ppl.limit=4", "eval.zeroshot.limit=2"]
 STAGES = r"loading the model|pruning|recovering|writing the checkpoint"
