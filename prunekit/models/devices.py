@@ -9,7 +9,7 @@ from pydantic import AfterValidator
 
 
 def existing_device(name: str | None) -> str | None:
-    """`name`, if weights can be put there; None is left to `default_device`. Raises ValueError."""
+    """`name`, if weights can be put there; None is left to the model. Raises ValueError."""
     if name is None:
         return None
     kinds = ["cpu"]
@@ -20,11 +20,6 @@ def existing_device(name: str | None) -> str | None:
     if name not in kinds:
         raise ValueError(f"this machine has {', '.join(kinds)}")
     return name
-
-
-def default_device() -> str:
-    """The first GPU, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 Device = Annotated[str | None, AfterValidator(existing_device)]

@@ -15,7 +15,8 @@ from prunekit.checkpoint.class_sizes import REFUSALS
 from prunekit.checkpoint.folder import check_plain
 from prunekit.checkpoint.manifest import MANIFEST
 from prunekit.errors import ConfigError
-from prunekit.models.devices import Device, default_device
+from prunekit.models import default_device, resolved_dtype
+from prunekit.models.devices import Device
 from prunekit.registry import models
 
 AUTO = Literal["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
@@ -78,7 +79,7 @@ def hf(
     meta: bool = False,
     *,
     path: str,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Literal["auto", "fast", "float32", "bfloat16", "float16"] = "auto",
     device: Device = None,
     device_map: str | dict[str, int | str] | None = None,
     revision: str | None = None,
@@ -96,12 +97,13 @@ def hf(
     import transformers
     from safetensors import SafetensorError
 
+    dtype_name = resolved_dtype(dtype, device)
     if path.startswith((".", "~", "/")):
         path = str(Path(path).expanduser().resolve())
         if not Path(path).is_dir() and not (meta and config):
             raise _lost(path, FileNotFoundError("no such folder"))
     if (Path(path) / MANIFEST).is_file():
-        return _pruned(path, dtype, device, device_map, meta)
+        return _pruned(path, dtype_name, device, device_map, meta)
     if Path(path).is_dir():
         check_plain(Path(path))
     options: dict[str, Any] = {
@@ -111,7 +113,7 @@ def hf(
     loader = getattr(transformers, auto)
     if meta:
         found = _config(path, config, options)
-        kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+        kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype_name)}
         with torch.device("meta"):
             return loader.from_config(
                 found, trust_remote_code=trust_remote_code, **kind
@@ -121,7 +123,7 @@ def hf(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         model = loader.from_pretrained(
             path,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype_name),
             device_map=device_map,
             **options,
         )

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import nn
 
 from prunekit.errors import ConfigError
-from prunekit.models.devices import Device, default_device
+from prunekit.models import default_device, resolved_dtype
+from prunekit.models.devices import Device
 from prunekit.registry import Positive, Seed, models
 
 Layers = Annotated[int, Field(gt=0, le=256)]
@@ -55,7 +56,7 @@ def tiny_llama(
     context: Context = 2048,
     tie: bool = False,
     seed: Seed = 0,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["fast", "float32", "bfloat16", "float16"] = "float32",
     device: Device = None,
 ) -> tuple[nn.Module, Any]:
     """A Llama with random weights, grouped-query attention and a byte tokenizer, for tests and
@@ -86,12 +87,11 @@ def tiny_llama(
         bos_token_id=1,
         eos_token_id=2,
     )
+    kind = getattr(torch, resolved_dtype(dtype, device))
     if meta:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype)
-            ).eval(), None
+            return AutoModelForCausalLM.from_config(config, dtype=kind).eval(), None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=kind).eval()
     return model.to(device or default_device()), byte_tokenizer()
