@@ -50,7 +50,7 @@ def again(argv: list[str], *, recover: bool) -> int:
 def logged(file: Path) -> Iterator[None]:
     """Lines of the log on the terminal and in `file`."""
     log = logging.getLogger("prunekit")
-    handlers = [logging.StreamHandler(), logging.FileHandler(file)]
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(file)]
     level = log.level
     log.setLevel(logging.INFO)
     for handler in handlers:

@@ -86,7 +86,7 @@ def check_composition(args: list[str]) -> None:
 
     overrides = OverridesParser.create().parse_overrides(words_of(args))
     swept = next((o for o in overrides if o.is_sweep_override()), None)
-    words = [o.input_line for o in overrides if not o.is_sweep_override()]
+    words = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
     sweep = bool({"-m", "--multirun"} & set(args))
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -146,5 +146,5 @@ def restored(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Group:
         Member(param, axis, tensors[f"index:{fields['name']}:{i}"], reads)
         for i, (param, axis, reads) in enumerate(fields["members"])
     )
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return Group(**plain | {"members": members})

@@ -51,6 +51,6 @@ def alive(pid: int, born: float) -> bool:
     try:
         process = psutil.Process(pid)
         same = abs(process.create_time() - born) < 1
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
