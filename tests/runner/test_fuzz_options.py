@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from functools import cache
@@ -14,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
 
-from prunekit.cli.compose import composed
 from prunekit.errors import ConfigError, NotFinite
 from prunekit.runner.preflight import check
 from prunekit.runner.run import run
@@ -23,23 +23,40 @@ CHOICES = {
     kind: sorted(p.stem for p in (ROOT / "conf" / kind).glob("*.yaml"))
     for kind in ("criterion", "ratio", "exclude", "pruner")
 }
+FILLED = {"${seed}": 1, "${data_root}": None}
 CHOICES["recovery"] = ["none", "lora_text"]
 CHOICES["eval"] = ["none", "quick"]
 
 
+def usual() -> dict:
+    """The usual composition, composed once."""
+    return json.loads(_usual())
+
+
 @cache
-def node_of(kind: str, name: str) -> str:
-    """One component's YAML as composed, as JSON."""
-    return json.dumps(next(composed([f"{kind}={name}"]))[kind])
+def _usual() -> str:
+    return json.dumps(config())
+
+
+@cache
+def node_of(kind: str, name: str) -> dict:
+    """One component's YAML, what it builds on included; composing takes a second each."""
+    node = yaml.safe_load((ROOT / "conf" / kind / f"{name}.yaml").read_text()) or {}
+    below: dict = {}
+    for other in node.pop("defaults", []):
+        if other != "_self_":
+            name, _, place = str(other).partition("@")
+            below |= {place: node_of(kind, name)} if place else node_of(kind, name)
+    return {k: FILLED.get(str(v), v) for k, v in (below | node).items()}
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict:
     """A composition of any components, some of whose values are anything."""
-    cfg = json.loads(json.dumps(config()))
+    cfg = usual()
     for kind, names in CHOICES.items():
         if draw(st.booleans()):
-            cfg[kind] = json.loads(node_of(kind, draw(st.sampled_from(names))))
+            cfg[kind] = copy.deepcopy(node_of(kind, draw(st.sampled_from(names))))
     for _ in range(draw(st.integers(1, 2))):
         places = [p for p in leaves(cfg) if p != ("out",)]
         put(cfg, draw(st.sampled_from(places)), draw(values))
@@ -68,14 +85,13 @@ def test_no_value_is_a_raw_error(cfg, tmp_path_factory):
 
 def changes(cfg: dict) -> dict:
     """What differs from the usual composition."""
-    base = config()
+    base = usual()
     return {k: v for k, v in cfg.items() if v != base.get(k)}
 
 
 def test_the_usual_composition_is_accepted():
+    check(usual())
     for kind, names in CHOICES.items():
-        for name in names:
-            assert json.loads(node_of(kind, name)) is not None
-    check(config())
+        assert all(isinstance(node_of(kind, name), dict) for name in names)
     with pytest.raises(ConfigError):
-        check(config() | {"model": 3})
+        check(usual() | {"model": 3})
