@@ -24,8 +24,7 @@ def existing_file(path: str) -> str:
         found = False
     if not found:
         raise ConfigError(
-            f"{path!r} is not a file; a .jsonl file with one record a line, or plain text, is "
-            "needed"
+            f"{path} is not a file; a .jsonl file with one record a line, or plain text, is needed"
         )
     return path
 

@@ -36,8 +36,6 @@ class Curve(TrainerCallback):
                 state.global_step,
                 values["loss"],
             )
-        if "loss" in bad:
-            control.should_training_stop = True  # nothing that follows can be better
         if values:
             finite = {k: None if k in bad else v for k, v in values.items()}
             self.records.append({"step": state.global_step, **finite})

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
 
+from prunekit.cli.compose import composed
 from prunekit.errors import ConfigError, NotFinite
 from prunekit.runner.preflight import check
 from prunekit.runner.run import run
@@ -29,7 +30,7 @@ CHOICES["eval"] = ["none", "quick"]
 @cache
 def node_of(kind: str, name: str) -> str:
     """One component's YAML as composed, as JSON."""
-    return json.dumps(config(f"{kind}={name}")[kind])
+    return json.dumps(next(composed([f"{kind}={name}"]))[kind])
 
 
 @st.composite

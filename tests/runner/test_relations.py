@@ -79,7 +79,7 @@ eval.ppl.window=1                        | window=1
 eval.ppl.window=4096                     | perplexity: window = 4096 tokens
 eval.ppl.block=33                        | block=33 is no multiple of window=32
 eval.ppl.split=nonsense                  | no split 'nonsense'
-eval.ppl.path=/no/such/file              | '/no/such/file' is not a file
+eval.ppl.path=/no/such/file              | /no/such/file is not a file
 +eval.l={name:latency,prompt:2000,new_tokens:100} | latency: prompt \+ new_tokens = 2100 tokens
 criterion=3                              | criterion must be a mapping
 criterion.name=[taylor]                  | criterion
