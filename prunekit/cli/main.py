@@ -15,8 +15,8 @@ from prunekit.errors import ConfigError
 
 COMMANDS = {
     "export": (
-        "prunekit.checkpoint.gguf",
-        "export PATH --gguf FILE [--type f32|f16|q8_0]: a stock checkpoint as one GGUF file",
+        "prunekit.export.command",
+        "export CHECKPOINT --to gguf [--out FILE] [--type f32|f16|bf16|q8_0]: for llama.cpp",
     ),
     "groups": (
         "prunekit.inventory.command",
