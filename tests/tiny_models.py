@@ -47,6 +47,7 @@ def usual(s: Sizes) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "moe_intermediate_size": s.expert,
+        "shared_expert_intermediate_size": s.ffn,
         "num_experts_per_tok": 2,
     }
 

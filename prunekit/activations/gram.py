@@ -5,7 +5,7 @@ y_t^T`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -76,17 +76,21 @@ def added(parts: Sequence[GramStatistics]) -> GramStatistics:
     return whole
 
 
-def warn_of_little_text(tokens: Tensor, inputs: int) -> None:
-    """Say so where `tokens (N, T)` are fewer than the inputs of the widest module: its gram matrix
+def warn_of_little_text(tokens: Tensor, inputs: Mapping[str, int]) -> None:
+    """Say so, by name, where `tokens (N, T)` are fewer than the inputs of a module: its gram matrix
     is singular but for the ridge.
     """
-    if tokens.numel() < inputs:
+    short = [name for name, n in inputs.items() if n > tokens.numel()]
+    if short:
+        widest = max(short, key=lambda name: inputs[name])
         log.warning(
-            "%d calibration tokens say little about modules of %d inputs: the weights that remain "
-            "will fit noise; "
-            "take more text, e.g. calib.samples=128 calib.length=512",
+            "%d calibration tokens say little about the %d inputs of %s, the widest of %d such "
+            "modules: the weights that remain will fit noise; take more text, e.g. "
+            "calib.samples=128 calib.length=512",
             tokens.numel(),
-            inputs,
+            inputs[widest],
+            widest,
+            len(short),
         )
 
 

@@ -39,14 +39,15 @@ def linear_names(model: nn.Module, targets: Sequence[str] | None = None) -> tupl
     targets: names or glob patterns (`q_proj`, `mlp.*`, `*_proj`), compared with a module's name
         inside its block and with the last part of it; None takes all.
 
-    Raises ConfigError where none is left, naming those there are.
+    Raises ConfigError for a target that matches none, naming those there are.
     """
     found = list(_linears(model))
+    lacking = [t for t in targets or () if not any(is_target(name, [t]) for _, name in found)]
     chosen = tuple(name for name, inside in found if is_target(inside, targets))
-    if not chosen:
+    if lacking or not chosen:
         names = ", ".join(sorted({inside for _, inside in found})) or "none"
         raise ConfigError(
-            f"targets={targets} match no linear module of the blocks; there are: {names}"
+            f"targets={lacking or targets} match no linear module of the blocks; there are: {names}"
         )
     return chosen
 

@@ -5,6 +5,7 @@ elements.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -58,6 +59,12 @@ def matrices(model: nn.Module, targets: list[str] | None = None) -> list[Group]:
 def stacked_parameters(model: nn.Module) -> int:
     """Parameters of the blocks that are stored in tensors of three axes or more."""
     return sum(p.numel() for b in block_modules(model) for p in b.parameters() if p.dim() > 2)
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that several modules use."""
+    users = Counter(id(p) for mod in model.modules() for p in mod.parameters(recurse=False))
+    return {key for key, n in users.items() if n > 1}
 
 
 def module_name(group: Group) -> str:

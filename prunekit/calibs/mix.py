@@ -15,7 +15,7 @@ from prunekit.registry import Component, Natural, Positive, built, calibs, draw
 
 OF_THE_MIX = ("samples", "length", "seed")
 """Options of the mix, which say for every source how much it draws."""
-ROUNDS = 4
+ROUNDS = 8
 """Draws of one source before it counts as exhausted."""
 
 

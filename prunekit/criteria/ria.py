@@ -17,7 +17,7 @@ from prunekit.scoring.wanda import input_norms
 from prunekit.types import Group, Run, Scores
 
 
-@criteria.register(paper="Plug-and-Play, ICLR 2024", year=2024, needs="data", kinds=("weights",))
+@criteria.register(paper="Plug-and-Play (ICLR)", year=2024, needs="data", kinds=("weights",))
 @torch.no_grad()
 def ria(
     model: nn.Module, groups: list[Group], run: Run, *, a: Annotated[float, Field(ge=0)] = 0.5

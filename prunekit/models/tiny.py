@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from prunekit.models import default_device, resolved_dtype
 from prunekit.registry import Natural, Positive, models
 
 SPECIAL = ("<pad>", "<s>", "</s>")
@@ -49,7 +50,7 @@ def tiny_llama(
     context: Positive = 2048,
     tie: bool = False,
     seed: Natural = 0,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["fast", "float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """A Llama with random weights, grouped-query attention and a byte tokenizer, for tests and
@@ -72,12 +73,11 @@ def tiny_llama(
         bos_token_id=1,
         eos_token_id=2,
     )
+    kind = getattr(torch, resolved_dtype(dtype, device))
     if meta:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype)
-            ).eval(), None
+            return AutoModelForCausalLM.from_config(config, dtype=kind).eval(), None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), byte_tokenizer()
+        model = AutoModelForCausalLM.from_config(config, dtype=kind).eval()
+    return model.to(device or default_device()), byte_tokenizer()

@@ -12,13 +12,12 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
 from prunekit.pruners.matrixwise import (
     Ridge,
-    Scope,
     check_matrices,
     local_counts,
     prune_matrices,
 )
 from prunekit.registry import Natural, Positive, pruners
-from prunekit.selection.elements import NM, Pattern
+from prunekit.selection.elements import NM, Pattern, Scope
 from prunekit.solvers import admm as solver
 from prunekit.types import Pruned
 

@@ -13,13 +13,12 @@ from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.problem import Expected, Problem
 from prunekit.pruners.matrixwise import (
     Ridge,
-    Scope,
     check_matrices,
     local_counts,
     prune_matrices,
 )
 from prunekit.registry import Natural, Positive, pruners
-from prunekit.selection.elements import NM, Pattern
+from prunekit.selection.elements import NM, Pattern, Scope
 from prunekit.solvers import alps as solver
 from prunekit.types import Pruned
 

@@ -1,6 +1,9 @@
-"""What SparseGPT and the pruners that begin with it share: one matrix, solved column by column."""
+"""What SparseGPT and the pruners that begin with it share: matrices solved column by column."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +13,14 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
 from prunekit.pruners.matrixwise import check_matrices, write
 from prunekit.selection.elements import Pattern
-from prunekit.solvers.sparsegpt import MaskRule, lowest_of_block, of_each_run, solve_columns
-from prunekit.types import Group
+from prunekit.solvers.sparsegpt import (
+    MaskRule,
+    highest_of_runs,
+    inverse_factor,
+    lowest_of_block,
+    solve_columns,
+)
+from prunekit.types import Counts, Group, Kept
 
 
 def check_columns(
@@ -28,25 +37,57 @@ def check_block(pattern: Pattern | None, block: int) -> None:
         raise ConfigError(f"pruner.block={block} must be a multiple of the {pattern.m} of pattern")
 
 
-def mask_rule(g: Group, inputs: int, count: int, pattern: Pattern | None, block: int) -> MaskRule:
-    """How `count` elements of a matrix are chosen."""
-    if pattern:
-        return of_each_run(pattern.kept_of(count, g.units, g.name), pattern.m)
-    return lowest_of_block(count, inputs, block)
+@dataclass
+class Columns:
+    """SparseGPT on the matrices of a model.
 
+    Attributes:
+        counts: elements to remove by matrix.
+        block: inputs among whose elements those with the least `w^2 / U_jj^2` go.
+        ridge: in units of the gram's mean diagonal.
+        kept: masks so far, stored like the matrices; `costs` what they cost.
+        grown: the ridge of matrices for which it had to grow.
+    """
 
-def prune_matrix(
-    model: nn.Module,
-    g: Group,
-    gram: Tensor,
-    U: Tensor,
-    count: int,
-    pattern: Pattern | None,
-    block: int,
-) -> tuple[Tensor, float]:
-    """Solve one matrix in place. Returns the mask, stored like the matrix, and the cost."""
-    W = matrix(model, g)
-    rule = mask_rule(g, W.shape[1], count, pattern, block)
-    dead = gram.diagonal().to(W.device) == 0
-    new, mask, cost = solve_columns(W.float(), U.to(W.device, torch.float32), rule, block, dead)
-    return write(model, g, new, mask), cost
+    model: nn.Module
+    counts: Counts
+    pattern: Pattern | None
+    block: int
+    ridge: float
+    kept: Kept = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+    grown: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_block(self.pattern, self.block)
+
+    def rule(self, g: Group, inputs: int) -> MaskRule:
+        """How the elements of a matrix are chosen."""
+        count = self.counts[g.name]
+        if self.pattern:
+            return highest_of_runs(self.pattern.kept_of(count, g.units, g.name), self.pattern.m)
+        return lowest_of_block(count, inputs, self.block)
+
+    def solve(self, g: Group, W: Tensor, U: Tensor, dead: Tensor) -> tuple[Tensor, Tensor, float]:
+        """New weights for `W (outputs, inputs)`, the mask of what stays, and the cost."""
+        upper, dead = U.to(W.device, torch.float32), dead.to(W.device)
+        return solve_columns(W.float(), upper, self.rule(g, W.shape[1]), self.block, dead)
+
+    def prune(self, alike: list[Group], gram: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve matrices that read the same input, in place. Returns the factor `U` of the inverse
+        of its gram matrix, and which inputs are always zero.
+        """
+        U, took = inverse_factor(gram, self.ridge, alike[0].name)
+        dead = gram.diagonal() == 0
+        for g in alike:
+            new, mask, cost = self.solve(g, matrix(self.model, g), U, dead)
+            self.kept[g.name] = write(self.model, g, new, mask)
+            self.costs[g.name] = cost
+            if took != self.ridge:
+                self.grown[g.name] = took
+        return U, dead
+
+    def notes(self) -> dict[str, Any]:
+        """Elements that went, costs and grown ridges by matrix."""
+        gone = {name: int((~mask).sum()) for name, mask in self.kept.items()}
+        return {"counts": gone, "costs": self.costs, "larger_ridge": self.grown}

@@ -17,11 +17,12 @@ from prunekit.activations.runs import ModelRun, samples_at_once
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.matrices import matrix, to_out_in, zero_elements
 from prunekit.errors import ConfigError
-from prunekit.problem import CALIBRATION, Expected, Problem, expect
+from prunekit.problem import CALIBRATION, Expected, Problem
+from prunekit.pruners.matrixwise import check_matrices, local_counts
 from prunekit.registry import Positive, pruners
 from prunekit.scoring.copal import sensitivity
 from prunekit.scoring.wanda import input_norms, wanda_score
-from prunekit.selection.elements import NM, SCOPES, Pattern, check_pattern
+from prunekit.selection.elements import NM, Pattern, element_mask
 from prunekit.types import Counts, Group, Kept, Pruned, Run, Scores
 
 Scorer = Callable[[list[Group], Run], Scores]
@@ -32,21 +33,7 @@ def check_copal(
     problem: Problem, *, pattern: Pattern | None, targets: list[str] | None, **_: Any
 ) -> Expected:
     """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or ratio."""
-    expected = expect(problem, problem.matrices(targets), smaller=False)
-    if expected.counts is not None:
-        _counts(problem, expected.groups, pattern)
-    return expected
-
-
-def _counts(problem: Problem, groups: list[Group], pattern: Pattern | None) -> Counts:
-    allocation = problem.allocate(groups)
-    if allocation.ranking != "local":
-        raise ConfigError(
-            f"ratio.ranking={allocation.ranking}: pruner=copal compares within matrices; give "
-            "ratio.ranking=local"
-        )
-    check_pattern(problem.model, groups, allocation.counts, pattern)
-    return allocation.counts
+    return check_matrices(problem, pattern, targets, "copal")
 
 
 @pruners.register(
@@ -94,11 +81,14 @@ def copal(
                 f"{name} has {len(tokens)} samples: pruner.held_out={held_out} leaves none"
             )
     groups = problem.matrices(targets)
-    counts = _counts(problem, groups, pattern)
+    counts = local_counts(problem, groups, pattern, "copal")
     dense = {g.name: matrix(problem.model, g).cpu().clone() for g in groups}
 
     def choose(row: list[Group], scores: Scores) -> Kept:
-        return _choose(problem.model, row, scores, counts, scope, pattern)
+        masks = {
+            g: element_mask(scores[g.name], counts[g.name], scope, pattern, g.name) for g in row
+        }
+        return {g.name: to_out_in(problem.model, g, m).contiguous() for g, m in masks.items()}
 
     turns = _Turns(problem, groups, counts, texts, held_out, choose, PassOptions(store, precision))
     notes: dict[str, Any] = {"texts": list(texts), "dense": turns.perplexities()}
@@ -179,26 +169,6 @@ class _Turns(NamedTuple):
             total = sum(n * loss for n, loss in zip(sizes, losses, strict=True))
             found[name] = math.exp(total / len(tokens))
         return found
-
-
-def _choose(
-    model: nn.Module,
-    groups: list[Group],
-    scores: Scores,
-    counts: Counts,
-    scope: str,
-    pattern: Pattern | None,
-) -> Kept:
-    """Masks, stored like the matrices."""
-    out: Kept = {}
-    for g in groups:
-        s, count = scores[g.name], counts[g.name]
-        if pattern:
-            mask = pattern.mask(s, pattern.kept_of(count, g.units, g.name))
-        else:
-            mask = SCOPES[scope](s, count)
-        out[g.name] = to_out_in(model, g, mask).contiguous()
-    return out
 
 
 def _changed(before: Kept, after: Kept) -> float:

@@ -4,8 +4,8 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from prunekit.activations.gram import grams, warn_of_little_text
 from prunekit.activations.storage import PassOptions
-from prunekit.architecture.matrices import matrix, to_out_in
+from prunekit.architecture.matrices import matrix, module_name, to_out_in
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
-from prunekit.selection.elements import SCOPES, Pattern, check_pattern
-from prunekit.solvers.admm import Select, of_each_run
+from prunekit.selection.elements import SCOPES, Pattern, Scope, check_pattern
+from prunekit.solvers.admm import Select, lowest_outside_runs
 from prunekit.solvers.preconditioning import squared_error
 from prunekit.types import Counts, Group, Kept, Pruned
 
 Ridge = Annotated[float, Field(ge=0)]
-Scope = Literal["row", "matrix", "alpha"]
-
 Solve = Callable[..., tuple[Tensor, Tensor]]
 """`solve(weight, gram, select, count, name=...)`: new weights and the mask of what stays, both
 `(outputs, inputs)`.
@@ -61,7 +59,7 @@ def local_counts(
 def selection(g: Group, count: int, scope: Scope, pattern: Pattern | None) -> Select:
     """The rule by which elements of a matrix go."""
     return (
-        of_each_run(pattern.kept_of(count, g.units, g.name), pattern.m)
+        lowest_outside_runs(pattern.kept_of(count, g.units, g.name), pattern.m)
         if pattern
         else SCOPES[scope]
     )
@@ -72,6 +70,22 @@ def write(model: nn.Module, g: Group, new: Tensor, mask: Tensor) -> Tensor:
     W = matrix(model, g)
     W.copy_(new.to(W).masked_fill_(~mask, 0))
     return to_out_in(model, g, mask).contiguous()
+
+
+def grams_by_block(
+    problem: Problem, groups: list[Group], counts: Counts, options: PassOptions
+) -> Iterator[tuple[list[Group], Tensor]]:
+    """Matrices that lose something and read the same input, with the mean of `x x^T` of that
+    input, block by block: the next block is shown what the ones before it put out as they are then.
+    """
+    for row, run in problem.by_block(groups, counts, options):
+        yield from grams(problem.model, [g for g in row if counts[g.name]], run)
+
+
+def warn_by_matrix(problem: Problem, groups: list[Group]) -> None:
+    """Warns of matrices that have more inputs than there are calibration tokens."""
+    inputs = {module_name(g): matrix(problem.model, g).shape[1] for g in groups}
+    warn_of_little_text(problem.tokens, inputs)
 
 
 @torch.no_grad()
@@ -85,21 +99,19 @@ def prune_matrices(
     pattern: Pattern | None,
     options: PassOptions,
 ) -> Pruned:
-    """Every matrix by `solve`, block by block; the next block is shown what the pruned ones before
-    it put out. The notes' `costs` are the squared errors of the outputs, a token.
+    """Every matrix by `solve`, block by block. The notes' `costs` are the squared errors of the
+    outputs, a token.
     """
     model = problem.model
-    warn_of_little_text(problem.tokens, max(matrix(model, g).shape[1] for g in groups))
+    warn_by_matrix(problem, groups)
     kept: Kept = {}
     costs: dict[str, float] = {}
-    for row, run in problem.by_block(groups, counts, options):
-        part = [g for g in row if counts[g.name]]
-        for alike, gram in grams(model, part, run):
-            for g in alike:
-                W, count = matrix(model, g).float(), counts[g.name]
-                here = gram.to(W.device)
-                new, mask = solve(W, here, selection(g, count, scope, pattern), count, name=g.name)
-                costs[g.name] = squared_error(W, new, here)
-                kept[g.name] = write(model, g, new, mask)
+    for alike, gram in grams_by_block(problem, groups, counts, options):
+        for g in alike:
+            W, count = matrix(model, g).float(), counts[g.name]
+            here = gram.to(W.device)
+            new, mask = solve(W, here, selection(g, count, scope, pattern), count, name=g.name)
+            costs[g.name] = squared_error(W, new, here)
+            kept[g.name] = write(model, g, new, mask)
     gone = {name: int((~mask).sum()) for name, mask in kept.items()}
     return Pruned(model, kept, groups, {}, {"counts": gone, "costs": costs})

@@ -138,8 +138,8 @@ def obs(
     groups = problem.groups(kinds)
     readers = _readers(problem)
     check_readers(groups, readers)
-    widest = max(r.reader.weight.shape[1] for row in readers for r in row)
-    warn_of_little_text(problem.tokens, widest)
+    inputs = {r.reader.name: r.reader.weight.shape[1] for row in readers for r in row}
+    warn_of_little_text(problem.tokens, inputs)
     counts = _counts(problem, groups)
     if not any(counts.values()):
         return Pruned(model, {}, groups, {}, {"counts": counts})

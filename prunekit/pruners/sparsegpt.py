@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 
-from prunekit.activations.gram import grams, warn_of_little_text
 from prunekit.activations.storage import PassOptions, Precision, Store
-from prunekit.architecture.matrices import matrix
 from prunekit.problem import Expected, Problem
-from prunekit.pruners.columnwise import check_block, check_columns, prune_matrix
-from prunekit.pruners.matrixwise import Ridge, local_counts
+from prunekit.pruners.columnwise import Columns, check_columns
+from prunekit.pruners.matrixwise import Ridge, grams_by_block, local_counts, warn_by_matrix
 from prunekit.registry import Positive, pruners
 from prunekit.selection.elements import NM, Pattern
-from prunekit.solvers.sparsegpt import inverse_factor
-from prunekit.types import Kept, Pruned
+from prunekit.types import Pruned
 
 
 def check_sparsegpt(
@@ -61,21 +58,10 @@ def sparsegpt(
 
     Raises ConfigError where a pattern fits no matrix or ratio.
     """
-    check_block(pattern, block)
-    model = problem.model
     groups = problem.matrices(targets)
-    warn_of_little_text(problem.tokens, max(matrix(model, g).shape[1] for g in groups))
+    warn_by_matrix(problem, groups)
     counts = local_counts(problem, groups, pattern, "sparsegpt")
-    kept: Kept = {}
-    costs: dict[str, float] = {}
-    grown: dict[str, float] = {}
-    for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
-        for alike, gram in grams(model, [g for g in row if counts[g.name]], run):
-            U, took = inverse_factor(gram, ridge, alike[0].name)
-            for g in alike:
-                kept[g.name], costs[g.name] = prune_matrix(
-                    model, g, gram, U, counts[g.name], pattern, block
-                )
-                grown |= {g.name: took} if took != ridge else {}
-    gone = {name: int((~mask).sum()) for name, mask in kept.items()}
-    return Pruned(model, kept, groups, {}, {"counts": gone, "costs": costs, "larger_ridge": grown})
+    columns = Columns(problem.model, counts, pattern, block, ridge)
+    for alike, gram in grams_by_block(problem, groups, counts, PassOptions(store, precision)):
+        columns.prune(alike, gram)
+    return Pruned(problem.model, columns.kept, groups, {}, columns.notes())

@@ -4,7 +4,6 @@ feed-forward block again, by turns with what passes between them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit import graph
-from prunekit.activations.gram import grams, warn_of_little_text
+from prunekit.activations.gram import grams
 from prunekit.activations.hooks import hook_activations
 from prunekit.activations.runs import forward
 from prunekit.activations.storage import PassOptions, Precision, Store
@@ -22,15 +21,17 @@ from prunekit.errors import ConfigError
 from prunekit.graph.feed_forward import FeedForward, Neurons, Rows, feed_forwards, neurons_of
 from prunekit.graph.replay import Span, record
 from prunekit.problem import Expected, Problem
-from prunekit.pruners.columnwise import check_columns, mask_rule, prune_matrix
-from prunekit.pruners.matrixwise import Ridge, local_counts, write
+from prunekit.pruners.columnwise import Columns, check_columns
+from prunekit.pruners.matrixwise import Ridge, local_counts, warn_by_matrix, write
 from prunekit.registry import Positive, pruners
 from prunekit.selection.elements import NM, Pattern
-from prunekit.solvers.sparsegpt import inverse_factor, solve_columns
+from prunekit.solvers.sparsegpt import inverse_factor
 from prunekit.solvers.sparsellm import Ffn, Terms, alternate
-from prunekit.types import Counts, Group, Kept, Pruned
+from prunekit.types import Group, Pruned
 
 Weight = Annotated[float, Field(gt=0)]
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""By module: the factor of its input's inverse gram matrix, and which inputs are always zero."""
 
 
 def check_sparsellm(
@@ -117,44 +118,27 @@ def sparsellm(
     Raises ConfigError where a pattern fits no matrix or ratio, and where the neurons of a block are
     not an activation, or an activation times a linear map.
     """
-    model = problem.model
     groups = problem.matrices(targets)
-    warn_of_little_text(problem.tokens, max(matrix(model, g).shape[1] for g in groups))
+    warn_by_matrix(problem, groups)
     counts = local_counts(problem, groups, pattern, "sparsellm")
     part = [g for g in groups if counts[g.name]]
     blocks = studied(problem, part) if steps > 1 and part else []
+    columns = Columns(problem.model, counts, pattern, block, ridge)
     terms = Terms(alpha, beta, gamma, descents, rate)
-    rule = Rule(counts, pattern, block, ridge)
-    kept: Kept = {}
-    costs: dict[str, float] = {}
-    grown: dict[str, float] = {}
     errors: dict[str, list[float]] = {}
     for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
-        by_module = {module_name(g): g for g in row}
-        work = [
-            Work(model, f, n, {m: by_module[m] for m in f.modules})
-            for f, n in blocks
-            if f.modules <= by_module.keys()
-        ]
-        with hook_activations(model, inputs={w.first: w.see for w in work}):
-            shown = grams(model, row, run)
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        by_module = {module_name(g): g for g in row if counts[g.name]}
+        inside = [(f, n) for f, n in blocks if f.modules <= by_module.keys()]
+        work = [Work(columns, f, n, {m: by_module[m] for m in f.modules}) for f, n in inside]
+        with hook_activations(problem.model, inputs={w.first: w.see for w in work}):
+            shown = grams(problem.model, list(by_module.values()), run)
+        factors: Factors = {}
         for alike, gram in shown:
-            U, took = inverse_factor(gram, ridge, alike[0].name)
-            for g in alike:
-                kept[g.name], costs[g.name] = prune_matrix(
-                    model, g, gram, U, counts[g.name], pattern, block
-                )
-                grown |= {g.name: took} if took != ridge else {}
-                factors[module_name(g)] = U.float(), gram.diagonal() == 0
+            factors |= dict.fromkeys(map(module_name, alike), columns.prune(alike, gram))
         for w in work:
-            masks, errors[w.block.name] = w.improve(rule, factors, steps, terms, refit_ridge)
-            kept |= masks
-            for name in masks:
-                del costs[name]
-    gone = {name: int((~mask).sum()) for name, mask in kept.items()}
-    notes = {"counts": gone, "costs": costs, "larger_ridge": grown}
-    return Pruned(model, kept, groups, {}, {**notes, "feed_forward_errors": errors})
+            errors[w.block.name] = w.improve(factors, steps, terms, refit_ridge)
+    notes = columns.notes() | {"feed_forward_errors": errors}
+    return Pruned(problem.model, columns.kept, groups, {}, notes)
 
 
 def studied(problem: Problem, groups: list[Group]) -> list[tuple[FeedForward, Neurons]]:
@@ -175,24 +159,15 @@ def studied(problem: Problem, groups: list[Group]) -> list[tuple[FeedForward, Ne
     return [(f, neurons_of(model, f, replays[f.name])) for f in found]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How SparseGPT prunes a matrix."""
-
-    counts: Counts
-    pattern: Pattern | None
-    block: int
-    ridge: float
-
-
 class Work:
     """A feed-forward block on which work is going on: its dense matrices and its input."""
 
     def __init__(
-        self, model: nn.Module, block: FeedForward, neurons: Neurons, groups: dict[str, Group]
+        self, columns: Columns, block: FeedForward, neurons: Neurons, groups: dict[str, Group]
     ) -> None:
-        self.model, self.block, self.neurons, self.groups = model, block, neurons, groups
-        self.dense = {m: matrix(model, g).float().clone() for m, g in groups.items()}
+        self.columns, self.block, self.neurons, self.groups = columns, block, neurons, groups
+        self.model = columns.model
+        self.dense = {m: matrix(self.model, g).float().clone() for m, g in groups.items()}
         self.inputs: list[Tensor] = []
 
     @property
@@ -231,15 +206,10 @@ class Work:
         return out
 
     def improve(
-        self,
-        rule: Rule,
-        factors: dict[str, tuple[Tensor, Tensor]],
-        steps: int,
-        terms: Terms,
-        refit_ridge: float,
-    ) -> tuple[Kept, list[float]]:
-        """Outer steps from the second on. Writes the best matrices and returns their masks, none
-        where SparseGPT's are the best; and the errors of the output, step by step.
+        self, factors: Factors, steps: int, terms: Terms, refit_ridge: float
+    ) -> list[float]:
+        """Outer steps from the second on, and the best matrices into the model. Returns the errors
+        of the output, step by step.
         """
         made: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
@@ -249,12 +219,9 @@ class Work:
                 g = self.groups[module]
                 U, dead = factors[module]
                 if module == self.block.reader:
-                    U = inverse_factor(pp, rule.ridge, g.name)[0].float()
+                    U, _ = inverse_factor(pp, self.columns.ridge, g.name)
                     dead = pp.diagonal() == 0
-                choose = mask_rule(g, W.shape[1], rule.counts[g.name], rule.pattern, rule.block)
-                new[module], masks[module], _ = solve_columns(
-                    W, U.to(W.device), choose, rule.block, dead.to(W.device)
-                )
+                new[module], masks[module], _ = self.columns.solve(g, W, U, dead)
             made.append((new, masks))
             return self.as_ffn(new)
 
@@ -272,9 +239,9 @@ class Work:
             name=self.block.name,
         )
         best = errors.index(min(errors))
-        if best == 0:
-            return {}, errors
-        new, masks = made[best - 1]
-        return {
-            g.name: write(self.model, g, new[m], masks[m]) for m, g in self.groups.items()
-        }, errors
+        if best:
+            new, masks = made[best - 1]
+            for m, g in self.groups.items():
+                self.columns.kept[g.name] = write(self.model, g, new[m], masks[m])
+                del self.columns.costs[g.name]  # of SparseGPT's weights
+        return errors

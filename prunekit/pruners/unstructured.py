@@ -17,7 +17,15 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, check_no_loss, expect
 from prunekit.registry import Component, pruners
 from prunekit.selection.channel_order import ChannelOrder
-from prunekit.selection.elements import NM, SCOPES, Pattern, check_pattern, each_row, everywhere
+from prunekit.selection.elements import (
+    NM,
+    Pattern,
+    Scope,
+    check_pattern,
+    each_row,
+    element_mask,
+    everywhere,
+)
 from prunekit.selection.units import check_finite
 from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Run, Scores
 
@@ -112,7 +120,7 @@ def _rankable(
 def unstructured(
     problem: Problem,
     *,
-    scope: Literal["row", "matrix", "alpha"] = "row",
+    scope: Scope = "row",
     pattern: NM = None,
     permute: bool = False,
     schedule: Schedule = "blocks",
@@ -201,7 +209,7 @@ def _choose(
     groups: list[Group],
     scores: Scores,
     allocation: Allocation,
-    scope: str,
+    scope: Scope,
     pattern: Pattern | None,
     axes: dict[str, int],
 ) -> Kept:
@@ -210,13 +218,10 @@ def _choose(
     for g in groups:
         s = to_out_in(model, g, scores[g.name])
         s = s if axes.get(g.name, 1) else s.T.contiguous()
-        count = allocation.counts[g.name]
-        if pattern:
-            mask = pattern.mask(s, pattern.kept_of(count, g.units, g.name))
-        elif allocation.ranking == "rows":
+        if allocation.ranking == "rows":
             mask = each_row(s, allocation.rows[g.name])
         else:
-            mask = SCOPES[scope](s, count)
+            mask = element_mask(s, allocation.counts[g.name], scope, pattern, g.name)
         mask = mask if axes.get(g.name, 1) else mask.T
         out[g.name] = to_out_in(model, g, mask).contiguous()
     return out

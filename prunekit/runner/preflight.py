@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -73,6 +74,7 @@ def build_components(cfg: dict[str, Any]) -> Components:
     )
     check_criterion(parts.criterion, parts.pruner)
     check_pruner(parts)
+    check_search_text(parts)
     for evaluate in parts.evals.values():
         if "check" in evaluate.meta:
             evaluate.meta["check"](parts.calib, **evaluate.options)
@@ -148,6 +150,27 @@ def check_pruner(parts: Components) -> None:
             f"pruner={name} meets one text after the other, calib={parts.calib.name} gives one; "
             f"possible: calib={possible}"
         )
+
+
+def check_search_text(parts: Components) -> None:
+    """Raises ConfigError where an eval reads the text by which the pruner searches: the file, or
+    the split of a data set that both name.
+    """
+    if not parts.pruner.meta.get("searches"):
+        return
+    mine = _text(parts.calib.options)
+    for name, evaluate in parts.evals.items():
+        if mine and _text(evaluate.options) == mine:
+            raise ConfigError(
+                f"pruner={parts.pruner.name} searches by the calibration text, and eval {name} "
+                f"reads the same one ({mine}): its number would flatter the result"
+            )
+
+
+def _text(options: dict[str, Any]) -> str | None:
+    if options.get("path"):
+        return str(Path(options["path"]).expanduser().resolve())
+    return f"{options.get('dataset')}, {options['split']}" if options.get("split") else None
 
 
 def expected_outcome(parts: Components, model: nn.Module) -> Expected | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BeforeValidator
@@ -82,8 +82,14 @@ def everywhere(scores: Scores, count: int) -> Kept:
     return {name: m.view(s.shape) for (name, s), m in zip(scores.items(), parts, strict=True)}
 
 
+Scope = Literal["row", "matrix", "alpha"]
 SCOPES = {"row": per_row, "matrix": per_matrix, "alpha": by_alpha}
 """How the number of elements that a matrix loses is spread over it."""
+
+
+def of_each_run(scores: Tensor, kept: int, m: int) -> Tensor:
+    """The `kept` highest of each run of `m` consecutive inputs stay."""
+    return drop_lowest(scores.reshape(-1, m), m - kept).view(scores.shape)
 
 
 class Pattern(NamedTuple):
@@ -109,9 +115,16 @@ class Pattern(NamedTuple):
             )
         return stays
 
-    def mask(self, scores: Tensor, kept: int) -> Tensor:
-        """The `kept` highest of each run of `m` inputs stay."""
-        return drop_lowest(scores.reshape(-1, self.m), self.m - kept).view(scores.shape)
+
+def element_mask(
+    scores: Tensor, count: int, scope: Scope, pattern: Pattern | None, name: str
+) -> Tensor:
+    """What of the matrix `name` stays when `count` of its elements go. Raises ConfigError where the
+    pattern is not what the count asks for.
+    """
+    if pattern:
+        return of_each_run(scores, pattern.kept_of(count, scores.numel(), name), pattern.m)
+    return SCOPES[scope](scores, count)
 
 
 def parse_pattern(text: Any) -> Pattern | None:

@@ -4,7 +4,6 @@ them can put them out in that order: found by discovery, proven on what the modu
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from prunekit import graph
 from prunekit.activations.hooks import hook_activations, raise_stop, stop_early
 from prunekit.architecture.linear import is_linear, readers
+from prunekit.architecture.matrices import shared_parameters
 from prunekit.types import Group, Member, Run, tensor_of
 
 TRIALS = 12
@@ -58,8 +58,7 @@ class FreeReaders:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        users = Counter(id(p) for mod in model.modules() for p in mod.parameters(recurse=False))
-        self.shared = {key for key, n in users.items() if n > 1}
+        self.shared = shared_parameters(model)
         self.groups: dict[str, Group] = {}
         for g in graph.discover(model, verify=False):
             found = readers(model, g) if g.kind in ("neurons", "heads") else []

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunekit.selection.elements import drop_lowest, floor_share, per_matrix
+from prunekit.selection.elements import floor_share, of_each_run, per_matrix
 from prunekit.solvers.preconditioning import inverse, unit_diagonal
 
 Select = Callable[[Tensor, int], Tensor]
@@ -20,13 +20,13 @@ two.
 """
 
 
-def of_each_run(kept: int, m: int) -> Select:
+def lowest_outside_runs(kept: int, m: int) -> Select:
     """The `kept` highest of each run of `m` inputs stay whatever `count` is; the others go
     lowest first, all of them once `count` is their number.
     """
 
     def select(scores: Tensor, count: int) -> Tensor:
-        safe = drop_lowest(scores.reshape(-1, m), m - kept).view(scores.shape)
+        safe = of_each_run(scores, kept, m)
         return per_matrix(scores.masked_fill(safe, torch.inf), count)
 
     return select

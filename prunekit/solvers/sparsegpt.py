@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import ConfigError
-from prunekit.selection.elements import drop_lowest
+from prunekit.selection.elements import drop_lowest, of_each_run
 
 log = logging.getLogger("prunekit")
 
@@ -114,12 +114,12 @@ def lowest_of_block(count: int, inputs: int, block: int) -> MaskRule:
     return choose
 
 
-def of_each_run(kept: int, m: int) -> MaskRule:
+def highest_of_runs(kept: int, m: int) -> MaskRule:
     """The `kept` highest of each run of `m` inputs stay, chosen when the sweep reaches the
     run. The block must be a multiple.
     """
 
     def choose(j: int, saliency: Callable[[], Tensor]) -> Tensor | None:
-        return None if j % m else drop_lowest(saliency()[:m].T, m - kept).T
+        return None if j % m else of_each_run(saliency()[:m].T, kept, m).T
 
     return choose

@@ -56,5 +56,6 @@ def test_modules_that_are_shown_the_same_tensor_share_a_gram():
 @pytest.mark.parametrize(("tokens", "said"), [(63, 1), (64, 0)])
 def test_less_text_than_inputs_is_said(tokens, said, caplog):
     with caplog.at_level(logging.WARNING, logger="prunekit"):
-        warn_of_little_text(torch.zeros(1, tokens), 64)
+        warn_of_little_text(torch.zeros(1, tokens), {"up": 16, "down": 64})
     assert len(caplog.records) == said
+    assert all("the 64 inputs of down, the widest of 1" in m for m in caplog.messages)

@@ -55,6 +55,8 @@ def test_a_target_is_a_pattern_for_the_name_in_the_block_or_its_last_part(arch):
     assert set(linear_names(model, ["*"])) == set(linear_names(model))
     with pytest.raises(ConfigError, match=r"targets=\['model.layers.0.mlp'\] match no linear"):
         linear_names(model, ["model.layers.0.mlp"])
+    with pytest.raises(ConfigError, match=r"targets=\['wheels'\] match no linear"):
+        linear_names(model, ["*", "wheels"])
 
 
 def test_patterns_reach_the_last_part_too():

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import llama, narrow, uneven
+from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
@@ -112,6 +113,36 @@ def test_both_loaders_give_the_same_to_the_bit(
         save(again, None, tmp_path / f"again{i}")
         assert entries(tmp_path / f"again{i}") == entries(tmp_path / "out")
         assert torch.equal(logits(load(tmp_path / f"again{i}")[0], tokens), want)
+
+
+def test_a_weight_that_is_read_by_name_is_that_of_the_inputs_in_their_own_order() -> None:
+    linear = nn.Linear(6, 4)
+    dense = linear.weight.detach().clone()
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    narrow(linear, 1, order)
+    gather = Gather.before(linear, order)
+    assert torch.equal(gather.weight, dense)
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(gather(x), nn.functional.linear(x, gather.weight, linear.bias))
+    with pytest.raises(AttributeError, match="weight"):
+        _ = Gather.before(nn.Linear(3, 4), torch.tensor([0, 2, 4])).weight
+    pair = LowRank.of(torch.randn(4, 2), torch.randn(2, 6))
+    torch.testing.assert_close(pair(x), x @ pair.weight.T)
+
+
+def test_a_class_that_initialises_a_weight_by_name(tmp_path: Path, tokens: torch.Tensor) -> None:
+    """GPT-2's `_init_weights` writes to `c_proj.weight`."""
+    model = tiny_model("gpt2")
+    for block in model.transformer.h:
+        conv = block.attn.c_proj
+        inner = nn.Linear(64, 64)
+        inner.load_state_dict({"weight": conv.weight.T.flip(1), "bias": conv.bias})
+        block.attn.c_proj = Gather.before(inner, torch.arange(63, -1, -1))
+    torch.testing.assert_close(logits(model, tokens), logits(tiny_model("gpt2"), tokens))
+    save(model, None, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    for again in (load(tmp_path / "out")[0], theirs):
+        assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
 def test_all_kinds_at_once_on_layers_of_uneven_width(tmp_path: Path, tokens: torch.Tensor) -> None:

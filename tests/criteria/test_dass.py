@@ -8,27 +8,21 @@ import logging
 
 import pytest
 import torch
-from small_models import small_model
+from problems import check, problem, uniform
+from tiny_models import tiny_model
 
 from prunekit.architecture.linear import weight_of
 from prunekit.criteria.dass import competing_axes
 from prunekit.errors import ConfigError
-from prunekit.problem import Problem
-from prunekit.registry import criteria, pruners, ratios
+from prunekit.registry import pruners
 
 
-def pose(model, tokens=None, target=0.5, **options):
-    return Problem(
-        model,
-        None,
-        {} if tokens is None else {"calibration": tokens},
-        criteria.build({"name": "dass", **options}),
-        ratios.build({"name": "uniform", "target": target, "of": "units"}),
-    )
+def pose(model, tokens=None, **options):
+    return problem(model, tokens, criterion={"name": "dass", **options}, ratio=uniform(0.5))
 
 
-def prune(problem, **options):
-    return pruners.build({"name": "unstructured", **options})(problem)
+def prune(asked, **options):
+    return pruners.build({"name": "unstructured", **options})(asked)
 
 
 @torch.no_grad()
@@ -57,15 +51,15 @@ def channel_norms(module, model, tokens):
 def test_matrices_of_the_ffn_are_found_and_attention_stays_dense(
     name, making, reading, tokens, caplog
 ):
-    model = small_model(name)
-    problem = pose(model, tokens)
-    axes = competing_axes(model, problem.matrices())
+    model = tiny_model(name)
+    asked = pose(model, tokens)
+    axes = competing_axes(model, asked.matrices())
     assert axes == {f"weights.{i}.{n}": 0 for i in range(2) for n in making} | {
         f"weights.{i}.{n}": 1 for i in range(2) for n in reading
     }
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with caplog.at_level(logging.INFO):
-        pruned = prune(problem)
+        pruned = prune(asked)
     assert "stay dense" in caplog.text
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {g.matrix for g in pruned.groups}
@@ -78,10 +72,10 @@ def test_matrices_of_the_ffn_are_found_and_attention_stays_dense(
 
 
 def test_a_matrix_of_the_gate_is_scored_by_what_the_ffn_puts_into_down(tokens):
-    model = small_model("llama")
-    problem = pose(model, tokens, alpha=0.7)
-    groups = problem.matrices(["gate_proj", "up_proj", "down_proj"])
-    scores = problem.score(groups, problem.run())
+    model = tiny_model("llama")
+    asked = pose(model, tokens, alpha=0.7)
+    groups = asked.matrices(["gate_proj", "up_proj", "down_proj"])
+    scores = asked.score(groups, asked.run())
     norms = [channel_norms(model.model.layers[i].mlp.down_proj, model, tokens) for i in range(2)]
     for g in groups:
         W = model.get_parameter(g.matrix).detach().abs()
@@ -104,40 +98,30 @@ def test_one_fused_matrix_of_gate_and_up_is_scored_channel_by_channel(tokens):
         pad_token_id=0,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    problem = pose(model, tokens)
-    groups = problem.matrices(["gate_up_proj"])
+    asked = pose(model, tokens)
+    groups = asked.matrices(["gate_up_proj"])
     assert competing_axes(model, groups) == {g.name: 0 for g in groups}
-    scores = problem.score(groups, problem.run())
+    scores = asked.score(groups, asked.run())
     norms = channel_norms(model.model.layers[0].mlp.down_proj, model, tokens).repeat(2)
     plain = model.model.layers[0].mlp.gate_up_proj.weight.abs() * norms[:, None] ** 0.5
     torch.testing.assert_close(scores[groups[0].name], plain.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_patterns_of_the_gate_lie_along_its_outputs_and_the_result_says_so(tokens):
-    model = small_model("llama")
+    model = tiny_model("llama")
     pruned = prune(pose(model, tokens), pattern="2:4")
     mlp = model.model.layers[0].mlp
     for W in (mlp.gate_proj.weight.T, mlp.up_proj.weight.T, mlp.down_proj.weight):
         assert ((W.reshape(-1, 4) == 0).sum(1) == 2).all()
     assert "sparse tensor cores" in pruned.notes["remark"]
-    assert "remark" not in prune(pose(small_model("llama"), tokens)).notes
+    assert "remark" not in prune(pose(tiny_model("llama"), tokens)).notes
 
 
 def test_a_model_whose_ffns_are_stacked_experts_is_refused_before_the_work():
-    with torch.device("meta"):
-        model = small_model("mixtral")
-    problem = pose(model)
-    check = pruners.entry("unstructured").meta["check"]
     with pytest.raises(ConfigError, match="criterion=dass scores none"):
-        check(problem, pattern=None, permute=False, schedule="blocks", targets=None)
+        check("unstructured", pose(tiny_model("mixtral", meta=True)))
 
 
 def test_a_pattern_must_divide_the_outputs_of_what_makes_the_channels():
-    problem = pose(small_model("llama"))
-    check = pruners.entry("unstructured").meta["check"]
-    from prunekit.selection.elements import parse_pattern
-
-    with pytest.raises(ConfigError, match="gate_proj has 40 outputs"):
-        check(
-            problem, pattern=parse_pattern("8:16"), permute=False, schedule="blocks", targets=None
-        )
+    with pytest.raises(ConfigError, match="gate_proj has 96 outputs"):
+        check("unstructured", pose(tiny_model("llama")), pattern="10:20")

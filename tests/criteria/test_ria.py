@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import small_model
+from problems import problem, uniform
+from tiny_models import tiny_model
 
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.matrices import module_name
-from prunekit.problem import Problem
-from prunekit.registry import criteria, pruners, ratios
+from prunekit.registry import pruners
 
 
-def pose(model, tokens, criterion="ria", target=0.5, **options):
-    return Problem(
-        model,
-        None,
-        {"calibration": tokens},
-        criteria.build({"name": criterion, **options}),
-        ratios.build({"name": "uniform", "target": target, "of": "units"}),
-    )
+def pose(model, tokens):
+    return problem(model, tokens, criterion={"name": "ria"}, ratio=uniform(0.5))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2_moe"])
 def test_scores_are_stored_like_the_matrices(name, tokens):
-    model = small_model(name)
-    problem = pose(model, tokens)
-    groups = problem.matrices()
+    model = tiny_model(name)
+    asked = pose(model, tokens)
+    groups = asked.matrices()
     seen = {}
     for g in groups:
         module = model.get_submodule(module_name(g))
         module.register_forward_pre_hook(lambda m, args, n=g.name: seen.setdefault(n, args[0]))
-    scores = problem.score(groups, problem.run())
+    scores = asked.score(groups, asked.run())
     for g in groups:
         module = model.get_submodule(module_name(g))
         W = weight_of(module).detach().abs()
@@ -44,7 +38,7 @@ def test_scores_are_stored_like_the_matrices(name, tokens):
 @pytest.mark.parametrize("scope", ["matrix", "row"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2_moe"])
 def test_half_of_every_matrix_goes(name, scope, tokens):
-    model = small_model(name)
+    model = tiny_model(name)
     pruned = pruners.build({"name": "unstructured", "scope": scope})(pose(model, tokens))
     for g in pruned.groups:
         W = weight_of(model.get_submodule(module_name(g)))

@@ -9,6 +9,7 @@ from paths import ROOT
 
 import prunekit
 from prunekit.errors import ConfigError
+from prunekit.models import resolved_dtype
 from prunekit.models import smollm2 as smollm2_module
 from prunekit.registry import models
 
@@ -163,10 +164,10 @@ def test_smollm2_is_the_model_of_the_peers(smollm2):
 @pytest.mark.parametrize(
     ("device", "amx", "avx512", "expected"),
     [
-        ("cpu", False, False, torch.float32),
-        ("cpu", True, False, torch.bfloat16),
-        ("cpu", False, True, torch.bfloat16),
-        ("cuda:1", False, False, torch.bfloat16),
+        ("cpu", False, False, "float32"),
+        ("cpu", True, False, "bfloat16"),
+        ("cpu", False, True, "bfloat16"),
+        ("cuda:1", False, False, "bfloat16"),
     ],
 )
 def test_fast_is_bfloat16_where_the_device_computes_in_it(
@@ -174,4 +175,15 @@ def test_fast_is_bfloat16_where_the_device_computes_in_it(
 ):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert smollm2_module.fast_dtype(device) is expected
+    assert resolved_dtype("fast", device) == expected
+    assert resolved_dtype("float16", device) == "float16"
+
+
+def test_every_model_takes_fast(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    model, tokenizer = models.build({"name": "tiny_llama", "dtype": "fast", "device": "cpu"})()
+    assert next(model.parameters()).dtype is torch.bfloat16
+    model.float().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = {"name": "hf", "path": str(tmp_path), "dtype": "fast", "device": "cpu"}
+    assert next(models.build(again)()[0].parameters()).dtype is torch.bfloat16

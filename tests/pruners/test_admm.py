@@ -6,39 +6,36 @@ import copy
 
 import pytest
 import torch
+from problems import check, problem, uniform
 from tiny_models import tiny_model
 
 from prunekit.activations.gram import grams
 from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError
-from prunekit.problem import Problem
 from prunekit.registry import pruners, ratios
 from prunekit.selection.elements import per_matrix
 from prunekit.solvers.admm import admm
 from prunekit.solvers.alps import alps
 
 NAMES = ("admm", "alps")
-MOE = dict(moe_intermediate_size=32, shared_expert_intermediate_size=96, num_experts=4)
-ARCHS = {"llama": {}, "gpt2": {}, "opt": {}, "phi3": {}, "qwen2_moe": MOE}
+ARCHS = ["llama", "gpt2", "opt", "phi3", "qwen2_moe"]
 TEXT = torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(0))
 
 
-def problem(model, target=0.5, text=TEXT, **ratio):
-    ratio = ratios.build({"name": "uniform", "target": target, "of": "units", **ratio})
-    return Problem(model, None, {"calibration": text}, None, ratio)
+def pose(model, target=0.5, text=TEXT, **ratio):
+    return problem(model, text, ratio=uniform(target, **ratio))
 
 
-def prune(name, model, target=0.5, **options):
-    asked = problem(model, target)
-    pruner = pruners.build({"name": name, **options})
-    pruner.meta["check"](asked, **pruner.options)
-    return pruner(asked)
+def prune(name, model, target=0.5, text=TEXT, **options):
+    asked = pose(model, target, text)
+    check(name, asked, **options)
+    return pruners.build({"name": name, **options})(asked)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_half_of_every_matrix_goes_and_the_others_move(name, arch):
-    model = tiny_model(arch, **ARCHS[arch])
+    model = tiny_model(arch)
     before = copy.deepcopy(model)
     out = prune(name, model)
     for g in out.groups:
@@ -55,7 +52,7 @@ def test_the_first_block_is_the_solvers_on_its_dense_inputs(name, solver):
     model = tiny_model("llama")
     before = copy.deepcopy(model)
     out = prune(name, model)
-    asked = problem(before)
+    asked = pose(before)
     first = [g for g in out.groups if g.layer == 0]
     for alike, gram in grams(before, first, asked.run()):
         for g in alike:
@@ -111,10 +108,10 @@ def test_shares_may_differ_from_block_to_block(name):
     model = tiny_model("llama")
 
     def ratio(asked, groups):
-        found = ratios.build({"name": "uniform", "target": 0.5, "of": "units"})(asked, groups)
+        found = ratios.build(uniform(0.5))(asked, groups)
         return type(found)({n: c if ".0." in n else c // 2 for n, c in found.counts.items()})
 
-    out = pruners.build({"name": name})(Problem(model, None, {"calibration": TEXT}, None, ratio))
+    out = pruners.build({"name": name})(problem(model, TEXT, ratio=ratio))
     for g in out.groups:
         share = 2 if g.layer == 0 else 4
         assert int((matrix(model, g) == 0).sum()) == g.units // 2 // (share // 2)
@@ -127,9 +124,22 @@ def test_what_cannot_be_is_refused_before_the_work(name):
         prune(name, model, pattern="N:7")
     with pytest.raises(ConfigError, match="2:4 removes 0.5 of each matrix, but the ratio asks"):
         prune(name, model, target=0.3, pattern="2:4")
-    pruner = pruners.build({"name": name})
     with pytest.raises(ConfigError, match=f"pruner={name} sees one matrix at a time"):
-        pruner.meta["check"](problem(model, ranking="global"), **pruner.options)
+        check(name, pose(model, ranking="global"))
+    with pytest.raises(ConfigError, match=r"targets=\['wheels'\] match no .*there are: .*q_proj"):
+        prune(name, model, targets=["q_proj", "wheels"])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "sparsegpt", "sparsellm"])
+def test_less_text_than_inputs_is_said_by_name_before_the_work(name, caplog):
+    prune(name, tiny_model("llama"), text=TEXT[:, :5])
+    assert caplog.messages[0].startswith(
+        "80 calibration tokens say little about the 96 inputs of model.layers.0.mlp.down_proj, the "
+        "widest of 2 such modules"
+    )
+    caplog.clear()
+    prune(name, tiny_model("llama"), text=TEXT[:, :6])
+    assert not [m for m in caplog.messages if "say little" in m]
 
 
 def test_a_mask_that_would_not_be_finished_is_refused():

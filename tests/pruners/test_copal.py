@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from compositions import config
-from small_models import small_model
+from problems import check, problem, uniform
+from tiny_models import tiny_model
 
 from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError
@@ -30,18 +31,15 @@ def texts(samples: int = 8, length: int = 24) -> dict[str, torch.Tensor]:
     }
 
 
-def pose(model, sets, target=0.5):
-    ratio = ratios.build({"name": "uniform", "target": target, "of": "units"})
-    return Problem(model, None, named_sets(sets), None, ratio)
-
-
 def prune(model, sets, **options):
-    return pruners.build({"name": "copal", "held_out": 2, **options})(pose(model, sets))
+    ratio = ratios.build(uniform(0.5))
+    asked = Problem(model, None, named_sets(sets), None, ratio)
+    return pruners.build({"name": "copal", "held_out": 2, **options})(asked)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2_moe"])
 def test_half_of_every_row_goes_and_masks_follow_the_texts(name):
-    model = small_model(name)
+    model = tiny_model(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     pruned = prune(model, texts())
     for g in pruned.groups:
@@ -59,7 +57,7 @@ def test_half_of_every_row_goes_and_masks_follow_the_texts(name):
 def test_one_step_is_the_one_shot_mask_of_the_sum():
     """The last masks of the first block are those of the sum of all sensitivities."""
     sets = texts()
-    model, dense = small_model("llama"), small_model("llama")
+    model, dense = tiny_model("llama"), tiny_model("llama")
     pruned = prune(model, sets)
     g = next(g for g in pruned.groups if "q_proj" in g.name and g.layer == 0)
     W = matrix(dense, g).detach()
@@ -78,9 +76,9 @@ def test_one_step_is_the_one_shot_mask_of_the_sum():
 
 def test_perplexities_are_those_of_the_samples_held_out():
     sets = texts()
-    model = small_model("llama")
+    model = tiny_model("llama")
     dense = prune(model, sets, held_out=3).notes["continual"]
-    fresh = small_model("llama")
+    fresh = tiny_model("llama")
     for name, tokens in sets.items():
         with torch.no_grad():
             loss = fresh(tokens[-3:], labels=tokens[-3:]).loss
@@ -95,14 +93,14 @@ def test_the_report_is_the_mean_at_the_end_and_the_rise_since_each_text_s_turn()
 
 
 def test_without_the_baseline_the_outcome_is_the_same():
-    with_it, without = (prune(small_model("llama"), texts(), baseline=b) for b in (True, False))
+    with_it, without = (prune(tiny_model("llama"), texts(), baseline=b) for b in (True, False))
     assert "stasis" not in without.notes["continual"]
     for name, mask in with_it.kept.items():
         assert torch.equal(mask, without.kept[name])
 
 
 def test_patterns_hold():
-    model = small_model("opt")
+    model = tiny_model("opt")
     for g in prune(model, texts(), pattern="2:4").groups:
         W = matrix(model, g)
         assert ((W.reshape(len(W), -1, 4) != 0).sum(2) == 2).all()
@@ -110,7 +108,21 @@ def test_patterns_hold():
 
 def test_a_text_with_too_few_samples_is_refused():
     with pytest.raises(ConfigError, match="a has 8 samples"):
-        prune(small_model("llama"), texts(), held_out=8)
+        prune(tiny_model("llama"), texts(), held_out=8)
+
+
+@pytest.mark.parametrize("ratio", [uniform(0.5), {"name": "owl", "target": 0.5}])
+def test_a_pattern_that_does_not_divide_is_refused_before_a_weight_is_read(ratio):
+    """Whether or not shapes tell the counts."""
+    asked = problem(tiny_model("llama", meta=True), ratio=ratio)
+    with pytest.raises(ConfigError, match="the 24 of pruner.pattern do not divide"):
+        check("copal", asked, pattern="12:24")
+
+
+def test_matrices_that_are_ranked_together_are_refused():
+    asked = problem(tiny_model("llama", meta=True), ratio=uniform(0.5, ranking="global"))
+    with pytest.raises(ConfigError, match="pruner=copal sees one matrix at a time"):
+        check("copal", asked)
 
 
 def words(*more):

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import small_model
+from problems import check, problem
+from tiny_models import tiny_model
 
 from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError, NeedsData
-from prunekit.problem import Problem
-from prunekit.registry import criteria, pruners, ratios
-from prunekit.selection.elements import parse_pattern
+from prunekit.registry import pruners
 
 
 def pose(model, tokens=None, criterion="wanda", **options):
-    return Problem(
-        model,
-        None,
-        {} if tokens is None else {"calibration": tokens},
-        criterion and criteria.build({"name": criterion}),
-        ratios.build({"name": "besa", "rate": 0.2, **options}),
-    )
+    node = criterion and {"name": criterion}
+    return problem(model, tokens, criterion=node, ratio={"name": "besa", "rate": 0.2, **options})
 
 
 @pytest.mark.parametrize("per", ["matrix", "row"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2_moe"])
 def test_every_block_loses_its_share_and_the_model_is_as_before(name, per, tokens):
-    model = small_model(name)
+    model = tiny_model(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    problem = pose(model, tokens, per=per, target=0.6)
-    groups = problem.matrices()
-    found = problem.allocate(groups)
+    asked = pose(model, tokens, per=per, target=0.6)
+    groups = asked.matrices()
+    found = asked.allocate(groups)
     for k, v in model.state_dict().items():
         assert torch.equal(v, before[k]), k
     for layer in range(2):
@@ -50,7 +44,7 @@ def test_every_block_loses_its_share_and_the_model_is_as_before(name, per, token
 
 @pytest.mark.parametrize("prefix", ["pruned", "dense"])
 def test_learned_rows_lower_the_error_of_every_block(prefix, tokens):
-    found = pose(small_model("llama"), tokens, prefix=prefix, epochs=10)
+    found = pose(tiny_model("llama"), tokens, prefix=prefix, epochs=10)
     notes = found.allocate(found.matrices()).notes["besa"]
     assert len(notes["learned"]) == len(notes["uniform"]) == 2
     assert all(a < b for a, b in zip(notes["learned"], notes["uniform"]))
@@ -59,10 +53,10 @@ def test_learned_rows_lower_the_error_of_every_block(prefix, tokens):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("per", ["matrix", "row"])
 def test_the_pruner_removes_what_is_allocated(name, per, tokens):
-    model = small_model(name)
-    problem = pose(model, tokens, per=per)
-    told = problem.allocate(problem.matrices())
-    pruned = pruners.build({"name": "unstructured"})(problem)
+    model = tiny_model(name)
+    asked = pose(model, tokens, per=per)
+    told = asked.allocate(asked.matrices())
+    pruned = pruners.build({"name": "unstructured"})(asked)
     for g in pruned.groups:
         zeros = (matrix(model, g) == 0).sum(1)
         assert int(zeros.sum()) == told.counts[g.name]
@@ -75,8 +69,8 @@ def test_a_block_sees_what_the_pruned_ones_before_it_put_out(tokens):
     """Blocks fed by dense ones have other errors from the second on."""
     found = {}
     for prefix in ("pruned", "dense"):
-        problem = pose(small_model("llama", layers=3), tokens, prefix=prefix)
-        found[prefix] = problem.allocate(problem.matrices()).notes["besa"]["uniform"]
+        asked = pose(tiny_model("llama", layers=3), tokens, prefix=prefix)
+        found[prefix] = asked.allocate(asked.matrices()).notes["besa"]["uniform"]
     assert found["pruned"][0] == pytest.approx(found["dense"][0])
     assert found["pruned"][1] != pytest.approx(found["dense"][1])
 
@@ -84,29 +78,28 @@ def test_a_block_sees_what_the_pruned_ones_before_it_put_out(tokens):
 def test_the_order_is_the_criterion_s_and_wanda_s_where_there_is_none(tokens):
     found = {}
     for criterion in ("wanda", None, "random"):
-        problem = pose(small_model("llama"), tokens, criterion=criterion, per="matrix")
-        found[criterion] = problem.allocate(problem.matrices()).notes["besa"]["uniform"]
+        asked = pose(tiny_model("llama"), tokens, criterion=criterion, per="matrix")
+        found[criterion] = asked.allocate(asked.matrices()).notes["besa"]["uniform"]
     assert found["wanda"] == pytest.approx(found[None])
     assert found["random"][0] > 1.2 * found["wanda"][0]
 
 
 def test_what_it_cannot_allocate_is_refused_by_name(tokens):
-    model = small_model("llama")
-    problem = pose(model, tokens)
+    model = tiny_model("llama")
+    asked = pose(model, tokens)
     with pytest.raises(ConfigError, match="neurons.0 is no matrix"):
-        problem.allocate(problem.units(["neurons"]))
+        asked.allocate(asked.units(["neurons"]))
     with pytest.raises(NeedsData):
-        pose(model).allocate(problem.matrices())
+        pose(model).allocate(asked.matrices())
 
 
 def test_rows_of_their_own_and_a_pattern_are_refused_before_the_work():
-    check = pruners.entry("unstructured").meta["check"]
-    options = dict(pattern=parse_pattern("2:4"), permute=False, schedule="blocks", targets=None)
     with pytest.raises(ConfigError, match=r"ratio\.per=matrix"):
-        check(pose(small_model("llama")), **options)
-    assert check(pose(small_model("llama"), per="matrix"), **options).counts is None
+        check("unstructured", pose(tiny_model("llama")), pattern="2:4")
+    asked = pose(tiny_model("llama"), per="matrix")
+    assert check("unstructured", asked, pattern="2:4").counts is None
 
 
 def test_nothing_to_remove_costs_nothing(tokens):
-    problem = pose(small_model("llama"), tokens, target=0.0)
-    assert problem.allocate(problem.matrices()).empty
+    asked = pose(tiny_model("llama"), tokens, target=0.0)
+    assert asked.allocate(asked.matrices()).empty

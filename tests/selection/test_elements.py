@@ -20,6 +20,7 @@ from prunekit.selection.elements import (
     drop_lowest,
     everywhere,
     floor_share,
+    of_each_run,
 )
 
 
@@ -85,7 +86,7 @@ def test_all_matrices_compete_in_the_model_scope():
 @pytest.mark.parametrize(("keep", "length"), [(2, 4), (4, 8), (1, 4)])
 def test_every_run_of_inputs_has_its_zeros(keep, length):
     scores = drawn(6, 32)
-    mask = Pattern(keep, length).mask(scores, keep)
+    mask = of_each_run(scores, keep, length)
     assert (mask.view(6, -1, length).sum(-1) == keep).all()
     for s, m in zip(scores.view(-1, length), mask.view(-1, length), strict=True):
         assert s[m].min() >= s[~m].max()

@@ -12,7 +12,7 @@ import torch
 
 from prunekit.errors import ConfigError
 from prunekit.selection.elements import per_matrix, per_row
-from prunekit.solvers.admm import admm, cubic, fixed, of_each_run
+from prunekit.solvers.admm import admm, cubic, fixed, lowest_outside_runs
 from prunekit.solvers.preconditioning import squared_error
 from prunekit.solvers.sparsegpt import inverse_factor, solve_columns
 
@@ -76,7 +76,7 @@ LAST = {"select": lambda scores, count: per_matrix(scores, HALF)}
         ("admm1_matrix_70", per_matrix, MORE, {"reselect": 0}),
         ("admm1_row_50", per_row, HALF, {"reselect": 0}),
         ("admm1_row_70", per_row, MORE, {"reselect": 0}),
-        ("admm1_24", of_each_run(2, 4), HALF, {"reselect": 0}),
+        ("admm1_24", lowest_outside_runs(2, 4), HALF, {"reselect": 0}),
         ("admm1_matrix_50_iters200", per_matrix, HALF, {"reselect": 0, "iterations": 200}),
         ("admm1_matrix_50_damp0", per_matrix, HALF, {"reselect": 0, "ridge": 0.0}),
         ("grad_matrix_50", LAST["select"], HALF, {}),
@@ -85,7 +85,7 @@ LAST = {"select": lambda scores, count: per_matrix(scores, HALF)}
         ("grad_matrix_50_schedule_used", per_matrix, HALF, {}),
         ("grad_row_50", per_row, HALF, {}),
         ("grad_row_70", per_row, MORE + 1, {}),  # theirs floors share * inputs at every iteration
-        ("grad_24", of_each_run(2, 4), HALF, {}),
+        ("grad_24", lowest_outside_runs(2, 4), HALF, {}),
     ],
 )
 def test_the_authors_numbers(golden, key, select, count, options):
@@ -173,13 +173,13 @@ def test_every_row_loses_as_many():
 @pytest.mark.parametrize(("kept", "length"), [(2, 4), (4, 8), (1, 4), (3, 4), (5, 12)])
 def test_patterns_of_any_length_hold(kept, length):
     W, gram = problem()
-    _, mask = admm(W, gram, of_each_run(kept, length), 144 * (length - kept) // length)
+    _, mask = admm(W, gram, lowest_outside_runs(kept, length), 144 * (length - kept) // length)
     assert (mask.view(6, -1, length).sum(-1) == kept).all()
 
 
 def test_a_pattern_grows_from_the_lowest_that_may_go():
     scores = torch.tensor([[4.0, 3.0, 2.0, 1.0, 8.0, 7.0, 0.5, 6.0]])
-    gone = [(~of_each_run(2, 4)(scores, n)).nonzero()[:, 1].tolist() for n in range(5)]
+    gone = [(~lowest_outside_runs(2, 4)(scores, n)).nonzero()[:, 1].tolist() for n in range(5)]
     assert gone == [[], [6], [3, 6], [2, 3, 6], [2, 3, 6, 7]]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from prunekit.errors import ConfigError
 from prunekit.selection.elements import per_matrix, per_row
-from prunekit.solvers.admm import admm, fixed, of_each_run
+from prunekit.solvers.admm import admm, fixed, lowest_outside_runs
 from prunekit.solvers.alps import alps, conjugate_gradient
 from prunekit.solvers.preconditioning import squared_error
 
@@ -143,7 +143,7 @@ def test_every_row_loses_as_many():
 @pytest.mark.parametrize(("kept", "length"), [(2, 4), (4, 8), (1, 4), (5, 12)])
 def test_patterns_hold(kept, length):
     W, gram = problem()
-    _, mask = alps(W, gram, of_each_run(kept, length), 144 * (length - kept) // length)
+    _, mask = alps(W, gram, lowest_outside_runs(kept, length), 144 * (length - kept) // length)
     assert (mask.view(6, -1, length).sum(-1) == kept).all()
 
 

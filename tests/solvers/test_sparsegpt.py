@@ -12,9 +12,9 @@ import torch
 from prunekit.errors import ConfigError
 from prunekit.selection.elements import drop_lowest, per_row
 from prunekit.solvers.sparsegpt import (
+    highest_of_runs,
     inverse_factor,
     lowest_of_block,
-    of_each_run,
     solve_columns,
 )
 
@@ -63,7 +63,7 @@ def test_a_given_mask_has_one_result_whatever_the_block(block):
 
 
 @pytest.mark.parametrize(
-    "choice", [lowest_of_block(72, 24, 8), of_each_run(2, 4), fixed(mask_of(2, 6, 24))]
+    "choice", [lowest_of_block(72, 24, 8), highest_of_runs(2, 4), fixed(mask_of(2, 6, 24))]
 )
 def test_the_cost_is_the_loss(choice):
     W, _, gram, U = problem()
@@ -102,7 +102,7 @@ def test_counts_are_exact(count, block):
 @pytest.mark.parametrize(("keep", "length"), [(2, 4), (4, 8), (1, 4)])
 def test_patterns(keep, length):
     W, _, _, U = problem()
-    _, kept, _ = solve_columns(W, U, of_each_run(keep, length), 8)
+    _, kept, _ = solve_columns(W, U, highest_of_runs(keep, length), 8)
     assert (kept.view(6, -1, length).sum(-1) == keep).all()
 
 

@@ -13,7 +13,12 @@ from torch.nn.functional import gelu, relu, silu
 
 from prunekit.errors import ConfigError
 from prunekit.solvers import sparsellm
-from prunekit.solvers.sparsegpt import inverse_factor, lowest_of_block, of_each_run, solve_columns
+from prunekit.solvers.sparsegpt import (
+    highest_of_runs,
+    inverse_factor,
+    lowest_of_block,
+    solve_columns,
+)
 from prunekit.solvers.sparsellm import Auxiliaries, Ffn, Terms
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "sparsellm_llama.npz"
@@ -90,7 +95,7 @@ def test_the_authors_numbers(golden, tag, choice):
     """Their ridge is added in place, step after step, to the gram matrix of the first two."""
     x = golden["X"].reshape(-1, 24)
     dense = Ffn(silu, golden["llama_up"], golden["llama_down"], golden["llama_gate"])
-    how = {"share": choice} if choice else {"choice": of_each_run(2, 4)}
+    how = {"share": choice} if choice else {"choice": highest_of_runs(2, 4)}
     last, steps = first(dense, x, **how), [dense]
     aux, errors, pinv = Auxiliaries.of(dense, x), [], torch.linalg.pinv(x)
     for step in range(1, 5):

@@ -71,6 +71,15 @@ class Gather(RuntimeModule):
         gather.index = index.to(linear.weight.device, torch.int64)
         return gather.train(linear.training)
 
+    @property
+    def weight(self) -> Tensor:
+        """(outputs, inputs) for inputs in their own order, for code that reads it by name (GPT-2's
+        initialisation). Raises AttributeError where some inputs are not read.
+        """
+        if not self.index.is_meta and int(self.index.max()) >= len(self.index):
+            raise AttributeError("a gather of fewer channels stands for no matrix of all inputs")
+        return self.linear.weight[:, self.index.argsort()]
+
     def numbers(self) -> dict[str, Any]:
         outputs, inputs = self.linear.weight.shape
         return {"inputs": inputs, "outputs": outputs, "bias": self.linear.bias is not None}
@@ -100,6 +109,11 @@ class LowRank(RuntimeModule):
         if bias is not None:
             factors.left.bias = nn.Parameter(bias)
         return factors
+
+    @property
+    def weight(self) -> Tensor:
+        """(outputs, inputs) the product, for code that reads it by name."""
+        return self.left.weight @ self.right.weight
 
     def numbers(self) -> dict[str, Any]:
         (outputs, rank), inputs = self.left.weight.shape, self.right.weight.shape[1]
