@@ -22,6 +22,7 @@ TABLE = {
     "__init__": "runner checkpoint graph",
     "inventory": "cli runner graph architecture errors types",
     "cli": "runner scoring activations graph architecture registry source errors types",
+    "export": "checkpoint graph architecture errors types",
     "runner": "report problem checkpoint activations architecture registry source errors types profiling",  # noqa: E501
     "report": "errors",
     "models": "checkpoint data graph architecture registry errors types",

@@ -19,8 +19,8 @@ COMMANDS = {
         "eval CHECKPOINT [OVERRIDE ...] [--to FOLDER]: a saved checkpoint measured again",
     ),
     "export": (
-        "prunekit.checkpoint.gguf",
-        "export PATH --gguf FILE [--type f32|f16|q8_0]: a stock checkpoint as one GGUF file",
+        "prunekit.export.command",
+        "export CHECKPOINT --to gguf [--out FILE] [--type f32|f16|bf16|q8_0]: for llama.cpp",
     ),
     "groups": (
         "prunekit.inventory.command",

@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import llama, uneven
+from checkpoints import llama
 from gguf import GGMLQuantizationType as Q
 from gguf.quants import dequantize, quantize
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from prunekit import graph
 from prunekit.checkpoint import save
-from prunekit.checkpoint.gguf import export_gguf, main, write_gguf
+from prunekit.checkpoint.remote_code.runtime_modules import LowRank, insert
 from prunekit.errors import ConfigError
+from prunekit.export.command import main
+from prunekit.export.gguf import write_gguf
 
-TYPES = {"f32": Q.F32, "f16": Q.F16, "q8_0": Q.Q8_0}
+TYPES = {"f32": Q.F32, "f16": Q.F16, "bf16": Q.BF16, "q8_0": Q.Q8_0}
 
 
 def family(kind: str) -> nn.Module:
@@ -116,8 +118,7 @@ def test_pruned_checkpoint_with_its_tokenizer(tmp_path: Path, tokens: torch.Tens
     graph.remove(model, kept)
     save(model, tokenizer, tmp_path / "checkpoint")
     assert (
-        main([str(tmp_path / "checkpoint"), "--gguf", str(tmp_path / "out.gguf"), "--type", "f32"])
-        == 0
+        main(f"{tmp_path}/checkpoint --to gguf --out {tmp_path}/out.gguf --type f32".split()) == 0
     )
     read = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="out.gguf", dtype=torch.float32
@@ -129,28 +130,46 @@ def test_pruned_checkpoint_with_its_tokenizer(tmp_path: Path, tokens: torch.Tens
         torch.testing.assert_close(read(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_what_the_format_cannot_tell_is_refused(tmp_path: Path) -> None:
-    save(uneven(llama()), None, tmp_path / "uneven")
-    with pytest.raises(ConfigError, match="one width for all layers"):
-        export_gguf(tmp_path / "uneven", tmp_path / "x.gguf")
-    with pytest.raises(ConfigError, match="bias"):
-        write_gguf(llama(attention_bias=True), None, tmp_path / "x.gguf")
-    scaled = {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    }
-    with pytest.raises(ConfigError, match="inv_freq"):
-        write_gguf(
-            llama(rope_parameters={**scaled, "original_max_position_embeddings": 64}),
-            None,
-            tmp_path / "x.gguf",
-        )
-    other = GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=64))
-    with pytest.raises(ConfigError, match="Llama family"):
-        write_gguf(other, None, tmp_path / "x.gguf")
-    with pytest.raises(ConfigError, match="possible: f32"):
-        write_gguf(llama(), None, tmp_path / "x.gguf", type="q4")
+def test_the_file_lies_beside_the_folder_by_default(tmp_path: Path) -> None:
+    save(llama(), None, tmp_path / "checkpoint")
+    assert main([str(tmp_path / "checkpoint"), "--to", "gguf"]) == 0
+    assert (tmp_path / "checkpoint.gguf").is_file()
+
+
+def refusal(tmp_path: Path, model: nn.Module, **how) -> str:
+    with pytest.raises(ConfigError) as error:
+        write_gguf(model, None, tmp_path / "x.gguf", **how)
     assert not list(tmp_path.glob("*.gguf"))
+    return str(error.value)
+
+
+def test_what_the_engine_would_compute_differently_is_refused(tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert "'dynamic'" in refusal(tmp_path, llama(rope_parameters=dynamic))
+    assert "hidden_act='relu'" in refusal(tmp_path, llama(hidden_act="relu"))
+    assert "possible: f32" in refusal(tmp_path, llama(), type="q4")
+    other = GPTJForCausalLM(GPTJConfig(n_embd=32, n_head=2, n_layer=1, vocab_size=64, rotary_dim=8))
+    assert "no row for gptj" in refusal(tmp_path, other)
+
+
+def test_other_widths_by_layer_only_where_the_graph_has_them(tmp_path: Path) -> None:
+    def narrow(kind: str) -> nn.Module:
+        model = family(kind)
+        (group,) = [g for g in graph.discover(model) if g.name == "neurons.1"]
+        return graph.remove(model, {group.name: torch.arange(group.units) > 8})
+
+    assert "ratio.loadable=stock" in refusal(tmp_path, narrow("qwen3"))
+    write_gguf(narrow("qwen2"), None, tmp_path / "x.gguf")
+
+
+def test_a_run_time_module_is_named(tmp_path: Path) -> None:
+    model = llama()
+    weight = model.model.layers[1].mlp.down_proj.weight.detach()
+    insert(model, "model.layers.1.mlp.down_proj", LowRank.of(weight[:, :4], weight[:4]))
+    assert "low_rank at model.layers.1.mlp.down_proj" in refusal(tmp_path, model)
+
+
+def test_another_scale_of_attention_is_named(tmp_path: Path) -> None:
+    model = llama()
+    model.model.layers[1].self_attn.scaling = 0.5
+    assert "model.layers.1.self_attn.scaling" in refusal(tmp_path, model)

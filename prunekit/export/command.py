@@ -1,0 +1,35 @@
+"""`prunekit export CHECKPOINT --to FORM`: a checkpoint in the form that an engine reads."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from prunekit.export.gguf import export_gguf
+from prunekit.export.gguf_file import TYPES
+
+log = logging.getLogger("prunekit")
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0; what cannot be written is a ConfigError."""
+    parser = argparse.ArgumentParser(
+        prog="prunekit export", description="Write a checkpoint in the form that an engine reads."
+    )
+    parser.add_argument("path", type=Path, help="a checkpoint folder that prunekit wrote")
+    parser.add_argument("--to", required=True, choices=("gguf",), help="gguf: for llama.cpp")
+    parser.add_argument(
+        "--out", type=Path, help="the file to write (default: beside the folder, CHECKPOINT.gguf)"
+    )
+    parser.add_argument(
+        "--type",
+        default="f16",
+        choices=TYPES,
+        help="how matrices are stored in GGUF (default: %(default)s)",
+    )
+    given = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    beside = given.path.resolve().parent / f"{given.path.resolve().name}.gguf"
+    log.info("wrote %s", export_gguf(given.path, given.out or beside, type=given.type))
+    return 0

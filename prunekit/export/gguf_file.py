@@ -1,0 +1,124 @@
+"""The bytes of a GGUF file: facts, tensors, and the tokenizer with its tokens and merges."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from prunekit.errors import ConfigError
+from prunekit.export.gguf_content import Content
+
+log = logging.getLogger("prunekit")
+Type = Literal["f32", "f16", "bf16", "q8_0"]
+TYPES = ("f32", "f16", "bf16", "q8_0")
+BLOCK = 32
+"""Weights that share a scale in Q8_0, along the last axis."""
+
+
+class Words(NamedTuple):
+    """A tokenizer, and the name that GGUF has for how it cuts text before merging."""
+
+    tokenizer: Any
+    split: str
+
+
+def coding_of(shape: tuple[int, ...], type: Type) -> Any:
+    """The type that a tensor of this shape gets: vectors stay float32, as everywhere in GGUF."""
+    from gguf import GGMLQuantizationType as Q
+
+    if len(shape) == 1 or type == "f32":
+        return Q.F32
+    if type == "q8_0":
+        return Q.Q8_0 if shape[-1] % BLOCK == 0 else Q.F16
+    return Q.BF16 if type == "bf16" else Q.F16
+
+
+def write_file(file: Path, content: Content, words: Words | None, type: Type | None) -> None:
+    """Facts, and with `type` the tensors, one after another. `words` is a tokenizer and how it
+    splits text.
+    """
+    from gguf import GGMLQuantizationType as Q
+    from gguf import GGUFWriter, LlamaFileType, quant_shape_to_byte_shape
+    from gguf.quants import quantize
+
+    writer = GGUFWriter(file, content.arch)
+    writer.add_name("pruned")
+    writer.add_file_type(
+        {
+            "f32": LlamaFileType.ALL_F32,
+            "bf16": LlamaFileType.MOSTLY_BF16,
+            "q8_0": LlamaFileType.MOSTLY_Q8_0,
+        }.get(type or "", LlamaFileType.MOSTLY_F16)
+    )
+    for name, value in content.facts.items():
+        getattr(writer, f"add_{name}")(value)
+    if words is not None:
+        add_tokenizer(writer, words, content.facts["vocab_size"])
+    codings = [coding_of(e.shape, type or "f32") for e in content.entries if type]
+    for e, coding in zip(content.entries, codings):
+        if type == "q8_0" and coding is Q.F16:
+            rows = e.shape[-1]
+            log.info("%s: rows of %d are no multiple of %d, written as f16", e.name, rows, BLOCK)
+        plain = {Q.F32: np.float32, Q.F16: np.float16}.get(coding)
+        dtype = np.dtype(plain or np.uint8)
+        stored: Any = e.shape if plain else quant_shape_to_byte_shape(e.shape, coding)
+        size = int(np.prod(stored)) * dtype.itemsize
+        writer.add_tensor_info(e.name, stored, dtype, size, raw_dtype=coding)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    several = list(zip(content.entries, codings))
+    for e, coding in tqdm(several, desc=file.name, unit="tensor", disable=len(several) < 50):
+        writer.write_tensor_data(quantize(e.get().numpy(), coding))
+    writer.close()
+
+
+def add_tokenizer(writer: Any, words: Words, rows: int) -> None:
+    """Tokens, merges, kinds of tokens and special ids of a byte-pair tokenizer; rows without a
+    token are marked unused.
+    """
+    from gguf import TokenType as T
+
+    tokenizer = words.tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, added = content["model"], {a["id"]: a for a in content["added_tokens"]}
+    if model["type"] != "BPE":
+        raise ConfigError(f"GGUF export writes byte-pair tokenizers, this one is {model['type']}")
+    by_id = {i: t for t, i in model["vocab"].items()} | {i: a["content"] for i, a in added.items()}
+    kinds = []
+    for i in range(rows):
+        text = by_id.get(i)
+        if text is None:
+            kinds.append(T.UNUSED)
+        elif i in added:
+            kinds.append(T.CONTROL if added[i]["special"] else T.USER_DEFINED)
+        else:
+            kinds.append(
+                T.BYTE
+                if model.get("byte_fallback") and text.startswith("<0x") and len(text) == 6
+                else T.NORMAL
+            )
+    writer.add_tokenizer_model("llama" if model.get("byte_fallback") else "gpt2")
+    writer.add_tokenizer_pre("default" if model.get("byte_fallback") else words.split)
+    writer.add_token_list([by_id.get(i, f"[PAD{i}]") for i in range(rows)])
+    writer.add_token_scores([float(-i) for i in range(rows)])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    for key in ("bos", "eos", "unk", "pad"):
+        value = getattr(tokenizer, f"{key}_token_id")
+        if value is not None:
+            getattr(writer, f"add_{key}_token_id")(value)
+    first = tokenizer("a").input_ids
+    writer.add_add_bos_token(
+        tokenizer.bos_token_id is not None and first[:1] == [tokenizer.bos_token_id]
+    )
+    writer.add_add_eos_token(
+        tokenizer.eos_token_id is not None and first[-1:] == [tokenizer.eos_token_id]
+    )
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
