@@ -41,6 +41,19 @@ values: st.SearchStrategy[Any] = st.recursive(
 """Whatever a YAML or JSON file can hold."""
 
 
+def like(value: Any) -> st.SearchStrategy[Any]:
+    """Other values of the same type, which get further than those of another."""
+    if isinstance(value, bool) or value is None:
+        return st.sampled_from([True, False, None])
+    if isinstance(value, int):
+        return st.integers(value - 3, value + 3) | st.integers(-2, 4 * abs(value) + 8)
+    if isinstance(value, float):
+        return st.sampled_from([0.0, -value, value / 2, value * 2, value * 1e6]) | st.floats(0, 1)
+    if isinstance(value, list) and value:
+        return st.lists(st.sampled_from(value), max_size=len(value) + 1)
+    return st.just(value)
+
+
 @contextmanager
 def within(seconds: int) -> Iterator[None]:
     """Raises TimeoutError inside where it takes longer."""

@@ -6,11 +6,12 @@ import copy
 import json
 import os
 from functools import cache
+from typing import Any
 
 import pytest
 import yaml
 from compositions import config
-from fuzzing import ASKED, examples, leaves, put, values, within
+from fuzzing import ASKED, examples, leaves, like, put, values, within
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
@@ -59,7 +60,11 @@ def configs(draw: st.DrawFn) -> dict:
             cfg[kind] = copy.deepcopy(node_of(kind, draw(st.sampled_from(names))))
     for _ in range(draw(st.integers(1, 2))):
         places = [p for p in leaves(cfg) if p != ("out",)]
-        put(cfg, draw(st.sampled_from(places)), draw(values))
+        place = draw(st.sampled_from(places))
+        before: Any = cfg
+        for step in place:
+            before = before[step]
+        put(cfg, place, draw(like(before) if draw(st.booleans()) else values))
     return cfg
 
 
