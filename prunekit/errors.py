@@ -10,5 +10,9 @@ class ConfigError(ValueError):
     """
 
 
+class NotFinite(ArithmeticError):
+    """NaN or infinity where there must be a number. The message names the stage and the layer."""
+
+
 class NeedsData(ConfigError):
     """An answer that hangs on weights or text was asked for where only shapes are known."""

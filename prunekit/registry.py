@@ -22,8 +22,14 @@ from prunekit.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 """A share of something that is removed: 0 <= share < 1."""
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1
+"""More than any number of tokens, units or steps; beyond it lie typos and overflows."""
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Length = Annotated[int, Field(ge=2, le=LARGEST)]
+"""Tokens side by side: of one alone nothing is predicted."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What every generator takes."""
 
 Function = Callable[..., Any]
 
@@ -74,6 +80,27 @@ class Component:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.entry.fn(*args, **{**self.options, **kwargs})
+
+
+def checked_values(what: str, given: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
+    """The values as their types read them. Raises ConfigError for a key without a type, and for a
+    value that is not of it.
+    """
+    # Strict: `true` is no number of samples, and "10" in quotes is a mistake.
+    rules = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
+    found = {}
+    for option, value in given.items():
+        if option not in types:
+            raise ConfigError(
+                f"{what} has no option {option!r}. Options: {', '.join(types) or 'none'}"
+            )
+        adapter: TypeAdapter[Any] = TypeAdapter(types[option], config=rules)
+        try:
+            found[option] = adapter.validate_python(value)
+        except ValidationError as e:
+            words = "; ".join(dict.fromkeys(err["msg"] for err in e.errors()))
+            raise ConfigError(f"{what}: {option}={value!r}: {words}".removeprefix(": ")) from None
+    return found
 
 
 class Registry:
@@ -135,35 +162,19 @@ class Registry:
         Raises ConfigError for an unknown name, an unknown or missing option, or a value of the
         wrong type or range.
         """
-        if not isinstance(node, dict) or "name" not in node:
+        if not isinstance(node, dict) or not isinstance(node.get("name"), str):
             raise ConfigError(
                 f"{self.kind} must be a mapping with a `name`, got {node!r}. "
                 f"There are: {', '.join(self.names())}"
             )
         entry = self.entry(node["name"])
         given = {k: v for k, v in node.items() if k != "name"}
-        for option in given:
-            if option not in entry.types:
-                possible = ", ".join(entry.types) or "none"
-                raise ConfigError(
-                    f"{self.kind}={entry.name} has no option {option!r}. Options: {possible}"
-                )
         required = [k for k, v in entry.defaults.items() if v is inspect.Parameter.empty]
         missing = [k for k in required if given.get(k) is None]
         if missing:
             raise ConfigError(f"{self.kind}={entry.name} needs {', '.join(missing)}")
-        checked = {k: self._checked(entry, k, v) for k, v in given.items()}
+        checked = checked_values(f"{self.kind}={entry.name}", given, entry.types)
         return Component(entry, {**entry.defaults, **checked})
-
-    def _checked(self, entry: Entry, option: str, value: Any) -> Any:
-        adapter: TypeAdapter[Any] = TypeAdapter(
-            entry.types[option], config=ConfigDict(arbitrary_types_allowed=True)
-        )
-        try:
-            return adapter.validate_python(value)
-        except ValidationError as e:
-            what = "; ".join(err["msg"] for err in e.errors())
-            raise ConfigError(f"{self.kind}={entry.name}: {option}={value!r}: {what}") from None
 
 
 def draw(calib: Component, tokenizer: Any, model: Any) -> Any:

@@ -13,12 +13,15 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log
+from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from prunekit.cli.overrides import two_lines
 from prunekit.errors import ConfigError
-from prunekit.runner import progress, resume, sweep
+from prunekit.runner import parent, progress, resume, sweep
 from prunekit.runner.sweep import Plan
 
 log = logging.getLogger("prunekit")
@@ -47,7 +50,9 @@ class TableSweeper(Sweeper):
             return self.sweep_jobs(arguments, failures)
         except ConfigError as e:
             failures.append(f"prunekit: ConfigError: {e}")
-            return []
+        except (HydraException, OmegaConfBaseException) as e:
+            failures.append(f"prunekit: ConfigError: {two_lines(e)}")
+        return []
 
     def sweep_jobs(self, arguments: list[str], failures: list[str]) -> list[Any]:
         """Expands, skips, launches, and looks at how every job ended."""
@@ -141,8 +146,7 @@ class TableSweeper(Sweeper):
         """
         if not todo:
             return []
-        for folder, _ in todo:
-            (folder / "failed.txt").unlink(missing_ok=True)
+        parent.announce()
         self.use_tolerant_launcher()
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.context,

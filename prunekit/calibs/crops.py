@@ -11,18 +11,18 @@ from torch import Tensor
 from prunekit.data.crops import crops
 from prunekit.data.datasets import Dataset, default_split, texts
 from prunekit.data.files import DataRoot
-from prunekit.registry import Natural, Positive, calibs
+from prunekit.registry import Length, Positive, Seed, calibs
 
 
-@calibs.register()
+@calibs.register(context=("length",))
 def crop(
     tokenizer: Any,
     *,
     dataset: Dataset = "pydocs",
     split: str | None = None,
     samples: Positive = 10,
-    length: Positive = 64,
-    seed: Natural = 42,
+    length: Length = 64,
+    seed: Seed = 42,
     join: bool = True,
     glue: str = "\n\n",
     data_root: DataRoot = None,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunekit.data.duplicates import new_rows
 from prunekit.errors import ConfigError
-from prunekit.registry import Component, Natural, Positive, built, calibs, draw
+from prunekit.registry import Component, Length, Positive, Seed, built, calibs, draw
 
 OF_THE_MIX = ("samples", "length", "seed")
 """Options of the mix, which say for every source how much it draws."""
@@ -51,15 +51,15 @@ def _source(name: str, node: Any) -> Source:
 Sources = Annotated[Any, BeforeValidator(_sources)]
 
 
-@calibs.register(needs="model")
+@calibs.register(needs="model", context=("length",))
 def mix(
     tokenizer: Any,
     model: nn.Module,
     *,
     texts: Sources,
     samples: Positive = 64,
-    length: Positive = 1024,
-    seed: Natural = 42,
+    length: Length = 1024,
+    seed: Seed = 42,
 ) -> Tensor:
     """Samples of several texts in given shares, evenly interleaved, none of them twice.
 

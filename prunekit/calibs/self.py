@@ -11,20 +11,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.data.generation import generate_rows
-from prunekit.errors import ConfigError
-from prunekit.registry import Natural, Positive, calibs
+from prunekit.registry import Length, Positive, Seed, calibs
 
 Temperature = Annotated[float, Field(gt=0)]
 
 
-@calibs.register(name="self", needs="model")
+@calibs.register(name="self", needs="model", context=("length",))
 def self_generated(
     tokenizer: Any,
     model: nn.Module,
     *,
     samples: Positive = 64,
-    length: Positive = 512,
-    seed: Natural = 42,
+    length: Length = 512,
+    seed: Seed = 42,
     temperature: Temperature = 1.0,
     batch: Positive = 32,
 ) -> Tensor:
@@ -42,8 +41,6 @@ def self_generated(
 
     Returns `(N, T)` int64. Raises ConfigError for a model that cannot generate.
     """
-    if length < 2:
-        raise ConfigError("calib=self: length=1 leaves the model nothing to say")
     special = sorted(set(tokenizer.all_special_ids))
     plain = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(special)))
     generator = torch.Generator().manual_seed(seed)

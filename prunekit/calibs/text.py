@@ -11,10 +11,10 @@ from prunekit.data.crops import crops
 from prunekit.data.datasets import document
 from prunekit.data.files import TextFile, read
 from prunekit.errors import ConfigError
-from prunekit.registry import Natural, Positive, calibs
+from prunekit.registry import Length, Positive, Seed, calibs
 
 
-@calibs.register()
+@calibs.register(context=("length",))
 def text(
     tokenizer: Any,
     *,
@@ -22,8 +22,8 @@ def text(
     field: str = "text",
     take: Literal["first", "random"] = "first",
     samples: Positive = 10,
-    length: Positive = 64,
-    seed: Natural = 42,
+    length: Length = 64,
+    seed: Seed = 42,
     join: bool = True,
 ) -> Tensor:
     """The first tokens of a text or jsonl file, or random stretches of it.
@@ -31,14 +31,7 @@ def text(
     `first` tokenizes without special tokens and cuts; `random` draws lines or records as `crop`
     does. Returns `(N, T)` int64. Raises ConfigError.
     """
-    records = read(path)
-    lacking = [r for r in records if field not in r]
-    if lacking:
-        raise ConfigError(
-            f"{path} has records without the field {field!r}; the first of them has: "
-            f"{', '.join(lacking[0])}"
-        )
-    rows = [str(r[field]) for r in records]
+    rows = [r[field] for r in read(path, (field,))]
     lines = not str(path).endswith(".jsonl")
     if take == "random":
         return crops(

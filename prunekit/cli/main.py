@@ -14,6 +14,10 @@ from prunekit.cli.paths import conf_dir
 from prunekit.errors import ConfigError
 
 COMMANDS = {
+    "eval": (
+        "prunekit.cli.evaluate",
+        "eval CHECKPOINT [OVERRIDE ...] [--to FOLDER]: a saved checkpoint measured again",
+    ),
     "export": (
         "prunekit.export.command",
         "export CHECKPOINT --to gguf [--out FILE] [--type f32|f16|bf16|q8_0]: for llama.cpp",
@@ -30,6 +34,11 @@ COMMANDS = {
     "plan": (
         "prunekit.cli.plan",
         "plan [OVERRIDE ...]: sizes, MACs and memory that a run would leave; no weights are read",
+    ),
+    "recover": (
+        "prunekit.cli.recover",
+        "recover CHECKPOINT [OVERRIDE ...] [--to FOLDER]: a saved checkpoint recovered, measured "
+        "and saved",
     ),
     "report": (
         "prunekit.report.command",
@@ -72,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as e:
         print(f"prunekit: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prunekit: interrupted", file=sys.stderr)
+        return 130
 
 
 def one_experiment_each(args: list[str]) -> list[list[str]]:
@@ -91,13 +103,16 @@ def launch(args: list[str]) -> int:
     """Hand the overrides to Hydra, after a look at their keys that gives better messages than
     Hydra's.
     """
-    from prunekit.cli.overrides import check_keys
+    from prunekit.cli.overrides import check_composition, check_keys, two_lines
 
     check_keys(args)
+    check_composition(args)
     hush_libraries()
 
     import hydra
     from hydra.core.plugins import Plugins
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     from hydra_plugins.prunekit_sweeper.sweeper import TableSweeper
 
@@ -117,8 +132,13 @@ def launch(args: list[str]) -> int:
     Plugins.instance().register(TableSweeper)
 
     before, sys.argv = sys.argv, [sys.argv[0], *args]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # what goes wrong in Hydra is said here, not by it
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(two_lines(e)) from None
+    except OSError as e:
+        raise ConfigError(f"{e.filename or 'a file'} cannot be written: {e.strerror}") from None
     finally:
         sys.argv = before
     for line in failures:

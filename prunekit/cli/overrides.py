@@ -17,11 +17,13 @@ def check_keys(args: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    words = [a for a in args if not a.startswith("-") and "=" in a]
     try:
-        overrides = OverridesParser.create().parse_overrides(words)
+        overrides = OverridesParser.create().parse_overrides(words_of(args))
     except HydraException as e:
-        raise ConfigError(f"cannot read the overrides {words}: {e}") from None
+        raise ConfigError(
+            f"{str(e).splitlines()[0]}\n  hint: an override is key=value; what has commas, braces "
+            "or spaces is quoted: \"key='a b'\""
+        ) from None
     groups = {p.name for p in conf_dir().iterdir() if p.is_dir()}
     choices = [o for o in overrides if o.key_or_group in groups]
     first = [f"{o.key_or_group}={first_value(o)}" for o in choices]
@@ -41,8 +43,9 @@ def check_keys(args: list[str]) -> None:
                 )
     except HydraException as e:
         raise ConfigError(
-            str(e).split("\n\n")[0] if "Could not find" not in str(e) else not_found(e)
+            two_lines(e) if "Could not find" not in str(e) else not_found(e)
         ) from None
+    check_table_words(overrides, cfg)
     for o in overrides:
         if (
             o.key_or_group in groups
@@ -53,6 +56,67 @@ def check_keys(args: list[str]) -> None:
         ):
             continue
         check_path(cfg, o.key_or_group)
+
+
+def words_of(args: list[str]) -> list[str]:
+    """The overrides among the arguments, without flags and their values."""
+    return [a for a in args if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+
+
+def check_table_words(overrides: list[Any], cfg: Any) -> None:
+    """Raises ConfigError for words that choose a part of an experiment where there is none."""
+    typed = {o.key_or_group: o for o in overrides}
+    for key, place in (("row", "rows"), ("scale", "scales"), ("table", "table")):
+        if key in typed and cfg[place] is None and first_value(typed[key]) not in ("full", None):
+            raise ConfigError(
+                f"{key}=... is for the table of an experiment, and there is none: give "
+                "experiment=..."
+            )
+
+
+def check_composition(args: list[str]) -> None:
+    """Raises ConfigError for what Hydra would refuse of a single run: values that it cannot set,
+    interpolations that lead nowhere, lists of values. The jobs of a sweep are composed there.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = OverridesParser.create().parse_overrides(words_of(args))
+    swept = next((o for o in overrides if o.is_sweep_override()), None)
+    words = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+    sweep = bool({"-m", "--multirun"} & set(args))
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("config", overrides=words, return_hydra_config=True)
+            if sweep or str(cfg.hydra.mode).endswith("MULTIRUN"):
+                return
+            if swept is not None:
+                raise ConfigError(
+                    f"{swept.input_line} is a list of values\n  hint: -m runs all of them; one "
+                    "value with commas is quoted: \"key='a,b'\""
+                )
+            with open_dict(cfg):
+                del cfg["hydra"], cfg["out"]
+            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(two_lines(e)) from None
+
+
+def two_lines(error: Exception) -> str:
+    """What Hydra or OmegaConf says, on one line, and what helps on another."""
+    where = getattr(error, "full_key", None)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    if cause is not None and not str(error).strip():
+        lines = str(cause).splitlines()
+    what = lines[0] if lines else type(error).__name__
+    return (
+        f"{where + ': ' if where else ''}{what}\n  hint: `prunekit --cfg job` shows the "
+        "configuration; +key=value adds a key, and ${key} names one that there is"
+    )
 
 
 def first_value(override: Any) -> Any:

@@ -76,6 +76,12 @@ SOURCES = {
     ),
 }
 
+FIELDS: dict[str, dict[str, Any]] = {
+    "alpaca": {"fields": ("instruction", "output"), "optional": ("input",)},
+    "dailydialog": {"fields": (), "lists": ("dialog",)},
+}
+"""What a record of a local file must have; where nothing is said, `text`."""
+
 
 def default_split(dataset: str, use: Literal["calibrate", "recover", "evaluate"]) -> str:
     """The split that `use` takes by default: they differ, so that no text is both learnt from and
@@ -103,7 +109,7 @@ def _local(dataset: str, split: str, folder: Path) -> list[dict[str, Any]]:
     """
     source = SOURCES[dataset]
     files = sorted(folder.glob(source.local[split]))
-    records = [record for file in files for record in read(file)]
+    records = [record for file in files for record in read(file, **FIELDS.get(dataset, {}))]
     if dataset == "wikitext2":  # the hub's rows are lines with their end, blank ones empty
         return [{"text": r["text"] if r["text"].strip() else ""} for r in records]
     if dataset == "c4" and records:

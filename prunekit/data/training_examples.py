@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prunekit.data.datasets import Dataset, check_split, default_split, document, records, texts
+from prunekit.data.datasets import (
+    FIELDS,
+    Dataset,
+    check_split,
+    default_split,
+    document,
+    records,
+    texts,
+)
 from prunekit.data.files import read
 from prunekit.errors import ConfigError
 
@@ -65,7 +73,7 @@ def load_examples(
     check_source(dataset, split, path)
     part = split or ("" if dataset == "text" else default_split(dataset, "recover"))
     if dataset == "alpaca":
-        rows = read(path) if path else records(dataset, part, data_root)
+        rows = read(path, **FIELDS["alpaca"]) if path else records(dataset, part, data_root)
         found = instructions(tokenizer, rows, max_length)
     else:
         text = file_text(path) if path else document(texts(dataset, part, data_root))
@@ -83,10 +91,6 @@ def file_text(path: str) -> str:
     lines between them.
     """
     rows = read(path)
-    if any("text" not in r for r in rows):
-        raise ConfigError(
-            f"{path}: every record needs a field 'text'; the first has {', '.join(rows[0])}"
-        )
     glue = "\n\n" if Path(path).suffix == ".jsonl" else ""
     return glue.join(r["text"] for r in rows)
 

@@ -18,7 +18,7 @@ from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.evals.texts_read import texts_read
 from prunekit.evals.windows import cut, token_ids, window_nll
-from prunekit.registry import Component, Positive, evals
+from prunekit.registry import Component, Length, Positive, evals
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ def check_texts(
             )
 
 
-@evals.register(relative="ppl_unseen", check=check_texts)
+@evals.register(relative="ppl_unseen", check=check_texts, context=("window",))
 def domains(
     model: nn.Module,
     tokenizer: Any,
     *,
     texts: Texts,
     seen: list[str] = [],  # noqa: B006 (never mutated; the YAML states it)
-    window: Positive = 1024,
+    window: Length = 1024,
     limit: Positive = 8,
     batch: Positive = 4,
     bos: bool = False,

@@ -21,7 +21,7 @@ Repeats = Annotated[int, Field(ge=2)]
 """At least two, for a spread to exist."""
 
 
-@evals.register(cached=False)
+@evals.register(cached=False, context=("prompt", "new_tokens"))
 def latency(
     model: nn.Module,
     tokenizer: Any,

@@ -10,7 +10,7 @@ from prunekit.architecture.macs import flop_counter_macs, macs
 from prunekit.registry import Positive, evals
 
 
-@evals.register("macs")
+@evals.register("macs", context=("tokens",))
 def macs_eval(
     model: nn.Module, tokenizer: Any, *, tokens: Positive = 64, cross_check: bool = True
 ) -> dict[str, float]:

@@ -15,7 +15,7 @@ from prunekit.profiling import Peak
 from prunekit.registry import Positive, evals
 
 
-@evals.register(cached=False)
+@evals.register(cached=False, context=("tokens",))
 def memory(
     model: nn.Module, tokenizer: Any, *, batch: Positive = 1, tokens: Positive = 128
 ) -> dict[str, float]:

@@ -4,20 +4,54 @@ of any length, of one joined text.
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from prunekit.data.datasets import Dataset, evaluation_text
+from prunekit.data.datasets import Dataset, check_split, default_split, evaluation_text
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.evals import eval_mode
-from prunekit.evals.windows import cut, token_ids, window_nll
-from prunekit.registry import Positive, evals
+from prunekit.evals.texts_read import splits_read
+from prunekit.evals.windows import check_block, cut, token_ids, window_nll
+from prunekit.registry import Component, Length, Positive, evals
+
+log = logging.getLogger("prunekit")
 
 
-@evals.register()
+def key_of(*, dataset: str, path: str | None, label: str | None, window: int, **_: Any) -> str:
+    """`ppl_<dataset>_<window>`."""
+    return f"ppl_{label or (Path(path).stem if path else dataset)}_{window}"
+
+
+def check_perplexity(
+    calib: Component,
+    *,
+    dataset: str,
+    split: str | None,
+    path: str | None,
+    window: int,
+    block: int | None,
+    **_: Any,
+) -> None:
+    """Raises ConfigError for blocks that windows do not divide, and for a split that there is not;
+    warns where the text is the one that `calib` reads.
+    """
+    check_block(window, block or window)
+    part = split or default_split(dataset, "evaluate")
+    if path is None:
+        check_split(dataset, part)
+    if (str(Path(path).expanduser().resolve()) if path else (dataset, part)) in splits_read(calib):
+        log.warning(
+            "calib=%s reads %s, which perplexity is measured on: the numbers are no test",
+            calib.name,
+            path or f"{dataset} ({part})",
+        )
+
+
+@evals.register(context=("window",), key=key_of, check=check_perplexity)
 def perplexity(
     model: nn.Module,
     tokenizer: Any,
@@ -26,7 +60,7 @@ def perplexity(
     split: str | None = None,
     path: TextFile | None = None,
     label: str | None = None,
-    window: Positive = 128,
+    window: Length = 128,
     batch: Positive = 4,
     limit: Positive | None = None,
     every: Positive = 1,
@@ -43,10 +77,10 @@ def perplexity(
     `every`-th is read, and these into windows. Raises ConfigError.
     """
     text = evaluation_text(dataset, split, path, data_root)
-    key = f"ppl_{label or (Path(path).stem if path else dataset)}_{window}"
+    key = key_of(dataset=dataset, path=path, label=label, window=window)
     windows = cut(token_ids(text, tokenizer, bos), window, block, every, limit)
     with eval_mode(model):
         nll = window_nll(model, windows, batch, key)
-    value = math.exp(nll.mean())
+    value = float(nll.mean().exp())
     error = value * float(nll.std()) / math.sqrt(len(nll)) if len(nll) > 1 else 0.0
     return {key: value, f"{key}_stderr": error}

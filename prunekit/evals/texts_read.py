@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from prunekit.data.datasets import default_split
 from prunekit.registry import Component
 
 
@@ -17,16 +18,34 @@ def texts_read(options: Any) -> set[str]:
     return set(_texts(options))
 
 
+def splits_read(calib: Component) -> set[str | tuple[str, str]]:
+    """(data set, split) pairs, and files by absolute path, that a calib draws from."""
+    found: set[str | tuple[str, str]] = set()
+    for node in _nodes(calib):
+        if node.get("path"):
+            found.add(str(Path(node["path"]).expanduser().resolve()))
+        elif node.get("dataset"):
+            split = node.get("split") or default_split(node["dataset"], "calibrate")
+            found.add((node["dataset"], split))
+    return found
+
+
 def _texts(node: Any) -> Iterator[str]:
+    for options in _nodes(node):
+        if options.get("path"):
+            yield str(Path(options["path"]).expanduser().resolve())
+        elif options.get("dataset"):
+            yield options["dataset"]
+
+
+def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+    """The options of a component, and of all that they hold."""
     if isinstance(node, Component):
         node = node.options
     elif is_dataclass(node) and not isinstance(node, type):
         node = {f.name: getattr(node, f.name) for f in fields(node)}
     if not isinstance(node, dict):
         return
-    if node.get("path"):
-        yield str(Path(node["path"]).expanduser().resolve())
-    elif node.get("dataset"):
-        yield node["dataset"]
+    yield node
     for value in node.values():
-        yield from _texts(value)
+        yield from _nodes(value)

@@ -28,13 +28,18 @@ def cut(ids: Tensor, window: int, block: int | None, every: int, limit: int | No
     `every`-th block. Raises ConfigError.
     """
     block = block or window
-    if block % window:
-        raise ConfigError(f"block={block} is no multiple of window={window}")
+    check_block(window, block)
     blocks = ids[: len(ids) // block * block].view(-1, block)[::every]
     windows = blocks.reshape(-1, window)[:limit]
     if not len(windows):
         raise ConfigError(f"the text has {len(ids)} tokens, not one block of {block}")
     return windows
+
+
+def check_block(window: int, block: int) -> None:
+    """Raises ConfigError for blocks that windows do not fill."""
+    if block % window:
+        raise ConfigError(f"block={block} is no multiple of window={window}")
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from prunekit.data import docs_cloze
 from prunekit.data.files import DataRoot, data_folder
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
-from prunekit.registry import Natural, Positive, evals
+from prunekit.registry import Positive, Seed, evals
 
 # the metric that the paper reports of each task, and the folder of lm-eval that defines it
 PAPER = {
@@ -212,7 +212,7 @@ def zeroshot(
     limit: Positive | None = None,
     batch: Positive = 8,
     bos: bool | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     data_root: DataRoot = None,
 ) -> dict[str, float]:
     """Zero-shot accuracy on lm-eval tasks (default: LLM-Pruner's seven) and on docs_cloze, which

@@ -7,12 +7,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from prunekit.errors import ConfigError
 from prunekit.registry import Natural, excludes
 from prunekit.types import Group
 
-Range = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+def _ascending(bounds: list[int]) -> list[int]:
+    if bounds[0] > bounds[1]:
+        raise ValueError("the first block comes after the last")
+    return bounds
+
+
+Range = Annotated[list[Natural], Field(min_length=2, max_length=2), AfterValidator(_ascending)]
+"""Blocks `start <= i < end`; two alike name none."""
 
 
 @excludes.register()
@@ -51,8 +60,16 @@ def layer_range(
     apart; null = every block.
 
     `[0, 0]` leaves that kind alone altogether. `heads` rules every unit inside an attention,
-    `neurons` everything else in a block, `blocks` which blocks may go as a whole.
+    `neurons` everything else in a block, `blocks` which blocks may go as a whole. Raises
+    ConfigError for a range that goes beyond the model.
     """
+    depth = max(len(g.modules) if g.layer is None else 1 + g.layer for g in groups)
+    for name, bounds in (("heads", heads), ("neurons", neurons), ("blocks", blocks)):
+        if bounds is not None and bounds[1] > depth:
+            raise ConfigError(
+                f"exclude.{name}={bounds}: the model has {depth} blocks, the range ends at {depth} "
+                "at most"
+            )
 
     def inside(g: Group) -> bool:
         bounds = heads if g.kind == "heads" else neurons

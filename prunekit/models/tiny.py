@@ -4,14 +4,20 @@ seconds, nothing is downloaded.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
+from prunekit.errors import ConfigError
 from prunekit.models import default_device, resolved_dtype
-from prunekit.registry import Natural, Positive, models
+from prunekit.models.devices import Device
+from prunekit.registry import Positive, Seed, models
 
+Layers = Annotated[int, Field(gt=0, le=256)]
+Width = Annotated[int, Field(gt=0, le=2**14)]
+Context = Annotated[int, Field(ge=2, le=2**20)]
 SPECIAL = ("<pad>", "<s>", "</s>")
 
 
@@ -42,24 +48,32 @@ def byte_tokenizer() -> Any:
 def tiny_llama(
     meta: bool = False,
     *,
-    layers: Positive = 4,
-    hidden: Positive = 64,
-    ffn: Positive = 128,
+    layers: Layers = 4,
+    hidden: Width = 64,
+    ffn: Width = 128,
     heads: Positive = 4,
     kv_heads: Positive = 2,
-    context: Positive = 2048,
+    context: Context = 2048,
     tie: bool = False,
-    seed: Natural = 0,
+    seed: Seed = 0,
     dtype: Literal["fast", "float32", "bfloat16", "float16"] = "float32",
-    device: str | None = None,
+    device: Device = None,
 ) -> tuple[nn.Module, Any]:
     """A Llama with random weights, grouped-query attention and a byte tokenizer, for tests and
     trials in seconds.
 
-    `seed` draws the weights without touching the global generator.
+    `seed` draws the weights without touching the global generator. Raises ConfigError for heads
+    that do not divide what they share.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    if hidden % (2 * heads):
+        raise ConfigError(
+            f"model=tiny_llama: hidden={hidden} channels are not an even number for each of "
+            f"heads={heads}"
+        )
+    if heads % kv_heads:
+        raise ConfigError(f"model=tiny_llama: kv_heads={kv_heads} do not divide heads={heads}")
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + 256,
         num_hidden_layers=layers,

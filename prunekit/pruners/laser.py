@@ -104,7 +104,7 @@ def laser(
     search: Search = "greedy",
     targets: list[str] | None = None,
     layers: list[Natural] | None = None,
-    shares: tuple[RankShare, ...] = SHARES,
+    shares: Sequence[RankShare] = SHARES,
     metric: Metric = "loss",
     factors: bool = True,
     batch: Positive = 8,

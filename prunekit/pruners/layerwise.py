@@ -8,9 +8,10 @@ block.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from prunekit import graph
 from prunekit.activations.blockwise import groups_by_block
@@ -21,6 +22,8 @@ from prunekit.registry import pruners
 from prunekit.selection.units import choose
 from prunekit.solvers.bias_compensation import add_biases, check_readable, lost_means
 from prunekit.types import Allocation, Kept, Pruned, Scores
+
+Kinds = Annotated[list[Literal["neurons", "heads", "experts", "inner"]], Field(min_length=1)]
 
 
 def check_layerwise(
@@ -62,7 +65,7 @@ def _local(allocation: Allocation) -> Allocation:
 def layerwise(
     problem: Problem,
     *,
-    kinds: list[Literal["neurons", "heads", "experts", "inner"]] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
+    kinds: Kinds = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
     compensate: Literal["none", "bias"] = "none",
     store: Store = "memory",
     precision: Precision = "model",

@@ -40,6 +40,8 @@ from prunekit.solvers.obs import greedy_removal
 from prunekit.solvers.validated_ridge import Ridges, validated
 from prunekit.types import Counts, Group, Kept, Pruned, tensor_of
 
+Kinds = Annotated[list[Literal["heads", "neurons"]], Field(min_length=1)]
+
 FOLDS = 2
 """Parts of the text, each of which judges what is fitted to the others."""
 DENSE_START = 32768.0
@@ -106,7 +108,7 @@ def _counts(problem: Problem, groups: list[Group]) -> Counts:
 def obs(
     problem: Problem,
     *,
-    kinds: list[Literal["heads", "neurons"]] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
+    kinds: Kinds = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
     target: Literal["own", "dense"] = "own",
     bias: bool = True,
     token_weight: Literal["relative", "equal"] = "relative",

@@ -7,9 +7,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from prunekit import graph
+from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Natural, Positive, pruners
 from prunekit.selection.units import choose, expand_to_all_blocks, remaining_blocks, restrict
@@ -17,18 +20,32 @@ from prunekit.solvers.bias_compensation import add_biases, check_readable, lost_
 from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Scores
 
 Kind = Literal["neurons", "heads", "hidden", "experts", "inner", "blocks"]
+Kinds = Annotated[list[Kind], Field(min_length=1)]
 
 
 def check_oneshot(
-    problem: Problem, *, kinds: list[str], compensate: str, remove: bool, **_: Any
+    problem: Problem,
+    *,
+    kinds: list[str],
+    compensate: str,
+    remove: bool,
+    steps: int | Literal["each"],
+    **_: Any,
 ) -> Expected:
-    """Raises ConfigError where the ratio cannot be met, or nothing reads what a bias would make up
-    for.
+    """Raises ConfigError where the ratio cannot be met, where nothing reads what a bias would make
+    up for, and for more steps than there are units to take.
     """
     groups = problem.groups(kinds)
     if compensate == "bias":
         check_readable(problem.model, groups)
-    return expect(problem, groups, smaller=remove)
+    expected = expect(problem, groups, smaller=remove)
+    most = max((expected.counts or {}).values(), default=0)
+    if expected.counts and steps != "each" and steps > max(1, most):
+        raise ConfigError(
+            f"pruner.steps={steps}: {most} units at most go from a group, so {most} steps at most "
+            "take one; steps=each is that"
+        )
+    return expected
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ class State:
 def oneshot(
     problem: Problem,
     *,
-    kinds: list[Kind] = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
+    kinds: Kinds = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
     grouping: Literal["coupled", "none"] = "coupled",
     steps: Positive | Literal["each"] = 1,
     compensate: Literal["none", "bias"] = "none",

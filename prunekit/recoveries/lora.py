@@ -21,7 +21,7 @@ from prunekit.data.training_examples import (
     split_validation,
 )
 from prunekit.problem import Problem
-from prunekit.registry import Natural, Positive, Share, recoveries
+from prunekit.registry import Length, Natural, Positive, Seed, Share, recoveries
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.types import Pruned
 
@@ -51,7 +51,12 @@ def check_lora(
 
 
 @recoveries.register(
-    paper="arXiv 2106.09685", year=2021, needs="data", out="self-contained", check=check_lora
+    paper="arXiv 2106.09685",
+    year=2021,
+    needs="data",
+    out="self-contained",
+    check=check_lora,
+    context=("max_length",),
 )
 def lora(
     problem: Problem,
@@ -61,7 +66,7 @@ def lora(
     split: str | None = None,
     path: TextFile | None = None,
     data_root: DataRoot = None,
-    max_length: Positive = 256,
+    max_length: Length = 256,
     validation_size: Natural = 2000,
     r: Positive = 8,
     alpha: Positive = 16,
@@ -75,7 +80,7 @@ def lora(
     micro_batch: Positive = 4,
     eval_every: Positive = 100,
     log_every: Positive = 10,
-    seed: Natural = 42,
+    seed: Seed = 42,
 ) -> nn.Module:
     """Low-rank updates of all linear layers, trained on instructions or plain text and merged into
     the weights.

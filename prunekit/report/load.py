@@ -121,7 +121,7 @@ def file_job(folder: Path, files: set[str], below: list[str], found: Found) -> b
 
 def reason(path: Path) -> str:
     """The line of a traceback that says what went wrong."""
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     heads = [
         line
         for line in lines

@@ -23,8 +23,6 @@ from prunekit.runner.store import Entry
 from prunekit.source import code_hash, module_file
 from prunekit.types import Group, Run, Scores
 
-SWITCH = {True: True, False: False, "on": True, "off": False, None: True}
-
 
 @dataclass
 class Cache:
@@ -71,7 +69,7 @@ class Cache:
             provenance.token_hash(run.tokens),
             *map(group_print, groups),
         )
-        entry = Entry("scores", key, "score", store.decode_scores, store.encode_scores)
+        entry = Entry.of_scores(key)
         found: Scores = self.remember(entry, lambda: criterion(model, groups, run))
         return found
 
@@ -96,7 +94,7 @@ class Cache:
             tokenizer_print(tokenizer),
             files_print(node),
         )
-        entry = Entry("dense", key, f"dense/{name}", store.decode_numbers, store.encode_numbers)
+        entry = Entry.of_numbers(key, name)
         stored: dict[str, float] = self.remember(entry, lambda: evaluate(model, tokenizer))
         return stored
 
@@ -110,9 +108,14 @@ class Cache:
 
 def open_cache(cfg: dict[str, Any]) -> Cache:
     """Raises ConfigError for a `cache` that is neither on nor off."""
-    if cfg.get("cache") not in SWITCH:
-        raise ConfigError(f"cache={cfg['cache']!r}; possible: on, off")
-    return Cache(cfg, SWITCH[cfg.get("cache")])
+    return Cache(cfg, switched_on(cfg.get("cache", True)))
+
+
+def switched_on(value: Any) -> bool:
+    """What `cache` says. Raises ConfigError."""
+    if value not in ("on", "off", True, False):
+        raise ConfigError(f"cache={value!r}; possible: on, off")
+    return value in ("on", True)
 
 
 def digest(modules: list[str], *parts: Any) -> str:

@@ -4,20 +4,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator
 from torch import nn
 
 from prunekit import registry
 from prunekit.checkpoint.construction import stock_class
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
-from prunekit.registry import Component
+from prunekit.registry import Component, checked_values
+from prunekit.runner import tracking
+from prunekit.runner.relations import check_keys, check_lengths, check_skip
 from prunekit.runner.resume import check_mode
 
 STAGES = ("dense", "pruned", "recovered")
 KEYS = ("model", "calib", "criterion", "ratio", "exclude", "pruner", "recovery", "eval")
 """What a configuration must have, besides `track`, `seed` and `save`."""
+
+
+def existing_folder(path: str | None) -> str | None:
+    """`path`, if it is null or a folder. Raises ValueError."""
+    if path is not None and not Path(path).expanduser().is_dir():
+        raise ValueError("it is not a folder")
+    return path
+
+
+TOP: dict[str, Any] = {
+    "seed": registry.Seed,
+    "save": Any,
+    "objective": str | None,
+    "cache": bool | Literal["on", "off"],
+    "resume": Any,
+    "data_root": Annotated[str | None, AfterValidator(existing_folder)],
+    "out": str,
+    "keep_stages": bool,
+    "allow_nonfinite": bool,
+    "table": str | None,
+    "row": str | None,
+    "scale": str,
+    "base": Any,
+    "rows": Any,
+    "scales": Any,
+}
+"""Keys at the top that are no components, and their types. The last three are the sweep's."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +68,14 @@ def check(cfg: dict[str, Any]) -> Components:
     """Builds every component, and asks whether they can work together on this model, judged by its
     shapes. Raises ConfigError.
     """
+    check_top(cfg)
     parts = build_components(cfg)
-    check_objective(cfg.get("objective"))
+    check_objective(cfg.get("objective"), bool(parts.recovery))
     check_mode(cfg)
+    check_skip(parts.calib, parts.criterion, parts.pruner)
+    check_keys(parts.evals)
     model, _ = parts.model(meta=True)
+    check_lengths(model, parts.calib, *parts.evals.values(), parts.recovery)
     if cfg["save"]:
         check_savable(model)
     expected_outcome(parts, model)
@@ -50,18 +84,36 @@ def check(cfg: dict[str, Any]) -> Components:
     return parts
 
 
+def check_top(cfg: dict[str, Any]) -> None:
+    """Raises ConfigError for what is missing at the top, unknown, or of another type."""
+    missing = {*KEYS, "track", "seed", "save"} - cfg.keys()
+    if missing:
+        raise ConfigError(f"the config lacks {', '.join(sorted(missing))}")
+    unknown = sorted(cfg.keys() - {*KEYS, "track", *TOP})
+    if unknown:
+        raise ConfigError(
+            f"the config has no key {unknown[0]!r}; possible: {', '.join([*KEYS, 'track', *TOP])}"
+        )
+    if type(cfg["save"]) is not bool and cfg["save"] != "packed":
+        raise ConfigError(
+            f"save={cfg['save']!r}; possible: true, false, packed (zeros stored as a bitmask)"
+        )
+    checked_values("", {k: v for k, v in cfg.items() if k in TOP}, TOP)
+    if not isinstance(cfg["track"], dict):
+        raise ConfigError(f"track={cfg['track']!r} must be a mapping with a mode")
+    checked_values("track", cfg["track"], tracking.OPTIONS)
+    for name, node in (cfg["eval"] or {}).items() if isinstance(cfg["eval"], dict) else ():
+        if node is not None and not isinstance(node, dict):
+            raise ConfigError(f"eval.{name}={node!r} must be a mapping with the name of an eval")
+    if not isinstance(cfg["eval"], dict | None):
+        raise ConfigError(f"eval={cfg['eval']!r} must be a mapping: a name for each eval")
+
+
 def build_components(cfg: dict[str, Any]) -> Components:
     """Every component with checked options, as far as no model is needed.
 
     Raises ConfigError with what was given and what is possible.
     """
-    missing = {*KEYS, "track", "seed", "save"} - cfg.keys()
-    if missing:
-        raise ConfigError(f"the config lacks {', '.join(sorted(missing))}")
-    if cfg["save"] not in (True, False, "packed"):
-        raise ConfigError(
-            f"save={cfg['save']!r}; possible: true, false, packed (zeros stored as a bitmask)"
-        )
     parts = Components(
         registry.models.build(cfg["model"]),
         registry.calibs.build(cfg["calib"]),
@@ -83,15 +135,19 @@ def build_components(cfg: dict[str, Any]) -> Components:
 
 def optional(kind: registry.Registry, node: Any) -> Component | None:
     """None for `name: none`, which every optional kind has as a YAML."""
-    return None if node is None or node.get("name") == "none" else kind.build(node)
+    empty = node is None or (isinstance(node, dict) and node.get("name") == "none")
+    return None if empty else kind.build(node)
 
 
-def check_objective(key: str | None) -> None:
-    """Raises ConfigError for an objective that no run could report."""
-    if key is not None and key.partition("/")[0] not in STAGES:
+def check_objective(key: str | None, recovered: bool) -> None:
+    """Raises ConfigError for an objective that no run could report, or this one without recovery
+    could not.
+    """
+    stages = STAGES if recovered else STAGES[:2]
+    if key is not None and key.partition("/")[0] not in stages:
         raise ConfigError(
-            f"objective={key!r}; possible: a key of result.json's `results`, such as "
-            "pruned/ppl_pydocs_128"
+            f"objective={key!r}; possible: a key of result.json's `results` that begins with "
+            f"{', '.join(stages)}, such as pruned/ppl_pydocs_128"
         )
 
 

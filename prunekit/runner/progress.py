@@ -17,12 +17,15 @@ FILE = "stage.txt"
 
 
 def note(folder: Path, text: str) -> None:
-    """Leave `text` as what this job is doing."""
+    """Leave `text` as what this job is doing; a folder that cannot be written stops nothing."""
     if not first_process():
         return
     aside = folder / f".{FILE}"
-    aside.write_text(text)
-    aside.replace(folder / FILE)
+    try:
+        aside.write_text(text, errors="backslashreplace")
+        aside.replace(folder / FILE)
+    except OSError as error:
+        log.debug("%s: %s", folder / FILE, error)
 
 
 def current_stage(folder: Path) -> str:

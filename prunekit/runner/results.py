@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import ConfigError
 from prunekit.types import Pruned
 
 VERSION = 1
@@ -15,11 +16,11 @@ VERSION = 1
 
 
 def prefixed(when: str, numbers: dict[str, float], known: dict[str, float]) -> dict[str, float]:
-    """`numbers` under `when/`. Raises ValueError when two evals give the same key."""
+    """`numbers` under `when/`. Raises ConfigError when two evals give the same key."""
     named = {f"{when}/{k}": float(v) for k, v in numbers.items()}
     twice = named.keys() & known.keys()
     if twice:
-        raise ValueError(
+        raise ConfigError(
             f"two evals both report {', '.join(sorted(twice))}: give one of them another window, "
             "dataset or label"
         )
@@ -93,8 +94,11 @@ def write(path: Path, content: dict[str, Any]) -> None:
         "not_finite": bad,
     }
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    with aside.open("w") as f:
-        json.dump(clean, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w") as f:
+            json.dump(clean, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

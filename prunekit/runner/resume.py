@@ -4,7 +4,10 @@ again. Nothing here imports torch.
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ from prunekit.errors import ConfigError
 from prunekit.registry import REGISTRIES
 from prunekit.source import code_hash, components
 
+log = logging.getLogger("prunekit")
 MODES = ("strict", "config", "off")
-IGNORED = {"out", "track", "resume", "cache"}
+IGNORED = {"out", "track", "resume", "cache", "keep_stages"}
 """Keys that change no number and leave nothing out of a job's folder."""
 RUNNER = "prunekit.runner.run"
 
@@ -71,8 +75,42 @@ def finished(folder: Path, cfg: dict[str, Any]) -> bool:
     """
     path = folder / "result.json"
     mode = check_mode(cfg)
-    if mode == "off" or not path.is_file() or (folder / "failed.txt").exists():
+    if mode == "off" or not os.path.lexists(path) or (folder / "failed.txt").exists():
         return False
-    record = json.loads(path.read_text())
+    record = whole_record(path)
+    if record is None:
+        return False
     same_code = mode == "config" or record["provenance"].get("code") == code_version(cfg)
-    return same_code and result_key(record["config"]) == result_key(cfg)
+    if not same_code or result_key(record["config"]) != result_key(cfg):
+        return False
+    if record.get("checkpoint") and not (folder / "checkpoint").is_dir():
+        log.warning(
+            "%s is finished, and its checkpoint is gone; resume=off makes both anew", folder
+        )
+    return True
+
+
+def whole_record(path: Path) -> dict[str, Any] | None:
+    """The content of a result file; None, once what lies there is set aside under another name, for
+    what is no result.
+    """
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError("it is no file")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not all(
+            isinstance(record.get(k), dict) for k in ("config", "results", "provenance")
+        ):
+            raise ValueError("it lacks config, results or provenance")
+    except (ValueError, RecursionError, OSError) as error:
+        aside = next(
+            p
+            for i in itertools.count()
+            if not os.path.lexists(p := path.with_name(f"{path.name}.damaged{i or ''}"))
+        )
+        path.rename(aside)
+        log.warning(
+            "%s is no result (%s): it is now %s, the job is redone", path, error, aside.name
+        )
+        return None
+    return record

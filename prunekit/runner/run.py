@@ -5,9 +5,10 @@ component.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from prunekit.architecture import offload
 from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Problem, named_sets
 from prunekit.profiling import Stages
-from prunekit.registry import draw
-from prunekit.runner import cache, progress, provenance, results, tracking
+from prunekit.registry import Component, draw
+from prunekit.runner import cache, numerics, progress, provenance, results, tracking
 from prunekit.runner.distributed import first_process
+from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.preflight import Components, check
 from prunekit.types import Pruned
 
@@ -39,6 +41,7 @@ class Job:
     stages: Stages
     found: dict[str, float]
     cache: cache.Cache
+    kept: Finished
 
 
 def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
@@ -49,42 +52,81 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     `result.json` is written last and atomically: a folder without one is a run that did not finish.
     Of several processes (torchrun, accelerate launch) the first one writes.
     """
-    job = Job(cfg, Path(folder), check(cfg), Stages(), {}, cache.open_cache(cfg))
+    path = Path(folder)
+    kept = Finished(path, cfg, models=bool(cfg["save"]))
+    job = Job(cfg, path, check(cfg), Stages(), {}, cache.open_cache(cfg), kept)
     job.folder.mkdir(parents=True, exist_ok=True)
     with tracking.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
-        with stage(job, "load", "loading the model"):
-            model, tokenizer = job.parts.model()
-            offload.check_fits_in_memory(model)
-            texts = named_sets(draw(job.parts.calib, tokenizer, model))
-        measure(job, "dense", model, tokenizer, tracker)
-        with stage(job, "prune", "pruning"), offload.in_memory(model):
-            problem = pose(job, model, tokenizer, texts)
-            pruned = job.parts.pruner(problem)
-        show_kept(pruned, tracker)
-        measure(job, "pruned", pruned.model, tokenizer, tracker)
+        standing = pruned_and_measured(job, tracker)
         if job.parts.recovery:
-            with stage(job, "recover", "recovering"):
-                pruned.model = job.parts.recovery(problem, pruned)
-            measure(job, "recovered", pruned.model, tokenizer, tracker)
-        saved = save(job, pruned, tokenizer, tracker)
+            standing = recovered(job, standing)
+            measure(job, "recovered", lambda: standing.pruned.model, standing.tokenizer, tracker)
+        saved = save(job, standing.pruned, standing.tokenizer, tracker)
         record = results.record(
             cfg,
             job.found,
             job.stages.results,
-            pruned,
+            standing.pruned,
             saved,
-            provenance.collect(cfg, texts[CALIBRATION]),
+            provenance.collect(cfg, standing.texts[CALIBRATION]),
         )
     if first_process():
         results.write(job.folder / "result.json", record | {"cached": job.cache.used})
+    if not cfg.get("keep_stages"):
+        job.kept.drop()
     progress.note(job.folder, "finished")
     return record
+
+
+def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
+    """The pruned model, from the stages that an earlier run kept or from the start; the dense
+    model's numbers and its own are in `job.found` then.
+    """
+    standing = job.kept.standing("pruned")
+    if standing is None:
+        with stage(job, "load", "loading the model"):
+            model, tokenizer = job.parts.model()
+            offload.check_fits_in_memory(model)
+            check_finite(job, model, "load")
+            texts = named_sets(draw(job.parts.calib, tokenizer, model))
+        measure(job, "dense", lambda: model, tokenizer, tracker)
+        check_reported(job)
+        with stage(job, "prune", "pruning"), offload.in_memory(model):
+            pruned = job.parts.pruner(pose(job, model, tokenizer, texts))
+            check_finite(job, pruned.model, "prune")
+        standing = Standing(pruned, tokenizer, texts, job.stages.results)
+        job.kept.keep("pruned", standing)
+    else:
+        job.stages.results |= standing.costs
+        measure(job, "dense", lambda: job.parts.model()[0], standing.tokenizer, tracker)
+    show_kept(standing.pruned, tracker)
+    measure(job, "pruned", lambda: standing.pruned.model, standing.tokenizer, tracker)
+    return standing
+
+
+def recovered(job: Job, start: Standing) -> Standing:
+    """`start` after the recovery, kept from an earlier run or made now."""
+    assert job.parts.recovery is not None
+    standing = job.kept.standing("recovered")
+    if standing is not None:
+        job.stages.results |= standing.costs
+        return standing
+    pruned = start.pruned
+    with stage(job, "recover", "recovering"):
+        problem = pose(job, pruned.model, start.tokenizer, start.texts)
+        pruned.model = job.parts.recovery(problem, pruned)
+        check_finite(job, pruned.model, "recover")
+    standing = Standing(pruned, start.tokenizer, start.texts, job.stages.results)
+    job.kept.keep("recovered", standing)
+    return standing
 
 
 def pose(job: Job, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]) -> Problem:
     """What the pruner and the recovery work on."""
     parts = job.parts
     criterion = parts.criterion and job.cache.scores(parts.criterion, job.stages)
+    if not job.cfg.get("allow_nonfinite"):
+        criterion = numerics.watched(criterion)
     return Problem(
         model,
         tokenizer,
@@ -108,19 +150,61 @@ def stage(job: Job, name: str, says: str) -> Iterator[None]:
         yield
 
 
-def measure(job: Job, when: str, model: nn.Module, tokenizer: Any, tracker: tracking.Track) -> None:
-    """Every eval on `model`; keys are prefixed with `when`. An eval named twice must not hide the
-    other's number.
+def measure(
+    job: Job,
+    when: str,
+    model: Callable[[], nn.Module],
+    tokenizer: Any,
+    tracker: tracking.Track,
+) -> None:
+    """Every eval on `model()`, which is asked for only if a number is not kept from an earlier run;
+    keys are prefixed with `when`. An eval named twice must not hide the other's number.
     """
     for name, evaluate in job.parts.evals.items():
-        with stage(job, f"{when}/{name}", f"{when}: measuring {name}"):
-            if when == "dense":
-                numbers = job.cache.measured(name, model, tokenizer, evaluate)
-            else:
-                numbers = evaluate(model, tokenizer)
+        compute = partial(measured, job, when, name, model, tokenizer, evaluate)
+        found, kept = job.kept.numbers(f"{when}/{name}", compute)
+        if kept:
+            job.stages.results[f"{when}/{name}"] = found["costs"]
+        numbers = found["numbers"]
         job.found |= results.prefixed(when, numbers, job.found)
         job.found |= results.to_dense(when, numbers, job.found, evaluate.meta.get("relative"))
     tracker.log({k: v for k, v in job.found.items() if k.startswith(f"{when}/")})
+
+
+def measured(
+    job: Job,
+    when: str,
+    name: str,
+    ask: Callable[[], nn.Module],
+    tokenizer: Any,
+    evaluate: Component,
+) -> dict[str, Any]:
+    """What one eval says of a model, and what it cost."""
+    model = ask()
+    with stage(job, f"{when}/{name}", f"{when}: measuring {name}"):
+        if when == "dense":
+            numbers = job.cache.measured(name, model, tokenizer, evaluate)
+        else:
+            numbers = evaluate(model, tokenizer)
+        if not job.cfg.get("allow_nonfinite"):
+            numerics.check_numbers(f"{when}/{name}", numbers, model)
+    return {"numbers": numbers, "costs": job.stages.results[f"{when}/{name}"]}
+
+
+def check_finite(job: Job, model: nn.Module, name: str) -> None:
+    """Raises NotFinite for weights that are not finite after stage `name`."""
+    if not job.cfg.get("allow_nonfinite"):
+        numerics.check_weights(model, name)
+
+
+def check_reported(job: Job) -> None:
+    """Raises ConfigError for an objective that the dense model's numbers show not to exist."""
+    wanted = str(job.cfg.get("objective") or "").partition("/")[2]
+    known = [key.partition("/")[2] for key in job.found]
+    if wanted and known and not any(wanted.startswith(key) for key in known):
+        raise ConfigError(
+            f"objective={job.cfg['objective']!r}; the evals report: {', '.join(known)}"
+        )
 
 
 def show_kept(pruned: Pruned, tracker: tracking.Track) -> None:

@@ -37,17 +37,27 @@ def folder() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """What something is stored under, what it is called in a result, and what its bytes are."""
+    """What something is stored under, what it is called in a result, what its bytes are, and where
+    they lie.
+    """
 
-    kind: str
     key: str
     name: str
     decode: Callable[[bytes], Any]
     encode: Callable[[Any], bytes]
+    path: Path
 
-    @property
-    def path(self) -> Path:
-        return folder() / self.kind / f"{self.key}{ENDING}"
+    @classmethod
+    def of_scores(cls, key: str) -> Entry:
+        """Scores of the cache."""
+        path = folder() / "scores" / f"{key}{ENDING}"
+        return cls(key, "score", decode_scores, encode_scores, path)
+
+    @classmethod
+    def of_numbers(cls, key: str, name: str) -> Entry:
+        """What an eval called `name` measured on the dense model."""
+        path = folder() / "dense" / f"{key}{ENDING}"
+        return cls(key, f"dense/{name}", decode_numbers, encode_numbers, path)
 
 
 class Damaged(ValueError):

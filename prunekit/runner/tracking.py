@@ -77,6 +77,16 @@ class WandbTrack(Track):
         _warned("artifact", send)
 
 
+OPTIONS = {
+    "mode": Literal["offline", "wandb", "silent"],
+    "project": str,
+    "group": str | None,
+    "name": str | None,
+    "tags": list[str],
+}
+"""What `track` of a configuration may say."""
+
+
 @contextmanager
 def open_track(
     mode: Mode = "offline",

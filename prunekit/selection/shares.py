@@ -41,6 +41,7 @@ def uniform_counts(
     """
     if per_kind and of != "units":
         raise ConfigError(f"ratio.per_kind={per_kind} counts units: give ratio.of=units (got {of})")
+    check_kinds(groups, multiple, per_kind or {})
     stock = stock and not all(g.kind in ("blocks", "weights") for g in groups)
     if stock:
         every_layer(model, groups)  # says what to do before anything is solved
@@ -57,6 +58,25 @@ def uniform_counts(
             model, groups, share, lambda g, n: rounded(g, n, multiple), budget
         )
     return {g.name: rounded(g, wanted[g.name], multiple) for g in groups}
+
+
+def check_kinds(groups: list[Group], multiple: int, per_kind: Mapping[str, float]) -> None:
+    """Raises ConfigError for a share of a kind that is not pruned, and for a multiple that no group
+    reaches.
+    """
+    kinds = sorted({g.kind for g in groups})
+    unknown = sorted(per_kind.keys() - set(kinds))
+    if unknown:
+        raise ConfigError(
+            f"ratio.per_kind: {', '.join(unknown)} are not pruned here; possible: "
+            f"{', '.join(kinds)}"
+        )
+    small = next((g for g in groups if g.kind in CHANNELS and g.units < multiple), None)
+    if small is not None:
+        raise ConfigError(
+            f"ratio.multiple={multiple}: {small.name} has {small.units} units; possible: 1 to "
+            f"{small.units}"
+        )
 
 
 def units_removed(group: Group, share: float) -> int:

@@ -64,7 +64,7 @@ def test_tokens_follow_the_distribution_of_the_model(tiny):
 
 
 def test_messages(tiny):
-    with pytest.raises(ConfigError, match="nothing to say"):
+    with pytest.raises(ConfigError, match="length=1: .*greater than or equal to 2"):
         made(tiny, length=1)
     with pytest.raises(ConfigError, match="cannot generate"):
         made((torch.nn.Linear(2, 2), tiny[1]))

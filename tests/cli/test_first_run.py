@@ -23,7 +23,7 @@ WORDS = [
 WORDS += ["recovery.max_steps=2", "recovery.max_length=32", "eval.latency.repeats=2"]
 WORDS += ["eval.ppl.limit=4", "eval.zeroshot.limit=2"]
 STAGES = r"loading the model|pruning|recovering|writing the checkpoint"
-STAGES += r"|(dense|pruned|recovered): measuring \w+"
+STAGES += r"|stage \w+ is kept: \d+ MiB in .*|(dense|pruned|recovered): measuring \w+"
 BARS = {
     "latency": "request",
     "ppl_pydocs_128": "window",

@@ -83,7 +83,7 @@ def test_a_jsonl_file_of_texts_has_blank_lines_between_its_records(tmp_path):
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
     assert training_examples.file_text(str(path)) == "one\n\ntwo"
     path.write_text('{"body": "one"}\n')
-    with pytest.raises(ConfigError, match="needs a field 'text'; the first has body"):
+    with pytest.raises(ConfigError, match="line 1: the record has no field 'text'; it has: body"):
         training_examples.file_text(str(path))
 
 

@@ -1,54 +1,83 @@
-"""A job of a sweep: its number for the sweeper, its failure for whoever reads on."""
+"""One job: what its failure leaves behind, and what two processes make of it."""
 
 from __future__ import annotations
 
-import pytest
-from compositions import config
+import errno
+import threading
+from pathlib import Path
 
+import pytest
+from fakes import config
+
+from prunekit.errors import ConfigError
 from prunekit.runner import job
 
 
-@pytest.fixture
-def result(monkeypatch):
-    """What a run gives, in place of one."""
-    found = {"results": {"pruned/ppl": 7.5}, "config": config(), "checkpoint": None}
-    monkeypatch.setattr(job, "run", lambda cfg, folder: found)
-    return found
+def failing(monkeypatch, error: Exception) -> None:
+    def run(cfg, folder):
+        raise error
+
+    monkeypatch.setattr(job, "run", run)
 
 
-def test_the_objective_is_the_number_of_its_key(result, tmp_path):
+def failures_of(folder: Path, **changes) -> list[str]:
     failures: list[str] = []
-    cfg = config() | {"out": str(tmp_path), "objective": "pruned/ppl"}
-    assert job.run_job(cfg, failures) == 7.5
-    assert job.run_job(cfg | {"objective": None}, failures) is None
-    assert failures == []
+    job.run_job(config(**changes) | {"out": str(folder), "objective": None}, failures)
+    return failures
 
 
-def test_an_objective_that_nothing_measured_is_named_and_the_result_stays(result, tmp_path):
-    failures: list[str] = []
-    cfg = config() | {"out": str(tmp_path), "objective": "pruned/pppl"}
-    assert job.run_job(cfg, failures) is None
-    assert failures == ["prunekit: ConfigError: objective='pruned/pppl'; results are: pruned/ppl"]
-    assert not (tmp_path / "failed.txt").exists()
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_cannot_be_written_is_a_message(tmp_path, monkeypatch, caplog, code):
+    import os
+
+    failing(monkeypatch, OSError(code, os.strerror(code), "checkpoint"))
+    [said] = failures_of(tmp_path)
+    assert said == f"prunekit: checkpoint cannot be written: {os.strerror(code)}"
+    assert "Traceback" not in caplog.text
+    assert os.strerror(code) in (tmp_path / "failed.txt").read_text()
 
 
-def test_a_failure_is_written_down_and_ends_one_job(monkeypatch, tmp_path):
-    def fails(cfg, folder):
-        raise RuntimeError("no more memory")
-
-    monkeypatch.setattr(job, "run", fails)
-    failures: list[str] = []
-    cfg = config() | {"out": str(tmp_path / "new")}
-    assert job.run_job(cfg, failures) is None
-    assert failures == ["prunekit: RuntimeError: no more memory"]
-    assert "in fails" in (tmp_path / "new" / "failed.txt").read_text()
-    assert (tmp_path / "new" / "stage.txt").read_text().startswith("failed: RuntimeError")
+def test_a_folder_that_takes_no_failure_stops_nothing(tmp_path, monkeypatch, caplog):
+    failing(monkeypatch, ConfigError("no"))
+    (tmp_path / "failed.txt").mkdir()
+    (tmp_path / "stage.txt").mkdir()
+    assert any("failed.txt" in f or "no" in f for f in failures_of(tmp_path))
 
 
-def test_an_interrupt_ends_them_all(monkeypatch, tmp_path):
-    def stopped(cfg, folder):
-        raise KeyboardInterrupt
+def test_a_folder_that_is_a_file_is_a_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    [said] = failures_of(tmp_path / "file")
+    assert "file" in said
 
-    monkeypatch.setattr(job, "run", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        job.run_job(config() | {"out": str(tmp_path)}, [])
+
+def test_what_nobody_expected_has_a_traceback(tmp_path, monkeypatch, caplog):
+    failing(monkeypatch, KeyError("x"))
+    assert failures_of(tmp_path) == ["prunekit: KeyError: 'x'"]
+    assert "Traceback" in caplog.text
+    assert "KeyError" in (tmp_path / "failed.txt").read_text()
+
+
+def test_one_process_at_a_time_runs_a_job(tmp_path):
+    order = []
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with job.alone(tmp_path) as waited:
+            order.append(("first", waited))
+            inside.set()
+            leave.wait(10)
+            order.append("left")
+
+    def second() -> None:
+        inside.wait(10)
+        with job.alone(tmp_path) as waited:
+            order.append(("second", waited))
+
+    threads = [threading.Thread(target=t) for t in (first, second)]
+    for thread in threads:
+        thread.start()
+    inside.wait(10)
+    threading.Timer(0.3, leave.set).start()
+    for thread in threads:
+        thread.join(10)
+    assert order == [("first", False), "left", ("second", True)]

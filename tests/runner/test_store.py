@@ -20,11 +20,11 @@ def folder(tmp_path, monkeypatch):
 
 
 def scores(key="0" * 32) -> Entry:
-    return Entry("scores", key, "score", store.decode_scores, store.encode_scores)
+    return Entry.of_scores(key)
 
 
 def numbers(key="0" * 32) -> Entry:
-    return Entry("dense", key, "dense/x", store.decode_numbers, store.encode_numbers)
+    return Entry.of_numbers(key, "x")
 
 
 VALUE = {"b": torch.tensor([1.5, float("inf")]), "a": torch.arange(3.0), "c": torch.ones(2, 2)}
@@ -77,9 +77,9 @@ HOW += ";json alone;other header;right sum, no value"
 
 
 @pytest.mark.parametrize("how", HOW.split(";"))
-@pytest.mark.parametrize("entry", [scores(), numbers()], ids=["scores", "numbers"])
-def test_a_damaged_entry_is_thrown_away_with_one_line_and_computed_anew(entry, how, caplog):
-    value = VALUE if entry.kind == "scores" else {"x": 0.1}
+@pytest.mark.parametrize("make", [scores, numbers])
+def test_a_damaged_entry_is_thrown_away_with_one_line_and_computed_anew(make, how, caplog):
+    entry, value = make(), VALUE if make is scores else {"x": 0.1}
     store.remember(entry, lambda: value)
     damage(entry.path, how)
     found, stored = store.remember(entry, lambda: value)

@@ -147,6 +147,37 @@ def test_only_the_same_configuration_and_code_count_as_finished(tmp_path):
     assert not resume.finished(tmp_path, cfg | {"resume": "config"})
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", '{"config": {}}', "\udcff", "folder", "link"]
+)
+def test_a_damaged_result_is_set_aside_and_named(tmp_path, content, caplog):
+    path = tmp_path / "result.json"
+    if content == "folder":
+        path.mkdir()
+    elif content == "link":
+        path.symlink_to("nowhere")
+    else:
+        path.write_text(content, errors="surrogateescape")
+    for i in ("", "1"):
+        assert not resume.finished(tmp_path, config())
+        assert not os.path.lexists(path)
+        assert os.path.lexists(tmp_path / f"result.json.damaged{i}")
+        assert f"{path} is no result" in caplog.text
+        caplog.clear()
+        path.write_text("{")
+
+
+def test_a_checkpoint_that_is_gone_is_said(tmp_path, caplog):
+    cfg = config() | {"resume": "config"}
+    result(tmp_path, {}, cfg, checkpoint=str(tmp_path / "checkpoint"))
+    assert resume.finished(tmp_path, cfg)
+    assert "its checkpoint is gone" in caplog.text
+    caplog.clear()
+    (tmp_path / "checkpoint").mkdir()
+    assert resume.finished(tmp_path, cfg)
+    assert not caplog.records
+
+
 def test_a_change_in_what_a_job_does_is_one_line(tmp_path, caplog):
     caplog.set_level("INFO", logger="prunekit")
     with progress.show_progress([tmp_path], every=0.01):
@@ -279,6 +310,34 @@ def kill_a_worker(pid: int, launcher: str) -> bool:
     except psutil.Error:
         return False
     return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("launcher", ["submitit_local", "joblib", "basic", "local"])
+def test_workers_end_with_the_sweep(tmp_path, launcher, how):
+    words = ["ratio.target=0.1,0.2", f"hydra/launcher={launcher}"]
+    process = start(tmp_path, *words, "recovery=lora_text", "recovery.max_steps=100000")
+    top = psutil.Process(process.pid)
+    while len(list((tmp_path / "jobs").glob("*/stage.txt"))) < (1 if launcher == "basic" else 2):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    workers = top.children(recursive=True)
+    process.send_signal(how)
+    process.wait(10)
+    left = psutil.wait_procs(workers, timeout=3)[1]
+    names = [" ".join(p.cmdline()) for p in left]
+    assert not [name for name in names if "prunekit" in name or "loky" in name]
+
+
+@pytest.mark.slow
+def test_two_sweeps_at_once_do_every_job_once(tmp_path):
+    words = ["ratio.target=0.1,0.2"]
+    both = [start(tmp_path, *words) for _ in range(2)]
+    outs = [p.communicate(timeout=600)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], outs
+    assert len(done(tmp_path)) == 2
+    assert sum(out.count("dense: measuring ppl") for out in outs) == 2, outs
 
 
 def test_the_slurm_yaml_asks_for_what_a_7b_job_needs(tmp_path, monkeypatch):

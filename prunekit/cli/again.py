@@ -1,0 +1,65 @@
+"""What `prunekit recover` and `prunekit eval` share: a checkpoint, overrides, a folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from prunekit.cli.compose import composed
+from prunekit.errors import ConfigError
+
+
+def again(argv: list[str], *, recover: bool) -> int:
+    """Composes, runs, shows. Raises ConfigError."""
+    from prunekit.runner.again import configured, run_again
+    from prunekit.runner.job import alone, described, note_failure
+    from prunekit.runner.summary import show
+
+    words, folder = list(argv), Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    if "--to" in words:
+        at = words.index("--to")
+        if at + 1 == len(words):
+            raise ConfigError("--to needs a folder")
+        folder = Path(words.pop(at + 1))
+        words.pop(at)
+    if not words or "=" in words[0]:
+        raise ConfigError(f"{'recover' if recover else 'eval'} needs the folder of a checkpoint")
+    path = Path(words.pop(0)).expanduser().resolve()
+    configs = list(composed(words))
+    if len(configs) > 1:
+        raise ConfigError("one configuration at a time: lists of values are for a sweep")
+    cfg = configured(configs[0] | {"out": str(folder)}, path)
+    try:
+        with alone(folder), logged(folder / "run.log"):
+            record = run_again(cfg, folder, recover=recover)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 (as a job does)
+        note_failure(folder, error)
+        print(f"prunekit: {described(error)}", file=sys.stderr)
+        return 1
+    show(record, folder)
+    return 0
+
+
+@contextmanager
+def logged(file: Path) -> Iterator[None]:
+    """Lines of the log on the terminal and in `file`."""
+    log = logging.getLogger("prunekit")
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(file)]
+    level = log.level
+    log.setLevel(logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s"))
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()

@@ -1,0 +1,110 @@
+"""A saved checkpoint recovered or measured again, with the components and result file of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit import checkpoint
+from prunekit.checkpoint.manifest import MANIFEST, check_manifest
+from prunekit.checkpoint.replay import kept_masks
+from prunekit.errors import ConfigError
+from prunekit.profiling import Stages
+from prunekit.runner import cache, preflight, progress, provenance, results, tracking
+from prunekit.runner.distributed import first_process
+from prunekit.runner.finished import Finished
+from prunekit.runner.relations import check_keys, check_lengths
+from prunekit.runner.run import Job, check_finite, measure, pose, save, stage
+from prunekit.types import Group, Kept, Pruned
+
+INHERITED = ("calib", "criterion", "ratio", "exclude", "pruner", "table", "row")
+"""What the checkpoint's own run said, and the new result repeats."""
+
+
+def configured(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`cfg`, whose model is the checkpoint and whose other parts, but for recovery and evals, are
+    those of the run that made it. Raises ConfigError where `path` is no checkpoint.
+    """
+    made_by = check_manifest(path).get("config")
+    inherited = {k: made_by[k] for k in INHERITED if k in made_by} if made_by else {}
+    return cfg | inherited | {"model": {"name": "hf", "path": str(path)}}
+
+
+def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, Any]:
+    """Measures the checkpoint that `cfg` names, recovers it where asked and measures again; writes
+    into `folder` what a run writes. Everything wrong with `cfg` raises ConfigError before weights
+    are read.
+    """
+    path = Path(cfg["model"]["path"])
+    parts = check_again(cfg, path, recover)
+    kept = kept_units(path)
+    job = Job(
+        cfg, folder, parts, Stages(), {}, cache.open_cache(cfg), Finished(folder, cfg, models=False)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tracking.open_track(config=cfg, folder=folder, **cfg["track"]) as tracker:
+        with stage(job, "load", "loading the checkpoint"):
+            model, tokenizer = parts.model()
+            check_finite(job, model, "load")
+        measure(job, "pruned", lambda: model, tokenizer, tracker)
+        done = Pruned(model, kept, [])
+        saved = None
+        if recover and parts.recovery:
+            zeroed = zeros(model)
+            start = Pruned(model, zeroed[1], zeroed[0])
+            with stage(job, "recover", "recovering"):
+                done.model = parts.recovery(pose(job, model, tokenizer, {}), start)
+                check_finite(job, done.model, "recover")
+            done.notes = start.notes
+            measure(job, "recovered", lambda: done.model, tokenizer, tracker)
+            saved = save(job, done, tokenizer, tracker)
+        record = results.record(
+            cfg, job.found, job.stages.results, done, saved, provenance.collect(cfg, None)
+        )
+    if first_process():
+        results.write(folder / "result.json", record | {"cached": job.cache.used})
+    job.kept.drop()
+    progress.note(folder, "finished")
+    return record
+
+
+def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Components:
+    """Raises ConfigError for parts that do not fit this checkpoint, judged by its shapes."""
+    preflight.check_top(cfg)
+    parts = preflight.build_components(cfg)
+    check_keys(parts.evals)
+    if recover and parts.recovery is None:
+        raise ConfigError("recover needs a recovery, for example recovery=lora_text")
+    if not recover and not parts.evals:
+        raise ConfigError("eval needs an eval, for example eval=quick")
+    model = checkpoint.outline(path)
+    check_lengths(model, *parts.evals.values(), parts.recovery if recover else None)
+    if recover and parts.recovery and "check" in parts.recovery.meta:
+        parts.recovery.meta["check"](model, **parts.recovery.options)
+    return parts
+
+
+def kept_units(path: Path) -> Kept:
+    """Masks over the units that the checkpoint's run kept, but for single weights."""
+    manifest = check_manifest(path)
+    units = {n: g for n, g in manifest["groups"].items() if g.get("kind") != "weights"}
+    return kept_masks(manifest | {"groups": units}, str(path / MANIFEST))
+
+
+def zeros(model: nn.Module) -> tuple[list[Group], Kept]:
+    """The matrices that have zeros, as groups of single weights, and masks of what is not zero:
+    zeros of a checkpoint stay zero.
+    """
+    groups, kept = [], {}
+    for name, p in model.named_parameters():
+        free = p.detach() != 0
+        if p.dim() == 2 and not bool(torch.all(free)):
+            group = Group(
+                f"weights.{name}", "weights", None, p.numel(), shape=tuple(p.shape), matrix=name
+            )
+            groups.append(group)
+            kept[group.name] = free
+    return groups, kept

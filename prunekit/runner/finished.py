@@ -1,0 +1,150 @@
+"""The stages of a job that are done, kept in its folder: the same command, started again after it
+was cut off, goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prunekit import checkpoint
+from prunekit.errors import ConfigError
+from prunekit.runner import store
+from prunekit.runner.distributed import first_process
+from prunekit.runner.results import is_plain
+from prunekit.runner.resume import code_version, result_key
+from prunekit.types import Group, Member, Pruned
+
+log = logging.getLogger("prunekit")
+FOLDER = "stages"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A model after a stage, and what the stages behind it need."""
+
+    pruned: Pruned
+    tokenizer: Any
+    texts: dict[str, Tensor]
+    costs: dict[str, dict[str, float]]
+
+
+class Finished:
+    """Numbers of evaluations and models on disk, under the configuration and the code that made
+    them; what others made is dropped. `models=False` keeps numbers alone.
+    """
+
+    def __init__(self, folder: Path, cfg: dict[str, Any], models: bool):
+        self.top, self.models = folder / FOLDER, models
+        key = hashlib.sha256(f"{result_key(cfg)}{code_version(cfg)}".encode()).hexdigest()
+        self.key = key[:32]
+        if first_process() and self.top.is_dir() and not (self.top / self.key).is_dir():
+            shutil.rmtree(self.top)
+
+    def numbers(self, name: str, compute: Callable[[], Any]) -> tuple[Any, bool]:
+        """What stage `name` gave, or `compute` gives, kept then; and whether it was kept."""
+        entry = self.entry(name)
+        try:
+            return store.read(entry), True
+        except FileNotFoundError:
+            pass
+        except (store.Damaged, OSError) as error:
+            log.warning("%s is made anew: %s", entry.path, error)
+        value = compute()
+        if first_process():
+            entry.path.parent.mkdir(parents=True, exist_ok=True)
+            store.write(entry, value)
+        return value, False
+
+    def entry(self, name: str) -> store.Entry:
+        path = self.top / self.key / f"{name.replace('/', '-')}{store.ENDING}"
+        key = f"{self.key}-{name}".replace(" ", "-")
+        return store.Entry(key, name, store.decode_numbers, store.encode_numbers, path)
+
+    def keep(self, name: str, standing: Standing) -> None:
+        """The model of stage `name`, if models are kept and this one lies on one device: whole, or
+        not at all.
+        """
+        model = standing.pruned.model
+        if not self.models or not first_process() or getattr(model, "hf_device_map", None):
+            return
+        folder = self.top / self.key / name
+        notes = {k: v for k, v in standing.pruned.notes.items() if is_plain(v)}
+        facts = {
+            "device": str(next(model.parameters()).device),
+            "groups": [described(g) for g in standing.pruned.groups],
+            "notes": notes,
+            "costs": standing.costs,
+        }
+        tensors = {f"kept:{k}": v for k, v in standing.pruned.kept.items()}
+        tensors |= {f"scores:{k}": v for k, v in standing.pruned.scores.items()}
+        tensors |= {f"texts:{k}": v for k, v in standing.texts.items()}
+        for group in standing.pruned.groups:
+            tensors |= {f"index:{group.name}:{i}": m.index for i, m in enumerate(group.members)}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            checkpoint.save(model, standing.tokenizer, folder)
+        except ConfigError as error:
+            log.warning("stage %s is not kept: %s", name, error)
+            return
+        store.write(self.entry(f"{name}-facts"), facts)
+        store.write(self.tensors(name), tensors)
+        size = sum(p.stat().st_size for p in self.top.rglob("*") if p.is_file())
+        log.info("stage %s is kept: %d MiB in %s", name, size // 2**20, self.top)
+
+    def tensors(self, name: str) -> store.Entry:
+        entry = self.entry(f"{name}-tensors")
+        return dataclasses.replace(entry, decode=store.decode_scores, encode=store.encode_scores)
+
+    def standing(self, name: str) -> Standing | None:
+        """The model of stage `name` as it was kept; None, with a line, for one that is damaged."""
+        folder = self.top / self.key / name
+        if not self.models or not folder.is_dir():
+            return None
+        try:
+            facts = store.read(self.entry(f"{name}-facts"))
+            tensors = store.read(self.tensors(name))
+            model, tokenizer = checkpoint.load(folder, device=facts["device"])
+        except FileNotFoundError:
+            return None
+        except (store.Damaged, ConfigError, OSError) as error:
+            log.warning("stage %s is made anew: %s", name, error)
+            return None
+        log.info("stage %s was kept: going on from %s", name, folder)
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        groups = [restored(g, tensors) for g in facts["groups"]]
+        pruned = Pruned(model, under("kept:"), groups, under("scores:"), facts["notes"])
+        return Standing(pruned, tokenizer, under("texts:"), facts["costs"])
+
+    def drop(self) -> None:
+        """All of it, once the result is written."""
+        if first_process():
+            shutil.rmtree(self.top, ignore_errors=True)
+
+
+def described(group: Group) -> dict[str, Any]:
+    """A group as JSON, but for the indices of its members."""
+    fields = {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
+    members = [[m.param, m.axis, m.reads] for m in group.members]
+    return fields | {"members": members}
+
+
+def restored(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Group:
+    """The group that `described` gave."""
+    members = tuple(
+        Member(param, axis, tensors[f"index:{fields['name']}:{i}"], reads)
+        for i, (param, axis, reads) in enumerate(fields["members"])
+    )
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Group(**plain | {"members": members})

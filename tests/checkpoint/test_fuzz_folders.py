@@ -1,0 +1,96 @@
+"""Any damage to any file of a checkpoint, with hashes that fit or not: refused with a
+CheckpointError, or harmless.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from checkpoints import llama as small
+from checkpoints import resealed
+from fuzzing import examples, leaves, put, values, within
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunekit import registry
+from prunekit.checkpoint import load, save
+from prunekit.checkpoint.integrity import CheckpointError
+from prunekit.checkpoint.manifest import MANIFEST
+
+
+@pytest.fixture(scope="module", params=["plain", "packed"])
+def whole(request, tmp_path_factory) -> Path:
+    model = small()
+    for p in model.model.layers.parameters():
+        p.data[..., ::2] = 0
+    tokenizer = registry.models.build({"name": "tiny_llama", "layers": 1})()[1]
+    folder = tmp_path_factory.mktemp("fuzz") / "out"
+    return save(model, tokenizer, folder, packed=request.param == "packed", max_shard_size="60KB")
+
+
+HOW = ["flip", "cut", "random", "gone", "other", "json", "json", "header"]
+
+
+def damage(draw, folder: Path) -> None:
+    """One change to one file."""
+    path = folder / draw(st.sampled_from(sorted(p.name for p in folder.iterdir())))
+    content = path.read_bytes()
+    how = draw(st.sampled_from(HOW))
+    if how == "flip" and content:
+        at = draw(st.integers(0, len(content) - 1))
+        changed = bytearray(content)
+        changed[at] ^= draw(st.integers(1, 255))
+        path.write_bytes(changed)
+    elif how == "cut":
+        path.write_bytes(content[: draw(st.integers(0, len(content)))])
+    elif how == "random":
+        path.write_bytes(draw(st.binary(max_size=200)))
+    elif how == "gone":
+        path.unlink()
+    elif how == "other":
+        path.write_bytes((folder / draw(st.sampled_from(sorted(os.listdir(folder))))).read_bytes())
+    elif how == "json" and path.suffix == ".json":
+        path.write_text(json.dumps(changed_json(draw, json.loads(content))))
+    elif how == "header" and path.suffix == ".safetensors":
+        size = struct.unpack("<Q", content[:8])[0]
+        header = changed_json(draw, json.loads(content[8 : 8 + size]))
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
+def changed_json(draw, node):
+    """Another value somewhere in it."""
+    place = draw(st.sampled_from([(), *leaves(node)]))
+    value = draw(values)
+    if not place:
+        return value
+    put(node, place, value)
+    return node
+
+
+@examples(60)
+@given(data=st.data())
+def test_no_damage_is_a_raw_error(whole, tmp_path_factory, data) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path_factory.mktemp("run") / "out"))
+    for _ in range(data.draw(st.integers(1, 2))):
+        damage(data.draw, folder)
+    if data.draw(st.booleans()) and (folder / MANIFEST).is_file():
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # nothing left to seal
+            resealed(folder)
+    told = str(folder)
+    try:
+        with within(60):
+            load(folder)
+    except CheckpointError as error:
+        told = str(error)
+    shutil.rmtree(folder)
+    if "PRUNEKIT_FUZZ_LOG" in os.environ:
+        with open(os.environ["PRUNEKIT_FUZZ_LOG"], "a", errors="backslashreplace") as log:
+            log.write(f"{told!r}\n")
+    assert str(folder) in told or any(p.name in told for p in whole.iterdir())

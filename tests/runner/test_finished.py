@@ -1,0 +1,151 @@
+"""A run that was cut off goes on after its last whole stage, to the same bits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from compositions import config
+
+from prunekit.runner import run as runner
+from prunekit.runner.finished import Finished, described, restored
+from prunekit.runner.run import run
+from prunekit.types import Group, Member
+
+RECOVER = ("recovery=lora_text", "recovery.max_steps=2", "recovery.max_length=32")
+TWO = "+eval.macs={name:macs}"
+
+
+def numbers(record):
+    return record["results"], record["importance"], record["kept"], record["stages"].keys()
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "checkpoint" / "model.safetensors")
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_off(monkeypatch, name: str) -> None:
+    """The run ends when stage `name` begins, as by a kill: nothing is tidied up."""
+    real = runner.stage
+
+    def stage(job, now, says):
+        if now == name:
+            raise Cut
+        return real(job, now, says)
+
+    monkeypatch.setattr(runner, "stage", stage)
+
+
+def stages_run(monkeypatch) -> list[str]:
+    ran, real = [], runner.stage
+    monkeypatch.setattr(runner, "stage", lambda j, n, s: (ran.append(n), real(j, n, s))[1])
+    return ran
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Result and weights of a run with everything in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("whole")
+        patch.setenv("PRUNEKIT_CACHE", str(folder / "cache"))
+        return run(config(*RECOVER, TWO), folder), weights(folder)
+
+
+ORDER = ["load", "dense/size", "dense/ppl", "dense/macs", "prune"]
+ORDER += ["pruned/size", "pruned/ppl", "pruned/macs", "recover"]
+ORDER += ["recovered/size", "recovered/ppl", "recovered/macs", "save"]
+
+
+CUTS = ["dense/macs", "pruned/ppl", "recover", "recovered/ppl"]
+
+
+@pytest.mark.parametrize("at", CUTS)
+def test_the_next_stage_is_the_first_that_runs_again(at, tmp_path, monkeypatch, undisturbed):
+    monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
+    cfg = config(*RECOVER, TWO)
+    with monkeypatch.context() as patch:
+        cut_off(patch, at)
+        with pytest.raises(Cut):
+            run(cfg, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    ran = stages_run(monkeypatch)
+    record = run(cfg, tmp_path)
+    again = ORDER[ORDER.index(at) :]
+    assert ran == (["load", *again] if at in ("dense/macs", "prune") else again)
+    assert numbers(record) == numbers(undisturbed[0])
+    assert all(torch.equal(w, undisturbed[1][n]) for n, w in weights(tmp_path).items())
+    assert not (tmp_path / "stages").exists()
+
+
+def test_the_pruned_model_is_on_disk_before_the_recovery(tmp_path, monkeypatch):
+    from prunekit.checkpoint import load
+
+    cut_off(monkeypatch, "recover")
+    with pytest.raises(Cut):
+        run(config(*RECOVER), tmp_path)
+    [folder] = (tmp_path / "stages").glob("*/pruned")
+    assert load(folder)[0].config.model_type == "llama"
+
+
+def test_stages_of_another_configuration_are_not_taken_up(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        cut_off(patch, "pruned/ppl")
+        with pytest.raises(Cut):
+            run(config(), tmp_path)
+    ran = stages_run(monkeypatch)
+    run(config("ratio.target=0.3"), tmp_path)
+    assert "prune" in ran
+
+
+def test_a_damaged_stage_is_made_anew_with_one_line(tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        cut_off(patch, "pruned/ppl")
+        with pytest.raises(Cut):
+            run(config(), tmp_path)
+    [weights_file] = (tmp_path / "stages").glob("*/pruned/model.safetensors")
+    weights_file.write_bytes(weights_file.read_bytes()[:-1])
+    ran = stages_run(monkeypatch)
+    run(config(), tmp_path)
+    assert "prune" in ran
+    assert "stage pruned is made anew" in caplog.text
+
+
+def test_stages_stay_where_they_are_asked_for(tmp_path):
+    run(config("keep_stages=true"), tmp_path)
+    assert list((tmp_path / "stages").glob("*/pruned/pruning.json"))
+
+
+def test_without_a_checkpoint_numbers_alone_are_kept(tmp_path, monkeypatch):
+    cfg = config("save=false")
+    with monkeypatch.context() as patch:
+        cut_off(patch, "pruned/ppl")
+        with pytest.raises(Cut):
+            run(cfg, tmp_path)
+    assert not list((tmp_path / "stages").glob("*/pruned"))
+    ran = stages_run(monkeypatch)
+    run(cfg, tmp_path)
+    assert "dense/ppl" not in ran
+    assert "prune" in ran
+
+
+def test_groups_come_back_as_they_were():
+    member = Member("a.weight", 1, torch.arange(6).view(3, 2), True)
+    group = Group("heads.0", "heads", 0, 3, (member,), whole="x")
+    again = restored(json.loads(json.dumps(described(group))), {"index:heads.0:0": member.index})
+    assert described(again) == described(group)
+    assert torch.equal(again.members[0].index, member.index)
+    block = Group("blocks", "blocks", None, 2, modules=("a", "b"))
+    assert described(restored(json.loads(json.dumps(described(block))), {})) == described(block)
+
+
+def test_a_name_is_one_file(tmp_path):
+    done = Finished(tmp_path, config(), models=True)
+    assert done.numbers("dense/a b", lambda: {"x": 1}) == ({"x": 1}, False)
+    assert done.numbers("dense/a b", lambda: {"x": 2}) == ({"x": 1}, True)
