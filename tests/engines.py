@@ -30,17 +30,25 @@ def llamacpp() -> str:
 
 def serve(files: list[Path], count: int = 12) -> list[dict[str, Any]]:
     """What llama.cpp answers to `PROMPT`, greedily."""
-    requests = [{"file": str(f), "prompt": PROMPT, "count": count} for f in files]
-    script = Path(prunekit.__file__).parent / "export" / "serve_llamacpp.py"
-    run = subprocess.run(
-        [llamacpp(), str(script)],
-        input=json.dumps(requests),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    answers = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert len(answers) == len(files), run.stderr[-2000:]
+    return ask(llamacpp(), "serve_llamacpp.py", [{"file": str(f)} for f in files], count)
+
+
+def ask(
+    python: str, script: str, requests: list[dict[str, Any]], count: int = 12
+) -> list[dict[str, Any]]:
+    """An answer for each request; one at which the engine's process ends is an error too."""
+    answers: list[dict[str, Any]] = []
+    path = Path(prunekit.__file__).parent / "export" / script
+    while len(answers) < len(requests):
+        left = [{**r, "prompt": PROMPT, "count": count} for r in requests[len(answers) :]]
+        run = subprocess.run(
+            [python, str(path)], input=json.dumps(left), capture_output=True, text=True, timeout=900
+        )
+        answers += [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+        if len(answers) < len(requests):
+            answers.append(
+                {"error": f"the process ended with {run.returncode}: {run.stderr[-500:]}"}
+            )
     return answers
 
 

@@ -21,7 +21,7 @@ TABLE = {
     "__main__": "cli",
     "__init__": "runner checkpoint graph",
     "inventory": "cli runner graph architecture errors types",
-    "cli": "runner scoring activations graph architecture registry source errors types",
+    "cli": "export runner scoring activations checkpoint graph architecture registry source errors types",  # noqa: E501
     "export": "checkpoint graph architecture errors types",
     "runner": "report problem checkpoint activations architecture registry source errors types profiling",  # noqa: E501
     "report": "errors",

@@ -118,8 +118,8 @@ def bypassed(layer: nn.Module) -> list[str]:
 
 
 def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
-    """The config with the heads of each layer's cache where `per_layer_config` does not give them:
-    static caches are laid out by it.
+    """The config with the heads of each layer where `per_layer_config` does not give them: static
+    caches and serving engines are laid out by it.
     """
     from transformers.configuration_utils import get_head_shapes
 
@@ -139,11 +139,27 @@ def with_cache_shapes(model: nn.Module, kind: type, config: Any) -> Any:
             edits[field] = true[0]
             for i, value in enumerate(true):
                 layers.setdefault(i, {})[field] = value
+    queries = query_heads(model, [kv for kv, _ in actual])
+    if queries != [getattr(c, "num_attention_heads", None) for c in text.per_layer_config]:
+        # Without a size of its own a head would get the hidden size over the number of heads.
+        edits["head_dim"] = actual[0][1]
+        for i, heads in enumerate(queries):
+            layers.setdefault(i, {}).update(num_attention_heads=heads, head_dim=actual[i][1])
     if not edits:
         return config
     edits |= {"per_layer_config": layers, "allow_global_per_layer_attribute_access": True}
     made = edited(config, **edits)
     return made if rows_of_config(kind, made) is not None else config
+
+
+def query_heads(model: nn.Module, key_heads: list[int]) -> list[int]:
+    """Heads of the queries in each layer, which has so many of keys."""
+    layers = [model.get_submodule(path) for path in block_names(model)]
+    groups = [
+        next((g for m in layer.modules() if (g := vars(m).get("num_key_value_groups"))), 1)
+        for layer in layers
+    ]
+    return [heads * each for heads, each in zip(key_heads, groups)]
 
 
 def _with_native_layers(base: Any, layout: dict[str, Any]) -> dict[str, Any]:

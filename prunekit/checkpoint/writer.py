@@ -56,9 +56,13 @@ def save(
     config_of_model, layout, copy = describe(model, check)
     with _appears_when_complete(folder) as part:
         lend_weights(model, copy)
-        copy.save_pretrained(part, max_shard_size=max_shard_size)
+        # Under the names of the modules that the layout names: engines know no others for a class
+        # that is not theirs.
+        copy.save_pretrained(part, max_shard_size=max_shard_size, save_original_format=not layout)
         if config_of_model._experts_implementation == "eager":
-            _note_eager_experts(part / "config.json")
+            _note(part / "config.json", experts_implementation="eager")
+        if layout:
+            _note_base_model(part / "config.json", copy)
         if packed:
             bitmask.pack(part)
         if tokenizer is not None:
@@ -100,15 +104,19 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _note_eager_experts(file: Path) -> None:
-    """Write how experts are run, which transformers reads from config.json but does not write
-    there.
-    """
-    file.write_text(
-        json.dumps({**read_json(file), "experts_implementation": "eager"}, indent=2, sort_keys=True)
-        + "\n",
-        encoding="utf-8",
-    )
+def _note(file: Path, **fields: Any) -> None:
+    """Write fields that transformers reads from config.json but does not write there."""
+    content = json.dumps({**read_json(file), **fields}, indent=2, sort_keys=True)
+    file.write_text(content + "\n", encoding="utf-8")
+
+
+def _note_base_model(file: Path, model: Any) -> None:
+    """Name the class without a head as well: serving engines put their own on it."""
+    from prunekit.checkpoint.remote_code import modeling_pruned
+
+    name = modeling_pruned.PREFIX + type(model.base_model).__name__
+    auto_map = {**read_json(file)["auto_map"], "AutoModel": f"modeling_pruned.{name}"}
+    _note(file, auto_map=auto_map)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ COMMANDS = {
     ),
     "export": (
         "prunekit.export.command",
-        "export CHECKPOINT --to gguf [--out FILE] [--type f32|f16|bf16|q8_0]: for llama.cpp",
+        "export CHECKPOINT --to gguf|list [--out FILE] [--type f32|f16|bf16|q8_0]: a file for "
+        "llama.cpp; which engines take the checkpoint",
     ),
     "groups": (
         "prunekit.inventory.command",

@@ -4,6 +4,7 @@ nothing but a config is downloaded.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +20,9 @@ from prunekit.activations.runs import FORWARD_TOKENS
 from prunekit.architecture.blocks import block_modules, linear_names
 from prunekit.architecture.linear import is_linear, weight_of
 from prunekit.architecture.macs import macs
+from prunekit.checkpoint.construction import initialise_buffers
 from prunekit.errors import ConfigError
+from prunekit.export.engines import Engine, engines, lines
 from prunekit.runner import preflight
 from prunekit.scoring.gradients import TOKENS as BACKWARD_TOKENS
 from prunekit.types import Counts, Group, Kept
@@ -54,6 +57,7 @@ class Forecast:
     scoring: int | None
     recovery: int | None
     remarks: list[str]
+    served: list[Engine]
 
 
 def main(argv: list[str]) -> int:
@@ -84,13 +88,18 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
         why = expected.remark if expected else f"pruner={parts.pruner.name} does not say."
         raise ConfigError(f"plan: shapes alone do not tell what goes. {why}")
     scoring = scoring_peak(model, parts, cfg)
+    served = copy.deepcopy(model)
+    initialise_buffers(served, "cpu")
     if expected.smaller:
-        graph.remove(model, first_units(expected.groups, expected.counts))
+        kept = first_units(expected.groups, expected.counts)
+        graph.remove(model, kept)
+        graph.remove(served, kept)
     counts = expected.counts
     widths = [(g, (g.units - counts.get(g.name, 0), g.units)) for g in expected.groups]
     recovery = recovery_peak(model, cfg) if parts.recovery else None
     remarks = [expected.remark] if expected.remark else []
-    return Forecast(dense, figures(model), widths, scoring, recovery, remarks)
+    left = figures(model)
+    return Forecast(dense, left, widths, scoring, recovery, remarks, engines(served))
 
 
 def first_units(groups: Sequence[Group], counts: Counts) -> Kept:
@@ -206,14 +215,14 @@ def show(found: Forecast, heading: str, console: Console | None = None) -> None:
     table = Table()
     for i, name in enumerate(("", "dense", "pruned", "left")):
         table.add_column(name, justify="right" if i else "left")
-    lines: list[tuple[str, str, float]] = [
+    rows: list[tuple[str, str, float]] = [
         ("parameters", "params", 1),
         ("MACs, 64 tokens (G)", "macs", 1e9),
         ("weights (MiB)", "weights", MIB),
         ("in float16 as the paper counts (MiB)", "paper_memory", MIB),
         ("KV cache a token (KiB)", "kv", 1024),
     ]
-    for label, key, unit in lines:
+    for label, key, unit in rows:
         before, after = getattr(found.dense, key), getattr(found.pruned, key)
         form = "{:,.0f}" if unit == 1 else "{:,.2f}"
         table.add_row(
@@ -239,6 +248,9 @@ def show(found: Forecast, heading: str, console: Console | None = None) -> None:
     console.print(table)
     for line in [*stretches(found.widths), *found.remarks]:
         console.print(line, highlight=False)
+    for name, takes, how, override in lines(found.served):
+        instead = f" ({override})" if override else ""
+        console.print(f"{name}  {takes}: {how}{instead}", highlight=False, markup=False)
 
 
 def stretches(widths: list[tuple[Group, tuple[int, int]]]) -> list[str]:
@@ -248,7 +260,7 @@ def stretches(widths: list[tuple[Group, tuple[int, int]]]) -> list[str]:
     by_kind: dict[str, list[tuple[int | None, tuple[int, int]]]] = {}
     for group, width in widths:
         by_kind.setdefault(group.kind, []).append((group.layer, width))
-    lines = []
+    told = []
     for kind, found in by_kind.items():
         entries: list[str] = []
         for (width, _), run in groupby(found, key=lambda x: (x[1], x[0] is None)):
@@ -256,5 +268,5 @@ def stretches(widths: list[tuple[Group, tuple[int, int]]]) -> list[str]:
             first, last = layers[0], layers[-1]
             where = "" if first is None else f"{first}: " if first == last else f"{first}-{last}: "
             entries.append(f"{where}{width[0]}/{width[1]}")
-        lines.append(f"{kind}  {', '.join(entries)}")
-    return lines
+        told.append(f"{kind}  {', '.join(entries)}")
+    return told

@@ -18,7 +18,12 @@ def main(argv: list[str]) -> int:
         prog="prunekit export", description="Write a checkpoint in the form that an engine reads."
     )
     parser.add_argument("path", type=Path, help="a checkpoint folder that prunekit wrote")
-    parser.add_argument("--to", required=True, choices=("gguf",), help="gguf: for llama.cpp")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("gguf", "list"),
+        help="gguf: for llama.cpp; list: which engines take the checkpoint",
+    )
     parser.add_argument(
         "--out", type=Path, help="the file to write (default: beside the folder, CHECKPOINT.gguf)"
     )
@@ -30,6 +35,26 @@ def main(argv: list[str]) -> int:
     )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if given.to == "list":
+        show(given.path)
+        return 0
     beside = given.path.resolve().parent / f"{given.path.resolve().name}.gguf"
     log.info("wrote %s", export_gguf(given.path, given.out or beside, type=given.type))
     return 0
+
+
+def show(path: Path) -> None:
+    """The table of engines; no weight is read."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from prunekit.checkpoint.construction import initialise_buffers
+    from prunekit.checkpoint.reader import outline
+    from prunekit.export.engines import engines, lines
+
+    model = outline(path)
+    initialise_buffers(model, "cpu")
+    table = Table("engine", "takes it", "how, or what is missing", "what would meet it")
+    for line in lines(engines(model)):
+        table.add_row(*line)
+    Console().print(table, highlight=False)

@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from checkpoints import llama, uneven
 from safetensors.torch import save_file
+from tiny_models import tiny_model
+from transformers import AutoConfig
 
 from prunekit import graph
 from prunekit.checkpoint import save
 from prunekit.checkpoint.remote_code import runtime_modules
+from prunekit.checkpoint.remote_code.runtime_modules import Bypass, LowRank, insert
 
 
 def test_loads_where_prunekit_cannot_be_imported(tmp_path: Path, tokens: torch.Tensor) -> None:
@@ -55,6 +59,49 @@ for name, flags in (("stock", {}), ("code", {"trust_remote_code": True})):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_model_without_a_head_holds_all_that_differs(
+    tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    """Serving engines build it, and put their own head on."""
+    from transformers import AutoModel
+
+    model = uneven(llama())
+    insert(model, "model.layers.0.self_attn", Bypass(2))
+    down = model.model.layers[1].mlp.down_proj.weight.detach()
+    insert(model, "model.layers.1.mlp.down_proj", LowRank.of(down[:, :4], torch.eye(4, 46)))
+    save(model, None, tmp_path / "checkpoint")
+    base = AutoModel.from_pretrained(tmp_path / "checkpoint", trust_remote_code=True)
+    assert type(base).__name__ == "PrunedLlamaModel"
+    with torch.no_grad():
+        seen = base.eval()(tokens).last_hidden_state
+        assert torch.equal(seen, model.model(tokens).last_hidden_state)
+    base.save_pretrained(tmp_path / "again")
+    again = AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(tokens).last_hidden_state, seen)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt_neox", "mixtral"])
+def test_per_layer_config_tells_every_layers_heads(tmp_path: Path, kind: str) -> None:
+    """Fused matrices included, from whose shapes alone no config field follows."""
+    model = tiny_model(kind, layers=3, hidden=96, heads=6, kv=3, head_dim=16)
+    kept = {
+        g.name: torch.arange(g.units) >= [1, 0, 2][g.layer]
+        for g in graph.discover(model)
+        if g.kind == "heads"
+    }
+    units = {g.layer: g.units for g in graph.discover(model) if g.kind == "heads"}
+    save(graph.remove(model, kept), None, tmp_path / kind)
+    config = AutoConfig.from_pretrained(tmp_path / kind)
+    a_unit = 6 // units[0]  # a key/value head with its queries
+    for layer, gone in enumerate((1, 0, 2)):
+        of_layer = config.per_layer_config[layer]
+        assert of_layer.num_attention_heads == (units[layer] - gone) * a_unit
+        assert getattr(of_layer, "num_key_value_heads", None) == units[layer] - gone
+        width = of_layer.hidden_size // of_layer.num_attention_heads
+        assert getattr(of_layer, "head_dim", width) == 16
 
 
 def test_carried_files_import_nothing_of_prunekit() -> None:

@@ -157,18 +157,44 @@ def build(model: nn.Module, layout: dict[str, Any]) -> None:
     fill_buffers(model, layout.get("buffers", {}))
 
 
+def layout_of(model: Any) -> dict[str, Any]:
+    """The layout in the model's config, which names modules as the causal language model does; for
+    its base model, which serving engines put a head of their own on, what lies in that.
+    """
+    layout: dict[str, Any] = getattr(model.config, LAYOUT, {})
+    head = model.base_model_prefix + "."
+    if hasattr(model, model.base_model_prefix):
+        return layout
+    inside: dict[str, Any] = {k: v for k, v in layout.items() if k == "native"}
+    for field in ("shapes", "attributes", "configs", "buffers"):
+        named = layout.get(field, {}).items()
+        inside[field] = {k.removeprefix(head): v for k, v in named if k.startswith(head)}
+    absent = layout.get("absent", [])
+    inside["absent"] = [name.removeprefix(head) for name in absent if name.startswith(head)]
+    inside["modules"] = [
+        {k: v.removeprefix(head) if k in ("path", "source") else v for k, v in entry.items()}
+        for entry in layout.get("modules", [])
+        if entry.get("path", "").startswith(head)
+    ]
+    return inside
+
+
 def pruned_class(base: Any) -> type[nn.Module]:
     """The subclass of a transformers model class that `build`s itself from its config."""
+    causal = base.__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        build(self, getattr(config, LAYOUT, {}))
+        build(self, layout_of(self))
         self._prunekit_built = True
+
+    # vLLM asks isinstance() of what is annotated, and here that is a string.
+    __init__.__annotations__.clear()
 
     def initialize_weights(self: Any) -> None:
         base.initialize_weights(self)
         if getattr(self, "_prunekit_built", False):
-            fill_buffers(self, getattr(self.config, LAYOUT, {}).get("buffers", {}))
+            fill_buffers(self, layout_of(self).get("buffers", {}))
 
     name = PREFIX + base.__name__
     body = {
@@ -176,7 +202,8 @@ def pruned_class(base: Any) -> type[nn.Module]:
         "initialize_weights": initialize_weights,
         "__module__": __name__,
         "__qualname__": name,
-        "_auto_class": "AutoModelForCausalLM",  # saving such a model again copies the files along
+        # Saving such a model again copies the files along.
+        "_auto_class": "AutoModelForCausalLM" if causal else "AutoModel",
     }
     bases = (base, GenerationMixin) if issubclass(base, GenerationMixin) else (base,)
     made: type[nn.Module] = type(name, bases, body)

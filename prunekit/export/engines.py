@@ -1,0 +1,78 @@
+"""Which engines take a model, and where not, the one constraint that is missing and what to ask for
+instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from prunekit.architecture.blocks import block_modules
+from prunekit.checkpoint.config_choice import bypassed
+from prunekit.checkpoint.layout import describe_runtime_modules
+from prunekit.checkpoint.stock_config import stock_config
+from prunekit.errors import ConfigError
+from prunekit.export.gguf import content_of
+
+
+class Engine(NamedTuple):
+    """An engine, whether it takes the model, and how, or what is missing."""
+
+    name: str
+    takes: bool
+    how: str
+    override: str = ""
+
+
+def engines(model: Any) -> list[Engine]:
+    """One row an engine, from shapes and config alone: the model may be on the meta device, with
+    its buffers initialised.
+    """
+    stock = stock_config(model) is not None
+    return [_transformers(stock), _vllm(model, stock), _llamacpp(model), *_stock_only(stock)]
+
+
+def _transformers(stock: bool) -> Engine:
+    how = "from_pretrained" if stock else "from_pretrained(..., trust_remote_code=True)"
+    return Engine("transformers", True, how)
+
+
+def _vllm(model: Any, stock: bool) -> Engine:
+    """The backend that runs transformers' modules; docs/serving.md has what was measured."""
+    name = "vLLM"
+    if stock:
+        return Engine(name, True, "its own class, where it has one")
+    gone = [half for layer in block_modules(model) for half in bypassed(layer) if "mlp" not in half]
+    if gone:
+        return Engine(name, False, "a layer has no attention", "pruner.kinds=[heads,neurons]")
+    kinds = {entry["kind"] for entry in describe_runtime_modules(model)} - {"bypass"}
+    if kinds:
+        return Engine(name, False, f"run-time modules ({', '.join(sorted(kinds))}) were not tried")
+    widths = {
+        tuple(p.shape[-2:]) for n, p in model.named_parameters() if n.endswith("experts.down_proj")
+    }
+    if len(widths) > 1:
+        return Engine(name, False, "experts of one width in all layers", "pruner.kinds=[heads]")
+    return Engine(name, True, "--model-impl transformers --trust-remote-code")
+
+
+def _llamacpp(model: Any) -> Engine:
+    try:
+        arch = content_of(model).arch
+    except ConfigError as error:
+        why, _, other = str(error).partition(" Possible: ")
+        override = other.removeprefix("prune with ") if "=" in other else ""
+        return Engine("llama.cpp", False, why.rstrip("."), override)
+    return Engine("llama.cpp", True, f"export --to gguf (architecture {arch})")
+
+
+def _stock_only(stock: bool) -> list[Engine]:
+    names = ("SGLang", "TensorRT-LLM", "mlx-lm")
+    if stock:
+        return [Engine(name, True, "its own class, where it has one") for name in names]
+    why = "the same sizes in every layer"
+    return [Engine(name, False, why, "ratio.loadable=stock") for name in names]
+
+
+def lines(found: list[Engine]) -> list[list[str]]:
+    """Engine, yes or no, how or what is missing, the override that would meet it."""
+    return [[e.name, "yes" if e.takes else "no", e.how, e.override] for e in found]

@@ -1,0 +1,50 @@
+"""The table of engines: who takes a model, and what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import llama, uneven
+from serving_models import cut, tiny, without
+from torch import nn
+
+from prunekit.checkpoint import save
+from prunekit.export.command import main
+from prunekit.export.engines import Engine, engines
+
+
+def row(model: nn.Module, name: str) -> Engine:
+    return next(e for e in engines(model) if e.name == name)
+
+
+def test_a_stock_model_is_taken_by_all() -> None:
+    assert all(e.takes for e in engines(tiny("llama")))
+
+
+def test_an_uneven_llama_is_taken_by_those_with_sizes_layer_by_layer() -> None:
+    found = {e.name: e for e in engines(cut(tiny("llama"), heads=[1, 0, 2]))}
+    assert [n for n, e in found.items() if e.takes] == ["transformers", "vLLM", "llama.cpp"]
+    assert "deci" in found["llama.cpp"].how
+    assert found["SGLang"].override == "ratio.loadable=stock"
+
+
+def test_what_is_missing_is_named_with_what_would_meet_it() -> None:
+    gap = row(cut(tiny("qwen3"), heads=[1, 0, 2]), "llama.cpp")
+    assert not gap.takes
+    assert gap.override == "ratio.loadable=stock"
+    assert "no attention" in row(without(tiny("llama"), (1, "self_attn")), "vLLM").how
+    assert row(without(tiny("llama"), (1, "mlp")), "vLLM").takes
+    assert "experts" in row(cut(tiny("mixtral"), neurons=[5, 0, 17]), "vLLM").how
+
+
+def test_the_command_reads_no_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    save(uneven(llama()), None, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"")
+    assert main([str(tmp_path / "checkpoint"), "--to", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert "ratio.loadable=stock" in shown
+    assert "architecture deci" in shown
