@@ -227,6 +227,7 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> s
             "groups": pruned.groups,
             "config": job.cfg,
             "counts": counts(job),
+            "merges": pruned.notes.get("merges", ()),
         }
         checkpoint.save(
             pruned.model, tokenizer, folder, packed=job.cfg["save"] == "packed", **facts
