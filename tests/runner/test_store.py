@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import time
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,17 +129,21 @@ def test_the_store_is_bounded_and_drops_what_was_unused_for_longest(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"2.entry", "3.entry"}
 
 
-def _remember(path: str) -> bool:
-    os.environ["PRUNEKIT_CACHE"] = path
+REMEMBER = """
+import os, time
+from prunekit.runner import store
 
-    def slow():
-        time.sleep(0.5)
-        return {"x": float(os.getpid())}
+def slow():
+    time.sleep(0.5)
+    return {"x": float(os.getpid())}
 
-    return store.remember(numbers(), slow)[1]
+print(store.remember(store.Entry.of_numbers("0" * 32, "x"), slow)[1])
+"""
 
 
 def test_processes_that_want_the_same_compute_it_once(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        used = pool.map(_remember, [str(tmp_path)] * 2)
+    environment = {**os.environ, "PRUNEKIT_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", REMEMBER]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    used = [process.communicate(timeout=120)[0].decode().strip() == "True" for process in both]
     assert sorted(used) == [False, True]
