@@ -48,7 +48,8 @@ def merged_parameters(block: nn.Module) -> list[str]:
 
 def check_mergeable(model: nn.Module, blocks: Sequence[str]) -> None:
     """Raises ConfigError where blocks differ in what would be merged, or share it."""
-    shapes, owner = {}, {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    owner: dict[int, str] = {}
     for name in blocks:
         block = model.get_submodule(name)
         shapes[name] = {n: tuple(block.get_parameter(n).shape) for n in merged_parameters(block)}
@@ -110,7 +111,8 @@ def checked_merges(merges: Any, where: str) -> list[Merge]:
     found: list[Merge] = []
     for entry in merges if isinstance(merges, list) else [merges]:
         fields = entry if isinstance(entry, dict) else {}
-        blocks, rule = fields.get("blocks"), fields.get("rule")
+        blocks: Any = fields.get("blocks")
+        rule: Any = fields.get("rule")
         named = isinstance(blocks, list) and blocks and all(isinstance(b, str) for b in blocks)
         if not named or not isinstance(fields.get("into"), str) or rule not in get_args(Rule):
             raise ConfigError(
