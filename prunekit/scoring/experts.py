@@ -70,7 +70,7 @@ class Routed(NamedTuple):
     weights; `at` are the places of the last two.
     """
 
-    index: Tensor
+    picks: Tensor
     weight: Tensor
     at: tuple[int | str, int | str]
 
@@ -79,9 +79,9 @@ def routed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routed | None:
     """The routing among the arguments of a module, told by its types and shapes: integers `(T, k)`
     and floats of the same shape. None where there is none.
     """
-    given: list[tuple[int | str, Tensor]] = [
-        (k, v) for k, v in [*enumerate(args), *kwargs.items()] if isinstance(v, Tensor)
-    ]
+    named: list[tuple[int | str, Any]] = [*enumerate(args)]
+    named += kwargs.items()
+    given = [(k, v) for k, v in named if isinstance(v, Tensor)]
     for at, index in given:
         if index.dim() != 2 or index.dtype not in (torch.int64, torch.int32):
             continue
@@ -97,11 +97,11 @@ def output_of(
     """(T, C) what the expert of every token's pick number `pick` puts out, before its weight."""
     one = torch.ones_like(call.weight[:, :1])
     try:
-        found = _called(module, args, kwargs, call, call.index[:, pick : pick + 1], one)
+        found = _called(module, args, kwargs, call, call.picks[:, pick : pick + 1], one)
     except ERRORS:  # code that squeezes a single pick away gets all, the others' weights zero
         only = torch.zeros_like(call.weight)
         only[:, pick] = 1
-        found = _called(module, args, kwargs, call, call.index, only)
+        found = _called(module, args, kwargs, call, call.picks, only)
     return found.reshape(len(one), -1)
 
 
@@ -144,10 +144,10 @@ def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
             if call is None or owner.setdefault(group.name, path) != path:
                 return
             if group.name not in found:
-                found[group.name] = ExpertStatistics.zeros(group.units, call.index.device)
-            for pick in range(call.index.shape[1]):
+                found[group.name] = ExpertStatistics.zeros(group.units, call.picks.device)
+            for pick in range(call.picks.shape[1]):
                 f = output_of(module, args, kwargs, call, pick)
-                found[group.name].add(call.index[:, pick], call.weight[:, pick], f)
+                found[group.name].add(call.picks[:, pick], call.weight[:, pick], f)
 
         return see
 
