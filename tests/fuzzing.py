@@ -84,8 +84,13 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from leaves(value, (*path, key))
 
 
+def at(node: Any, path: tuple[Any, ...]) -> Any:
+    """The value at a path."""
+    for step in path:
+        node = node[step]
+    return node
+
+
 def put(node: Any, path: tuple[Any, ...], value: Any) -> None:
     """Sets the value at a path."""
-    for step in path[:-1]:
-        node = node[step]
-    node[path[-1]] = value
+    at(node, path[:-1])[path[-1]] = value

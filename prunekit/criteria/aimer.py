@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterator
 
-from prunekit.errors import ConfigError
+import torch
+from torch import Tensor, nn
+
 from prunekit.registry import criteria
+from prunekit.scoring.experts import check_experts, expert_slabs
 from prunekit.types import Group, Run, Scores, tensor_of
 
 
@@ -19,27 +21,28 @@ def aimer(model: nn.Module, groups: list[Group], run: Run) -> Scores:
     Read off the matrices of the experts alone, fused or listed, not off the router. Raises
     ConfigError for units that are no experts.
     """
+    check_experts(groups)
     scores = {}
     for g in groups:
-        if g.kind != "experts":
-            raise ConfigError(f"criterion=aimer scores experts, and {g.name} is of kind {g.kind}")
         total, squares, count = (torch.zeros(g.units, dtype=torch.float64) for _ in range(3))
-        for m in g.members:
-            weight = tensor_of(model, m.param).detach()
-            if weight.dim() < 3 and m.width == 1:
-                continue  # the router's row, and biases
-            for u in range(g.units):
-                w = weight.index_select(m.axis, m.index[u].to(weight.device)).float()
-                total[u] += w.abs().sum().double().cpu()
-                squares[u] += w.square().sum().double().cpu()
-                count[u] += w.numel()
-        for u, path in enumerate(g.modules):
-            for p in model.get_submodule(path).parameters():
-                if p.dim() > 1:
-                    total[u] += p.float().abs().sum().double().cpu()
-                    squares[u] += p.float().square().sum().double().cpu()
-                    count[u] += p.numel()
+        for u, weight in expert_weights(model, g):
+            w = weight.detach().float()
+            total[u] += w.abs().sum().double().cpu()
+            squares[u] += w.square().sum().double().cpu()
+            count[u] += w.numel()
         rms = (squares / count).sqrt()
         tiny = torch.finfo(torch.float64).tiny
         scores[g.name] = -(total / count / rms.clamp(min=tiny)).float()
     return scores
+
+
+def expert_weights(model: nn.Module, group: Group) -> Iterator[tuple[int, Tensor]]:
+    """The matrices of each expert with its number: slices of fused ones, or those of its module."""
+    for m in expert_slabs(model, group):
+        weight = tensor_of(model, m.param)
+        for u in range(group.units):
+            yield u, weight.index_select(m.axis, m.index[u].to(weight.device))
+    for u, path in enumerate(group.modules):
+        for p in model.get_submodule(path).parameters():
+            if p.dim() > 1:
+                yield u, p

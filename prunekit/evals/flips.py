@@ -5,15 +5,14 @@ right on different items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from prunekit.data.files import DataRoot
 from prunekit.errors import ConfigError
-from prunekit.evals.lm_eval_tasks import accuracies, known_tasks, metric_of, run_tasks
+from prunekit.evals.lm_eval_tasks import Tasks, accuracies, metric_of, run_tasks
 from prunekit.evals.paired import of_zeros_and_ones, paired
 from prunekit.registry import Positive, Seed, evals
 from prunekit.types import Dense
@@ -25,7 +24,7 @@ def flips(
     tokenizer: Any,
     dense: Dense,
     *,
-    tasks: Annotated[list[str], AfterValidator(known_tasks)] = ["docs_cloze"],  # noqa: B006
+    tasks: Tasks = ["docs_cloze"],  # noqa: B006
     limit: Positive | None = None,
     batch: Positive = 8,
     bos: bool | None = None,

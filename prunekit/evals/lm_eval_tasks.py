@@ -15,8 +15,9 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator
 from torch import nn
 from tqdm import tqdm
 
@@ -69,6 +70,9 @@ def known_tasks(tasks: list[str]) -> list[str]:
                 )
                 raise ValueError(f"lm-eval has no task or group {task!r}; {hint}")
     return tasks
+
+
+Tasks = Annotated[list[str], AfterValidator(known_tasks)]
 
 
 @contextmanager

@@ -4,13 +4,12 @@ Table 1) or any other.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator
 from torch import nn
 
 from prunekit.data.files import DataRoot
-from prunekit.evals.lm_eval_tasks import PAPER, accuracies, known_tasks, run_tasks
+from prunekit.evals.lm_eval_tasks import PAPER, Tasks, accuracies, run_tasks
 from prunekit.registry import Positive, Seed, evals
 
 
@@ -19,7 +18,7 @@ def zeroshot(
     model: nn.Module,
     tokenizer: Any,
     *,
-    tasks: Annotated[list[str], AfterValidator(known_tasks)] = list(PAPER),  # noqa: B006  read only
+    tasks: Tasks = list(PAPER),  # noqa: B006  read only
     limit: Positive | None = None,
     batch: Positive = 8,
     bos: bool | None = None,

@@ -43,10 +43,9 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
     path = Path(cfg["model"]["path"])
     parts = check_again(cfg, path, recover)
     kept = kept_units(path)
-    job = Job(
-        cfg, folder, parts, Stages(), {}, cache.open_cache(cfg), Finished(folder, cfg, models=False)
-    )
-    job.dense = DenseModel(job.cache, lambda: dense_model(path)()[0])
+    stored, standing = cache.open_cache(cfg), Finished(folder, cfg, models=False)
+    dense = DenseModel(stored, lambda: dense_model(path)()[0])
+    job = Job(cfg, folder, parts, Stages(), {}, stored, standing, dense)
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.open_track(config=cfg, folder=folder, **cfg["track"]) as tracker:
         with stage(job, "load", "loading the checkpoint"):

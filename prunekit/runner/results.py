@@ -31,8 +31,8 @@ def to_dense(
     when: str, numbers: dict[str, float], known: dict[str, float], start: str | None
 ) -> dict[str, float]:
     """The numbers whose keys begin with `start`, divided by the dense model's, under
-    `when/<key>_to_dense`; nothing for the dense model itself, nor for
-    a checkpoint that is measured alone.
+    `when/<key>_to_dense`; nothing for the dense model itself, nor for a checkpoint that is measured
+    alone.
     """
     if when == "dense" or start is None:
         return {}

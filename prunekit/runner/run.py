@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,7 @@ class Job:
     found: dict[str, float]
     cache: cache.Cache
     kept: Finished
-    dense: DenseModel = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.dense = DenseModel(self.cache, lambda: self.parts.model()[0])
+    dense: DenseModel
 
 
 def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
@@ -59,7 +56,9 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder)
     kept = Finished(path, cfg, models=bool(cfg["save"]))
-    job = Job(cfg, path, check(cfg), Stages(), {}, cache.open_cache(cfg), kept)
+    parts, stored = check(cfg), cache.open_cache(cfg)
+    dense = DenseModel(stored, lambda: parts.model()[0])
+    job = Job(cfg, path, parts, Stages(), {}, stored, kept, dense)
     job.folder.mkdir(parents=True, exist_ok=True)
     with tracking.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
         standing = pruned_and_measured(job, tracker)

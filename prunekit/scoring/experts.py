@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunekit.activations.hooks import pass_tokens
 from prunekit.errors import ConfigError
 from prunekit.graph.sample_run import ERRORS
-from prunekit.types import Group, Run, tensor_of
+from prunekit.types import Group, Member, Run, tensor_of
 
 log = logging.getLogger("prunekit")
 
@@ -119,9 +119,23 @@ def _called(
     return out
 
 
+def check_experts(groups: Sequence[Group]) -> None:
+    """Raises ConfigError for groups of another kind."""
+    other = next((g for g in groups if g.kind != "experts"), None)
+    if other is not None:
+        raise ConfigError(f"this scores experts, and {other.name} is of kind {other.kind}")
+
+
+def expert_slabs(model: nn.Module, group: Group) -> list[Member]:
+    """The members that hold weights of the experts themselves; the others are the router's rows and
+    biases.
+    """
+    return [m for m in group.members if tensor_of(model, m.param).dim() > 2 or m.width > 1]
+
+
 def expert_parents(model: nn.Module, group: Group) -> list[str]:
     """The modules around an expert group's weights, the innermost first."""
-    slabs = [m.param for m in group.members if tensor_of(model, m.param).dim() > 2 or m.width > 1]
+    slabs = [m.param for m in expert_slabs(model, group)]
     names = [n.rpartition(".")[0] for n in slabs or [m.param for m in group.members]]
     first = names[-1].split(".")
     return [".".join(first[:i]) for i in range(len(first), 0, -1)]
@@ -173,9 +187,7 @@ def expert_statistics(
     Raises ConfigError for groups of other kinds, and for experts whose routing is not among the
     arguments that they are called with.
     """
-    other = next((g for g in groups if g.kind != "experts"), None)
-    if other is not None:
-        raise ConfigError(f"this scores experts, and {other.name} is of kind {other.kind}")
+    check_experts(groups)
     missing = [g for g in groups if ("experts", g.name) not in run.statistics]
     if missing:
         with watch_experts(model, missing) as found:

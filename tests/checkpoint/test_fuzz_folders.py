@@ -10,12 +10,11 @@ import shutil
 import struct
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoints import llama as small
 from checkpoints import resealed
-from fuzzing import examples, leaves, like, put, values, within
+from fuzzing import at, examples, leaves, like, put, values, within
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,10 +67,7 @@ def damage(draw, folder: Path) -> None:
 def changed_json(draw, node):
     """Another value somewhere in it."""
     place = draw(st.sampled_from([(), *leaves(node)]))
-    before: Any = node
-    for step in place:
-        before = before[step]
-    value = draw(values | like(before))
+    value = draw(values | like(at(node, place)))
     if not place:
         return value
     put(node, place, value)

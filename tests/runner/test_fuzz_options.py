@@ -6,12 +6,11 @@ import copy
 import json
 import os
 from functools import cache
-from typing import Any
 
 import pytest
 import yaml
 from compositions import config
-from fuzzing import ASKED, examples, leaves, like, put, values, within
+from fuzzing import ASKED, at, examples, leaves, like, put, values, within
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
@@ -61,10 +60,7 @@ def configs(draw: st.DrawFn) -> dict:
     for _ in range(draw(st.integers(1, 2))):
         places = [p for p in leaves(cfg) if p != ("out",)]
         place = draw(st.sampled_from(places))
-        before: Any = cfg
-        for step in place:
-            before = before[step]
-        put(cfg, place, draw(like(before) if draw(st.booleans()) else values))
+        put(cfg, place, draw(like(at(cfg, place)) if draw(st.booleans()) else values))
     return cfg
 
 
