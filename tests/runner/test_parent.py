@@ -13,9 +13,11 @@ import pytest
 from paths import ROOT
 
 WORKER = "from prunekit.runner import parent; parent.follow(); import time; time.sleep(60)"
+# What a shell starts in the background ignores SIGINT, and so would its children.
 PARENT = f"""
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from prunekit.runner import parent
+signal.signal(signal.SIGINT, signal.default_int_handler)
 parent.announce()
 worker = subprocess.Popen([sys.executable, "-c", {WORKER!r}], start_new_session=True)
 print(worker.pid, flush=True)

@@ -1,0 +1,208 @@
+"""What a pass over the calibration text tells about experts: how often each is picked, with what
+weight, and how large its output is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.activations.hooks import pass_tokens
+from prunekit.errors import ConfigError
+from prunekit.graph.sample_run import ERRORS
+from prunekit.types import Group, Run, tensor_of
+
+log = logging.getLogger("prunekit")
+
+
+@dataclass
+class ExpertStatistics:
+    """Six numbers an expert, each (U,) float64, over the tokens routed to it; f is its output
+    before the router's weight g.
+    """
+
+    frequency: Tensor
+    weight: Tensor
+    norm: Tensor
+    squared_norm: Tensor
+    weighted_norm: Tensor
+    maximum: Tensor
+
+    @staticmethod
+    def zeros(experts: int, device: torch.device) -> ExpertStatistics:
+        # Float32 where a device has no float64 (MPS).
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return ExpertStatistics(
+            *(torch.zeros(experts, dtype=dtype, device=device) for _ in range(6))
+        )
+
+    def add(self, index: Tensor, weight: Tensor, f: Tensor) -> None:
+        """Take in tokens `(T,)` with the expert of each, its weight, and its output `(T, C)`.
+
+        An index beyond the experts (one without weights of its own) and a weight of zero (an
+        expert that is skipped) count for none.
+        """
+        units = len(self.frequency)
+        used = (index < units) & (weight != 0)
+        where = torch.where(used, index, torch.zeros_like(index))
+        f, g = f.float() * used[:, None], weight.to(self.weight.dtype) * used
+        norm = f.norm(dim=1).to(self.weight.dtype)
+        for total, value in (
+            (self.frequency, used.to(norm.dtype)),
+            (self.weight, g),
+            (self.norm, norm),
+            (self.squared_norm, norm.square()),
+            (self.weighted_norm, g * norm),
+        ):
+            total.index_add_(0, where, value)
+        largest = f.abs().amax(1).to(self.maximum.dtype)
+        self.maximum.scatter_reduce_(0, where, largest, "amax")
+
+
+class Routed(NamedTuple):
+    """The arguments of one call of experts: tokens, and for each of them `(T, k)` experts and
+    weights; `at` are the places of the last two.
+    """
+
+    picks: Tensor
+    weight: Tensor
+    at: tuple[int | str, int | str]
+
+
+def routed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routed | None:
+    """The routing among the arguments of a module, told by its types and shapes: integers `(T, k)`
+    and floats of the same shape. None where there is none.
+    """
+    named: list[tuple[int | str, Any]] = [*enumerate(args)]
+    named += kwargs.items()
+    given = [(k, v) for k, v in named if isinstance(v, Tensor)]
+    for at, index in given:
+        if index.dim() != 2 or index.dtype not in (torch.int64, torch.int32):
+            continue
+        for place, weight in given:
+            if weight.is_floating_point() and weight.shape == index.shape:
+                return Routed(index, weight, (at, place))
+    return None
+
+
+def output_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Routed, pick: int
+) -> Tensor:
+    """(T, C) what the expert of every token's pick number `pick` puts out, before its weight."""
+    one = torch.ones_like(call.weight[:, :1])
+    try:
+        found = _called(module, args, kwargs, call, call.picks[:, pick : pick + 1], one)
+    except ERRORS:  # code that squeezes a single pick away gets all, the others' weights zero
+        only = torch.zeros_like(call.weight)
+        only[:, pick] = 1
+        found = _called(module, args, kwargs, call, call.picks, only)
+    return found.reshape(len(one), -1)
+
+
+def _called(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    call: Routed,
+    index: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    new = dict(zip(call.at, (index, weight), strict=True))
+    again = tuple(new.get(i, a) for i, a in enumerate(args))
+    out: Tensor = module.forward(*again, **{k: new.get(k, v) for k, v in kwargs.items()})
+    return out
+
+
+def expert_parents(model: nn.Module, group: Group) -> list[str]:
+    """The modules around an expert group's weights, the innermost first."""
+    slabs = [m.param for m in group.members if tensor_of(model, m.param).dim() > 2 or m.width > 1]
+    names = [n.rpartition(".")[0] for n in slabs or [m.param for m in group.members]]
+    first = names[-1].split(".")
+    return [".".join(first[:i]) for i in range(len(first), 0, -1)]
+
+
+@contextmanager
+def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    """Inside, every call of the groups' experts adds to their statistics, which come out by name;
+    a group whose experts are not called with a routing gets none.
+
+    An expert's output is had by calling the experts again with one pick a token and a weight of
+    one: as much work as the call itself.
+    """
+    found: dict[str, ExpertStatistics] = {}
+    owner: dict[str, str] = {}
+
+    def after(group: Group, path: str) -> Any:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            call = routed(args, kwargs)
+            if call is None or owner.setdefault(group.name, path) != path:
+                return
+            if group.name not in found:
+                found[group.name] = ExpertStatistics.zeros(group.units, call.picks.device)
+            for pick in range(call.picks.shape[1]):
+                f = output_of(module, args, kwargs, call, pick)
+                found[group.name].add(call.picks[:, pick], call.weight[:, pick], f)
+
+        return see
+
+    hooks = [
+        model.get_submodule(path).register_forward_hook(after(g, path), with_kwargs=True)
+        for g in groups
+        for path in expert_parents(model, g)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def expert_statistics(
+    model: nn.Module, groups: Sequence[Group], run: Run
+) -> dict[str, ExpertStatistics]:
+    """By group the statistics of its experts over the calibration text: one pass, none for what
+    this run has seen. Says how many experts no token reached.
+
+    Raises ConfigError for groups of other kinds, and for experts whose routing is not among the
+    arguments that they are called with.
+    """
+    other = next((g for g in groups if g.kind != "experts"), None)
+    if other is not None:
+        raise ConfigError(f"this scores experts, and {other.name} is of kind {other.kind}")
+    missing = [g for g in groups if ("experts", g.name) not in run.statistics]
+    if missing:
+        with watch_experts(model, missing) as found:
+            pass_tokens(run, "experts")
+        for g in missing:
+            if g.name not in found:
+                raise ConfigError(
+                    f"{g.name} of {type(model).__name__}: its experts are not called with the "
+                    "experts and weights of each token, so their outputs cannot be told apart; "
+                    "take criterion=aimer or l2, which read weights alone"
+                )
+            run.statistics["experts", g.name] = found[g.name]
+        _say_coverage(missing, found)
+    return {g.name: run.statistics["experts", g.name] for g in groups}
+
+
+def _say_coverage(groups: Sequence[Group], found: Mapping[str, ExpertStatistics]) -> None:
+    seen = {g.name: found[g.name].frequency for g in groups}
+    idle = {name: int((n == 0).sum()) for name, n in seen.items()}
+    fewest = min(int(n.min()) for n in seen.values())
+    if any(idle.values()):
+        log.warning(
+            "%d of %d experts got no calibration token (%s); they score 0 and go first: take more "
+            "text",
+            sum(idle.values()),
+            sum(g.units for g in groups),
+            ", ".join(f"{name}: {n}" for name, n in idle.items() if n),
+        )
+    else:
+        log.info("every expert got calibration tokens, %d at least", fewest)

@@ -1,0 +1,201 @@
+"""Scores of experts: a plain reference for two routers, relations between the scores, the schedule
+of blocks, and what cannot be scored.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import problem, uniform
+from tiny_models import tiny_model
+
+from prunekit import graph
+from prunekit.activations.runs import ModelRun
+from prunekit.criteria.aimer import aimer
+from prunekit.criteria.experts import experts
+from prunekit.errors import ConfigError
+from prunekit.registry import pruners
+from prunekit.scoring.experts import routed
+from prunekit.types import Group
+
+NAMES = ("reap", "frequency", "weighted_frequency", "ean_sum", "ean_mean", "msan")
+NAMES += ("weighted_ean_sum", "max_activation")
+
+
+def groups_of(model):
+    return [g for g in graph.discover(model) if g.kind == "experts"]
+
+
+def scores(model, tokens, *names):
+    run = ModelRun(model, tokens)
+    return [experts(model, groups_of(model), run, score=name) for name in names]
+
+
+def softmax_weights(moe, x):
+    """Mixtral: of all experts, then of the two picked ones."""
+    p = F.linear(x, moe.gate.weight).softmax(-1)
+    value, index = p.topk(2, dim=-1)
+    return index, value / value.sum(-1, keepdim=True)
+
+
+def sigmoid_weights(moe, x):
+    """DeepSeek-V3: a bias that only chooses, sigmoids that weigh, a factor."""
+    p = F.linear(x, moe.gate.weight).sigmoid()
+    index = (p + moe.gate.e_score_correction_bias).topk(2, dim=-1)[1]
+    value = p.gather(1, index)
+    return index, value / value.sum(-1, keepdim=True) * moe.gate.routed_scaling_factor
+
+
+def plain(moe, x, weights):
+    """What every score should be, expert by expert."""
+    index, value = weights(moe, x)
+    rows = []
+    for e in range(moe.experts.num_experts):
+        token, place = (index == e).nonzero(as_tuple=True)
+        gate, up = F.linear(x[token], moe.experts.gate_up_proj[e]).chunk(2, -1)
+        f = F.linear(F.silu(gate) * up, moe.experts.down_proj[e])
+        g, norm, n = value[token, place], f.norm(dim=-1), max(1, len(token))
+        highest = float(f.abs().max()) if len(token) else 0.0
+        row = [(g * norm).sum() / n, len(token), g.sum(), norm.sum(), norm.sum() / n]
+        row += [norm.square().sum() / n, (g * norm).sum(), highest]
+        rows.append(torch.tensor([float(v) for v in row]))
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("mixtral", softmax_weights), ("deepseek_v3", sigmoid_weights)]
+)
+def test_every_score_is_that_of_a_plain_loop(name, weights, tokens):
+    model = tiny_model(name)
+    moe = model.model.layers[1].mlp
+    if name == "deepseek_v3":
+        moe.gate.e_score_correction_bias.copy_(torch.linspace(0, 0.4, 5))
+    seen = []
+    moe.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 64)))
+    found = scores(model, tokens, *NAMES)
+    with torch.no_grad():
+        expected = plain(moe, seen[-1], weights)  # discovery's copies were heard before
+    for i, s in enumerate(found):
+        torch.testing.assert_close(s["experts.1"], expected[i], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "dbrx", "gpt_oss", "zaya", "longcat_flash"])
+def test_scores_of_one_pass_agree_with_each_other(name, tokens):
+    """On softmax before and after the choice, weights in two axes, biases, and experts without
+    weights.
+    """
+    model = tiny_model(name)
+    by = dict(zip(NAMES, scores(model, tokens, *NAMES), strict=True))
+    for g in groups_of(model):
+        n = by["frequency"][g.name]
+        assert n.sum() > 0
+        for mean, total in (("reap", "weighted_ean_sum"), ("ean_mean", "ean_sum")):
+            torch.testing.assert_close(by[mean][g.name] * n, by[total][g.name])
+        assert (by["msan"][g.name] >= by["ean_mean"][g.name] ** 2 * (1 - 1e-5)).all()
+
+
+def test_an_expert_that_puts_out_more_scores_that_much_more(tokens):
+    model = tiny_model("mixtral")
+    (before,) = scores(model, tokens, "reap")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2] *= 3
+    (after,) = scores(model, tokens, "reap")
+    torch.testing.assert_close(after["experts.1"][2], 3 * before["experts.1"][2])
+    torch.testing.assert_close(after["experts.0"], before["experts.0"])
+
+
+def test_the_forward_goes_on_as_if_nobody_looked(tokens):
+    model = tiny_model("mixtral")
+    before = model(tokens).logits
+    scores(model, tokens, "reap")
+    torch.testing.assert_close(model(tokens).logits, before, rtol=0, atol=0)
+
+
+def test_experts_without_a_token_are_named(tokens, caplog):
+    model = tiny_model("deepseek_v3")
+    model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -100
+    with caplog.at_level(logging.WARNING, "prunekit"):
+        (found,) = scores(model, tokens, "ean_mean")
+    assert found["experts.1"][3] == 0
+    assert "1 of 5 experts got no calibration token (experts.1: 1)" in caplog.text
+
+
+@pytest.mark.parametrize("pruner", ["oneshot", "layerwise"])
+def test_the_lowest_experts_go_and_the_model_runs(pruner, tokens):
+    model = tiny_model("mixtral")
+    asked = problem(model, tokens, criterion={"name": "experts"}, ratio=uniform(0.4))
+    pruned = pruners.build({"name": pruner, "kinds": ["experts"]})(asked)
+    for name, kept in pruned.kept.items():
+        assert int(kept.sum()) == 3
+        assert pruned.scores[name][kept].min() >= pruned.scores[name][~kept].max()
+    assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 3
+    assert model.model.layers[0].mlp.experts.num_experts == 3
+    assert torch.isfinite(model(tokens).logits).all()
+
+
+def test_blocks_are_scored_on_what_the_pruned_ones_put_out(tokens):
+    model = tiny_model("mixtral")
+    dense = copy.deepcopy(model)
+    asked = problem(model, tokens, criterion={"name": "experts"}, ratio=uniform(0.4))
+    pruned = pruners.build({"name": "layerwise", "kinds": ["experts"]})(asked)
+    graph.zero(dense, {"experts.0": pruned.kept["experts.0"]})
+    (expected,) = scores(dense, tokens, "reap")
+    torch.testing.assert_close(pruned.scores["experts.1"], expected["experts.1"])
+    (first,) = scores(tiny_model("mixtral"), tokens, "reap")
+    assert not torch.allclose(first["experts.1"], expected["experts.1"])
+
+
+def test_what_is_no_expert_is_refused(tokens):
+    model = tiny_model("mixtral")
+    other = [g for g in graph.discover(model) if g.kind == "heads"]
+    with pytest.raises(ConfigError, match=r"heads\.0 is of kind heads"):
+        experts(model, other, ModelRun(model, tokens))
+    with pytest.raises(ConfigError, match=r"heads\.0 is of kind heads"):
+        aimer(model, other, ModelRun(model, tokens))
+
+
+def test_experts_that_see_no_routing_are_refused_with_what_to_do(tokens):
+    model = tiny_model("jetmoe")
+    with pytest.raises(ConfigError, match="take criterion=aimer or l2"):
+        experts(model, groups_of(model), ModelRun(model, tokens))
+
+
+def test_the_routing_is_told_by_types_and_shapes():
+    index, weight = torch.zeros(6, 2, dtype=torch.int64), torch.ones(6, 2)
+    x = torch.ones(6, 8)
+    assert routed((x, index, weight), {}).at == (1, 2)
+    assert routed((x, weight), {"picks": index}).at == ("picks", 1)
+    assert routed((x, weight), {}) is None
+
+
+def test_aimer_is_one_for_equal_sizes_and_free_of_scale(tokens):
+    model = tiny_model("mixtral")
+    run = ModelRun(model, tokens)
+    held = model.model.layers[0].mlp.experts
+    before = aimer(model, groups_of(model), run)["experts.0"]
+    flat = torch.cat([held.gate_up_proj[1].flatten(), held.down_proj[1].flatten()]).detach()
+    plain = -flat.abs().mean() / flat.square().mean().sqrt()
+    torch.testing.assert_close(before[1], plain)
+    with torch.no_grad():
+        held.gate_up_proj[0] = 0.5 * held.gate_up_proj[0].sign()
+        held.down_proj[0] = 0.5 * held.down_proj[0].sign()
+        for w in (held.gate_up_proj, held.down_proj):
+            w[1] *= 7
+    after = aimer(model, groups_of(model), run)["experts.0"]
+    assert after[0] == pytest.approx(-1)
+    torch.testing.assert_close(after[1:], before[1:])
+
+
+def test_aimer_reads_listed_experts():
+    model = torch.nn.Module()
+    model.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+    model.gate = torch.nn.Linear(4, 2, bias=False)
+    paths = ("experts.0", "experts.1")
+    group = Group("experts.0", "experts", 0, 2, modules=paths)
+    found = aimer(model, [group], None)["experts.0"]
+    w = model.experts[1].weight.detach()
+    torch.testing.assert_close(found[1], -w.abs().mean() / w.square().mean().sqrt())
