@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from gpu_methods import (
+    AGREES,
     ELEMENTS,
     UNITS,
     Bench,
@@ -267,7 +268,7 @@ def real_agrees(method: Method, bench: Bench) -> str:
     share, units = agreement(method.prune(on_cpu, tokens), method.prune(there, tokens))
     gap = relative(forward(on_cpu, tokens[:1]), forward(there, tokens[:1]).cpu())
     note = f"{share:.3%} of {units:,} units, logits {gap:.0e}"
-    if share < 0.99:
+    if share < AGREES:
         raise Disagree(note)
     return note
 
