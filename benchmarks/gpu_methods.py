@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, int]] = {
 SMALL = {"hidden": 64, "ffn": 128, "heads": 4, "kv": 2, "layers": 4}
 VOCABULARY = 32000
 AGREES = 0.95
-"""Share of units. ALPS, which fits for hundreds of steps, turns rounding into 1 % of other units."""
+"""Share of units. ALPS, which fits for hundreds of steps, turns rounding into 1 % of others."""
 OPTIONS: dict[str, Node] = {
     "copal": {"held_out": 2},
     "laco": {"merge": 2},
