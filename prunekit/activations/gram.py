@@ -91,7 +91,7 @@ def warn_of_little_text(tokens: Tensor, inputs: Mapping[str, int]) -> None:
         log.warning(
             "%d calibration tokens say little about the %d inputs of %s, the widest of %d such "
             "modules: the weights that remain will fit noise; take more text, e.g. "
-            "calib.samples=128 calib.length=512",
+            "calib=general",
             tokens.numel(),
             inputs[widest],
             widest,

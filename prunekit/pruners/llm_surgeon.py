@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit import graph
-from prunekit.architecture.linear import is_linear, readers, weight_of
+from prunekit.architecture.linear import check_read, is_linear, readers, weight_of
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
@@ -64,12 +64,7 @@ def check_surgeon(
     for more shots than there are units to take.
     """
     expected = expect(problem, problem.groups(kinds), smaller=remove)
-    for group in expected.groups:
-        if not readers(problem.model, group):
-            raise ConfigError(
-                f"pruner=llm_surgeon needs a linear module that reads the units, and none reads "
-                f"{group.name}: narrow pruner.kinds, or take pruner=oneshot criterion=taylor"
-            )
+    check_read(problem.model, expected.groups, "llm_surgeon")
     total = sum((expected.counts or {}).values())
     if total and shots > total:
         raise ConfigError(f"pruner.shots={shots}: {total} units go in all, so at most {total}")

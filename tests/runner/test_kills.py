@@ -21,8 +21,8 @@ import psutil
 import pytest
 from paths import ROOT
 
-KILLS = int(os.environ.get("PRUNEKIT_KILLS", "4"))
-EACH = 2
+KILLS = int(os.environ.get("PRUNEKIT_KILLS", "6"))
+EACH = 3
 """Kills of one command in a row; a restart that finishes before its moment is not killed."""
 JOBS = "jobs/[!.]*"
 WORDS = ["model=tiny_llama", "exclude=none", "eval=quick", "track=silent", "calib.samples=4"]
@@ -158,7 +158,7 @@ def test_the_same_command_goes_on_to_the_same_bits(number, tmp_path, undisturbed
     seen = []
     for _ in range(EACH):
         process = start(tmp_path, way)
-        if not killed(process, tmp_path, draw.uniform(0, seconds), draw.random()):
+        if not killed(process, tmp_path, draw.uniform(0, 0.6 * seconds), draw.random()):
             break
         seen += [Seen.now(job) for job in tmp_path.glob(JOBS) if (job / "run.log").exists()]
     if way != "run" or not list(tmp_path.glob("jobs/one/result.json")):
