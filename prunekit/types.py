@@ -102,6 +102,10 @@ Of = Literal["units", "prunable", "model"]
 """Of what a share is: of the units of each group, of the parameters that may go, of all."""
 Budget = Literal["units", "parameters"]
 """In what a total is counted."""
+Cut = Literal["within", "nearest"]
+"""Where a pooled ranking is cut: at the last unit within the total, or where what stays comes
+nearest to it (FLAP).
+"""
 Ranking = Literal["local", "kind", "global"]
 """Which units compete: those of one group, of all groups of a kind, of all groups."""
 
@@ -116,6 +120,7 @@ class Allocation:
             total staying what the counts come to; `rows` keeps the numbers of single rows of
             matrices.
         budget: in what that total is counted.
+        cut: where a `global` ranking is cut.
         rows: with `rows`, (outputs,) elements to remove of each row, by group; they add up to
             counts.
         notes: what is worth showing of how it was found.
@@ -126,6 +131,7 @@ class Allocation:
     budget: Budget = "units"
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    cut: Cut = "within"
 
     @property
     def empty(self) -> bool:

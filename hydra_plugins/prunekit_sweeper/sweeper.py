@@ -79,11 +79,14 @@ class TableSweeper(Sweeper):
         ]
         log.info("%s: %d jobs, %d finished before", top, len(jobs), len(jobs) - len(todo))
         result = self.launch(todo)
-        # Jobs in this process noted their failures themselves; the folders know those of all.
+        # Jobs in this process noted their failures themselves; the folders know those of all, but
+        # for what a full disk did not take.
+        own = list(failures)
         failures[:] = [
-            f"prunekit: job {folder} {state}"
+            next((f for f in own if state == "unfinished" and f.startswith(start)), start + state)
             for folder, _ in jobs
             if (state := sweep.state(folder)) != "finished"
+            and (start := f"prunekit: job {folder} ")
         ]
         return result
 

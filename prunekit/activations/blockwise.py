@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from prunekit.activations.hooks import first_tensor, raise_stop, stop_early
 from prunekit.activations.runs import samples_at_once
-from prunekit.activations.storage import Activations, PassOptions, Precision, autocast
+from prunekit.activations.storage import Activations, PassOptions, Precision, autocast, resolved
 from prunekit.errors import ConfigError
 from prunekit.types import Counts, Group
 
@@ -77,7 +77,7 @@ def capture_inputs(
         blocks,
         rows,
         tuple(tuple(c[b] for c in calls) for b in range(len(blocks))),
-        options.precision,
+        resolved(options.precision, device),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,12 +11,23 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from prunekit.architecture.hardware import quick_in_bfloat16
+
 Store = Literal["memory", "bfloat16", "disk"]
 """Where activations between two blocks wait: as they are, in bfloat16 in host memory, or in a file
 that the system maps into memory.
 """
-Precision = Literal["model", "bf16"]
-"""Of the forwards: the model's own, or matrix products in bfloat16."""
+Precision = Literal["model", "bf16", "fast"]
+"""Of the forwards: the model's own, matrix products in bfloat16, or these where the device is quick
+at them.
+"""
+
+
+def resolved(precision: Precision, device: torch.device) -> Precision:
+    """`fast` is `bf16` where the device has instructions for it, else the model's own."""
+    if precision != "fast":
+        return precision
+    return "bf16" if quick_in_bfloat16(device.type) else "model"
 
 
 class PassOptions(NamedTuple):
@@ -34,7 +46,9 @@ class PassOptions(NamedTuple):
 
 def autocast(precision: Precision, device: torch.device) -> Any:
     """A context in which matrix products of a forward run in bfloat16, or as the model has them."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    if resolved(precision, device) != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 class Activations:
@@ -48,6 +62,10 @@ class Activations:
             self._folder = tempfile.TemporaryDirectory(prefix="prunekit-")  # goes with this object
             file = str(Path(self._folder.name) / "activations")
             count = torch.Size(shape).numel()
+            # A mapped file that finds the disk full later ends the process without a word.
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                with open(file, "wb") as whole:
+                    os.posix_fallocate(whole.fileno(), 0, count * kept.itemsize)
             self._data = torch.from_file(file, shared=True, size=count, dtype=kept).view(shape)
         else:
             self._data = torch.empty(

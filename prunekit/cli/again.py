@@ -40,7 +40,7 @@ def again(argv: list[str], *, recover: bool) -> int:
         raise
     except Exception as error:  # noqa: BLE001 (as a job does)
         note_failure(folder, error)
-        print(f"prunekit: {described(error)}", file=sys.stderr)
+        print(f"prunekit: {described(error, folder)}", file=sys.stderr)
         return 1
     show(record, folder)
     return 0

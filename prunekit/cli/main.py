@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from prunekit.cli.paths import conf_dir
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, cannot_write
 
 COMMANDS = {
     "eval": (
@@ -82,6 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as e:
         print(f"prunekit: {e}", file=sys.stderr)
         return 2
+    except OSError as e:
+        if (words := cannot_write(e)) is None:
+            raise
+        print(f"prunekit: {words}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("prunekit: interrupted", file=sys.stderr)
         return 130
@@ -125,6 +130,7 @@ def launch(args: list[str]) -> int:
 
         hush_libraries()  # this may be a worker
         hush_bars()
+        logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
         return run_job(plain_config(cfg), failures)
 
     # The sweeper adds the jobs that ended badly. Hydra finds it by itself but for editable

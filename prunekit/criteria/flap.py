@@ -31,6 +31,7 @@ def flap(
     *,
     metric: Metric = "WIFV",
     standardize: bool = True,
+    heads: Literal["plain", "squared"] = "plain",
     skip: Natural = 0,
 ) -> Scores:
     """How much a unit's output varies, weighted by the weights that read it; the mean over a unit's
@@ -38,11 +39,12 @@ def flap(
 
     Channel j: `WIFV` var(x_j) sum_i W_ij^2, `IFV` var(x_j), `WIFN` mean_i |W_ij| rms(x_j). The
     variance is exact, over all tokens. `standardize` makes channels comparable across layers: minus
-    their mean, by their standard deviation, within each group. `skip` leaves that many tokens at
-    the start of each sample out (the bias has `pruner.skip`): the first one often carries huge
-    activations.
+    their mean, by their standard deviation, within each group. `heads=squared` squares the
+    values of attention's channels first, as the authors' code does (and the paper does not say).
+    `skip` leaves that many tokens at the start of each sample out (the bias has `pruner.skip`): the
+    first one often carries huge activations.
     """
-    return reader_scores(model, groups, run, metric, standardize, skip)
+    return reader_scores(model, groups, run, metric, standardize, skip, heads == "squared")
 
 
 @criteria.register(paper="arXiv 2306.11695, 2312.11983", year=2023, needs="data", kinds=KINDS)
@@ -55,7 +57,13 @@ def wanda_sp(model: nn.Module, groups: list[Group], run: Run) -> Scores:
 
 @torch.no_grad()
 def reader_scores(
-    model: nn.Module, groups: list[Group], run: Run, metric: Metric, standardize: bool, skip: int
+    model: nn.Module,
+    groups: list[Group],
+    run: Run,
+    metric: Metric,
+    standardize: bool,
+    skip: int,
+    squared: bool = False,
 ) -> Scores:
     """Channel values at the readers of each group, averaged over a unit's channels and over
     readers.
@@ -68,13 +76,14 @@ def reader_scores(
                 "down_proj)"
             )
     seen = moments(model, dict.fromkeys(r.name for rs in found.values() for r in rs), run, skip)
-    scores = {}
+    scores, kinds = {}, {g.name: g.kind for g in groups}
     for name, rs in found.items():
         parts = []
         for r in rs:
-            s = channel_values(r, seen[r.name], metric)[
-                r.member.index.to(r.weight.device)
-            ]  # (U, width)
+            values = channel_values(r, seen[r.name], metric)
+            if squared and kinds[name] == "heads":
+                values = values.square()
+            s = values[r.member.index.to(r.weight.device)]  # (U, width)
             parts.append(((s - s.mean()) / s.std() if standardize else s).mean(1))
         scores[name] = torch.stack(parts).mean(0)
     return scores

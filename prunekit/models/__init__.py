@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from prunekit.architecture.hardware import quick_in_bfloat16
+
 
 def default_device() -> str:
     """A GPU where there is one."""
@@ -11,12 +13,7 @@ def default_device() -> str:
 
 
 def resolved_dtype(dtype: str, device: str | None) -> str:
-    """The name as it is, `fast` aside: bfloat16 on an accelerator, and on CPUs with instructions
-    for it, float32 on others, which take ten times as long in bfloat16.
-    """
+    """The name as it is, `fast` aside: bfloat16 where the device is quick at it, else float32."""
     if dtype != "fast":
         return dtype
-    # torch has no public names for these two questions.
-    has_it = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    on_cpu = (device or default_device()).startswith("cpu")
-    return "float32" if on_cpu and not has_it else "bfloat16"
+    return "bfloat16" if quick_in_bfloat16(device or default_device()) else "float32"

@@ -115,7 +115,7 @@ def obs(
     ridge: Tokens | Literal["auto"] = "auto",
     dense_ridge: Tokens | Literal["auto"] = "auto",
     store: Store = "memory",
-    precision: Precision = "bf16",
+    precision: Precision = "fast",
 ) -> Pruned:
     """Removes heads and neurons by their exact quadratic cost and refits the modules that read them
     in closed form, block by block.

@@ -19,7 +19,7 @@ from prunekit.activations.dense_reference import (
     token_weights,
 )
 from prunekit.activations.gram import GramStatistics
-from prunekit.activations.storage import PassOptions, Precision, Store
+from prunekit.activations.storage import PassOptions, Precision, Store, resolved
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
@@ -45,7 +45,7 @@ def cost(
     token_weight: Literal["relative", "equal"] = "relative",
     ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto",
     store: Store = "memory",
-    precision: Precision = "bf16",
+    precision: Precision = "fast",
 ) -> Allocation:
     """Spends the parameters that a uniform ratio, or an `inner` one, would remove wherever heads
     and neurons cost least by structured OBS on the dense model.
@@ -84,7 +84,10 @@ def cost(
         inside = [r.inside for r in row]
         stats = {
             r.inside: GramStatistics(
-                r.reader.weight.shape[1], 0, r.reader.weight.device, precision == "bf16"
+                r.reader.weight.shape[1],
+                0,
+                r.reader.weight.device,
+                resolved(precision, r.reader.weight.device) == "bf16",
             )
             for r in row
         }

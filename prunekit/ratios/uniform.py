@@ -8,7 +8,7 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import Positive, Share, ratios
 from prunekit.selection.shares import uniform_counts
-from prunekit.types import Allocation, Budget, Group, Of, Ranking
+from prunekit.types import Allocation, Budget, Cut, Group, Of, Ranking
 
 
 @ratios.register(paper="arXiv 2305.11627", year=2023)
@@ -20,6 +20,8 @@ def uniform(
     of: Of = "model",
     ranking: Ranking = "local",
     budget: Budget | None = None,
+    cut: Cut = "within",
+    floor: Literal["kept", "removed"] = "kept",
     multiple: Positive = 1,
     per_kind: dict[str, Share] | None = None,
     loadable: Literal["any", "stock"] = "any",
@@ -34,6 +36,9 @@ def uniform(
         ranking: `global` pools all groups, `kind` those of one kind: the total stays, counted as
             `budget` says, and goes wherever scores are lowest.
         budget: null counts units where `of` does, else parameters.
+        cut: `nearest`, with ranking=global, cuts where what stays comes nearest to the total, as
+            FLAP's code does; `within` never removes more than the total.
+        floor: with of=units, what is rounded down: `removed` is FLAP's rule (UL-UM).
         multiple: kept neurons and residual channels are a multiple of this.
         per_kind: kinds of units with a share of their own, of units.
         loadable: `stock` takes the same counts in every layer, the nearest ones that transformers'
@@ -48,8 +53,23 @@ def uniform(
             f"ratio.loadable={loadable} and ratio.multiple={multiple} could not be kept; give "
             "ratio.ranking=local"
         )
+    if cut == "nearest" and ranking != "global":
+        raise ConfigError(
+            f"ratio.cut=nearest cuts a ranking of all groups together: give ratio.ranking=global "
+            f"(got {ranking})"
+        )
+    if floor == "removed" and of != "units":
+        raise ConfigError(f"ratio.floor=removed rounds units: give ratio.of=units (got {of})")
     stock = loadable == "stock"
     counts = uniform_counts(
-        problem.model, groups, target, of, multiple=multiple, per_kind=per_kind, stock=stock
+        problem.model,
+        groups,
+        target,
+        of,
+        multiple=multiple,
+        per_kind=per_kind,
+        stock=stock,
+        floor=floor,
     )
-    return Allocation(counts, ranking, budget or ("units" if of == "units" else "parameters"))
+    unit: Budget = "units" if of == "units" else "parameters"
+    return Allocation(counts, ranking, budget or unit, cut=cut)

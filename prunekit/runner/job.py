@@ -4,27 +4,27 @@ along.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
+import shutil
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from prunekit.errors import ConfigError, NotFinite
+from prunekit.errors import ConfigError, NotFinite, cannot_write
 from prunekit.runner import parent, progress, resume
 from prunekit.runner.distributed import first_process
 from prunekit.runner.run import objective, run
 from prunekit.runner.summary import show
 
 log = logging.getLogger("prunekit")
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What the operating system says of a disk that is full, or of a folder that cannot be written."""
+LEFTOVERS = (".*.part*", ".*.old*", "*.tmp")
+"""What a process leaves that is killed while it writes a checkpoint, an entry or a result."""
 
 
 def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
@@ -46,7 +46,7 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
     except KeyboardInterrupt:
         raise
     except Exception as e:  # noqa: BLE001 (any failure of one job must leave the others running)
-        failures.append(f"prunekit: {which}{described(e)}")
+        failures.append(f"prunekit: {which}{described(e, folder)}")
         note_failure(folder, e)
         return None
     if first_process():
@@ -78,34 +78,45 @@ def alone(folder: Path) -> Iterator[bool]:
         log.info("%s is being run by another process: waiting for it", folder)
         lock.acquire()
     try:
+        tidy(folder)
         yield waited
     finally:
         lock.release()
 
 
-def described(error: Exception) -> str:
+def tidy(folder: Path) -> None:
+    """Removes what a killed process left half-written; nobody else writes here now."""
+    for place in (folder, *folder.glob("stages/*")):
+        for path in [p for pattern in LEFTOVERS for p in place.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def described(error: Exception, folder: Path) -> str:
     """`ConfigError: ...`; of a disk that is full or cannot be written, which file it was."""
-    if isinstance(error, OSError) and error.errno in DISK:
-        return f"{error.filename or 'a file'} cannot be written: {error.strerror}"
     kind = "ConfigError" if isinstance(error, ConfigError) else type(error).__name__
-    return f"{kind}: {error}"
+    return cannot_write(error, folder) or f"{kind}: {error}"
 
 
 def note_failure(folder: Path, error: Exception) -> None:
     """`failed.txt` and the stage, as far as they can be written; a traceback for what nobody
     expected.
     """
-    words = described(error)
-    disk = isinstance(error, OSError) and error.errno in DISK
-    expected = disk or isinstance(error, ConfigError | NotFinite)
-    if not expected:
+    words, disk = described(error, folder), cannot_write(error)
+    if not disk and not isinstance(error, ConfigError | NotFinite):
         log.error("%s", traceback.format_exc())
+    file, aside = folder / "failed.txt", folder / "failed.txt.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = traceback.format_exc() if not isinstance(error, OSError) else f"{words}\n"
-        (folder / "failed.txt").write_text(text, errors="backslashreplace")
+        text = f"{words}\n" if disk else traceback.format_exc()
+        aside.write_text(text, errors="backslashreplace")
+        aside.replace(file)
     except OSError as second:
-        log.error("%s cannot be written: %s", folder / "failed.txt", second.strerror)
+        log.error("%s: %s", words, cannot_write(second, folder) or second)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
     progress.note(folder, f"failed: {words}")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prunekit.runner.distributed import first_process
@@ -26,6 +26,8 @@ def note(folder: Path, text: str) -> None:
         aside.replace(folder / FILE)
     except OSError as error:
         log.debug("%s: %s", folder / FILE, error)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def current_stage(folder: Path) -> str:

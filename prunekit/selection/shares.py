@@ -5,6 +5,7 @@ parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from torch import nn
 
@@ -27,6 +28,7 @@ def uniform_counts(
     multiple: int = 1,
     per_kind: Mapping[str, float] | None = None,
     stock: bool = False,
+    floor: Literal["kept", "removed"] = "kept",
 ) -> Counts:
     """Counts by which every group loses the same share.
 
@@ -35,6 +37,7 @@ def uniform_counts(
         of: of what: the units of every group, the prunable parameters, all parameters.
         multiple: kept neurons and channels are a multiple of this.
         per_kind: shares of their own for kinds of units; only with of=units.
+        floor: with of=units, whether kept or removed units are rounded down.
         stock: only such counts, alike in every layer, as transformers' own class can build.
 
     Raises ConfigError when the target cannot be met.
@@ -46,7 +49,9 @@ def uniform_counts(
     if stock:
         every_layer(model, groups)  # says what to do before anything is solved
     if of == "units":
-        wanted = {g.name: units_removed(g, (per_kind or {}).get(g.kind, target)) for g in groups}
+        wanted = {
+            g.name: units_removed(g, (per_kind or {}).get(g.kind, target), floor) for g in groups
+        }
         budget = None
     else:
         sizes = Sizes(model, groups)
@@ -79,14 +84,16 @@ def check_kinds(groups: list[Group], multiple: int, per_kind: Mapping[str, float
         )
 
 
-def units_removed(group: Group, share: float) -> int:
+def units_removed(group: Group, share: float, floor: Literal["kept", "removed"] = "kept") -> int:
     """LLM-Pruner's rule: kept channels are floored, then only whole units of `width` channels go;
-    one unit always stays.
+    one unit always stays. `removed` floors the units that go (FLAP).
 
     Of single weights the removed ones are floored, as in the papers that prune them.
     """
     if group.kind == "weights":
         return floor_share(group.units, share)
+    if floor == "removed":
+        return min(floor_share(group.units, share), group.units - 1)
     channels = group.units * group.width
     # 1e-9 keeps an exact product such as 100 * (1 - 0.9) from falling below its integer.
     kept = int(channels * (1 - share) + 1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ def choose(model: nn.Module, groups: list[Group], scores: Scores, allocation: Al
             )
             kept |= choose(model, same_kind, {g.name: scores[g.name] for g in same_kind}, part)
         return kept
+    if allocation.cut == "nearest":
+        return keep_nearest(scores, *whole_sizes(model, groups, allocation))
     if allocation.budget == "units":
         total = sum(counts.values())
         return keep_pooled(scores, lambda c: sum(c.values()) <= total)
@@ -78,6 +80,44 @@ def keep_pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
     for k in order[:low].tolist():
         kept[names[int(group[k])]][int(position[k])] = False
     return {name: mask.view(scores[name].shape) for name, mask in kept.items()}
+
+
+def whole_sizes(
+    model: nn.Module, groups: list[Group], allocation: Allocation
+) -> tuple[dict[str, int], float]:
+    """What a unit of each group counts, and the share of the total that goes.
+
+    Of parameters, a unit counts as many of the smallest units as it holds, rounded down: a head of
+    LLaMA is 170 neurons.
+    """
+    counts = allocation.counts
+    if allocation.budget == "units":
+        return dict.fromkeys(counts, 1), sum(counts.values()) / sum(g.units for g in groups)
+    sizes = Sizes(model, groups)
+    unit = {g.name: sizes.removed({g.name: 1}) for g in groups}
+    least = min(unit.values())
+    whole = {name: size // least for name, size in unit.items()}
+    return whole, sizes.removed(counts) / sizes.prunable()
+
+
+def keep_nearest(scores: Scores, sizes: Mapping[str, int], share: float) -> Kept:
+    """FLAP's cut: from the best unit down sizes add up, and where the sum comes nearest to what is
+    to stay, that unit and all below it go. The best unit of every group stays.
+    """
+    check_finite(scores)
+    flat = {n: s.flatten().float().cpu().clone() for n, s in scores.items()}
+    for s in flat.values():
+        s[int(s.argmax())] = torch.inf
+    values = torch.cat(list(flat.values()))
+    weights = torch.cat([torch.full((s.numel(),), sizes[n]) for n, s in flat.items()])
+    order = torch.argsort(values, descending=True, stable=True)
+    sums = weights[order].cumsum(0)
+    at = int((sums - float(sums[-1]) * (1 - share)).abs().argmin())
+    free = int(torch.isinf(values).sum())  # first in the order
+    mask = torch.zeros(len(values), dtype=torch.bool)
+    mask[order[: max(at, free) if share > 0 else None]] = True
+    parts = mask.split([s.numel() for s in flat.values()])
+    return {n: part.view(scores[n].shape) for n, part in zip(flat, parts, strict=True)}
 
 
 def check_finite(scores: Scores) -> None:

@@ -20,7 +20,7 @@ def model():
     return tiny_llama()
 
 
-def plain(model, groups, tokens, metric, standardize):
+def plain(model, groups, tokens, metric, standardize, squared=False):
     x = inputs_of(model, tokens, [reader_of(g) for g in groups])
     scores = {}
     for g in groups:
@@ -31,6 +31,8 @@ def plain(model, groups, tokens, metric, standardize):
             "IFV": var,
             "WIFN": W.abs().mean(0) * (z**2).mean(0).sqrt(),
         }[metric]
+        if squared and g.kind == "heads":
+            s = s**2
         if standardize:
             s = (s - s.mean()) / s.std()
         scores[g.name] = s.view(g.units, -1).mean(
@@ -45,6 +47,14 @@ def test_scores_are_the_formula(model, tokens, metric, standardize):
     groups = llama_groups(model, UNITS)
     want = plain(model, groups, tokens, metric, standardize)
     got = flap(model, groups, ModelRun(model, tokens), metric=metric, standardize=standardize)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_authors_square_what_heads_score(model, tokens):
+    groups = llama_groups(model, UNITS)
+    want = plain(model, groups, tokens, "WIFV", True, squared=True)
+    got = flap(model, groups, ModelRun(model, tokens), heads="squared")
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
 

@@ -80,3 +80,22 @@ def test_totals_are_counted_in_what_the_target_is_of(options, budget):
 def test_a_pooled_ranking_refuses_what_it_could_not_keep(ranking, options):
     with pytest.raises(ConfigError, match=rf"ratio.ranking={ranking} moves units.*ranking=local"):
         allocated(ranking=ranking, **options)
+
+
+def test_what_is_rounded_down_is_kept_or_removed():
+    """LLM-Pruner floors what stays, FLAP (UL-UM) what goes."""
+    by_floor = [allocated(target=0.3, of="units", floor=f).counts for f in ("kept", "removed")]
+    groups = llama_groups(tiny_llama(), UNITS)
+    units = {g.name: g.units for g in groups}
+    assert by_floor[1] == {n: int(u * 0.3) for n, u in units.items()}
+    assert all(by_floor[0][n] >= by_floor[1][n] for n in units)
+    assert by_floor[0] != by_floor[1]
+    with pytest.raises(ConfigError, match=r"give ratio.of=units"):
+        allocated(target=0.3, of="model", floor="removed")
+
+
+def test_the_nearest_cut_is_of_a_global_ranking():
+    assert allocated(ranking="global", cut="nearest").cut == "nearest"
+    for ranking in ("local", "kind"):
+        with pytest.raises(ConfigError, match=r"ratio.ranking=global"):
+            allocated(ranking=ranking, cut="nearest")

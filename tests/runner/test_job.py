@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import re
+import resource
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,46 @@ def test_one_process_at_a_time_runs_a_job(tmp_path):
     for thread in threads:
         thread.join(10)
     assert order == [("first", False), "left", ("second", True)]
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """Inside, a file that would grow beyond `size` bytes is refused by the system, as by a disk
+    that is full.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [200, 3000, 30_000])
+def test_what_the_disk_does_not_take_is_said_and_leaves_nothing_half_written(tmp_path, size):
+    from compositions import config as composed
+
+    cfg = composed("recovery=lora_text", "recovery.max_steps=1", "recovery.max_length=16")
+    failures: list[str] = []
+    with files_of_at_most(size):
+        job.run_job(cfg | {"out": str(tmp_path / "job"), "save": True}, failures)
+    [said] = failures
+    assert re.search("cannot be written: File too large", said), said
+    left = [p for p in (tmp_path / "job").rglob("*") if p.is_file()]
+    assert not [p for p in left if ".part" in str(p) or p.suffix == ".tmp"]
+    assert {p.name for p in left} <= {".running", "failed.txt", "stage.txt"} | {
+        p.name for p in left if p.suffix == ".entry"
+    }
+    assert "cannot be written" in (tmp_path / "job" / "failed.txt").read_text()
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    for place in (tmp_path, tmp_path / "stages" / "key"):
+        (place / ".checkpoint.part7").mkdir(parents=True)
+        (place / "result.7.tmp").write_text("half")
+        (place / "whole.json").write_text("{}")
+    with job.alone(tmp_path):
+        pass
+    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {"whole.json", ".running"}
+    assert not list(tmp_path.rglob("*.part*"))

@@ -7,7 +7,14 @@ import torch
 from reference import llama_groups, pooled_by_hand, tiny_llama
 
 from prunekit.errors import ConfigError
-from prunekit.selection.units import choose, keep_local, keep_pooled, without
+from prunekit.selection.units import (
+    choose,
+    keep_local,
+    keep_nearest,
+    keep_pooled,
+    whole_sizes,
+    without,
+)
 from prunekit.types import Allocation
 
 
@@ -94,3 +101,49 @@ def test_a_total_of_units_is_not_a_total_of_parameters(model):
 def test_a_local_ranking_takes_the_counts_as_they_are(model):
     _, _, counts, kept = ranked(model, "local", "parameters")
     assert {n: int((~m).sum()) for n, m in kept.items()} == counts
+
+
+def test_the_nearest_cut_takes_the_unit_at_it_too():
+    scores = {"a": torch.tensor([9.0, 5.0, 1.0]), "b": torch.tensor([8.0, 7.0, 6.0, 4.0])}
+    sizes = {"a": 3, "b": 1}  # from the best down the sums are 3, 4, 5, 6, 9, 10, 13
+    kept = keep_nearest(scores, sizes, 5 / 13)  # 8 are to stay: 9 is nearest, and its unit goes
+    assert kept["a"].tolist() == [True, False, False]
+    assert kept["b"].tolist() == [True, True, True, False]
+    kept = keep_nearest(scores, sizes, 7 / 13)  # 6 are to stay
+    assert kept["b"].tolist() == [True, True, False, False]
+    assert all(m.all() for m in keep_nearest(scores, sizes, 0.0).values())
+
+
+def test_the_nearest_cut_empties_no_group():
+    scores = {"a": torch.tensor([0.1, 0.2]), "b": torch.tensor([3.0, 2.0, 1.0])}
+    kept = keep_nearest(scores, {"a": 1, "b": 1}, 0.9)
+    assert kept["a"].tolist() == [False, True]
+    assert kept["b"].tolist() == [True, False, False]
+
+
+def test_a_unit_counts_as_whole_smallest_units(model):
+    groups = llama_groups(model, ("heads", "neurons"))
+    counts = {g.name: 1 for g in groups}
+    sizes, share = whole_sizes(model, groups, Allocation(counts, "global", "parameters"))
+    head, neuron = (next(g for g in groups if g.kind == k) for k in ("heads", "neurons"))
+    held = {
+        g: sum(
+            model.get_parameter(m.param).numel()
+            // model.get_parameter(m.param).shape[m.axis]
+            * m.width
+            for m in g.members
+        )
+        for g in (head, neuron)
+    }
+    assert sizes[neuron.name] == 1
+    assert sizes[head.name] == held[head] // held[neuron]
+    assert 0 < share < 1
+    cut = choose(
+        model,
+        groups,
+        {g.name: torch.arange(g.units).float() for g in groups},
+        Allocation(counts, "global", "units", cut="nearest"),
+    )
+    assert whole_sizes(model, groups, Allocation(counts))[0] == dict.fromkeys(counts, 1)
+    gone = sum(int((~m).sum()) for m in cut.values())
+    assert gone == sum(counts.values()) + 1  # the unit at the cut goes too
