@@ -93,14 +93,10 @@ def test_all_weights_are_trained_or_those_that_targets_name(text, dtype):
         pruned = narrowed(small().to(dtype))
         pruned.model.model.norm.weight.requires_grad_(False)
         before = copy.deepcopy(pruned.model.state_dict())
-        run_distill(pruned, small(), path=text, targets=targets)
+        run_distill(pruned, small(), path=text, targets=targets, lr=3e-2)
         after = dict(pruned.model.named_parameters())
         changed = {n for n, p in after.items() if not torch.equal(before[n], p)}
-        assert changed == {n for n in after if targets is None or ".mlp." in n} - (
-            set()
-            if targets or dtype is torch.float32
-            else {n for n in after if "norm" in n} - changed
-        )
+        assert changed == {n for n in after if targets is None or ".mlp." in n}
         assert all(p.dtype is dtype and p.grad is None for p in after.values())
         assert [n for n, p in after.items() if not p.requires_grad] == ["model.norm.weight"]
         count = sum(p.numel() for n, p in after.items() if targets is None or ".mlp." in n)
