@@ -51,7 +51,8 @@ def test_value_and_gradient_are_those_of_the_formula(monkeypatch, chunk, tempera
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
     (3 * ours).backward()  # a factor on the way back is not lost
     (3 * theirs).backward()
-    torch.testing.assert_close(student.grad, plain.grad.float(), rtol=1e-4, atol=1e-6)
+    largest = float(plain.grad.abs().max())  # float32 loses what terms of that size cancel
+    torch.testing.assert_close(student.grad, plain.grad.float(), rtol=1e-4, atol=1e-6 * largest)
     assert not student.grad[~learnt].any()
 
 
