@@ -8,7 +8,7 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -163,6 +163,23 @@ class Run(Protocol):
     def losses(self, batch: int | None = None) -> Iterator[Any]:
         """Outputs with `.loss`, the mean over the batch's shifted tokens; `batch` samples at a
         time, None for all N at once. Raises ConfigError where there is no loss.
+        """
+        ...
+
+
+class Dense(Protocol):
+    """The model before pruning, as an eval registered with `needs="dense"` is handed it."""
+
+    @property
+    def itself(self) -> bool:
+        """Whether the model that is measured is the dense one."""
+        ...
+
+    def remember(
+        self, name: str, compute: Callable[[nn.Module], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What `compute` gives of the dense model, on the CPU: once for all runs with the same
+        weights, options and code.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def build_manifest(
     config: dict[str, Any],
     counts: dict[str, Any],
     layout: dict[str, Any],
+    merges: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """What `pruning.json` says of the files in `folder`, the groups and the run that made them."""
     entries: dict[str, Any] = {}
@@ -58,6 +60,7 @@ def build_manifest(
         "config": config,
         "counts": counts,
         "groups": entries,
+        **({"merges": [dict(m) for m in merges]} if merges else {}),
         "files": {file.name: digest(file) for file in sorted(folder.iterdir()) if file.is_file()},
     }
 

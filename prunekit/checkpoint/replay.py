@@ -23,9 +23,11 @@ def replay(
 
     `zeroed` keeps every shape and sets to zero what would be removed. Weights that a recovery or a
     compensation changed are not in `pruning.json`: the result is the pruned model before these.
+    Blocks that became part of others are merged again.
     Raises ConfigError where the model has other groups or units.
     """
     from prunekit import graph
+    from prunekit.graph.merging import checked_merges, merge_blocks
 
     manifest, file = _manifest(source)
     check_groups(manifest.get("groups"), file)
@@ -44,6 +46,7 @@ def replay(
                 "the dense one?"
             )
     kept = kept_masks(manifest, file)
+    merge_blocks(dense, checked_merges(manifest.get("merges", []), file))
     some = {name: mask for name, mask in kept.items() if not bool(mask.all())}
     if zeroed:
         graph.zero(dense, some)

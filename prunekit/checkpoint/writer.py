@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ def save(
     groups: list[Group] | None = None,
     config: dict[str, Any] | None = None,
     counts: dict[str, Any] | None = None,
+    merges: Sequence[Mapping[str, Any]] = (),
     max_shard_size: int | str = "5GB",
     packed: bool = False,
     check: bool = True,
@@ -45,6 +46,7 @@ def save(
 
     kept, groups: as a pruner returns them.
     config: the run's configuration. counts: what was measured. Both are only noted.
+    merges: blocks that became part of others (`graph.merging.Merge`), for a replay.
     max_shard_size: bytes, or a text such as "5GB".
     packed: zeros are stored as a bitmask: lossless, and only `prunekit.load` reads it.
     check: a few tokens go through the model as a loader would build it and through the model
@@ -68,7 +70,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         manifest = build_manifest(
-            part, kept or {}, groups or [], config or {}, counts or {}, layout
+            part, kept or {}, groups or [], config or {}, counts or {}, layout, merges
         )
         write_manifest(part, manifest)
     return folder

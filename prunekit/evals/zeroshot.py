@@ -4,203 +4,14 @@ Table 1) or any other.
 
 from __future__ import annotations
 
-import logging
-import math
-import random
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
-from difflib import get_close_matches
-from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 from torch import nn
-from tqdm import tqdm
 
-from prunekit.data import docs_cloze
-from prunekit.data.files import DataRoot, data_folder
-from prunekit.errors import ConfigError
-from prunekit.evals import eval_mode
+from prunekit.data.files import DataRoot
+from prunekit.evals.lm_eval_tasks import PAPER, accuracies, known_tasks, run_tasks
 from prunekit.registry import Positive, Seed, evals
-
-# the metric that the paper reports of each task, and the folder of lm-eval that defines it
-PAPER = {
-    "boolq": ("acc", "super_glue/boolq"),
-    "piqa": ("acc", "piqa"),
-    "hellaswag": ("acc_norm", "hellaswag"),
-    "winogrande": ("acc", "winogrande"),
-    "arc_easy": ("acc", "arc"),
-    "arc_challenge": ("acc_norm", "arc"),
-    "openbookqa": ("acc_norm", "openbookqa"),
-}
-CLOZE = "docs_cloze"
-
-
-def _tasks_folder() -> Path:
-    spec = find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("eval=zeroshot needs the package lm-eval: pip install lm-eval")
-    return Path(spec.submodule_search_locations[0]) / "tasks"
-
-
-def _known(tasks: list[str]) -> list[str]:
-    """The names if all are tasks or groups of lm-eval. Raises ValueError; reads lm-eval's YAMLs as
-    text, for its own index takes 8 s.
-    """
-    if not tasks:
-        raise ValueError("name one task at least")
-    strange = [t for t in tasks if t not in PAPER and t != CLOZE]
-    if strange:
-        named = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.M)
-        there = {
-            name
-            for file in _tasks_folder().rglob("*.yaml")
-            for name in named.findall(file.read_text(encoding="utf-8"))
-        }
-        for task in strange:
-            if task not in there:
-                near = get_close_matches(task, sorted(there | {CLOZE}), n=4)
-                hint = (
-                    f"near it are: {', '.join(near)}"
-                    if near
-                    else f"the usual ones are: {', '.join([*PAPER, CLOZE])}"
-                )
-                raise ValueError(f"lm-eval has no task or group {task!r}; {hint}")
-    return tasks
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    """lm-eval's log and the bars of datasets off for a while, its own bars with units, Python's
-    generator as it was afterwards.
-    """
-    import datasets
-
-    log = logging.getLogger("lm_eval")
-    level, bars, state = log.level, datasets.are_progress_bars_disabled(), random.getstate()
-    log.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        with _units():
-            yield
-    finally:
-        log.setLevel(level)
-        random.setstate(state)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def _units() -> Iterator[None]:
-    """Its bars say what they count, and go when they are full. lm-eval has no option for it."""
-    from lm_eval.api import model, task
-    from lm_eval.models import huggingface
-
-    bars = {
-        task: {"desc": "Building requests", "unit": "item"},
-        model: {"unit": "input"},
-        huggingface: {"unit": "request"},
-    }
-    try:
-        for module, options in bars.items():
-            vars(module)["tqdm"] = partial(tqdm, leave=False, **options)
-        yield
-    finally:
-        for module in bars:
-            vars(module)["tqdm"] = tqdm
-
-
-def _spec(task: str, folder: Path | None) -> Any:
-    """What lm-eval loads a task from: its stock definition, on the files of the data folder where
-    that has them.
-
-    lm-eval 0.4.13 takes a dict for a change of a stock task only inside a group.
-    """
-    if task == CLOZE:
-        return docs_cloze.task()
-    if folder is None or task not in PAPER or not (folder / "tasks" / f"{task}.jsonl").is_file():
-        return task
-    main, other = (
-        folder.resolve() / "tasks" / f"{task}{part}.jsonl" for part in ("", "_validation")
-    )
-    files = (
-        {"validation": str(other), "test": str(main)}
-        if other.is_file()
-        else {"validation": str(main)}
-    )
-    local = {
-        "task": task,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "training_split": None,
-        "dataset_kwargs": {"data_files": files},
-    }
-    return {"group": f"local_{task}", "task": [local]}
-
-
-def _load(tasks: Sequence[str], folder: Path | None) -> Any:
-    """lm-eval's task objects. Raises ConfigError where a data set is neither in the data folder nor
-    on the hub.
-    """
-    from lm_eval.tasks import TaskManager
-
-    at = _tasks_folder()
-    if all(t in PAPER or t == CLOZE for t in tasks):  # the whole index takes 8 s
-        manager = TaskManager(
-            include_defaults=False,
-            include_path=sorted({at / PAPER[t][1] for t in tasks if t in PAPER}),
-        )
-    else:
-        manager = TaskManager()
-    try:
-        loaded = manager.load([_spec(task, folder) for task in dict.fromkeys(tasks)])
-    except (OSError, ValueError, RuntimeError) as e:
-        place = f"{folder} does not hold them" if folder else "no data folder is named"
-        raise ConfigError(
-            f"tasks {', '.join(tasks)}: {place}, and the hub did not give them all "
-            f"({type(e).__name__}: {str(e).splitlines()[0]}). "
-            "Either name a folder that holds tasks/<task>.jsonl with data_root= or "
-            "PRUNEKIT_DATA, or run with the network on; "
-            f"{CLOZE} needs neither."
-        ) from e
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-    return loaded
-
-
-def _numbers(results: dict[str, dict[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
-    """The paper's metric of each task (of others accuracy, else the first there is), its error, and
-    the mean of the accuracies.
-    """
-    found: dict[str, float] = {}
-    accuracies, errors = [], []
-    for task in dict.fromkeys(tasks):
-        values = {
-            k.removesuffix(",none"): v
-            for k, v in results[task].items()
-            if isinstance(v, (int, float)) and "," in k
-        }
-        metric = (
-            PAPER[task][0] if task in PAPER else "acc" if "acc" in values else next(iter(values))
-        )
-        found[f"{metric}_{task}"] = float(values[metric])
-        error = float(values.get(f"{metric}_stderr", math.nan))
-        if not math.isnan(error):
-            found[f"{metric}_{task}_stderr"] = error
-        if metric.startswith("acc"):
-            accuracies.append(float(values[metric]))
-            errors.append(error)
-    if accuracies:
-        found["acc_mean"] = sum(accuracies) / len(accuracies)
-        total = math.sqrt(sum(e * e for e in errors)) / len(errors)
-        if not math.isnan(total):
-            found["acc_mean_stderr"] = total
-    return found
 
 
 @evals.register()
@@ -208,7 +19,7 @@ def zeroshot(
     model: nn.Module,
     tokenizer: Any,
     *,
-    tasks: Annotated[list[str], AfterValidator(_known)] = list(PAPER),  # noqa: B006  read only
+    tasks: Annotated[list[str], AfterValidator(known_tasks)] = list(PAPER),  # noqa: B006  read only
     limit: Positive | None = None,
     batch: Positive = 8,
     bos: bool | None = None,
@@ -222,20 +33,14 @@ def zeroshot(
     and `acc_mean` over this eval's tasks. `limit` takes the first so many items of each. Raises
     ConfigError.
     """
-    with _aside(), eval_mode(model):
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        loaded = _load(tasks, data_folder(data_root))
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(seed=seed)
-        # a copy, since lm-eval gives a tokenizer without padding a padding token
-        lm = HFLM(
-            pretrained=model,
-            tokenizer=deepcopy(tokenizer),
-            batch_size=batch,
-            add_bos_token=bos,
-            softmax_dtype="float32",
-        )
-        results = evaluate(lm, loaded, limit=limit, log_samples=False)["results"]
-    return _numbers(results, tasks)
+    found = run_tasks(
+        model,
+        tokenizer,
+        tasks,
+        limit=limit,
+        batch=batch,
+        bos=bos,
+        seed=seed,
+        data_root=data_root,
+    )
+    return accuracies(found["results"], tasks)

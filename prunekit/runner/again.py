@@ -13,7 +13,9 @@ from prunekit.checkpoint.manifest import MANIFEST, check_manifest
 from prunekit.checkpoint.replay import kept_masks
 from prunekit.errors import ConfigError
 from prunekit.profiling import Stages
+from prunekit.registry import Component, models
 from prunekit.runner import cache, preflight, progress, provenance, results, tracking
+from prunekit.runner.dense import DenseModel, compares
 from prunekit.runner.distributed import first_process
 from prunekit.runner.finished import Finished
 from prunekit.runner.relations import check_keys, check_lengths
@@ -44,6 +46,7 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
     job = Job(
         cfg, folder, parts, Stages(), {}, cache.open_cache(cfg), Finished(folder, cfg, models=False)
     )
+    job.dense = DenseModel(job.cache, lambda: dense_model(path)()[0])
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.open_track(config=cfg, folder=folder, **cfg["track"]) as tracker:
         with stage(job, "load", "loading the checkpoint"):
@@ -80,11 +83,23 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
         raise ConfigError("recover needs a recovery, for example recovery=lora_text")
     if not recover and not parts.evals:
         raise ConfigError("eval needs an eval, for example eval=quick")
+    if any(map(compares, parts.evals.values())):
+        dense_model(path)
     model = checkpoint.outline(path)
     check_lengths(model, *parts.evals.values(), parts.recovery if recover else None)
     if recover and parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
     return parts
+
+
+def dense_model(path: Path) -> Component:
+    """The model that the checkpoint was made of. Raises ConfigError where it does not say that."""
+    node = (check_manifest(path).get("config") or {}).get("model")
+    if node is None:
+        raise ConfigError(
+            f"{path} does not say which model it was made of: nothing to compare with"
+        )
+    return models.build(node)
 
 
 def kept_units(path: Path) -> Kept:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from prunekit.problem import CALIBRATION, Problem, named_sets
 from prunekit.profiling import Stages
 from prunekit.registry import Component, draw
 from prunekit.runner import cache, numerics, progress, provenance, results, tracking
+from prunekit.runner.dense import DenseModel
 from prunekit.runner.distributed import first_process
 from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.preflight import Components, check
@@ -42,6 +43,10 @@ class Job:
     found: dict[str, float]
     cache: cache.Cache
     kept: Finished
+    dense: DenseModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dense = DenseModel(self.cache, lambda: self.parts.model()[0])
 
 
 def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
@@ -181,6 +186,7 @@ def measured(
 ) -> dict[str, Any]:
     """What one eval says of a model, and what it cost."""
     model = ask()
+    evaluate = job.dense.bound(name, evaluate, tokenizer, model if when == "dense" else None)
     with stage(job, f"{when}/{name}", f"{when}: measuring {name}"):
         if when == "dense":
             numbers = job.cache.measured(name, model, tokenizer, evaluate)
@@ -227,6 +233,7 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> s
             "groups": pruned.groups,
             "config": job.cfg,
             "counts": counts(job),
+            "merges": pruned.notes.get("merges", ()),
         }
         checkpoint.save(
             pruned.model, tokenizer, folder, packed=job.cfg["save"] == "packed", **facts

@@ -59,6 +59,12 @@ class Entry:
         path = folder() / "dense" / f"{key}{ENDING}"
         return cls(key, f"dense/{name}", decode_numbers, encode_numbers, path)
 
+    @classmethod
+    def of_reference(cls, key: str, name: str) -> Entry:
+        """What an eval keeps of the dense model to compare others with."""
+        path = folder() / "reference" / f"{key}{ENDING}"
+        return cls(key, f"reference/{name}", decode_scores, encode_scores, path)
+
 
 class Damaged(ValueError):
     """A file that does not hold the entry that its name promises."""

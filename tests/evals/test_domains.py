@@ -10,7 +10,7 @@ import torch
 from compositions import config
 
 from prunekit.errors import ConfigError
-from prunekit.evals.domains import spread
+from prunekit.evals.named_texts import spread
 from prunekit.models.tiny import tiny_llama
 from prunekit.registry import evals
 from prunekit.runner.preflight import build_components

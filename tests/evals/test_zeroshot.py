@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prunekit.errors import ConfigError
-from prunekit.evals.zeroshot import PAPER
+from prunekit.evals.lm_eval_tasks import PAPER
 from prunekit.registry import evals, models
 
 

@@ -1,0 +1,114 @@
+"""A model's distributions of the next token, condensed to the most likely tokens and what is
+left, and how far another model's are from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.errors import ConfigError
+
+ROWS = 256
+"""Positions that are turned into log-probabilities at a time: 50 MB at 50,000 tokens."""
+
+
+def condense(log_p: Tensor, top: int) -> dict[str, Tensor]:
+    """Of log-probabilities `(T, V)` the `top` largest: `ids (T, K)` int32 and `log_p (T, K)`, the
+    most likely first; `log_tail (T,)`, log of the others' mass; `tail (T,)`, their sum of p log p.
+    """
+    found = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
+    rest = log_p.scatter(-1, found.indices, -torch.inf)
+    tail = torch.where(rest.isinf(), 0.0, rest.exp() * rest).sum(-1)
+    return {
+        "ids": found.indices.int(),
+        "log_p": found.values,
+        "log_tail": rest.logsumexp(-1),
+        "tail": tail,
+    }
+
+
+def compare(reference: dict[str, Tensor], log_q: Tensor) -> dict[str, Tensor]:
+    """How far `log_q (T, V)` is from the condensed `reference`; `(T,)` each, in nats where a log.
+
+    `kl`: of the distributions whose tail is one outcome. That is at most KL(p || q), by the log sum
+    inequality, and short of it by at most `kl_gap` = sum of p log p over the tail - t log(min q) -
+    t log(t / u), with t and u the tails' masses under p and q. `top1`: whether the reference's most
+    likely token is one of the most likely ones here. `acceptance`: sum of min(p, q) with the tail
+    as one outcome, at most `acceptance_gap` = min(t, u) above the true one.
+    """
+    ids = reference["ids"].to(log_q.device).long()
+    log_p, log_t, tail = (reference[k].to(log_q.device) for k in ("log_p", "log_tail", "tail"))
+    if int(ids.max()) >= log_q.shape[-1]:
+        raise ConfigError(
+            f"the dense model's vocabulary is not this one's: token {int(ids.max())} of "
+            f"{log_q.shape[-1]}"
+        )
+    chosen = log_q.gather(-1, ids)
+    log_u = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    t, u = log_t.exp(), log_u.exp()
+    smallest = torch.finfo(log_q.dtype).min
+    of_tail = torch.where(t > 0, t * (log_t - log_u.clamp(min=smallest)), 0.0)
+    lowest = log_q.amin(-1).clamp(min=smallest)
+    p = log_p.exp()
+    return {
+        "kl": (p * (log_p - chosen.clamp(min=smallest))).sum(-1) + of_tail,
+        "kl_gap": torch.where(t > 0, tail - t * lowest - of_tail, 0.0).clamp(min=0),
+        "top1": (chosen[:, 0] >= log_q.amax(-1)).to(log_q.dtype),
+        "acceptance": torch.minimum(p, chosen.exp()).sum(-1) + torch.minimum(t, u),
+        "acceptance_gap": torch.minimum(t, u),
+    }
+
+
+def measure(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch: int,
+    top: int,
+    name: str,
+    reference: dict[str, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The condensed distributions behind each position but the last of `windows (N, T)`, and means
+    by window `(N,)`, float64, of `nll` and of what `compare` gives.
+
+    Without a `reference` it is condensed on the way, and the model compared with itself. All
+    tensors are on the CPU.
+    """
+    made: list[dict[str, Tensor]] = []
+    means: list[dict[str, Tensor]] = []
+    for i, (row, logits) in enumerate(_logits(model, windows, batch, name)):
+        parts, sums = [], []
+        for start in range(0, len(logits), ROWS):
+            log_q = logits[start : start + ROWS].float().log_softmax(-1)
+            targets = row[start + 1 : start + 1 + len(log_q), None].to(log_q.device)
+            if reference is None:
+                part = condense(log_q, top)
+                parts.append({k: v.cpu() for k, v in part.items()})
+            else:
+                part = {k: v[i, start : start + ROWS] for k, v in reference.items()}
+            found = {"nll": -log_q.gather(-1, targets)[:, 0], **compare(part, log_q)}
+            sums.append({k: v.double().sum() for k, v in found.items()})
+        means.append({k: sum(s[k] for s in sums).cpu() / len(logits) for k in sums[0]})  # type: ignore[union-attr]
+        if parts:
+            made.append({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
+    if reference is None:
+        reference = {k: torch.stack([m[k] for m in made]) for k in made[0]}
+    return reference, {k: torch.stack([m[k] for m in means]) for k in means[0]}
+
+
+@torch.inference_mode()
+def _logits(
+    model: nn.Module, windows: Tensor, batch: int, name: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each window with the logits `(T - 1, V)` behind all of its tokens but the last."""
+    device = next(model.parameters()).device
+    with tqdm(total=len(windows), desc=name, unit="window", leave=False) as bar:
+        for rows in windows.split(batch):
+            found: Any = model(input_ids=rows.to(device), use_cache=False)
+            yield from zip(rows, found.logits[:, :-1], strict=True)
+            bar.update(len(rows))
