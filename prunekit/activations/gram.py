@@ -24,7 +24,7 @@ class GramStatistics:
     """Sums over tokens of a module's inputs `x (inputs)` and of the outputs `y (outputs)` it should
     give, float32 on the inputs' device.
 
-    Tokens may have weights; `weight` is their sum, `tokens` the number of tokens. With `bf16` (for
+    Tokens may have weights; `total` is their sum, `tokens` the number of tokens. With `bf16` (for
     activations that come in that precision) factors are rounded to bfloat16, several times faster
     where the hardware has it; sums remain float32.
     """
@@ -37,8 +37,13 @@ class GramStatistics:
         self.cross = torch.zeros(inputs, outputs, device=device)
         self.sum_x = torch.zeros(inputs, device=device)
         self.sum_y = torch.zeros(outputs, device=device)
-        self.weight = 0.0
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = 0
+
+    @property
+    def weight(self) -> float:
+        """Sum of the tokens' weights. The host waits for it, so it is asked for at the end."""
+        return float(self.total)
 
     def add(self, x: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> None:
         """Take in `x (..., inputs)`, `y (..., outputs)` and weights `w (...)`."""
@@ -56,7 +61,7 @@ class GramStatistics:
             with rounding(self.bf16):
                 self.cross += xw.T @ yw
             self.sum_y += yw.T @ root[:, 0]
-        self.weight += float(w.double().sum())
+        self.total += w.double().sum()
         self.tokens += len(x)
 
 
@@ -71,7 +76,7 @@ def added(parts: Sequence[GramStatistics]) -> GramStatistics:
         whole.cross += part.cross
         whole.sum_x += part.sum_x
         whole.sum_y += part.sum_y
-        whole.weight += part.weight
+        whole.total += part.total
         whole.tokens += part.tokens
     return whole
 
@@ -86,7 +91,7 @@ def warn_of_little_text(tokens: Tensor, inputs: Mapping[str, int]) -> None:
         log.warning(
             "%d calibration tokens say little about the %d inputs of %s, the widest of %d such "
             "modules: the weights that remain will fit noise; take more text, e.g. "
-            "calib.samples=128 calib.length=512",
+            "calib=general",
             tokens.numel(),
             inputs[widest],
             widest,

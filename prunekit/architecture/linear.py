@@ -4,10 +4,12 @@ rest of the network.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from prunekit.errors import ConfigError
 from prunekit.types import Group, Member
 
 
@@ -45,3 +47,13 @@ def readers(model: nn.Module, group: Group) -> list[Reader]:
         if leaf == "weight" and is_linear(module) and m.axis == int(isinstance(module, nn.Linear)):
             found.append(Reader(name, module, m))
     return found
+
+
+def check_read(model: nn.Module, groups: Iterable[Group], pruner: str) -> None:
+    """Raises ConfigError naming a group that no linear module reads; shapes are enough to tell."""
+    for group in groups:
+        if not readers(model, group):
+            raise ConfigError(
+                f"pruner={pruner} needs a linear module that reads the units, and none reads "
+                f"{group.name}: narrow pruner.kinds, or take pruner=oneshot"
+            )

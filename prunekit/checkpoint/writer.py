@@ -22,6 +22,11 @@ from prunekit.checkpoint.manifest import MANIFEST, build_manifest, write_manifes
 from prunekit.errors import ConfigError
 from prunekit.types import Group, Kept
 
+HOW_READ = {"is_local", "local_files_only"}
+"""What transformers writes down with a tokenizer that it read from a folder, though it says nothing
+about the tokenizer, and would keep others from the hub.
+"""
+
 
 def save(
     model: nn.Module,
@@ -68,7 +73,7 @@ def save(
         if packed:
             bitmask.pack(part)
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            _save_tokenizer(tokenizer, part)
         manifest = build_manifest(
             part, kept or {}, groups or [], config or {}, counts or {}, layout, merges
         )
@@ -104,6 +109,17 @@ def _check_model(model: nn.Module) -> None:
             f"the model mixes {' and '.join(names)}, and transformers loads one type; cast it "
             "first: model.to(torch.float32)"
         )
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The same files, wherever the tokenizer was read from."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    content = read_json(file) if file.is_file() else {}
+    if content.keys() & HOW_READ:
+        content = {k: v for k, v in content.items() if k not in HOW_READ}
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def _note(file: Path, **fields: Any) -> None:

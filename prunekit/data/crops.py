@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import ConfigError
+
+log = logging.getLogger("prunekit")
+BYTES = 16
+"""More than a token has on average: a text of so many for each token is long enough unread."""
 
 
 def crops(
@@ -27,6 +32,8 @@ def crops(
     `join` lets a row that is too short run on into the next ones. Special tokens are the
     tokenizer's default, as in the original. Raises ConfigError when the rows run out.
     """
+    if join:
+        warn_of_repeats(rows, tokenizer, glue, samples, length)
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
     drawn: list[Tensor] = []
@@ -64,3 +71,26 @@ def _ids(
         if len(ids) >= length or not join or ahead == len(rows):
             return ids
         text, ahead = text + glue + rows[ahead], ahead + 1
+
+
+def warn_of_repeats(
+    rows: Sequence[str], tokenizer: Any, glue: str, samples: int, length: int
+) -> None:
+    """Say so where more tokens are asked for than the rows have: stretches overlap then, and
+    statistics take what repeats for new text.
+    """
+    asked, size = samples * length, 0
+    for row in rows:
+        size += len(row.encode())
+        if size > BYTES * asked:
+            return
+    there = len(tokenizer(glue.join(rows), verbose=False).input_ids)
+    if there < asked:
+        log.warning(
+            "calibration asks for %d tokens of a text that has %d: its stretches repeat each "
+            "other, and statistics take that for new text; ask for calib.samples=%d at most, or "
+            "give more text",
+            asked,
+            there,
+            max(1, there // length),
+        )

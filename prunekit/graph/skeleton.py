@@ -55,8 +55,9 @@ def skeleton(model: nn.Module, each: int = 1) -> tuple[nn.Module, dict[str, list
     """A runnable copy on the CPU with `each` blocks of a kind, and for each block list which of its
     blocks represents each real one.
 
-    Parameters of a CPU model are shared, others are zeros that are never paged in. Buffers of a
-    meta model are made anew.
+    Parameters of a CPU model are shared, others are zeros that are never paged in. Buffers (masks,
+    rotary tables) are copied, since they decide what is traced; those of a meta model are made
+    anew.
     """
     lists = block_lists(model)
     represented = {p: representatives(block_kinds(model, p), each) for p in lists}
@@ -67,14 +68,13 @@ def skeleton(model: nn.Module, each: int = 1) -> tuple[nn.Module, dict[str, list
         for _, t in tensors(block)
         if i not in set(kinds)
     }
-    fresh = {id(t) for _, t in tensors(model) if t.device.type != "cpu"}
 
     def copied(t: Tensor) -> Tensor:
         if id(t) in dropped:
             return t
-        if id(t) in fresh:
-            return lazy_zeros(t)
-        return t if isinstance(t, nn.Parameter) else t.detach().clone()
+        if isinstance(t, nn.Parameter):
+            return t if t.device.type == "cpu" else lazy_zeros(t)
+        return lazy_zeros(t) if t.is_meta else t.detach().to("cpu", copy=True)
 
     small = clone(model, copied).eval()
     renumbered = {}

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from prunekit import graph
 from prunekit.errors import ConfigError
-from prunekit.problem import Expected, Problem, expect
+from prunekit.problem import CALIBRATION, Expected, Problem, expect
 from prunekit.registry import Natural, Positive, pruners
 from prunekit.selection.units import choose, expand_to_all_blocks, remaining_blocks, restrict
 from prunekit.solvers.bias_compensation import add_biases, check_readable, lost_means
@@ -81,6 +81,7 @@ def oneshot(
     kinds: Kinds = ["heads", "neurons"],  # noqa: B006 (never mutated; the YAML states it)
     grouping: Literal["coupled", "none"] = "coupled",
     steps: Positive | Literal["each"] = 1,
+    redraw: bool = False,
     compensate: Literal["none", "bias"] = "none",
     skip: Natural = 0,
     norm: Literal["plain", "rescale"] = "plain",
@@ -95,12 +96,15 @@ def oneshot(
         grouping: `none` lets every matrix choose its own units (the paper's Table 6: no
             dependency).
         steps: score and prune in this many steps; `each` takes one unit of a group at a time.
+        redraw: every step scores on samples of its own, the calibration's shared out among the
+            steps, as LLM-Pruner draws anew for each; false: all on all of them.
         compensate: `bias` leaves the mean output of what goes as a bias (FLAP).
         skip: tokens at the start of each sample that this mean leaves out.
         norm: `rescale` corrects RMSNorm for removed residual channels.
         remove: false zeroes instead of removing.
 
-    Raises ConfigError when nothing is left to prune.
+    Raises ConfigError when nothing is left to prune, and with `redraw` for fewer samples than
+    steps.
     """
     everything = problem.units(kinds)
     state = State(everything, problem.groups(kinds))
@@ -110,11 +114,26 @@ def oneshot(
     how = Step(kinds, grouping, compensate, skip, norm, remove)
     for step in range(1, total + 1):
         by_now = {name: count * step // total for name, count in counts.items()}
-        prune_once(problem, state, dataclasses.replace(allocation, counts=by_now), how)
+        seen = share_of(problem, step, total) if redraw else problem
+        prune_once(seen, state, dataclasses.replace(allocation, counts=by_now), how)
     groups = [g for g in everything if g.name in counts]
     if grouping == "none":
         groups = split(groups, counts)[0]
     return Pruned(problem.model, state.kept, groups, state.scores, {"counts": counts})
+
+
+def share_of(problem: Problem, step: int, steps: int) -> Problem:
+    """`problem` with the calibration samples of one step, every `steps`-th. Raises ConfigError
+    where there are fewer samples than steps.
+    """
+    tokens = problem.tokens
+    if len(tokens) < steps:
+        raise ConfigError(
+            f"pruner.redraw=true: {steps} steps need calib.samples={steps} or more, there are "
+            f"{len(tokens)}"
+        )
+    sets = {**problem.token_sets, CALIBRATION: tokens[step - 1 :: steps]}
+    return dataclasses.replace(problem, token_sets=sets)
 
 
 def prune_once(problem: Problem, state: State, allocation: Allocation, how: Step) -> None:

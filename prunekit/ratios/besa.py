@@ -207,6 +207,6 @@ def _whole(block: _Block, shares: dict[str, Tensor], count: int) -> dict[str, Te
         [shares[n] for n in block.matrices], [s[1] for s in shapes], [s[0] for s in shapes], count
     )
     return {
-        name: n.cpu().expand(len(m.weight)).contiguous()
+        name: n.expand(len(m.weight)).contiguous()
         for (name, m), n in zip(block.matrices.items(), numbers, strict=True)
     }

@@ -60,6 +60,18 @@ def check_skip(calib: Component, *readers: Component | None) -> None:
             )
 
 
+def check_samples(calib: Component, pruner: Component) -> None:
+    """Raises ConfigError where a pruner shares the samples out among more steps than there are."""
+    steps, samples = pruner.options.get("steps"), calib.options.get("samples")
+    if not pruner.options.get("redraw") or not isinstance(steps, int):
+        return
+    if isinstance(samples, int) and samples < steps:
+        raise ConfigError(
+            f"{pruner.name}: redraw=true shares calib.samples={samples} out among steps={steps}; "
+            f"give calib.samples={steps} or more"
+        )
+
+
 def check_keys(evals: Mapping[str, Component]) -> None:
     """Raises ConfigError for two evals that report under one key."""
     seen: dict[str, str] = {}

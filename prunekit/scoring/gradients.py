@@ -53,6 +53,16 @@ def only_these_train(model: nn.Module, names: set[str]) -> Iterator[None]:
             p.grad = held[n]
 
 
+def check_in_memory(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ConfigError for a weight that accelerate keeps elsewhere."""
+    missing = [n for n in names if tensor_of(model, n).is_meta]
+    if missing:
+        raise ConfigError(
+            f"gradients need every weight in memory, and {missing[0]} is not: "
+            "prunekit.architecture.offload.gather(model) brings them"
+        )
+
+
 def backward(
     model: nn.Module,
     names: Iterable[str],
@@ -77,12 +87,7 @@ def backward(
     Raises ConfigError where accelerate keeps a weight elsewhere.
     """
     wanted = list(dict.fromkeys(names))
-    missing = [n for n in wanted if tensor_of(model, n).is_meta]
-    if missing:
-        raise ConfigError(
-            f"gradients need every weight in memory, and {missing[0]} is not: "
-            "prunekit.architecture.offload.gather(model) brings them"
-        )
+    check_in_memory(model, wanted)
 
     def deliver(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
         with torch.no_grad():

@@ -124,13 +124,17 @@ def check_finite(scores: Scores) -> None:
     """Raises ConfigError naming the group whose scores are not finite: a choice among NaNs would be
     noise.
     """
-    for name, s in scores.items():
-        if not torch.isfinite(s).all():
-            bad = int((~torch.isfinite(s)).sum())
-            raise ConfigError(
-                f"{bad} of {s.numel()} scores of {name} are not finite: try model.dtype=float32 "
-                "or other calibration text"
-            )
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for s in scores.values():
+        by_device.setdefault(s.device, []).append(s.isfinite().all())
+    if all(bool(torch.stack(flags).all()) for flags in by_device.values()):  # one wait a device
+        return
+    name, bad = next((n, s) for n, s in scores.items() if not bool(s.isfinite().all()))
+    count = int((~bad.isfinite()).sum())
+    raise ConfigError(
+        f"{count} of {bad.numel()} scores of {name} are not finite: try model.dtype=float32 "
+        "or other calibration text"
+    )
 
 
 def restrict(outer: Tensor, inner: Tensor) -> Tensor:

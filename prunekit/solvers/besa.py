@@ -132,15 +132,15 @@ def project(shares: list[Tensor], inputs: list[int], rows: list[int], count: int
     go in all.
 
     `shares`, one tensor a matrix, are `(1)`, all its rows losing the same, or `(rows)`. What the
-    rounding leaves goes to those nearest to one more. The result has the shares' shapes; the total
-    falls short by less than the most rows that lose together. Each row keeps a weight.
+    rounding leaves goes to those nearest to one more. The result has the shares' shapes, on the
+    CPU; the total falls short by less than the most rows that lose together. Each row keeps a
+    weight.
     """
     sizes = [len(s) for s in shares]
-    wanted = torch.cat([s.double() for s in shares])
-    device = wanted.device
-    wide = torch.repeat_interleave(torch.tensor(inputs), torch.tensor(sizes)).to(device)
+    wanted = torch.cat([s.double() for s in shares]).cpu()  # the search asks for many totals
+    wide = torch.repeat_interleave(torch.tensor(inputs), torch.tensor(sizes))
     together = [r // n for r, n in zip(rows, sizes, strict=True)]
-    step = torch.repeat_interleave(torch.tensor(together), torch.tensor(sizes)).to(device)
+    step = torch.repeat_interleave(torch.tensor(together), torch.tensor(sizes))
 
     def at(shift: float) -> Tensor:
         return ((wanted + shift).clamp(0, 1) * wide + EPSILON).minimum(wide - 1.0)

@@ -9,11 +9,12 @@ ZipLM, arXiv 2302.04089, and SlimGPT, arXiv 2412.18110, for structures).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from prunekit.solvers.least_squares import cholesky
+from prunekit.errors import ConfigError
 
 Removal = tuple[list[int], list[float]]
 """Units in the order in which they go, and what each one costs at its turn."""
@@ -29,7 +30,7 @@ def greedy_removal(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -
     which are all inputs in play; `count <= U` units go.
     """
     owned = units.flatten().to(inverse.device)
-    order = units.new_tensor(range(units.numel())).view(units.shape).to(inverse.device)
+    order = torch.arange(units.numel(), device=inverse.device).view(units.shape)
     V, M = weight[:, owned].float(), inverse[owned][:, owned].float()
     if units.shape[1] == 1:
         return _single(V, M, count)
@@ -41,23 +42,39 @@ def _wide(V: Tensor, M: Tensor, units: Tensor, count: int) -> Removal:
     difference of large numbers.
     """
     V, M = V.double(), M.double()
-    left = list(range(len(units)))
-    order, costs = [], []
+    places = torch.arange(len(units), device=units.device)
+    left, order, costs, failures = places, [], [], []
     for _ in range(count):
-        inner = cholesky(
-            M[units[left][:, :, None], units[left][:, None, :]]
-        )  # (left, width, width)
-        outer = V[:, units[left]].permute(1, 2, 0)  # (left, width, outputs)
+        own = units[left]  # (left, width)
+        inner, failed = torch.linalg.cholesky_ex(M[own[:, :, None], own[:, None, :]])
+        outer = V[:, own].permute(1, 2, 0)  # (left, width, outputs)
         cost = torch.linalg.solve_triangular(inner, outer, upper=False).square().sum((1, 2))
-        best = int(cost.argmin())
-        S = units[left.pop(best)]
-        share = torch.cholesky_solve(M[S], inner[best])
+        best = cost.argmin()[None]
+        S = own.index_select(0, best)[0]
+        share = torch.cholesky_solve(M[S], inner.index_select(0, best)[0])
         V = V - V[:, S] @ share
         M = M - M[:, S] @ share
         # The rows and columns of S are zero now but for rounding, and are not looked at again.
-        order.append(int(S[0]) // units.shape[1])
-        costs.append(float(cost[best]))
-    return order, costs
+        order.append(left.index_select(0, best))
+        costs.append(cost.index_select(0, best))
+        failures.append(failed.any())
+        others = places[: len(left) - 1]
+        left = left.index_select(0, others + (others >= best))
+    return _removal(order, costs, failures)
+
+
+def _removal(order: list[Tensor], costs: list[Tensor], failures: Sequence[Tensor] = ()) -> Removal:
+    """The steps in Python's numbers: the one place where the host waits for the device. Raises
+    ConfigError where a step had no Cholesky factor.
+    """
+    if failures and bool(torch.stack(list(failures)).any()):
+        raise ConfigError(
+            "an inverse gram matrix is not positive definite: raise the ridge or calibrate on more "
+            "text"
+        )
+    if not order:
+        return [], []
+    return torch.cat(order).tolist(), torch.cat(costs).clamp(min=0).tolist()
 
 
 def _single(V: Tensor, M: Tensor, count: int, panel: int = 32) -> Removal:
@@ -68,8 +85,8 @@ def _single(V: Tensor, M: Tensor, count: int, panel: int = 32) -> Removal:
     are dropped, so that the work shrinks.
     """
     left = torch.arange(M.shape[0], device=M.device)
-    order: list[int] = []
-    costs: list[float] = []
+    order: list[Tensor] = []
+    costs: list[Tensor] = []
     while len(order) < count:
         steps = min(panel, count - len(order))
         diagonal, norms = M.diagonal().clone(), V.square().sum(0)
@@ -77,17 +94,21 @@ def _single(V: Tensor, M: Tensor, count: int, panel: int = 32) -> Removal:
         gone = torch.zeros(len(M), dtype=torch.bool, device=M.device)
         for k in range(steps):
             cost = torch.where(gone, math.inf, norms / diagonal)
-            p = int(cost.argmin())
-            h, v = M[:, p] - B[:, :k] @ B[p, :k], V[:, p] - A[:, :k] @ B[p, :k]
-            pivot = h[p].clamp(min=torch.finfo(h.dtype).tiny)
+            p = cost.argmin()[None]  # stays where it is: an int would make the host wait
+            row = B.index_select(0, p)[0, :k]
+            h = M.index_select(1, p)[:, 0] - B[:, :k] @ row
+            v = V.index_select(1, p)[:, 0] - A[:, :k] @ row
+            pivot = h.index_select(0, p).clamp(min=torch.finfo(h.dtype).tiny)
             overlap = v @ V - B[:, :k] @ (A[:, :k].T @ v)
             norms = (norms - 2 * overlap * h / pivot + v.dot(v) * (h / pivot).square()).clamp(min=0)
             diagonal = diagonal - h.square() / pivot
-            diagonal[p], gone[p] = 1.0, True
+            diagonal.index_fill_(0, p, 1.0)
+            gone.index_fill_(0, p, True)
             A[:, k], B[:, k] = v / pivot.sqrt(), h / pivot.sqrt()
-            order.append(int(left[p]))
-            costs.append(max(float(cost[p]), 0.0))
-        stay = (~gone).nonzero()[:, 0]
+            order.append(left.index_select(0, p))
+            costs.append(cost.index_select(0, p))
+        # As many stay as are not gone: sorting, unlike nonzero, needs no word from the device.
+        stay = gone.to(torch.uint8).argsort(stable=True)[: len(left) - steps]
         B = B[stay]
         V, M, left = V[:, stay] - A @ B.T, M[stay][:, stay] - B @ B.T, left[stay]
-    return order, costs
+    return _removal(order, costs)

@@ -34,14 +34,15 @@ def inverse(matrix: Tensor, name: str) -> Tensor:
     there is no Cholesky factor.
     """
     lower, failed = torch.linalg.cholesky_ex(matrix)
-    found = torch.cholesky_inverse(lower)
-    if failed or not torch.isfinite(found).all():
-        raise ConfigError(
-            f"{name}: no Cholesky factor of the {len(matrix)} inputs' gram matrix: numbers that "
-            "are not finite, or too little text for this ridge. Raise pruner.ridge, calibrate on "
-            "more text, or with model.dtype=float32"
-        )
-    return found
+    if not failed:  # or else the inverse is an error of its own where a pivot is exactly zero
+        found = torch.cholesky_inverse(lower)
+        if found.isfinite().all():
+            return found
+    raise ConfigError(
+        f"{name}: no Cholesky factor of the {len(matrix)} inputs' gram matrix: numbers that "
+        "are not finite, or too little text for this ridge. Raise pruner.ridge, calibrate on "
+        "more text, or with model.dtype=float32"
+    )
 
 
 def squared_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:

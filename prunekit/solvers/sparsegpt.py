@@ -34,20 +34,17 @@ def inverse_factor(gram: Tensor, ridge: float, name: str) -> tuple[Tensor, float
     ridge grows tenfold, which is logged as a warning. Raises ConfigError when that does not help.
     """
     H = gram.double().clone()
-    dead = H.diagonal() == 0
-    mean = (
-        H.diagonal()[~dead].mean()
-        if not dead.all()
-        else torch.ones((), dtype=H.dtype, device=H.device)
-    )
-    H.diagonal()[dead] = mean
+    diagonal = H.diagonal()
+    dead = diagonal == 0
+    mean = torch.where(dead.all(), 1.0, diagonal.sum() / (~dead).sum())
+    diagonal.copy_(torch.where(dead, mean, diagonal))
     for _ in range(TRIES):
         ridged = H + ridge * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
         lower, failed = torch.linalg.cholesky_ex(ridged)
-        if not failed:
+        if not failed:  # or else its inverse may be an error of its own
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and torch.isfinite(upper).all():
-            return upper, ridge
+            if bool((failed == 0) & upper.isfinite().all()):
+                return upper, ridge
         more = max(10 * ridge, 1e-4)
         log.warning(
             "%s: the inputs' gram matrix has no Cholesky factor at ridge %g; trying again with %g",
@@ -78,8 +75,8 @@ def solve_columns(
     diagonal = upper.diagonal().clone()
     scale = diagonal.square().reciprocal()
     if dead is not None:
-        scale[dead] = 0
-    cost = 0.0
+        scale = scale.masked_fill(dead, 0)
+    cost = torch.zeros((), dtype=torch.float64, device=W.device)
 
     def saliencies(j: int, stop: int) -> Tensor:
         return W[j:stop].square() * scale[j:stop, None]
@@ -95,8 +92,8 @@ def solve_columns(
             W[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
             W[j].masked_fill_(~kept[j], 0)
         W[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-        cost += float(errors.double().square().sum())
-    return W.T.contiguous(), kept.T.contiguous(), cost
+        cost += errors.double().square().sum()
+    return W.T.contiguous(), kept.T.contiguous(), float(cost)
 
 
 def lowest_of_block(count: int, inputs: int, block: int) -> MaskRule:

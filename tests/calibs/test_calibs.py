@@ -61,6 +61,17 @@ def test_rows_that_are_too_short_are_named_and_joined_on_request():
         draw(length=100_000, join=True)
 
 
+@pytest.mark.parametrize(("samples", "said"), [(20, False), (24, True)])
+def test_more_tokens_than_the_text_has_are_said(samples, said, caplog):
+    """The 40 rows and what joins them are 1,279 bytes, a token each, and one begins the text."""
+    draw(samples=samples, length=60, join=True, glue=" ")
+    assert ("asks for 1440 tokens of a text that has 1280" in caplog.text) == said
+    assert ("calib.samples=21 at most" in caplog.text) == said
+    caplog.clear()
+    draw(samples=24, length=20, join=False)  # no row is used twice
+    assert not caplog.text
+
+
 def test_calibration_reads_the_part_that_is_kept_for_it():
     tokens = calibs.build({"name": "crop", "samples": 5, "length": 32})(TOKENIZER)
     part = datasets.document(datasets.texts("pydocs", "calibration"))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import llama, uneven
 
+from prunekit import registry
 from prunekit.checkpoint import load, save, writer
 from prunekit.errors import ConfigError
 
@@ -74,3 +75,14 @@ save(llama(), None, sys.argv[1])
     assert not (tmp_path / "out").exists()
     save(llama(), None, tmp_path / "out")
     load(tmp_path / "out")
+
+
+def test_a_tokenizer_is_written_the_same_wherever_it_was_read_from(tmp_path: Path) -> None:
+    _, tokenizer = registry.models.build({"name": "tiny_llama", "layers": 1})()
+    save(llama(), tokenizer, tmp_path / "first")
+    save(llama(), load(tmp_path / "first")[1], tmp_path / "second")
+    names = {p.name for p in (tmp_path / "first").glob("*token*")}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= names
+    for name in names:
+        first, second = ((tmp_path / f / name).read_bytes() for f in ("first", "second"))
+        assert first == second, name

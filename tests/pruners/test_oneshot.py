@@ -14,6 +14,7 @@ from prunekit import checkpoint
 from prunekit.criteria.block_influence import block_influence
 from prunekit.criteria.flap import flap
 from prunekit.criteria.shortened_llama import block_ppl
+from prunekit.errors import ConfigError
 from prunekit.excludes.ranges import ends, layer_range
 from prunekit.pruners.oneshot import oneshot
 from prunekit.types import Allocation
@@ -107,6 +108,27 @@ def test_a_range_means_the_dense_model_s_blocks_at_every_step(model, tokens):
     )
     assert len(gone(pruned)) == 2
     assert set(gone(pruned)) < {1, 2, 3}
+
+
+@pytest.mark.parametrize("redraw", [False, True])
+def test_steps_score_on_samples_of_their_own_or_on_all(model, tokens, redraw):
+    seen = []
+
+    def watched(model, groups, run):
+        seen.append(run.tokens)
+        return block_influence(model, groups, run)
+
+    drop(model, tokens, watched, 3, steps=3, redraw=redraw)
+    assert len(seen) == 3
+    if not redraw:
+        assert all(torch.equal(s, tokens) for s in seen)
+    else:
+        assert [s.tolist() for s in seen] == [tokens[i::3].tolist() for i in range(3)]
+
+
+def test_fewer_samples_than_steps_are_refused(model, tokens):
+    with pytest.raises(ConfigError, match=r"5 steps need calib.samples=5 or more, there are 4"):
+        drop(model, tokens, block_influence, 5, steps="each", redraw=True)
 
 
 # ---- FLAP

@@ -32,6 +32,7 @@ pruner.compensate=bias pruner.skip=16    | oneshot: skip=16 leaves nothing
 pruner.kinds=[]                          | kinds=\[\]
 pruner.kinds=heads                       | kinds='heads'
 pruner.steps=1000                        | pruner.steps=1000: .* units at most
+pruner.steps=5 pruner.redraw=true        | redraw=true shares calib.samples=4 out among steps=5
 pruner.steps=0                           | steps=0
 ratio.multiple=1000                      | ratio.multiple=1000: neurons.0 has 128 units
 ratio.multiple=0                         | multiple=0

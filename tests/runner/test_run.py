@@ -14,6 +14,10 @@ from prunekit import registry
 from prunekit.errors import ConfigError
 from prunekit.runner.run import run
 
+LAYERS = range(4)
+EVENLY = {f"heads.{i}": 2 for i in LAYERS} | {"neurons.0": 80}
+EVENLY |= {f"neurons.{i}": 81 for i in (1, 2, 3)}
+
 
 def test_result_file_has_every_documented_part(tmp_path):
     record = run(config(), tmp_path)
@@ -37,7 +41,7 @@ def test_result_file_has_every_documented_part(tmp_path):
 
 
 def test_the_same_command_twice_gives_the_same_bits(tmp_path):
-    a, b = (run(config(), tmp_path / name) for name in "ab")
+    a, b = (run(config("cache=off"), tmp_path / name) for name in "ab")
     timed = ("_ms", "_ms_per_token", "_per_s", "_mib", "_ms_spread", "_spread")
     stable = [k for k in a["results"] if not k.endswith(timed)]
     assert {k: a["results"][k] for k in stable} == {k: b["results"][k] for k in stable}
@@ -58,22 +62,39 @@ def test_every_criterion_of_the_paper_runs(criterion, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "left", "kept"),
     [
-        ["pruner=channel", "pruner.norm=rescale"],
-        ["ratio=global"],
-        ["ratio=global", "ratio.of=units"],
-        ["pruner.steps=3"],
-        ["pruner.grouping=none"],
-        ["pruner.remove=false"],
-        ["exclude=range", "exclude.heads=[0,1]", "exclude.neurons=[1,2]", "ratio.of=prunable"],
-        ["ratio.of=units", "ratio.target=0.4"],
+        (["pruner=channel", "pruner.norm=rescale"], 0.8, {"hidden": 51}),
+        (["ratio=global"], 0.8, None),
+        (["ratio=global", "ratio.of=units"], None, None),
+        (["pruner.steps=3"], 0.8, EVENLY),
+        (["pruner.grouping=none"], 0.8, None),
+        (["pruner.remove=false"], 0.8, EVENLY),
+        (
+            ["exclude=range", "exclude.heads=[0,1]", "exclude.neurons=[1,2]", "ratio.of=prunable"],
+            None,
+            {"heads.0": 2, "neurons.1": 90},
+        ),
+        (
+            ["ratio.of=units", "ratio.target=0.4"],
+            None,
+            EVENLY | {f"neurons.{i}": 76 for i in LAYERS},
+        ),
     ],
 )
-def test_every_strategy_runs_and_saves(overrides, tmp_path):
+def test_every_strategy_takes_what_it_is_told_to_and_saves(overrides, left, kept, tmp_path):
+    """Of 2 x 4 heads and 128 neurons in each of 4 layers."""
     record = run(config(*overrides), tmp_path)
     size = "params_nonzero" if "pruner.remove=false" in overrides else "params"
-    assert record["results"][f"pruned/{size}"] < record["results"][f"dense/{size}"]
+    share = record["results"][f"pruned/{size}"] / record["results"][f"dense/{size}"]
+    assert share < 1
+    assert left is None or share == pytest.approx(left, abs=0.005)
+    found = {name: n for name, (n, _) in record["kept"].items()}
+    assert kept is None or found == kept
+    neurons = [n for name, n in found.items() if name.startswith("neurons.")]
+    if "ratio=global" in overrides:
+        assert max(neurons) - min(neurons) > 10
+        assert "ratio.of=units" not in overrides or sum(neurons) == 4 * 128 - int(0.2 * 128 + 1) * 4
     assert (tmp_path / "checkpoint" / "config.json").is_file()
 
 
