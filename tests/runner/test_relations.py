@@ -50,6 +50,7 @@ model.device=meta                        | device='meta'
 pruner=obs criterion=none pruner.ridge=-1 | ridge=-1
 recovery=lora_text recovery.lr=inf       | lr=inf
 recovery=lora_text recovery.lr=1000      | lr=1000
+recovery=distill recovery.lr=1000        | lr=1000
 ratio=besa pruner=unstructured criterion=wanda ratio.rate=126 | rate=126
 recovery=lora_text recovery.lr=0         | lr=0
 recovery=lora_text recovery.epochs=inf  | epochs=inf
