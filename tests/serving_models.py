@@ -56,5 +56,7 @@ def with_biases(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for layer in model.model.layers:
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            linear.bias = nn.Parameter(0.3 * torch.randn(96, generator=generator))
+            linear.bias = nn.Parameter(
+                0.3 * torch.randn(linear.weight.shape[0], generator=generator)
+            )
     return model

@@ -96,7 +96,7 @@ def forward_until(
 
     def leave(name: str, y: Tensor) -> None:
         seen.y[name] = y.float().reshape(*x.shape[:-1], -1)  # OPT flattens samples and tokens
-        seen.after[name] = sum(seen.y.values(), x.float())
+        seen.after[name] = sum(seen.y.values(), x.to(y.device).float())
         if name == last:
             raise_stop()
 
@@ -135,6 +135,7 @@ def is_residual_sum(
     """
     x = inputs[feed.rows[0]]
     seen = forward_until(feed, module, b, 0, x, names)
+    x = x.to(seen.out.device)
     added = seen.after[names[-1]] - x if names else torch.zeros_like(x)
     moved = seen.out - x
     return bool((moved - added).float().norm() <= 0.01 * moved.float().norm())

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunekit.data.generation import generate_rows
+from prunekit.data.generation import generate_text
 from prunekit.registry import Length, Positive, Seed, calibs
 
 Temperature = Annotated[float, Field(gt=0)]
@@ -41,10 +40,6 @@ def self_generated(
 
     Returns `(N, T)` int64. Raises ConfigError for a model that cannot generate.
     """
-    special = sorted(set(tokenizer.all_special_ids))
-    plain = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(special)))
-    generator = torch.Generator().manual_seed(seed)
-    first = plain[torch.randint(len(plain), (samples, 1), generator=generator)]
-    return generate_rows(
-        model, first, length, banned=special, temperature=temperature, seed=seed, batch=batch
+    return generate_text(
+        model, tokenizer, samples, length, temperature=temperature, seed=seed, batch=batch
     )

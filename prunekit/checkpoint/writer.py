@@ -61,7 +61,7 @@ def save(
     _check_target(folder)
     _check_model(model)
     config_of_model, layout, copy = describe(model, check)
-    with _appears_when_complete(folder) as part:
+    with appears_when_complete(folder) as part:
         lend_weights(model, copy)
         # Under the names of the modules that the layout names: engines know no others for a class
         # that is not theirs.
@@ -138,7 +138,7 @@ def _note_base_model(file: Path, model: Any) -> None:
 
 
 @contextmanager
-def _appears_when_complete(folder: Path) -> Iterator[Path]:
+def appears_when_complete(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which then takes its name; an earlier checkpoint of
     that name makes way. After an error all is as it was.
     """

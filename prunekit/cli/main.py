@@ -20,8 +20,9 @@ COMMANDS = {
     ),
     "export": (
         "prunekit.export.command",
-        "export CHECKPOINT --to gguf|list [--out FILE] [--type f32|f16|bf16|q8_0]: a file for "
-        "llama.cpp; which engines take the checkpoint",
+        "export CHECKPOINT --to gguf|nemotron-nas|list [--out PATH] [--type f32|f16|bf16|q8_0]: a "
+        "file for llama.cpp; a folder for engines that know DeciLM; which engines take the "
+        "checkpoint",
     ),
     "groups": (
         "prunekit.inventory.command",

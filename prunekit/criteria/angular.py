@@ -80,4 +80,5 @@ def states(model: nn.Module, group: Group, run: Run, tokens: str) -> Tensor:
         {group.modules[-1]: partial(see, "after")},
     ):
         pass_tokens(run, "angles between blocks")
-    return torch.stack([torch.cat(parts) for parts in seen.values()])
+    rows = [torch.cat(parts) for parts in seen.values()]
+    return torch.stack([x.to(rows[0].device) for x in rows])

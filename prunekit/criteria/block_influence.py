@@ -26,17 +26,18 @@ def block_influence(
     huge activations that no block turns. One pass through the model.
     """
     entered: dict[str, Tensor] = {}
-    cosines: dict[str, float] = {}
+    cosines: dict[str, Tensor | float] = {}
 
     def leave(name: str, x: Tensor) -> None:
-        cosine = torch.cosine_similarity(
-            entered.pop(name)[:, skip:].float(), x[:, skip:].float(), dim=-1
-        )
-        cosines[name] = cosines.get(name, 0.0) + cosine.double().sum().item()
+        before = entered.pop(name).to(x.device)
+        cosine = torch.cosine_similarity(before[:, skip:].float(), x[:, skip:].float(), dim=-1)
+        cosines[name] = cosines.get(name, 0.0) + cosine.double().sum()
 
     names = [n for g in groups for n in g.modules]
     inputs = {n: partial(entered.__setitem__, n) for n in names}
     with hook_activations(model, inputs=inputs, outputs={n: partial(leave, n) for n in names}):
         pass_tokens(run, "block influence")
     tokens = run.tokens[:, skip:].numel()
-    return {g.name: torch.tensor([1 - cosines[n] / tokens for n in g.modules]) for g in groups}
+    return {
+        g.name: torch.tensor([1 - float(cosines[n]) / tokens for n in g.modules]) for g in groups
+    }

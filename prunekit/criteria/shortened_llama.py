@@ -40,7 +40,7 @@ def block_magnitude(
             [tensor_of(model, n).float().abs().pow(p).sum() for n in weights_of(model, block)]
         ).sum()
 
-    return {g.name: torch.stack([total(b) for b in g.modules]) for g in groups}
+    return {g.name: torch.stack([total(b).cpu() for b in g.modules]) for g in groups}
 
 
 @criteria.register(paper="arXiv 2402.02834", year=2024, needs="gradients", kinds=("blocks",))

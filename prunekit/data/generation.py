@@ -53,3 +53,27 @@ def generate_rows(
             part = part.to(device)
             rows.append(generate(part, attention_mask=torch.ones_like(part), generation_config=how))
     return torch.cat(rows).cpu()
+
+
+def generate_text(
+    model: nn.Module,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    *,
+    temperature: float,
+    seed: int,
+    batch: int,
+) -> Tensor:
+    """`(samples, length)` int64 of the model's own distribution: one random token of the
+    vocabulary, and what the model says after it. Special tokens are neither drawn nor said.
+
+    Raises ConfigError for a model that cannot generate.
+    """
+    special = sorted(set(tokenizer.all_special_ids))
+    plain = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(special)))
+    generator = torch.Generator().manual_seed(seed)
+    first = plain[torch.randint(len(plain), (samples, 1), generator=generator)]
+    return generate_rows(
+        model, first, length, banned=special, temperature=temperature, seed=seed, batch=batch
+    )

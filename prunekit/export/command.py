@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prunekit.export.gguf import export_gguf
 from prunekit.export.gguf_file import TYPES
+from prunekit.export.nemotron_nas import export_nemotron_nas
 
 log = logging.getLogger("prunekit")
 
@@ -21,11 +22,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("gguf", "list"),
-        help="gguf: for llama.cpp; list: which engines take the checkpoint",
+        choices=("gguf", "nemotron-nas", "list"),
+        help="gguf: for llama.cpp; nemotron-nas: a folder for engines that know DeciLM; list: "
+        "which engines take the checkpoint",
     )
     parser.add_argument(
-        "--out", type=Path, help="the file to write (default: beside the folder, CHECKPOINT.gguf)"
+        "--out",
+        type=Path,
+        help="what to write (default: beside the folder, CHECKPOINT.gguf or "
+        "CHECKPOINT-nemotron-nas)",
     )
     parser.add_argument(
         "--type",
@@ -38,8 +43,13 @@ def main(argv: list[str]) -> int:
     if given.to == "list":
         show(given.path)
         return 0
-    beside = given.path.resolve().parent / f"{given.path.resolve().name}.gguf"
-    log.info("wrote %s", export_gguf(given.path, given.out or beside, type=given.type))
+    path = given.path.resolve()
+    if given.to == "nemotron-nas":
+        out = given.out or path.parent / f"{path.name}-nemotron-nas"
+        log.info("wrote %s", export_nemotron_nas(path, out))
+        return 0
+    beside = path.parent / f"{path.name}.gguf"
+    log.info("wrote %s", export_gguf(path, given.out or beside, type=given.type))
     return 0
 
 

@@ -4,6 +4,7 @@ instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from prunekit.architecture.blocks import block_modules
@@ -12,6 +13,8 @@ from prunekit.checkpoint.layout import describe_runtime_modules
 from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
 from prunekit.export.gguf import content_of
+from prunekit.export.llama_like import LIKE_LLAMA
+from prunekit.export.nemotron_nas import nemotron_nas_content
 
 
 class Engine(NamedTuple):
@@ -28,7 +31,12 @@ def engines(model: Any) -> list[Engine]:
     its buffers initialised.
     """
     stock = stock_config(model) is not None
-    return [_transformers(stock), _vllm(model, stock), _llamacpp(model), *_stock_only(stock)]
+    return [
+        _transformers(stock),
+        _vllm(model, stock),
+        _llamacpp(model),
+        *_block_configs(model, stock),
+    ]
 
 
 def _transformers(stock: bool) -> Engine:
@@ -43,7 +51,9 @@ def _vllm(model: Any, stock: bool) -> Engine:
         return Engine(name, True, "its own class, where it has one")
     gone = [half for layer in block_modules(model) for half in bypassed(layer) if "mlp" not in half]
     if gone:
-        return Engine(name, False, "a layer has no attention", "pruner.kinds=[heads,neurons]")
+        other = _asked(name, lambda: bool(nemotron_nas_content(model)) * "export --to nemotron-nas")
+        missing = Engine(name, False, "a layer has no attention", "pruner.kinds=[heads,neurons]")
+        return other if other.takes else missing
     kinds = {entry["kind"] for entry in describe_runtime_modules(model)} - {"bypass"}
     if kinds:
         return Engine(name, False, f"run-time modules ({', '.join(sorted(kinds))}) were not tried")
@@ -56,21 +66,32 @@ def _vllm(model: Any, stock: bool) -> Engine:
 
 
 def _llamacpp(model: Any) -> Engine:
+    return _asked("llama.cpp", lambda: f"export --to gguf (architecture {content_of(model).arch})")
+
+
+def _asked(name: str, how: Callable[[], str]) -> Engine:
+    """What the form says, which raises ConfigError for a model that it cannot hold."""
     try:
-        arch = content_of(model).arch
+        return Engine(name, True, how())
     except ConfigError as error:
         why, _, other = str(error).partition(" Possible: ")
         override = other.removeprefix("prune with ") if "=" in other else ""
-        return Engine("llama.cpp", False, why.rstrip("."), override)
-    return Engine("llama.cpp", True, f"export --to gguf (architecture {arch})")
+        return Engine(name, False, why.rstrip("."), override)
 
 
-def _stock_only(stock: bool) -> list[Engine]:
+def _block_configs(model: Any, stock: bool) -> list[Engine]:
     names = ("SGLang", "TensorRT-LLM", "mlx-lm")
     if stock:
         return [Engine(name, True, "its own class, where it has one") for name in names]
-    why = "the same sizes in every layer"
-    return [Engine(name, False, why, "ratio.loadable=stock") for name in names]
+    if model.config.model_type not in LIKE_LLAMA:
+        why = "the same sizes in every layer"
+        return [Engine(name, False, why, "ratio.loadable=stock") for name in names]
+
+    def how() -> str:
+        nemotron_nas_content(model)
+        return "export --to nemotron-nas (checked in vLLM only)"
+
+    return [_asked(name, how) for name in names]
 
 
 def lines(found: list[Engine]) -> list[list[str]]:

@@ -17,7 +17,8 @@ from prunekit.errors import ConfigError
 from prunekit.export.gguf_content import Content
 from prunekit.export.gguf_families import uniform_content
 from prunekit.export.gguf_file import TYPES, Type, Words, write_file
-from prunekit.export.gguf_uneven import LIKE_LLAMA, uneven_content
+from prunekit.export.gguf_uneven import uneven_content
+from prunekit.export.llama_like import LIKE_LLAMA
 
 SPLITS = ("gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o")
 """Names that GGUF has for how a byte-level tokenizer cuts text before merging."""

@@ -177,7 +177,7 @@ def rope_of(config: Any) -> dict[str, Any]:
     return given
 
 
-def check_fields(config: Any, family: Family) -> None:
+def check_fields(config: Any, family: Family, engine: str = "llama.cpp") -> None:
     """Raises ConfigError naming a field of the config at which the engine's graph is not this
     model.
     """
@@ -192,13 +192,13 @@ def check_fields(config: Any, family: Family) -> None:
             possible = (head_sizes(config)[2],)
         if value not in possible:
             raise ConfigError(
-                f"llama.cpp: {name}={value!r} of this {config.model_type}; possible: "
+                f"{engine}: {name}={value!r} of this {config.model_type}; possible: "
                 + ", ".join(map(repr, possible))
             )
     scaling = rope_of(config).get("rope_type", "default")
     if scaling != "default" and not family.factors:
         raise ConfigError(
-            f"llama.cpp: rope_type {scaling!r} of a {config.model_type}; possible: default"
+            f"{engine}: rope_type {scaling!r} of a {config.model_type}; possible: default"
         )
 
 

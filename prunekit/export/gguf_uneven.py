@@ -9,13 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from prunekit.checkpoint.construction import clean_config
-from prunekit.checkpoint.layout import difference
 from prunekit.checkpoint.state import tensors
-from prunekit.checkpoint.stock_config import mirrored
 from prunekit.errors import ConfigError
 from prunekit.export.gguf_content import (
     Change,
@@ -28,9 +23,14 @@ from prunekit.export.gguf_content import (
     rope_factors,
 )
 from prunekit.export.gguf_families import FAMILIES, check_fields, facts_of, head_sizes
+from prunekit.export.llama_like import (
+    LIKE_LLAMA,
+    check_difference,
+    empty_attention,
+    empty_ffn,
+    split_fused,
+)
 
-LIKE_LLAMA = ("llama", "mistral", "qwen2", "phi3")
-"""RMSNorm, SiLU, gated feed-forward, no norm of queries and keys."""
 ARCH = "deci"
 EMPTY_FFN = 32
 """Neurons, all zero, of a layer whose feed-forward is gone: with none the engine would drop the
@@ -40,13 +40,7 @@ EMPTY_HEADS = 1
 """Query and key/value heads, all zero, of a first layer whose attention is gone: without heads
 there the engine takes the head size for 0 everywhere.
 """
-HALVES = ("self_attn", "mlp")
 LAYER = re.compile(r"model\.layers\.\d+\.")
-OF_A_LAYER = re.compile(
-    r"model\.layers\.\d+\.(self_attn\.(q|k|v|o|qkv)_proj|mlp\.(gate|up|down|gate_up)_proj)"
-    r"\.(weight|bias)"
-)
-NUMBERS = re.compile(r"model\.layers\.\d+\.self_attn\.(num_key_value_groups|num_\w*heads)")
 
 
 def uneven_content(model: Any) -> Content:
@@ -60,7 +54,7 @@ def uneven_content(model: Any) -> Content:
             f"{kind}. Possible: prune with ratio.loadable=stock"
         )
     check_fields(config, FAMILIES[kind])
-    _check_difference(model, config)
+    check_difference(model, config, "llama.cpp")
     layers = [
         Layer(model, i, head_sizes(config)[2], config.hidden_size)
         for i in range(config.num_hidden_layers)
@@ -79,30 +73,6 @@ def uneven_content(model: Any) -> Content:
     for layer in layers:
         entries += layer.entries()
     return Content(ARCH, facts, entries + rope_factors(model, head_sizes(config)[2]))
-
-
-def _check_difference(model: Any, config: Any) -> None:
-    """Raises ConfigError for whatever is not the model's class but for sizes, biases and missing
-    halves of layers.
-    """
-    left = difference(model, config, mirrored(model, config), own_configs=False)
-    halves = [
-        f"model.layers.{i}.{half}" for i in range(config.num_hidden_layers) for half in HALVES
-    ]
-    other = [
-        f"{module['kind']} at {module['path']}"
-        for module in left.get("modules", [])
-        if module["kind"] != "bypass" or module["path"] not in halves
-    ]
-    for part in ("shapes", "absent"):
-        other += [name for name in left.get(part, ()) if not OF_A_LAYER.fullmatch(name)]
-    other += [name for name in left.get("attributes", ()) if not NUMBERS.fullmatch(name)]
-    other += list(left.get("buffers", ()))
-    if other:
-        raise ConfigError(
-            f"llama.cpp has no place for {other[0]}, which is not what {type(config).__name__} "
-            "builds; it takes other widths, biases and missing halves of layers"
-        )
 
 
 class Layer:
@@ -145,36 +115,3 @@ class Layer:
                 changes = [neighbours(self.heads if "q_proj" in name else self.pairs)]
             found.append(entry(named(f"model.layers.{self.index}.{name}"), tensor, *changes))
         return found
-
-
-def split_fused(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fused matrices (Phi-3) as views of their parts."""
-    parted: dict[str, Tensor] = {}
-    parts: tuple[str, ...]
-    for name, tensor in own.items():
-        if "gate_up_proj" in name:
-            parts, sizes = ("gate", "up"), [tensor.shape[0] // 2] * 2
-        elif "qkv_proj" in name:
-            queries = own["self_attn.o_proj.weight"].shape[1]
-            rest = (tensor.shape[0] - queries) // 2
-            parts, sizes = ("q", "k", "v"), [queries, rest, rest]
-        else:
-            parted[name] = tensor
-            continue
-        for part, view in zip(parts, tensor.split(sizes)):
-            parted[re.sub("gate_up|qkv", part, name)] = view
-    return parted
-
-
-def empty_attention(width: int, hidden: int) -> dict[str, Tensor]:
-    """An attention that adds nothing."""
-    into = {f"self_attn.{part}_proj.weight": torch.zeros(width, hidden) for part in "qkv"}
-    out = {"self_attn.o_proj.weight": torch.zeros(hidden, width)}
-    return into | out | {"input_layernorm.weight": torch.ones(hidden)}
-
-
-def empty_ffn(width: int, hidden: int) -> dict[str, Tensor]:
-    """A feed-forward that adds nothing."""
-    into = {f"mlp.{part}_proj.weight": torch.zeros(width, hidden) for part in ("gate", "up")}
-    out = {"mlp.down_proj.weight": torch.zeros(hidden, width)}
-    return into | out | {"post_attention_layernorm.weight": torch.ones(hidden)}

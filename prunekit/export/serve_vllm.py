@@ -2,8 +2,8 @@
 own.
 
 It imports nothing but vllm, so the interpreter may be that of another environment. Reads one JSON
-list of requests {"folder", "prompt": token ids, "count"} from standard input, writes one line of
-JSON an answer: {"tokens", "logprobs"} or {"error"}.
+list of requests {"folder", "prompt": token ids, "count", "implementation"} from standard input,
+writes one line of JSON an answer: {"tokens", "logprobs"} or {"error"}.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
 
 
-def complete(folder: str, prompt: list[int], count: int) -> dict[str, Any]:
-    """Token ids and log probabilities by the backend that runs transformers' modules; token 0, the
-    end of text, is left out.
+def complete(
+    folder: str, prompt: list[int], count: int, implementation: str = "transformers"
+) -> dict[str, Any]:
+    """Token ids and log probabilities; token 0, the end of text, is left out. `transformers` is the
+    backend that runs transformers' modules, `vllm` the engine's own classes.
     """
     engine = LLM(
         model=folder,
         trust_remote_code=True,
-        model_impl="transformers",
+        model_impl=implementation,
         dtype="float32",
         max_model_len=128,
         enforce_eager=True,

@@ -78,11 +78,11 @@ def merged_values(model: nn.Module, merge: Merge, before: Mapping[str, Tensor]) 
     for name in merged_parameters(model.get_submodule(merge["into"])):
         own = value(merge["into"], name)
         if merge["rule"] == "last":
-            new = value(merge["blocks"][-1], name).clone()
+            new = value(merge["blocks"][-1], name).to(own.device, copy=True)
         else:
             total = own.double()
             for block in merge["blocks"]:
-                total = total + (value(block, name).double() - own.double())
+                total = total + (value(block, name).to(own.device).double() - own.double())
             new = total.to(own.dtype)
         found[f"{merge['into']}.{name}"] = new
     return found

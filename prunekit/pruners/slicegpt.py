@@ -243,7 +243,7 @@ def same(
     with hook_activations(model, inputs={(*chain.blocks, chain.norm)[depth]: seen.append}):
         forward(model, tokens[rows], head=False)
     want = inputs[rows].float()
-    far = float((seen[0].float() - want).norm() / want.norm())
+    far = float((seen[0].to(want.device).float() - want).norm() / want.norm())
     if far > (
         1e-2
         if inputs[rows].dtype in (torch.float32, torch.float64) and feed.precision == "model"

@@ -4,29 +4,25 @@ recipe), merged at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit import graph
 from prunekit.architecture.blocks import linear_names
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.training_examples import (
     Corpus,
-    Example,
     check_source,
     load_examples,
     split_validation,
 )
 from prunekit.problem import Problem
 from prunekit.registry import Length, Natural, Positive, Seed, Share, recoveries
+from prunekit.training.low_rank import Updates, train_and_merge
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.types import Pruned
-
-if TYPE_CHECKING:
-    from prunekit.training.trainer import History
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -119,96 +115,3 @@ def lora(
         "recovery_trained_params": trained,
     }
     return model
-
-
-class Updates(NamedTuple):
-    """Low-rank updates `alpha / r * B A` of the linear layers of these names."""
-
-    names: Sequence[str]
-    r: int
-    alpha: int
-    dropout: float
-
-
-def train_and_merge(
-    model: nn.Module,
-    updates: Updates,
-    examples: Sequence[Example],
-    validation: Sequence[Example],
-    recipe: Recipe,
-    keep: Mapping[str, Tensor],
-) -> tuple[History, int]:
-    """Trains the updates and adds them to the weights; what requires gradients is as it was, and
-    what `keep` says is zero. Returns the history and how many parameters were trained.
-    """
-    from transformers import set_seed
-
-    from prunekit.training.trainer import train
-    from prunekit.training.zeros import apply_masks
-
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    set_seed(recipe.seed)  # the updates start at random
-    inject(model, updates)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    factors = factor_masks(model, updates.names, keep)
-    history = train(model, examples, recipe, validation=validation, keep=factors)
-    merge(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags[name])
-    apply_masks(model, keep)
-    return history, trained
-
-
-def inject(model: nn.Module, updates: Updates) -> None:
-    """Puts float32 low-rank updates on the named layers and freezes all else."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    transposed = not isinstance(model.get_submodule(updates.names[0]), nn.Linear)
-    config = LoraConfig(
-        r=updates.r,
-        lora_alpha=updates.alpha,
-        lora_dropout=updates.dropout,
-        bias="none",
-        target_modules=list(updates.names),
-        fan_in_fan_out=transposed,
-    )
-    inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()  # updates of 1e-4 vanish in bfloat16
-
-
-def merge(model: nn.Module) -> None:
-    """Adds the updates to the weights and puts the original layers back, so that nothing of peft is
-    left.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
-    del model.peft_config
-
-
-def factor_masks(
-    model: nn.Module, names: Sequence[str], keep: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Masks of the factors of the updates on the named layers, so that `B A` is zero in the rows
-    and columns that are zero as a whole.
-
-    keep: masks of the weights, stored as the weights are.
-    """
-    masks: dict[str, Tensor] = {}
-    for name in names:
-        layer: Any = model.get_submodule(name)
-        if f"{name}.weight" not in keep:
-            continue
-        stored = keep[f"{name}.weight"]
-        mask = stored if isinstance(layer.get_base_layer(), nn.Linear) else stored.T  # (out, in)
-        for factor, free in (("lora_A", mask.any(0)[None, :]), ("lora_B", mask.any(1)[:, None])):
-            if not free.all():
-                weight = f"{name}.{factor}.default.weight"
-                masks[weight] = free.expand_as(model.get_parameter(weight))
-    return masks

@@ -47,7 +47,7 @@ def over_members(parts: Sequence[Tensor], reduce: Reduce) -> Tensor:
     """(M, U, width) stacked member values -> (U,) scores. Raises ValueError for an unknown
     `reduce`.
     """
-    x = torch.stack(list(parts))
+    x = torch.stack([part.to(parts[0].device) for part in parts])
     match reduce:
         case "sum":
             x = x.sum(0)

@@ -30,11 +30,14 @@ def returning(block: nn.Module, activation: Tensor, rest: tuple[Any, ...] | None
     """Inside, the block computes nothing and returns `activation`; `rest` is what used to follow
     it, None for a bare tensor.
     """
+    before = block.__dict__.get("forward")  # accelerate's, which moves tensors for a device_map
     block.forward = lambda *_, **__: activation if rest is None else (activation, *rest)
     try:
         yield
     finally:
         del block.forward  # the instance attribute; the class's method shows again
+        if before is not None:
+            block.forward = before
 
 
 @torch.no_grad()

@@ -77,9 +77,13 @@ def everywhere(scores: Scores, count: int) -> Kept:
     """The `count` lowest of all matrices together (Essential Sparsity, arXiv 2306.03805); a matrix
     may lose all it has.
     """
-    mask = drop_lowest(torch.cat([s.reshape(1, -1) for s in scores.values()], 1), count)[0]
-    parts = mask.split([s.numel() for s in scores.values()])
-    return {name: m.view(s.shape) for (name, s), m in zip(scores.items(), parts, strict=True)}
+    device = next(iter(scores.values())).device
+    pool = torch.cat([s.reshape(1, -1).to(device) for s in scores.values()], 1)
+    parts = drop_lowest(pool, count)[0].split([s.numel() for s in scores.values()])
+    return {
+        name: m.view(s.shape).to(s.device)
+        for (name, s), m in zip(scores.items(), parts, strict=True)
+    }
 
 
 Scope = Literal["row", "matrix", "alpha"]

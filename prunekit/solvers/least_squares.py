@@ -81,10 +81,10 @@ def ridge_problem(
     should move from there.
     """
     H, best = stats.gram.double(), weight.double()
-    mean_x = stats.sum_x.double() / stats.weight
+    mean_x = stats.sum_x.double() / stats.total
     mean_y = best @ mean_x
     if affine:
-        H = H - stats.weight * torch.outer(mean_x, mean_x)
+        H = H - stats.total * torch.outer(mean_x, mean_x)
     # of the sums as they were taken: centring cancels most of a large mean
     floor = ROUNDING * stats.gram.double().diagonal().max()
 
@@ -95,8 +95,8 @@ def ridge_problem(
         return H + torch.diag(alone)
 
     if stats.cross.shape[1]:
-        C, shift = stats.cross.double(), stats.sum_y.double() / stats.weight
-        C = C - stats.weight * torch.outer(mean_x, shift) if affine else C
+        C, shift = stats.cross.double(), stats.sum_y.double() / stats.total
+        C = C - stats.total * torch.outer(mean_x, shift) if affine else C
         best = best + torch.cholesky_solve(C, cholesky(with_ridge(dense_ridge))).T
         mean_y = mean_y + shift
     return LeastSquares(with_ridge(ridge), best, mean_x, mean_y, affine)

@@ -29,7 +29,7 @@ def turned(bases: Iterable[Basis]) -> Iterator[Basis]:
     previous: Basis | None = None
     for Q in bases:
         if previous is not None:
-            U, _, Vh = torch.linalg.svd(previous.T @ Q)
+            U, _, Vh = torch.linalg.svd(previous.T.to(Q.device) @ Q)
             Q = Q @ Vh.T @ U.T
         yield Q
         previous = Q
@@ -40,7 +40,7 @@ def shortcut(Q_r: Basis, Q_w: Basis) -> Tensor:
     dropped directions.
     """
     values, U = torch.linalg.eigh(
-        torch.eye(Q_r.shape[1], dtype=Q_r.dtype, device=Q_r.device) - Q_r.T @ Q_w
+        torch.eye(Q_r.shape[1], dtype=Q_r.dtype, device=Q_r.device) - Q_r.T @ Q_w.to(Q_r.device)
     )
     used = values > 1e-6  # one in a million of a direction's size: below what float32 keeps
     found: Tensor = U[:, used] * values[used].sqrt()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,25 @@ Teacher = nn.Module | Callable[[dict[str, Tensor]], Tensor]
 """A causal language model in eval mode, or a function from a batch (`input_ids`, `attention_mask`,
 both `(N, T)`) to logits `(N, T, V)`.
 """
+Direction = Literal["forward", "reverse"]
+"""KL(teacher || student), which covers all that the teacher says, or KL(student || teacher), which
+keeps to what it says most (MiniLLM, arXiv 2306.08543).
+"""
 CHUNK = 2**24
 """Logits that are turned into float32 at a time: 64 MiB."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """`loss = (1 - weight) * CE + weight * temperature^2 * KL(teacher || student)`, the KL of both
-    distributions at `temperature`.
+    """`loss = (1 - weight) * CE + weight * temperature^2 * KL`, the KL of both distributions at
+    `temperature`: `KL(teacher || student)` if `direction` is forward, else the reverse.
 
     Raises ConfigError for a weight outside of 0 to 1, or a temperature that is not positive.
     """
 
     weight: float = 0.5
     temperature: float = 1.0
+    direction: Direction = "forward"
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
@@ -55,8 +60,14 @@ def learnt_positions(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:] != -100, (0, 1))
 
 
-def summed_kl(student: Tensor, teacher: Tensor, learnt: Tensor, temperature: float) -> Tensor:
-    """Sum of `KL(teacher || student)` over the positions `learnt (N, T)`, in nats, float32.
+def summed_kl(
+    student: Tensor,
+    teacher: Tensor,
+    learnt: Tensor,
+    temperature: float,
+    direction: Direction = "forward",
+) -> Tensor:
+    """Sum of the KL in one direction over the positions `learnt (N, T)`, in nats, float32.
 
     student, teacher: logits `(N, T, V)`. A stretch of tokens at a time is turned into float32, in
     the backward again, so that memory beyond the logits themselves does not grow with N or T.
@@ -70,37 +81,50 @@ def summed_kl(student: Tensor, teacher: Tensor, learnt: Tensor, temperature: flo
     size = student.shape[-1]
     flat = (student.reshape(-1, size), teacher.to(student.device).reshape(-1, size))
     rows = learnt.to(student.device).reshape(-1)
-    total: Tensor = _SummedKL.apply(*flat, rows, temperature)  # type: ignore[no-untyped-call]
+    total: Tensor = _SummedKL.apply(*flat, rows, temperature, direction)  # type: ignore[no-untyped-call]
     return total
 
 
 class _SummedKL(torch.autograd.Function):
-    """The gradient in the student's logits is `(softmax(s / T) - softmax(t / T)) / T`."""
+    """The gradient in the student's logits is `(q - p) / T` forward, and reverse
+    `q (log q - log p - KL) / T`, with p the teacher's and q the student's distribution.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, learnt: Tensor, temperature: float
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        learnt: Tensor,
+        temperature: float,
+        direction: Direction,
     ) -> Tensor:
         ctx.save_for_backward(student, teacher, learnt)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.direction = temperature, direction
         total = torch.zeros((), device=student.device)
         for rows in _chunks(student):
-            log_p, log_q = (
-                (x[rows].float() / temperature).log_softmax(-1) for x in (teacher, student)
-            )
-            kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            pair = [(x[rows].float() / temperature).log_softmax(-1) for x in (student, teacher)]
+            of, to = pair if direction == "reverse" else pair[::-1]
+            kl = F.kl_div(to, of, reduction="none", log_target=True).sum(-1)
             total += kl.masked_fill(~learnt[rows], 0).sum()
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         student, teacher, learnt = ctx.saved_tensors
         out = torch.empty_like(student)
         for rows in _chunks(student):
-            p, q = ((x[rows].float() / ctx.temperature).softmax(-1) for x in (teacher, student))
-            gradient = (q - p).mul_(grads[0] / ctx.temperature)
+            pair = ((x[rows].float() / ctx.temperature).log_softmax(-1) for x in (student, teacher))
+            log_q, log_p = pair
+            if ctx.direction == "reverse":
+                gap = log_q - log_p
+                q = log_q.exp()
+                gradient = q * (gap - (q * gap).sum(-1, keepdim=True))
+            else:
+                gradient = log_q.exp_().sub_(log_p.exp_())
+            gradient.mul_(grads[0] / ctx.temperature)
             out[rows] = gradient.masked_fill_(~learnt[rows, None], 0)
-        return out, None, None, None
+        return out, None, None, None, None
 
 
 def _chunks(logits: Tensor) -> list[slice]:

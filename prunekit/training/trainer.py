@@ -74,7 +74,7 @@ def train(
         last one.
     keep: parameter name -> bool tensor of its shape, True = free; the rest is zero and stays zero.
     teacher: gives the logits that the student is drawn to, by the formula of `distillation`.
-    distillation: weight and temperature; None takes its defaults.
+    distillation: weight, temperature and direction; None takes its defaults.
     penalty: added to the loss once a step; gradients reach it as they reach the loss.
     parameters: their gradients are not clipped; the model's are, to a norm of 1.
 
@@ -172,7 +172,8 @@ class _Trainer(Trainer):
             learnt = learnt_positions(batch["labels"])
             weight, temperature = distillation.weight, distillation.temperature
             target = teacher_logits(teacher, batch)
-            kl = summed_kl(outputs.logits, target, learnt, temperature).to(loss.device)
+            kl = summed_kl(outputs.logits, target, learnt, temperature, distillation.direction)
+            kl = kl.to(loss.device)
             if adds_up and items is not None:
                 kl = kl / items * self.accelerator.num_processes
             else:

@@ -26,14 +26,19 @@ def test_an_uneven_llama_is_taken_by_those_with_sizes_layer_by_layer() -> None:
     found = {e.name: e for e in engines(cut(tiny("llama"), heads=[1, 0, 2]))}
     assert [n for n, e in found.items() if e.takes] == ["transformers", "vLLM", "llama.cpp"]
     assert "deci" in found["llama.cpp"].how
-    assert found["SGLang"].override == "ratio.loadable=stock"
+    assert found["SGLang"].override == "pruner.kinds=[neurons]"
+
+
+def test_an_uneven_feed_forward_is_taken_by_all() -> None:
+    assert all(e.takes for e in engines(cut(tiny("llama"), neurons=[5, 0, 17])))
 
 
 def test_what_is_missing_is_named_with_what_would_meet_it() -> None:
     gap = row(cut(tiny("qwen3"), heads=[1, 0, 2]), "llama.cpp")
     assert not gap.takes
     assert gap.override == "ratio.loadable=stock"
-    assert "no attention" in row(without(tiny("llama"), (1, "self_attn")), "vLLM").how
+    assert "no attention" in row(without(tiny("qwen3"), (1, "self_attn")), "vLLM").how
+    assert "nemotron-nas" in row(without(tiny("llama"), (1, "self_attn")), "vLLM").how
     assert row(without(tiny("llama"), (1, "mlp")), "vLLM").takes
     assert "experts" in row(cut(tiny("mixtral"), neurons=[5, 0, 17]), "vLLM").how
 
@@ -46,5 +51,5 @@ def test_the_command_reads_no_weights(
     (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"")
     assert main([str(tmp_path / "checkpoint"), "--to", "list"]) == 0
     shown = capsys.readouterr().out
-    assert "ratio.loadable=stock" in shown
+    assert "nemotron-nas" in shown
     assert "architecture deci" in shown

@@ -30,26 +30,29 @@ def some_positions() -> torch.Tensor:
     return torch.rand(N, T, generator=torch.Generator().manual_seed(9)) > 0.4
 
 
-def formula(student, teacher, learnt, temperature):
+def formula(student, teacher, learnt, temperature, direction="forward"):
     p = (teacher.double() / temperature).softmax(-1)
     q = (student.double() / temperature).softmax(-1)
+    p, q = (q, p) if direction == "reverse" else (p, q)
     return (p * (p.log() - q.log())).sum(-1)[learnt].sum()
 
 
 @pytest.mark.parametrize("chunk", [1, 4 * V, 2**24])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
-def test_value_and_gradient_are_those_of_the_formula(monkeypatch, chunk, temperature):
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_value_and_gradient_are_those_of_the_formula(monkeypatch, chunk, temperature, direction):
     monkeypatch.setattr(distillation, "CHUNK", chunk)
     learnt = some_positions()
     student = logits(0).requires_grad_()
     plain = logits(0).requires_grad_()
-    ours = summed_kl(student, logits(1), learnt, temperature)
-    theirs = formula(plain, logits(1), learnt, temperature)
+    ours = summed_kl(student, logits(1), learnt, temperature, direction)
+    theirs = formula(plain, logits(1), learnt, temperature, direction)
     assert ours.dtype is torch.float32
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
     (3 * ours).backward()  # a factor on the way back is not lost
     (3 * theirs).backward()
-    torch.testing.assert_close(student.grad, plain.grad.float(), rtol=1e-4, atol=1e-6)
+    largest = float(plain.grad.abs().max())  # float32 loses what terms of that size cancel
+    torch.testing.assert_close(student.grad, plain.grad.float(), rtol=1e-4, atol=1e-6 * largest)
     assert not student.grad[~learnt].any()
 
 

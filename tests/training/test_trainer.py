@@ -92,6 +92,7 @@ def objective(model: nn.Module, teacher: nn.Module, rows: list[Example], d: Dist
     log_p = teacher(**batch).logits[:, :-1][learnt].detach()
     ce = F.cross_entropy(log_q, labels[:, 1:][learnt])
     p, q = ((x / d.temperature).log_softmax(-1) for x in (log_p, log_q))
+    p, q = (q, p) if d.direction == "reverse" else (p, q)
     kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
     return (1 - d.weight) * ce + d.weight * d.temperature**2 * kl
 
@@ -101,7 +102,13 @@ def gradient_norm(model: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(
-    "distillation", [Distillation(0.3, 2.0), Distillation(1.0, 1.0), Distillation(0.0, 3.0)]
+    "distillation",
+    [
+        Distillation(0.3, 2.0),
+        Distillation(1.0, 1.0),
+        Distillation(0.0, 3.0),
+        Distillation(0.7, 2.0, "reverse"),
+    ],
 )
 def test_a_step_with_a_teacher_is_the_plain_formula_over_all_its_micro_batches(distillation):
     model, teacher, plain = llama(), llama(1), llama()

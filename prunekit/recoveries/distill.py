@@ -1,0 +1,218 @@
+"""Distillation: the pruned model learns what the dense one says of every next token (Hinton et al.,
+arXiv 1503.02531; of pruned models Minitron, arXiv 2407.14679).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunekit import graph
+from prunekit.architecture.blocks import linear_names
+from prunekit.data.files import DataRoot, TextFile
+from prunekit.data.generation import generate_text
+from prunekit.data.training_examples import (
+    Corpus,
+    Example,
+    check_source,
+    load_examples,
+    split_validation,
+)
+from prunekit.errors import ConfigError
+from prunekit.problem import Problem
+from prunekit.registry import Length, Natural, Positive, Seed, recoveries
+from prunekit.training.distillation import Direction, Distillation
+from prunekit.training.low_rank import Updates, train_and_merge
+from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.types import Pruned
+
+if TYPE_CHECKING:
+    from prunekit.training.trainer import History
+
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(gt=0, le=1)]
+Source = Literal[Corpus, "generated"]
+
+
+def check_distill(
+    model: nn.Module,
+    *,
+    dataset: Source,
+    split: str | None,
+    path: str | None,
+    samples: int,
+    validation_size: int,
+    targets: list[str] | None,
+    batch: int,
+    micro_batch: int,
+    **_: Any,
+) -> None:
+    """Raises ConfigError for options of `distill` that cannot be, as far as the shapes of `model`
+    decide; no data is read.
+    """
+    linear_names(model, targets)
+    micro_batches(batch, micro_batch)
+    if dataset != "generated":
+        check_source(dataset, split, path)
+    elif split is not None or path is not None:
+        raise ConfigError(
+            "dataset=generated is written by the dense model: split and path are of no use"
+        )
+    elif validation_size >= samples:
+        raise ConfigError(
+            f"validation_size={validation_size}, but samples={samples} texts are generated; "
+            f"possible: 0 to {samples - 1}"
+        )
+
+
+@recoveries.register(
+    paper="arXiv 1503.02531, 2407.14679",
+    year=2024,
+    needs="data",
+    out="self-contained",
+    check=check_distill,
+    context=("max_length",),
+)
+def distill(
+    problem: Problem,
+    pruned: Pruned,
+    *,
+    dataset: Source = "alpaca",
+    split: str | None = None,
+    path: TextFile | None = None,
+    data_root: DataRoot = None,
+    samples: Positive = 1024,
+    max_length: Length = 256,
+    validation_size: Natural = 100,
+    weight: Weight = 1.0,
+    temperature: Rate = 1.0,
+    direction: Direction = "forward",
+    r: Natural = 0,
+    alpha: Positive = 16,
+    targets: list[str] | None = None,
+    lr: Rate = 1e-4,
+    warmup_steps: Natural = 100,
+    epochs: Rate = 1,
+    max_steps: Positive | None = None,
+    batch: Positive = 64,
+    micro_batch: Positive = 4,
+    eval_every: Positive = 100,
+    log_every: Positive = 10,
+    seed: Seed = 42,
+) -> nn.Module:
+    """Trains the weights, or low-rank updates of them, to give the dense model's distribution of
+    the next token.
+
+    The text is plain, instructions, or (`dataset=generated`) `samples` texts of `max_length` tokens
+    that the dense model writes. `weight` of the loss is the KL to the dense model at `temperature`,
+    the rest is cross entropy. With `r=0` all weights are trained, or those of the linear layers
+    that `targets` names; else updates of rank r, merged at the end. With `validation_size` examples
+    set aside, the weights with the lowest cross entropy on them are kept. What pruning set to zero
+    stays zero. A model in half precision is trained in float32 (updates vanish in less) and comes
+    back in its own. Leaves the notes that `recovery=lora` leaves. Raises ConfigError for targets
+    that match nothing, data that holds nothing, or where the dense model cannot be loaded.
+    """
+    model = pruned.model
+    recipe = Recipe(
+        lr=lr,
+        warmup_steps=warmup_steps,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch=batch,
+        micro_batch=micro_batch,
+        eval_every=eval_every,
+        log_every=log_every,
+        seed=seed,
+    )
+    names = linear_names(model, targets)
+    micro_batches(batch, micro_batch)  # said before the data is read
+    device = next(model.parameters()).device
+    teacher = problem.dense().requires_grad_(False).to(device).eval()
+    if dataset == "generated":
+        drawn = {"temperature": 1.0, "seed": seed, "batch": 32}
+        examples = written(teacher, problem.tokenizer, samples, max_length, **drawn)
+    else:
+        examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
+    examples, validation = split_validation(examples, validation_size, seed)
+    keep = graph.zero_masks(model, pruned.groups, pruned.kept)
+    how = Distillation(weight, temperature, direction)
+    if r:
+        updates = Updates(names, r, alpha, 0.0)
+        history, trained = train_and_merge(
+            model, updates, examples, validation, recipe, keep, teacher, how
+        )
+    else:
+        chosen = None if targets is None else names
+        history, trained = train_weights(
+            model, chosen, examples, validation, recipe, keep, teacher, how
+        )
+    pruned.notes |= {
+        "recovery_curve": history.curve,
+        "recovery_best_step": history.best_step,
+        "recovery_examples": len(examples),
+        "recovery_trained_params": trained,
+    }
+    return model
+
+
+def written(
+    model: nn.Module, tokenizer: Any, samples: int, length: int, **how: Any
+) -> list[Example]:
+    """Texts that the model writes, all but the first token learnt."""
+    rows = generate_text(model, tokenizer, samples, length, **how).tolist()
+    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows]
+
+
+def train_weights(
+    model: nn.Module,
+    names: Sequence[str] | None,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    recipe: Recipe,
+    keep: Mapping[str, Tensor],
+    teacher: nn.Module,
+    distillation: Distillation,
+) -> tuple[History, int]:
+    """Trains all parameters, or those of the modules `names`, in float32. Returns the history and
+    how many parameters were trained.
+    """
+    from transformers import set_seed
+
+    from prunekit.training.trainer import train
+
+    set_seed(recipe.seed)
+    with in_float32(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(names is None or name.rpartition(".")[0] in names)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        history = train(
+            model,
+            examples,
+            recipe,
+            validation=validation,
+            keep=keep,
+            teacher=teacher,
+            distillation=distillation,
+        )
+    return history, trained
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, every floating-point tensor of the model is float32; afterwards each has its own type
+    again, and requires gradients as before.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(t.dtype, t.requires_grad) for t in tensors]
+    model.float()
+    try:
+        yield
+    finally:
+        after = [*model.parameters(), *model.buffers()]
+        for tensor, (dtype, grad) in zip(after, before, strict=True):
+            tensor.data = tensor.data.to(dtype)
+            tensor.requires_grad_(grad)

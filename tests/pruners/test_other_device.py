@@ -1,0 +1,153 @@
+"""Pruning on a device that is not the CPU, and over two devices as `device_map=auto` spreads a
+model: the same choice, no tensors of two devices in one operation, few waits.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from other_device import DEVICE, other_device
+from problems import problem, uniform
+from tiny_models import tiny_model
+from torch import nn
+
+from prunekit.activations.gram import GramStatistics
+from prunekit.graph.skeleton import skeleton
+from prunekit.registry import pruners
+from prunekit.solvers.obs import greedy_removal
+from prunekit.solvers.sparsegpt import inverse_factor, lowest_of_block, solve_columns
+
+TEXT = torch.randint(8, 100, (6, 16), generator=torch.Generator().manual_seed(0))
+HALF = uniform(0.5, "prunable")
+BLOCKS = {"name": "oneshot", "kinds": ["blocks"]}
+WHOLE = {"name": "unstructured", "schedule": "whole"}
+METHODS = {
+    "taylor": ({"name": "oneshot"}, {"name": "taylor"}, uniform(0.25)),
+    "channel": ({"name": "oneshot", "kinds": ["hidden"]}, {"name": "l2"}, uniform(0.25)),
+    "flap": ({"name": "layerwise", "compensate": "bias"}, {"name": "flap"}, uniform(0.25)),
+    "wanda": ({"name": "unstructured"}, {"name": "wanda"}, HALF),
+    "pooled": (WHOLE, {"name": "wanda"}, HALF | {"ranking": "global"}),
+    "sparsegpt": ({"name": "sparsegpt"}, None, HALF),
+    "admm": ({"name": "admm"}, None, HALF),
+    "obs": (
+        {"name": "obs", "precision": "model", "ridge": 64, "target": "dense"},
+        None,
+        uniform(0.25),
+    ),
+    "slicegpt": ({"name": "slicegpt"}, None, uniform(0.25)),
+    "laco": ({"name": "laco", "merge": 2}, None, uniform(0.25)),
+    "angular": (BLOCKS, {"name": "angular"}, uniform(0.25)),
+    "block_influence": (BLOCKS, {"name": "block_influence"}, uniform(0.25)),
+    "block_magnitude": (BLOCKS, {"name": "block_magnitude"}, uniform(0.25)),
+    "block_ppl": (BLOCKS, {"name": "block_ppl"}, uniform(0.25)),
+}
+
+
+def prune(name, model):
+    pruner, criterion, ratio = METHODS[name]
+    asked = problem(model, TEXT, criterion=criterion, ratio=ratio)
+    return pruners.build(pruner)(asked)
+
+
+def check_alike(model, found, there, expected):
+    """The same units and logits, but for rounding: attention takes another path there."""
+    assert found.kept.keys() == expected.kept.keys()
+    for name, kept in expected.kept.items():
+        assert (found.kept[name].cpu() == kept).float().mean() > 0.998, name
+    with torch.no_grad():
+        logits = there(TEXT.to(next(there.parameters()).device)).logits.cpu()
+        expected_logits = model(TEXT).logits
+    assert (logits - expected_logits).norm() < 0.01 * expected_logits.norm()
+
+
+def small_model() -> nn.Module:
+    return tiny_model("llama", 4, hidden=32, ffn=48)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_is_chosen_on_another_device(name):
+    model = small_model()
+    there = copy.deepcopy(model)
+    expected = prune(name, model)
+    with other_device():
+        check_alike(model, prune(name, there.to(DEVICE)), there, expected)
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """The last two of four blocks on `DEVICE`, the rest on the CPU, with accelerate's hooks."""
+    blocks = [f"model.layers.{i}" for i in range(4)]
+    for name in ("model.embed_tokens", *blocks, "model.norm", "lm_head"):
+        device = DEVICE if name in blocks[2:] else torch.device("cpu")
+        module = model.get_submodule(name).to(device)
+        add_hook_to_module(module, AlignDevicesHook(execution_device=device))
+    return model
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_is_chosen_over_two_devices(name):
+    model = small_model()
+    there = copy.deepcopy(model)
+    expected = prune(name, model)
+    with other_device():
+        check_alike(model, prune(name, spread(there)), there, expected)
+
+
+def test_buffers_of_a_model_on_a_device_are_in_its_skeleton():
+    model = tiny_model("llama")
+    expected = model.model.rotary_emb.inv_freq.clone()
+    with other_device():
+        small, _ = skeleton(model.to(DEVICE))
+        assert torch.equal(small.model.rotary_emb.inv_freq, expected)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_one_wait_for_all_units_that_structured_obs_removes(width):
+    x = torch.randn(90, 24, generator=torch.Generator().manual_seed(0))
+    H, W = x.T @ x, torch.randn(7, 24)
+    units = torch.arange(24).view(-1, width)
+    waits = []
+    for count in (2, 7):
+        with other_device() as seen:
+            order, costs = greedy_removal(W.to(DEVICE), H.inverse().to(DEVICE), units, count)
+        waits.append(sum(seen.values()))
+        assert (order, costs) == greedy_removal(W, H.inverse(), units, count)
+    assert waits[0] == waits[1] <= 3
+
+
+def test_sums_over_batches_wait_for_nothing():
+    with other_device() as waits:
+        stats = GramStatistics(8, 3, DEVICE)
+        for x in torch.randn(5, 4, 8).to(DEVICE):
+            stats.add(x, x[:, :3], x[:, 0].square())
+        assert not waits
+        assert stats.weight > 0
+        assert sum(waits.values()) == 1
+
+
+def test_one_wait_for_all_columns_of_sparsegpt():
+    x, W = torch.randn(90, 24), torch.randn(7, 24).to(torch.float64)
+    upper, _ = inverse_factor(x.T @ x, 0.01, "w")
+    with other_device() as waits:
+        rule = lowest_of_block(84, 24, 4)
+        new, kept, _ = solve_columns(W.to(DEVICE), upper.to(DEVICE), rule, 4)
+        assert sum(waits.values()) == 1
+        expected, mask, _ = solve_columns(W, upper, rule, 4)
+        assert torch.equal(kept.cpu(), mask)
+        torch.testing.assert_close(new.cpu(), expected)
+
+
+def test_the_device_of_these_tests_refuses_what_a_gpu_refuses():
+    with other_device() as waits:
+        x = torch.ones(3).to(DEVICE)
+        for mixes in (lambda: x + torch.ones(3), lambda: torch.stack([x[0], torch.ones(())])):
+            with pytest.raises(RuntimeError, match="and on the CPU"):
+                mixes()
+        with pytest.raises(RuntimeError, match="indices on lazy"):
+            torch.ones(3)[x.long()]
+        assert (x + torch.tensor(1.0)).device == DEVICE
+        assert not waits
+        assert float(x.sum()) == 3
+        assert sum(waits.values()) == 1
