@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunekit.data.generation import generate_text
+from prunekit.data.generation import generate_chats, generate_text
 from prunekit.registry import Length, Positive, Seed, calibs
 
 Temperature = Annotated[float, Field(gt=0)]
@@ -23,23 +23,26 @@ def self_generated(
     samples: Positive = 64,
     length: Length = 512,
     seed: Seed = 42,
+    chat: bool = False,
     temperature: Temperature = 1.0,
     batch: Positive = 32,
 ) -> Tensor:
     """Samples of the model's own distribution: one random token of the vocabulary, and what the
     model says after it.
 
-    Special tokens are neither drawn nor said, so that a sample is one stretch of text.
+    Special tokens are neither drawn nor said (but for `chat`): a sample is one stretch of text.
 
     Args:
         samples: N.
         length: T, tokens of a sample, the random one included; two at least.
         seed: of the sample's own generator.
+        chat: dialogues instead, from the chat template's opening on, the user's words too; special
+            tokens may be said.
         temperature: the logits are divided by it.
         batch: samples written at a time.
 
-    Returns `(N, T)` int64. Raises ConfigError for a model that cannot generate.
+    Returns `(N, T)` int64. Raises ConfigError for a model that cannot generate, and for
+    chat=true where the tokenizer has no chat template.
     """
-    return generate_text(
-        model, tokenizer, samples, length, temperature=temperature, seed=seed, batch=batch
-    )
+    write = generate_chats if chat else generate_text
+    return write(model, tokenizer, samples, length, temperature=temperature, seed=seed, batch=batch)

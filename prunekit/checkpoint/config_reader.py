@@ -23,6 +23,7 @@ LARGEST_BUFFERS = 64 * 2**20
 """Bytes that buffers outside the weights may take where the weights are smaller than that."""
 COUNTS = re.compile(r"(^|_)(layers?|blocks?)$")
 SIZES = re.compile(r"(_size|_dim|_rank|_heads?|_layers?|_experts?|_groups?)$|^(num|n|d)_")
+DROPOUT = re.compile(r"(dropout|pdrop)(_p|_prob|_rate)?$")
 FOREIGN_CODE = re.compile(r"(attn|experts)_implementation$")
 OWN_CODE = "modeling_pruned."
 REFUSED = ("quantization_config", "compression_config")
@@ -93,6 +94,9 @@ def check_fields(name: Path, raw: dict[str, Any], bounds: Bounds) -> None:
             raise CheckpointError(f"{name}: {path} is {value!r}, which names code of others")
         if FOREIGN_CODE.search(field) and not str(value).replace("_", "").isalnum():
             raise CheckpointError(f"{name}: {path} is {value!r}, which names code of others")
+        share = type(value) in (int, float) and DROPOUT.search(field)
+        if share and not 0 <= value <= 1:
+            raise CheckpointError(f"{name}: {path} is {value}, which is no share")
         if type(value) is not int or path.startswith("prunekit_layout."):
             continue
         most = LARGEST_NUMBER

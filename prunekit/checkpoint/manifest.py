@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from prunekit.checkpoint import bitmask
+from prunekit.checkpoint.companions import check_companions
 from prunekit.checkpoint.folder import check_files, check_own, inside
 from prunekit.checkpoint.integrity import CheckpointError, digest, read_json, seal
 from prunekit.types import Group, Kept
@@ -121,6 +122,7 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         if not file.endswith(WEIGHTS):
             check_hash(path, expected)
     check_own(folder, files)
+    check_companions(folder, files)
     return manifest
 
 

@@ -93,6 +93,7 @@ def check_composition(args: list[str]) -> None:
             cfg = compose("config", overrides=words, return_hydra_config=True)
             if sweep or str(cfg.hydra.mode).endswith("MULTIRUN"):
                 return
+            check_sweeps_keys(cfg)
             if swept is not None:
                 raise ConfigError(
                     f"{swept.input_line} is a list of values\n  hint: -m runs all of them; one "
@@ -103,6 +104,16 @@ def check_composition(args: list[str]) -> None:
             OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(two_lines(e)) from None
+
+
+def check_sweeps_keys(cfg: Any) -> None:
+    """Raises ConfigError for what makes jobs of a sweep where there is one job."""
+    for key in ("base", "rows", "scales"):
+        if cfg.get(key) is not None:
+            raise ConfigError(
+                f"{key}=... is for the jobs of a sweep, and this is a single run\n  hint: -m makes "
+                "a sweep of it; what is meant for one run is typed by itself: key=value"
+            )
 
 
 def two_lines(error: Exception) -> str:

@@ -10,6 +10,9 @@ from tqdm import tqdm
 
 from prunekit.errors import ConfigError
 
+NO_TOKEN = 2**31
+"""An id beyond every vocabulary."""
+
 
 @torch.no_grad()
 def generate_rows(
@@ -45,6 +48,7 @@ def generate_rows(
         min_new_tokens=new,
         suppress_tokens=banned or None,
         pad_token_id=0,
+        eos_token_id=NO_TOKEN,  # rows have one length, and a turn's end is a token like others
     )
     rows = []
     with torch.random.fork_rng():
@@ -77,3 +81,44 @@ def generate_text(
     return generate_rows(
         model, first, length, banned=special, temperature=temperature, seed=seed, batch=batch
     )
+
+
+def generate_chats(
+    model: nn.Module,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    *,
+    temperature: float,
+    seed: int,
+    batch: int,
+) -> Tensor:
+    """`(samples, length)` int64 of dialogues: the chat template up to where a user speaks, and what
+    the model says from there, the user's words first (Magpie, arXiv 2406.08464).
+
+    Raises ConfigError for a tokenizer without a chat template, and one whose opening fills
+    `length`.
+    """
+    opening = _user_turn(tokenizer)
+    if len(opening) >= length:
+        raise ConfigError(
+            f"a dialogue begins with {len(opening)} tokens of the chat template: calib.length="
+            f"{length} leaves none for what is said"
+        )
+    prompts = torch.tensor([opening]).repeat(samples, 1)
+    return generate_rows(
+        model, prompts, length, banned=[], temperature=temperature, seed=seed, batch=batch
+    )
+
+
+def _user_turn(tokenizer: Any) -> list[int]:
+    """The chat template's tokens in front of the first words of a user."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(
+            "calib.chat=true: the tokenizer has no chat template; chat=false is plain text"
+        )
+    words = "prunekit"
+    turn = [{"role": "user", "content": words}]
+    text: str = tokenizer.apply_chat_template(turn, tokenize=False)
+    found: list[int] = tokenizer(text.partition(words)[0], add_special_tokens=False)["input_ids"]
+    return found

@@ -61,8 +61,13 @@ def layer_range(
 
     `[0, 0]` leaves that kind alone altogether. `heads` rules every unit inside an attention,
     `neurons` everything else in a block, `blocks` which blocks may go as a whole. Raises
-    ConfigError for a range that goes beyond the model.
+    ConfigError for a range that goes beyond the model, and where there is none at all.
     """
+    if (heads, neurons, blocks) == (None, None, None):
+        raise ConfigError(
+            "exclude=range has no range: give exclude.heads=[first,end], exclude.neurons or "
+            "exclude.blocks; exclude=none leaves nothing alone"
+        )
     depth = max(len(g.modules) if g.layer is None else 1 + g.layer for g in groups)
     for name, bounds in (("heads", heads), ("neurons", neurons), ("blocks", blocks)):
         if bounds is not None and bounds[1] > depth:

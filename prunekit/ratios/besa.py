@@ -19,7 +19,7 @@ from prunekit.architecture.blocks import block_names
 from prunekit.architecture.matrices import matrix, to_out_in
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
-from prunekit.registry import Positive, Share, ratios
+from prunekit.registry import LearningRate, Positive, Share, ratios
 from prunekit.scoring.wanda import input_norms, wanda_score
 from prunekit.selection.elements import floor_share
 from prunekit.solvers.besa import Matrix, channel_error, learn, project, ranked
@@ -43,7 +43,7 @@ def besa(
     prefix: Literal["pruned", "dense"] = "pruned",
     candidates: Positive = 100,
     epochs: Positive = 1,
-    rate: Annotated[float, Field(gt=0)] = 0.05,
+    rate: LearningRate = 0.05,
     pull: Annotated[float, Field(ge=0)] = 5.0,
     store: Store = "memory",
     precision: Precision = "model",

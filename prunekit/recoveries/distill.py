@@ -24,7 +24,7 @@ from prunekit.data.training_examples import (
 )
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
-from prunekit.registry import Length, Natural, Positive, Seed, recoveries
+from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.distillation import Direction, Distillation
 from prunekit.training.low_rank import Updates, train_and_merge
 from prunekit.training.recipe import Recipe, micro_batches
@@ -94,7 +94,7 @@ def distill(
     r: Natural = 0,
     alpha: Positive = 16,
     targets: list[str] | None = None,
-    lr: Rate = 1e-4,
+    lr: LearningRate = 1e-4,
     warmup_steps: Natural = 100,
     epochs: Rate = 1,
     max_steps: Positive | None = None,

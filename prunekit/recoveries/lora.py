@@ -19,7 +19,7 @@ from prunekit.data.training_examples import (
     split_validation,
 )
 from prunekit.problem import Problem
-from prunekit.registry import Length, Natural, Positive, Seed, Share, recoveries
+from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, Share, recoveries
 from prunekit.training.low_rank import Updates, train_and_merge
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.types import Pruned
@@ -68,7 +68,7 @@ def lora(
     alpha: Positive = 16,
     dropout: Share = 0.05,
     targets: list[str] | None = None,
-    lr: Rate = 1e-4,
+    lr: LearningRate = 1e-4,
     warmup_steps: Natural = 100,
     epochs: Rate = 2,
     max_steps: Positive | None = None,

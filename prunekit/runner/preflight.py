@@ -43,11 +43,13 @@ TOP: dict[str, Any] = {
     "table": str | None,
     "row": str | None,
     "scale": str,
-    "base": Any,
-    "rows": Any,
-    "scales": Any,
+    "base": None,
+    "rows": None,
+    "scales": None,
 }
-"""Keys at the top that are no components, and their types. The last three are the sweep's."""
+"""Keys at the top that are no components, and their types. The last three are the sweep's, which
+makes jobs of them.
+"""
 
 
 @dataclass(frozen=True)

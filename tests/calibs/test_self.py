@@ -44,6 +44,26 @@ def test_a_generation_config_of_the_model_does_not_shape_the_text(tiny):
         tiny[0].generation_config.top_k = None
 
 
+def test_dialogues_begin_where_the_template_lets_a_user_speak_and_go_on_over_ends_of_turns(tiny):
+    model, tokenizer = tiny
+    with pytest.raises(ConfigError, match="no chat template"):
+        made(tiny, chat=True)
+    tokenizer.chat_template = "{% for m in messages %}hello {{ m.content }}{% endfor %}"
+    model.generation_config.eos_token_id = list(range(10, 200))
+    try:
+        opening = tokenizer("hello ", add_special_tokens=False)["input_ids"]
+        tokens = made(tiny, chat=True)
+        assert tokens.shape == (6, 24)
+        assert tokens[:, : len(opening)].tolist() == [opening] * 6
+        assert len({tuple(row) for row in tokens.tolist()}) == 6
+        assert torch.isin(tokens[:, len(opening) :], torch.arange(10, 200)).any()
+        with pytest.raises(ConfigError, match="leaves none"):
+            made(tiny, chat=True, length=len(opening))
+    finally:
+        tokenizer.chat_template = None
+        model.generation_config.eos_token_id = None
+
+
 def test_a_low_temperature_says_what_is_likeliest(tiny):
     model, _ = tiny
     tokens = made(tiny, temperature=1e-4)

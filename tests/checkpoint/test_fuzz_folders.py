@@ -37,11 +37,11 @@ def whole(request, tmp_path_factory) -> Path:
 HOW = ["flip", "cut", "random", "gone", "other", "json", "json", "header"]
 
 
-def damage(draw, folder: Path) -> None:
-    """One change to one file."""
+def damage(draw, folder: Path) -> str:
+    """One change to one file, in words."""
     path = folder / draw(st.sampled_from(sorted(p.name for p in folder.iterdir())))
     content = path.read_bytes()
-    how = draw(st.sampled_from(HOW))
+    how, what = draw(st.sampled_from(HOW)), ""
     if how == "flip" and content:
         at = draw(st.integers(0, len(content) - 1))
         changed = bytearray(content)
@@ -56,35 +56,39 @@ def damage(draw, folder: Path) -> None:
     elif how == "other":
         path.write_bytes((folder / draw(st.sampled_from(sorted(os.listdir(folder))))).read_bytes())
     elif how == "json" and path.suffix == ".json":
-        path.write_text(json.dumps(changed_json(draw, json.loads(content))))
+        node, what = changed_json(draw, json.loads(content))
+        path.write_text(json.dumps(node))
     elif how == "header" and path.suffix == ".safetensors":
         size = struct.unpack("<Q", content[:8])[0]
-        header = changed_json(draw, json.loads(content[8 : 8 + size]))
+        header, what = changed_json(draw, json.loads(content[8 : 8 + size]))
         text = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+    return f"{how} {path.name} {what}" if not path.exists() or path.read_bytes() != content else ""
 
 
 def changed_json(draw, node):
-    """Another value somewhere in it."""
+    """Another value somewhere in it, and which."""
     place = draw(st.sampled_from([(), *leaves(node)]))
     value = draw(values | like(at(node, place)))
     if not place:
-        return value
+        return value, f"= {value!r:.60}"
+    what = f"{'.'.join(map(str, place))}: {at(node, place)!r:.60} -> {value!r:.60}"
     put(node, place, value)
-    return node
+    return node, what
 
 
 @examples(60)
 @given(data=st.data())
 def test_no_damage_is_a_raw_error(whole, tmp_path_factory, data) -> None:
     folder = Path(shutil.copytree(whole, tmp_path_factory.mktemp("run") / "out"))
-    damage(data.draw, folder)
+    done = [damage(data.draw, folder)]
     if data.draw(st.booleans()):
         with suppress(ValueError, struct.error, AttributeError):  # what is no JSON any more
-            damage(data.draw, folder)
+            done.append(damage(data.draw, folder))
     if data.draw(st.booleans()) and (folder / MANIFEST).is_file():
         with suppress(ValueError, KeyError, TypeError, AttributeError):  # nothing left to seal
             resealed(folder)
+            done.append("resealed")
     told = str(folder)
     try:
         with within(60):
@@ -94,5 +98,5 @@ def test_no_damage_is_a_raw_error(whole, tmp_path_factory, data) -> None:
     shutil.rmtree(folder)
     if "PRUNEKIT_FUZZ_LOG" in os.environ:
         with open(os.environ["PRUNEKIT_FUZZ_LOG"], "a", errors="backslashreplace") as log:
-            log.write(f"{told!r}\n")
+            log.write(f"{told!r} {[d for d in done if d]}\n")
     assert str(folder) in told or any(p.name in told for p in whole.iterdir())

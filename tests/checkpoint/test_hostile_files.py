@@ -114,13 +114,43 @@ JSON += [b'{"a": "\xed\xa0\x80"}']
 
 @pytest.mark.parametrize("content", JSON, ids=lambda c: repr(c[:12]))
 @pytest.mark.parametrize(
-    "name", ["config.json", MANIFEST, "tokenizer.json", "tokenizer_config.json"]
+    "name",
+    ["config.json", MANIFEST, "tokenizer.json", "tokenizer_config.json", "generation_config.json"],
 )
 def test_bytes_that_are_no_json_are_refused(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     if name != MANIFEST:
         resealed(folder)
     assert name in told(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("generation_config.json", "output_hidden_states", {"": 1}),
+        ("config.json", "attention_dropout", 2),
+        ("generation_config.json", "use_cache", 3),
+        ("generation_config.json", "eos_token_id", "two"),
+        ("generation_config.json", "eos_token_id", [1, True]),
+        ("generation_config.json", "pad_token_id", -5),
+        ("tokenizer_config.json", "tokenizer_class", ["PreTrainedTokenizerFast"]),
+        ("tokenizer_config.json", "tokenizer_class", None),
+        ("tokenizer_config.json", "backend", [[], 198]),
+    ],
+)
+def test_values_that_transformers_takes_and_nobody_can_mean_are_refused(
+    folder: Path, name: str, key: str, value: Any
+) -> None:
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | {key: value}))
+    resealed(folder)
+    assert f"{name}: {key} is {value!r}" in told(folder)
+
+
+def test_half_a_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    resealed(folder)
+    assert "tokenizer_config.json is not among the files" in told(folder)
 
 
 def test_a_large_file_is_refused_by_its_size(folder: Path) -> None:

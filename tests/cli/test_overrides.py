@@ -16,6 +16,8 @@ BAD = {
     "row=L2": ("row=... is for the table of an experiment", "experiment="),
     "scale=small": ("scale=... is for the table of an experiment", "experiment="),
     "table=llm_pruner/table1": ("table=... is for the table", "experiment="),
+    "base={ratio.target:0.1}": ("base=... is for the jobs of a sweep", "key=value"),
+    "rows={a:{seed:1}}": ("rows=... is for the jobs of a sweep", "-m"),
     "~ratio.tarjet": ("tarjet", ""),
     "+ratio=uniform": ("ratio", ""),
     "hydra.run.dirr=x": ("dirr", ""),

@@ -49,6 +49,9 @@ model.device=cuda:99                     | device='cuda:99'
 model.device=meta                        | device='meta'
 pruner=obs criterion=none pruner.ridge=-1 | ridge=-1
 recovery=lora_text recovery.lr=inf       | lr=inf
+recovery=lora_text recovery.lr=1000      | lr=1000
+recovery=distill recovery.lr=1000        | lr=1000
+ratio=besa pruner=unstructured criterion=wanda ratio.rate=126 | rate=126
 recovery=lora_text recovery.lr=0         | lr=0
 recovery=lora_text recovery.epochs=inf  | epochs=inf
 recovery=lora_text recovery.max_length=1 | max_length=1
@@ -57,6 +60,7 @@ recovery=lora_text recovery.batch=7      | batch=7 is no multiple of micro_batch
 recovery=lora_text recovery.targets=[nonsense] | nonsense
 +data_root=/no/such/folder               | data_root='/no/such/folder'
 exclude=range exclude.heads=[3,1]        | heads=\[3, 1\]: .*first block comes after the last
+exclude=range                            | exclude=range has no range
 exclude=range exclude.heads=[1]          | heads=\[1\]
 exclude=range exclude.heads=[-1,2]       | heads=\[-1, 2\]
 exclude=range exclude.neurons=[0,99]     | exclude.neurons=\[0, 99\]: the model has 4 blocks
@@ -66,6 +70,7 @@ save=perhaps                             | save='perhaps'
 objective=foo                            | objective='foo'
 objective=recovered/ppl_pydocs_32        | objective='recovered/ppl_pydocs_32'; possible: .*dense, pruned
 objective=[a]                            | objective=\['a'\]
+base={seed:1}                            | base=
 +a={b:1}                                 | no key 'a'; possible
 +track.foo=1                             | track has no option 'foo'
 track.mode=loud                          | track: mode='loud'
