@@ -77,9 +77,11 @@ def adainfer(
         batch: samples a forward; null takes as many as make up 4,096 tokens.
 
     Every fifth sample is held out. Notes have, of these, the mean depth at which tokens leave, and
-    that of an oracle that knows the whole model's answer. The paper decides for a prompt as a
+    that of an oracle that knows the whole model's answer; they are judged with every context whole.
+    In use tokens also read what others left behind early, so that fewer agree: `eval=early_exit`
+    tells how many, and what is saved. The paper decides for a prompt as a
     whole, by its last token; here each token leaves by itself, so that reading and generating
-    agree. `eval=early_exit` measures what is saved. Raises ConfigError for a ratio, for a single
+    agree. Raises ConfigError for a ratio, for a single
     sample, and for a model whose output is not read with a norm and a matrix.
     """
     check_adainfer(problem, start=start)
