@@ -36,6 +36,8 @@ import gpu_rows as rows
 import torch
 from gpu_methods import ROOT, WAITS, Bench, Method, agree, methods, prune_shape
 
+from prunekit.registry import recoveries
+
 MIB = 2**20
 AT_7B = ("unstructured, wanda", "sparsegpt", "oneshot, taylor", "obs", "layerwise, wanda_sp")
 AT_7B += ("slicegpt", "oneshot kinds=blocks, block_influence", "admm", "alps")
@@ -79,8 +81,7 @@ def checks(bench: Bench) -> list[Check]:
     found += [Check("CPU = GPU", m.name, partial(agree, m)) for m in every]
     found += [
         Check("kernels", "2:4, semi-structured", rows.sparse_kernels),
-        Check("training", "lora", rows.lora),
-        Check("training", "distillation", rows.distillation),
+        *(Check("training", n, partial(rows.recovered, n)) for n in recoveries.names()),
         Check("checkpoint", "saved and loaded", rows.saved),
         Check("runner", "tiny_llama", rows.whole_run),
         Check("determinism", "taylor twice", rows.twice),

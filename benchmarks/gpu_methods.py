@@ -36,9 +36,11 @@ VOCABULARY = 32000
 AGREES = 0.95
 """Share of units. ALPS, which fits for hundreds of steps, turns rounding into 1 % of others."""
 OPTIONS: dict[str, Node] = {
+    "bonsai": {"masks": 10, "rounds": 1},
     "copal": {"held_out": 2},
     "laco": {"merge": 2},
     "laser": {"targets": ["up_proj"], "layers": [0], "shares": [0.2]},
+    "llm_surgeon": {"shots": 2},
 }
 """Options of pruners whose defaults ask for more than a short check has."""
 VARIANTS: tuple[tuple[Node, Node | None, Node | None], ...] = (
