@@ -4,6 +4,7 @@ is made. Written by prunekit beside the weights; imports nothing of prunekit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -84,7 +85,9 @@ class EarlyExit(RuntimeModule):
         for block in self.blocks if self.names["reader"] else ():
             owner(block, f"{self.names['reader']}.weight")
         for block in self.blocks:
-            block.forward = partial(self.step, block)
+            # accelerate has put its own there, which moves tensors between devices
+            whole = vars(block).get("forward") or partial(type(block).forward, block)
+            block.forward = partial(self.step, block, whole)
 
     @property
     def tests(self) -> list[int]:
@@ -106,8 +109,8 @@ class EarlyExit(RuntimeModule):
         """How sure the classifier is of features (..., 2); it lets go above 0."""
         return (features @ self.weight.float().T + self.bias.float())[..., 0]
 
-    def step(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What a block's forward does."""
+    def step(self, block: nn.Module, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a block's forward does; `whole` is its own."""
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         now = self.progress
         if block is self.blocks[0]:
@@ -115,21 +118,26 @@ class EarlyExit(RuntimeModule):
             now.tokens += now.exited.numel()
         now.depth += 1
         if now.plain and now.depth > self.start and bool(now.exited.all()):
-            self.fill(block, args, kwargs)
+            self.fill(block, whole, args, kwargs)
             return x
-        now.passes = now.passes + (~now.exited).sum()
-        out = type(block).forward(block, *args, **kwargs)
+        now.passes = now.passes + (~now.exited).sum().cpu()
+        out = whole(*args, **kwargs)
         now.plain = isinstance(out, Tensor)
-        y = torch.where(now.exited[..., None], x, out if now.plain else out[0])
+        y = out if now.plain else out[0]
+        now.exited = now.exited.to(y.device)
+        y = torch.where(now.exited[..., None], x.to(y.device), y)
         if not now.never and now.depth in self.tests:
             left = ~now.exited
             if bool(left.any()):
-                now.tested = now.tested + left.sum()
+                now.tested = now.tested + left.sum().cpu()
                 now.exited = now.exited.clone()
-                now.exited[left] = self(self.predictions(y[left])[0]) > 0
+                features = self.predictions(y[left])[0].to(self.weight.device)
+                now.exited[left] = (self(features) > 0).to(y.device)
         return y if now.plain else (y, *out[1:])
 
-    def fill(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def fill(
+        self, block: nn.Module, whole: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> None:
         """Write a block's keys and values into the cache, where there is one."""
         if not any(hasattr(v, "get_seq_length") for v in (*args, *kwargs.values())):
             return
@@ -138,7 +146,7 @@ class EarlyExit(RuntimeModule):
             reader = block.get_submodule(self.names["reader"])
             hooks.append(reader.register_forward_pre_hook(self.filled))
         try:
-            type(block).forward(block, *args, **kwargs)
+            whole(*args, **kwargs)
         except Filled:
             pass
         finally:
