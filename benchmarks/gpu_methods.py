@@ -170,7 +170,7 @@ def of_pruners() -> Iterator[Method]:
         criterion = {"name": "wanda" if zeros else "wanda_sp"} if meta.get("scored") else None
         node = {"name": name} | OPTIONS.get(name, {})
         ratio = ELEMENTS if zeros else UNITS
-        yield Method(node, criterion, None if name == "laser" else ratio)
+        yield Method(node, criterion, None if name in ("adainfer", "laser") else ratio)
 
 
 def of_criteria() -> Iterator[Method]:
