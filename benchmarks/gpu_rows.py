@@ -129,9 +129,8 @@ def pruned_shape(bench: Bench, method: Method = MAGNITUDE) -> tuple[nn.Module, P
 def recovered(name: str, bench: Bench) -> str:
     """Three steps of a recovery on what Wanda left, whose zeros stay zero."""
     dense, pruned = pruned_shape(bench, PAIRS)
-    keep = graph.zero_masks(
-        pruned.model, pruned.groups, pruned.kept
-    )  # others may be zero by chance
+    # Elements outside of the masks may be zero by chance, and trained.
+    keep = graph.zero_masks(pruned.model, pruned.groups, pruned.kept)
     problem = replace(
         PAIRS.problem(pruned.model, bench.tokens()),
         tokenizer=byte_tokenizer(),

@@ -243,6 +243,16 @@ def resealed(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
+def refused(folder: Path, change: dict[str, Any], words: str) -> None:
+    """The checkpoint does not load with the first module's entry changed."""
+    config = json.loads((folder / "config.json").read_text())
+    config["prunekit_layout"]["modules"][0] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    resealed(folder)
+    with pytest.raises(CheckpointError, match=words):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -261,13 +271,7 @@ def resealed(folder: Path) -> None:
 def test_an_entry_that_fits_nothing_is_refused(
     tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
-    folder = save(factored(llama()), None, tmp_path / "out")
-    config = json.loads((folder / "config.json").read_text())
-    config["prunekit_layout"]["modules"][0] |= change
-    (folder / "config.json").write_text(json.dumps(config))
-    resealed(folder)
-    with pytest.raises(CheckpointError, match=words):
-        load(folder)
+    refused(save(factored(llama()), None, tmp_path / "out"), change, words)
 
 
 @pytest.mark.parametrize(
@@ -285,13 +289,7 @@ def test_an_entry_that_fits_nothing_is_refused(
 def test_an_exit_that_fits_nothing_is_refused(
     tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
-    folder = save(leaving(llama()), None, tmp_path / "out")
-    config = json.loads((folder / "config.json").read_text())
-    config["prunekit_layout"]["modules"][0] |= change
-    (folder / "config.json").write_text(json.dumps(config))
-    resealed(folder)
-    with pytest.raises(CheckpointError, match=words):
-        load(folder)
+    refused(save(leaving(llama()), None, tmp_path / "out"), change, words)
 
 
 def test_hooks_of_two_modules_never_share_a_place() -> None:
