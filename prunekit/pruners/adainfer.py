@@ -78,7 +78,7 @@ def adainfer(
 
     Every fifth sample is held out. Notes have, of these, the mean depth at which tokens leave, and
     that of an oracle that knows the whole model's answer; they are judged with every context whole.
-    In use tokens also read what others left behind early, so that fewer agree: `eval=early_exit`
+    In use tokens also read what others left behind early, so that fewer agree: `eval=exits`
     tells how many, and what is saved. The paper decides for a prompt as a
     whole, by its last token; here each token leaves by itself, so that reading and generating
     agree. Raises ConfigError for a ratio, for a single
