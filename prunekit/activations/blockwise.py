@@ -91,6 +91,16 @@ def _trace(
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_tensor(args, kwargs)
         rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
+        if len(seen) == len(blocks) or module is not modules[len(seen)]:
+            raise ConfigError(
+                f"a forward does not run {blocks[0]} to {blocks[-1]} once each, in their order: "
+                "they cannot be run block by block"
+            )
+        if x.dim() != 3 or x.shape[:2] != ids.shape:
+            raise ConfigError(
+                f"{blocks[len(seen)]} reads {tuple(x.shape)} for {len(ids)} samples of "
+                f"{ids.shape[1]} tokens, not one state a token: it cannot be run block by block"
+            )
         if last and not torch.equal(last[0], x):
             raise ConfigError(
                 f"{blocks[len(seen)]} does not read what {blocks[len(seen) - 1]} puts out: it "

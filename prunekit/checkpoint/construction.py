@@ -31,7 +31,7 @@ def stock_class(model: nn.Module) -> Any:
 
 def clean_config(config: Any) -> Any:
     """A copy of the config without what an earlier checkpoint added to it."""
-    from prunekit.checkpoint.remote_code.runtime_modules import LAYOUT
+    from prunekit.checkpoint.remote_code.runtime_base import LAYOUT
 
     config = copy.deepcopy(config)
     layout = config.__dict__.pop(LAYOUT, None)
@@ -85,7 +85,7 @@ def rebuild(model: Any, config: Any, layout: dict[str, Any]) -> Any:
     Weights that accelerate keeps elsewhere are on the meta device in both.
     """
     from prunekit.checkpoint.remote_code import modeling_pruned
-    from prunekit.checkpoint.remote_code.runtime_modules import LAYOUT
+    from prunekit.checkpoint.remote_code.runtime_base import LAYOUT
 
     kind, config = stock_class(model), copy.deepcopy(config)
     if layout:

@@ -89,7 +89,7 @@ def _block_configs(model: Any, stock: bool) -> list[Engine]:
 
     def how() -> str:
         nemotron_nas_content(model)
-        return "export --to nemotron-nas (checked in vLLM only)"
+        return "export --to nemotron-nas (no engine has been run on it yet)"
 
     return [_asked(name, how) for name in names]
 

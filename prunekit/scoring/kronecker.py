@@ -98,9 +98,12 @@ def kronecker_factors(
         _watched(modules, factors),
         tqdm(total=samples, desc="curvature", unit="sample", leave=False) as bar,
     ):
-        sizes = (min(at_once, samples - i) for i in range(0, samples, at_once))
-        for size, out in zip(sizes, run.losses(at_once), strict=True):
+        losses = run.losses(at_once)
+        for i in range(0, samples, at_once):
+            size = min(at_once, samples - i)
+            out = next(losses)
             (out.loss * (size * predicted)).backward()  # of the sum: tokens do not share it
+            del out  # and with it the inputs that its hooks hold, before the next forward
             bar.update(size)
     return factors
 

@@ -110,6 +110,39 @@ def test_an_error_inside_a_block_comes_out(tokens):
     assert hooks_on(model) == before
 
 
+def looped(model):
+    """Runs its blocks twice, as models that think in rounds do."""
+    model.model.layers.append(model.model.layers[0])
+    model.config.num_hidden_layers += 1
+
+
+def along_tokens(model):
+    """Gives the blocks their tokens first."""
+    embed = model.model.embed_tokens
+    embed.register_forward_hook(lambda _m, _a, out: out.transpose(0, 1))
+
+
+def several_states(model):
+    """Gives the blocks several states for each token."""
+    embed = model.model.embed_tokens
+    embed.register_forward_hook(lambda _m, _a, out: out[None].expand(2, *out.shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (looped, "does not run model.layers.0 to model.layers.1 once each"),
+        (along_tokens, r"model.layers.0 reads \(16, 4, 64\) for 4 samples of 16 tokens"),
+        (several_states, r"model.layers.0 reads \(2, 4, 16, 64\) for 4 samples"),
+    ],
+)
+def test_a_model_whose_blocks_are_no_chain_is_refused(tokens, change, says):
+    model = tiny_model("llama", layers=2)
+    change(model)
+    with pytest.raises(ConfigError, match=says):
+        capture_inputs(model, ("model.layers.0", "model.layers.1"), tokens, PassOptions())
+
+
 def test_there_is_no_loss_inside_a_block(tokens):
     model = tiny_model("llama")
     run = next(iterate_blocks(model, block_names(model), tokens, PassOptions(batch=2)))

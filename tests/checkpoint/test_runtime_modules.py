@@ -22,6 +22,7 @@ from prunekit.checkpoint import load, save
 from prunekit.checkpoint.integrity import CheckpointError, digest, seal
 from prunekit.checkpoint.manifest import MANIFEST
 from prunekit.checkpoint.remote_code import runtime_modules
+from prunekit.checkpoint.remote_code.early_exit import EarlyExit
 from prunekit.checkpoint.remote_code.runtime_modules import (
     KINDS,
     Bypass,
@@ -86,7 +87,23 @@ def bypassed(model: nn.Module) -> nn.Module:
     return model
 
 
-MAKE = {"gather": gathered, "low_rank": factored, "rotation": rotated, "bypass": bypassed}
+@torch.no_grad()
+def leaving(model: nn.Module) -> nn.Module:
+    """Some tokens leave behind the second block, and stay there."""
+    module = EarlyExit("model.layers", "model.norm", "lm_head", "self_attn.o_proj", 2, 1)
+    module.weight.copy_(torch.tensor([[1.0, 0.5]]))
+    module.bias.fill_(-0.4)
+    insert(model, "model.early_exit", module)
+    return model
+
+
+MAKE = {
+    "gather": gathered,
+    "low_rank": factored,
+    "rotation": rotated,
+    "bypass": bypassed,
+    "early_exit": leaving,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -253,13 +270,37 @@ def test_an_entry_that_fits_nothing_is_refused(
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"norm": "model.none"}, r"no module 'model\.none'"),
+        ({"head": ""}, "cannot be empty"),
+        ({"head": 3}, "names of modules"),
+        ({"blocks": "model.stack"}, r"no module 'model\.stack'"),
+        ({"reader": "mlp.none"}, r"no module 'mlp\.none'"),
+        ({"start": 0}, "no number of blocks"),
+        ({"every": True}, "no number of blocks"),
+    ],
+)
+def test_an_exit_that_fits_nothing_is_refused(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    folder = save(leaving(llama()), None, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    config["prunekit_layout"]["modules"][0] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    resealed(folder)
+    with pytest.raises(CheckpointError, match=words):
+        load(folder)
+
+
 def test_hooks_of_two_modules_never_share_a_place() -> None:
     model = rotated(llama())
     with pytest.raises(ValueError, match="is a rotation already"):
         rotated(model)
 
 
-class EarlyExit(RuntimeModule):
+class EarlyMix(RuntimeModule):
     """Mixes what leaves layer `layer` into the input of the last norm, by a share for each
     channel.
     """
@@ -290,19 +331,17 @@ def test_a_new_kind_is_one_class_and_one_row(
     tmp_path: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = llama()
-    early = EarlyExit(0, 48)
+    early = EarlyMix(0, 48)
     nn.init.uniform_(early.share)
-    insert(model, "early_exit", early)
+    insert(model, "early_mix", early)
     want = logits(model, tokens)
-    with pytest.raises(ConfigError, match="EarlyExit .* KINDS does not list"):
+    with pytest.raises(ConfigError, match="EarlyMix .* KINDS does not list"):
         save(model, None, tmp_path / "out")
-    monkeypatch.setitem(KINDS, "early_exit", EarlyExit)
+    monkeypatch.setitem(KINDS, "early_mix", EarlyMix)
     folder = save(model, None, tmp_path / "out")
-    assert entries(folder) == [
-        {"path": "early_exit", "kind": "early_exit", "layer": 0, "width": 48}
-    ]
+    assert entries(folder) == [{"path": "early_mix", "kind": "early_mix", "layer": 0, "width": 48}]
     assert torch.equal(logits(load(folder)[0], tokens), want)
     with (folder / Path(runtime_modules.__file__).name).open("a") as file:
-        file.write(f"\n\n{inspect.getsource(EarlyExit)}\n\nKINDS['early_exit'] = EarlyExit\n")
+        file.write(f"\n\n{inspect.getsource(EarlyMix)}\n\nKINDS['early_mix'] = EarlyMix\n")
     again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert torch.equal(logits(again, tokens), want)

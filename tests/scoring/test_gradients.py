@@ -100,3 +100,46 @@ def test_a_weight_that_only_an_earlier_batch_reached_keeps_that_gradient(bars, t
     loss = model(input_ids=tokens[:2], labels=tokens[:2]).loss / 2
     loss.backward()
     assert torch.allclose(found[name], model.get_parameter(name).grad, atol=1e-6)
+
+
+class Routed(torch.nn.Module):
+    """Two experts share the tokens by their first channel's sign; no token takes the third."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        first = flat[:, 0] > 0
+        for expert, rows in zip(self.experts, (first, ~first)):
+            out[rows] = expert(flat[rows])
+        return out.view_as(x)
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_experts_get_the_gradients_of_their_tokens_and_idle_ones_zeros(bars, tokens, squares):
+    """Rows of a routed expert do not tell their sample: those weights go sample by sample."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", layers=1)
+    model.model.layers[0].mlp = Routed()
+    names = [f"model.layers.0.mlp.experts.{i}.weight" for i in range(3)]
+    found = {}
+
+    def sink(n, weight, gradient, mean_squared):
+        assert n not in found
+        found[n] = gradient.clone(), None if mean_squared is None else mean_squared.clone()
+
+    gradients.backward(model, names, ModelRun(model, tokens), sink, squares=squares, batch=2)
+    assert set(found) == set(names)
+    assert not found[names[2]][0].any()
+    for name in names[:2]:
+        each = []
+        for sample in tokens.split(1):
+            model.zero_grad()
+            model(input_ids=sample, labels=sample).loss.backward()
+            each.append(model.get_parameter(name).grad.clone())
+        mean, squared = torch.stack(each).mean(0), torch.stack(each).square().mean(0)
+        assert mean.norm() > 0
+        assert torch.allclose(found[name][0], mean, atol=1e-6)
+        assert not squares or torch.allclose(found[name][1], squared, atol=1e-7)

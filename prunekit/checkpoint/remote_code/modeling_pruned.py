@@ -18,7 +18,8 @@ import transformers
 from torch import nn
 from transformers.generation.utils import GenerationMixin
 
-from .runtime_modules import LAYOUT, build_modules, owner
+from .runtime_base import LAYOUT, owner
+from .runtime_modules import build_modules
 
 PREFIX = "Pruned"
 FIELDS = ("modules", "shapes", "absent", "attributes", "configs", "buffers", "native")

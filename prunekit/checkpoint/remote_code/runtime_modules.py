@@ -13,24 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LAYOUT = "prunekit_layout"
-
-
-class RuntimeModule(nn.Module):
-    """Base of all kinds. The constructor takes plain numbers, strings and lists of them, and makes
-    tensors of the right shapes.
-    """
-
-    def numbers(self) -> dict[str, Any]:
-        """The constructor's arguments that give this module again, up to the values of its
-        tensors.
-        """
-        return {}
-
-    def attach(self, model: nn.Module, path: str) -> None:
-        """Register on other modules what this one, standing at `path`, does there; most do
-        nothing.
-        """
+from .early_exit import EarlyExit
+from .runtime_base import LAYOUT, RuntimeModule, owner
 
 
 class Bypass(RuntimeModule):
@@ -216,22 +200,9 @@ KINDS: dict[str, type[RuntimeModule]] = {
     "low_rank": LowRank,
     "rotation": Rotation,
     "argument_indices": ArgumentIndices,
+    "early_exit": EarlyExit,
 }
 """What `kind` in config.json may say."""
-
-
-def owner(model: nn.Module, name: str) -> tuple[Any, str]:
-    """The module that holds what the dotted `name` names, and its last part. Raises ValueError
-    where there is none.
-    """
-    path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        raise ValueError(
-            f"config.json: {LAYOUT} names {name!r}, but the model has no module {path!r}"
-        ) from None
-    return module, leaf
 
 
 def kind_of(module: nn.Module) -> str | None:
