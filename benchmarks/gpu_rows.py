@@ -129,7 +129,9 @@ def pruned_shape(bench: Bench, method: Method = MAGNITUDE) -> tuple[nn.Module, P
 def recovered(name: str, bench: Bench) -> str:
     """Three steps of a recovery on what Wanda left, whose zeros stay zero."""
     dense, pruned = pruned_shape(bench, PAIRS)
-    zeros = sum(int((p == 0).sum()) for p in pruned.model.parameters())
+    keep = graph.zero_masks(
+        pruned.model, pruned.groups, pruned.kept
+    )  # others may be zero by chance
     problem = replace(
         PAIRS.problem(pruned.model, bench.tokens()),
         tokenizer=byte_tokenizer(),
@@ -141,7 +143,9 @@ def recovered(name: str, bench: Bench) -> str:
         path = Path(folder) / "text.txt"
         path.write_text(TEXT * 40)
         pruned.model = recoveries.build(node | {"path": str(path)})(problem, pruned)
-    after = sum(int((p == 0).sum()) for p in pruned.model.parameters())
+    zeros = sum(int((~free).sum()) for free in keep.values())
+    held = {name: pruned.model.get_parameter(name)[~free] for name, free in keep.items()}
+    after = sum(int((w == 0).sum()) for w in held.values())
     losses = [r["loss"] for r in pruned.notes["recovery_curve"] if "loss" in r]
     forward(pruned.model, bench.tokens(1))
     note = f"losses {', '.join(f'{x:.3g}' for x in losses)}; zeros {zeros:,} -> {after:,}"
