@@ -101,7 +101,11 @@ def warn_of_little_text(tokens: Tensor, inputs: Mapping[str, int]) -> None:
 
 @contextmanager
 def rounding(bf16: bool) -> Iterator[None]:
-    """float32 matrix products may round their factors (not the sums) to bfloat16 inside."""
+    """float32 matrix products may round their factors (not the sums) to bfloat16 inside.
+
+    On NVIDIA's cards that means TF32, which keeps all of a bfloat16 number: nothing is lost there.
+    Elsewhere products are as torch has them, without TF32 unless a user asks for it.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if bf16 else before)
     try:

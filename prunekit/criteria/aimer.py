@@ -24,12 +24,18 @@ def aimer(model: nn.Module, groups: list[Group], run: Run) -> Scores:
     check_experts(groups)
     scores = {}
     for g in groups:
-        total, squares, count = (torch.zeros(g.units, dtype=torch.float64) for _ in range(3))
+        count = torch.zeros(g.units, dtype=torch.float64)
+        sums: list[Tensor] = []
+        experts: list[int] = []
         for u, weight in expert_weights(model, g):
             w = weight.detach().float()
-            total[u] += w.abs().sum().double().cpu()
-            squares[u] += w.square().sum().double().cpu()
+            sums.append(torch.stack([w.abs().sum(), w.square().sum()]).double())
+            experts.append(u)
             count[u] += w.numel()
+        both = torch.stack([x.to(sums[0].device) for x in sums], 1).cpu()  # the only wait
+        total, squares = torch.zeros(2, g.units, dtype=torch.float64).index_add_(
+            1, torch.tensor(experts), both
+        )
         rms = (squares / count).sqrt()
         tiny = torch.finfo(torch.float64).tiny
         scores[g.name] = -(total / count / rms.clamp(min=tiny)).float()

@@ -54,15 +54,15 @@ def block_taylor(
     the absolute value is taken, so it changes memory, not scores.
     """
     owner = {n: b for g in groups for b in g.modules for n in weights_of(model, b)}
-    scores: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {b: [] for g in groups for b in g.modules}
 
     def fold(name: str, weight: Tensor, gradient: Tensor, _squares: Tensor | None) -> None:
-        part = (weight.float() * gradient.float()).abs().sum().cpu()
-        scores[owner[name]] = scores.get(owner[name], torch.zeros(())) + part
+        parts[owner[name]].append((weight.float() * gradient.float()).abs().sum())
 
     with lean_activations(model.get_submodule(b) for g in groups for b in g.modules):
         backward(model, owner, run, fold, squares=False, batch=batch)
-    return {g.name: torch.stack([scores[b] for b in g.modules]) for g in groups}
+    totals = {b: torch.stack(found).sum().cpu() for b, found in parts.items()}
+    return {g.name: torch.stack([totals[b] for b in g.modules]) for g in groups}
 
 
 @criteria.register(paper="arXiv 2402.02834, 2402.09025", year=2024, needs="data", kinds=("blocks",))

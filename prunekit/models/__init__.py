@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from prunekit.architecture.hardware import quick_in_bfloat16
 
 
 def default_device() -> str:
-    """A GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """A GPU where there is one: under torchrun or accelerate launch that of this process."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    own = os.environ.get("LOCAL_RANK")
+    return "cuda" if own is None else f"cuda:{int(own) % torch.cuda.device_count()}"
 
 
 def resolved_dtype(dtype: str, device: str | None) -> str:

@@ -149,7 +149,7 @@ class _Turns(NamedTuple):
             for row, run in one.by_block(self.groups, self.counts, self.options):
                 mask = self.choose(row, score(row, run))
                 zero_elements(one.model, row, mask)
-                kept |= mask
+                kept |= {name: stays.cpu() for name, stays in mask.items()}
             steps.append(self.perplexities() | {"changed": _changed(before, kept)})
         return report(steps, list(self.texts)), kept
 

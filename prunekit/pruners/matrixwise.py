@@ -66,10 +66,12 @@ def selection(g: Group, count: int, scope: Scope, pattern: Pattern | None) -> Se
 
 
 def write(model: nn.Module, g: Group, new: Tensor, mask: Tensor) -> Tensor:
-    """Put `new (outputs, inputs)` in the place of a matrix. Returns the mask, stored like it."""
+    """Put `new (outputs, inputs)` in the place of a matrix. Returns the mask, stored like it, in
+    host memory: those of all matrices come to a byte a weight.
+    """
     W = matrix(model, g)
     W.copy_(new.to(W).masked_fill_(~mask, 0))
-    return to_out_in(model, g, mask).contiguous()
+    return to_out_in(model, g, mask).contiguous().cpu()
 
 
 def grams_by_block(

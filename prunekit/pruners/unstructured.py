@@ -170,7 +170,8 @@ def unstructured(
         else:
             mask = everywhere(scores, sum(counts.values()))
         zero_elements(model, row, mask)
-        kept |= mask
+        # In host memory: the masks of all matrices come to a byte a weight.
+        kept |= {name: stays.cpu() for name, stays in mask.items()}
     emptied = [name for name, mask in kept.items() if not mask.any()]
     if emptied:
         log.warning("%d matrices lost every weight: %s", len(emptied), ", ".join(emptied[:5]))

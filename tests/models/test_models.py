@@ -9,7 +9,7 @@ from paths import ROOT
 
 import prunekit
 from prunekit.errors import ConfigError
-from prunekit.models import resolved_dtype
+from prunekit.models import default_device, resolved_dtype
 from prunekit.models import smollm2 as smollm2_module
 from prunekit.registry import models
 
@@ -177,6 +177,19 @@ def test_fast_is_bfloat16_where_the_device_computes_in_it(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert resolved_dtype("fast", device) == expected
     assert resolved_dtype("float16", device) == "float16"
+
+
+@pytest.mark.parametrize(
+    ("rank", "gpus", "expected"),
+    [(None, 0, "cpu"), ("1", 0, "cpu"), (None, 2, "cuda"), ("1", 2, "cuda:1"), ("3", 2, "cuda:1")],
+)
+def test_each_process_takes_its_own_gpu(monkeypatch, rank, gpus, expected):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert default_device() == expected
 
 
 def test_every_model_takes_fast(tmp_path, monkeypatch):

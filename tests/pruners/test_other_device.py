@@ -45,6 +45,7 @@ METHODS = {
     "block_influence": (BLOCKS, {"name": "block_influence"}, uniform(0.25)),
     "block_magnitude": (BLOCKS, {"name": "block_magnitude"}, uniform(0.25)),
     "block_ppl": (BLOCKS, {"name": "block_ppl"}, uniform(0.25)),
+    "block_taylor": (BLOCKS, {"name": "block_taylor"}, uniform(0.25)),
 }
 
 
@@ -57,6 +58,7 @@ def prune(name, model):
 def check_alike(model, found, there, expected):
     """The same units and logits, but for rounding: attention takes another path there."""
     assert found.kept.keys() == expected.kept.keys()
+    assert all(kept.device.type == "cpu" for kept in found.kept.values())
     for name, kept in expected.kept.items():
         assert (found.kept[name].cpu() == kept).float().mean() > 0.998, name
     with torch.no_grad():
