@@ -23,8 +23,8 @@ log = logging.getLogger("prunekit")
 
 @dataclass
 class ExpertStatistics:
-    """Six numbers an expert, each (U,) float64, over the tokens routed to it; f is its output
-    before the router's weight g.
+    """Six numbers a unit, each (U,) float64, over the tokens routed to its expert (to any of them,
+    where a router picks groups first); f is an expert's output before the router's weight g.
     """
 
     frequency: Tensor
@@ -105,6 +105,16 @@ def output_of(
     return found.reshape(len(one), -1)
 
 
+def output_by(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Routed, expert: int
+) -> Tensor:
+    """(T, C) what one expert would put out for every token, before a weight."""
+    only = torch.zeros_like(call.weight)
+    only[:, 0] = 1
+    picks = torch.full_like(call.picks, expert)
+    return _called(module, args, kwargs, call, picks, only).reshape(len(only), -1)
+
+
 def _called(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -130,7 +140,25 @@ def expert_slabs(model: nn.Module, group: Group) -> list[Member]:
     """The members that hold weights of the experts themselves; the others are the router's rows and
     biases.
     """
-    return [m for m in group.members if tensor_of(model, m.param).dim() > 2 or m.width > 1]
+    return [
+        m for m in group.members if tensor_of(model, m.param).dim() > 2 or m.width > group.width
+    ]
+
+
+def expert_numbers(model: nn.Module, group: Group) -> Tensor:
+    """(U, W) the numbers by which a router names the experts of each unit: one, or where it picks
+    groups of experts first, one of every group.
+    """
+    slabs = expert_slabs(model, group)
+    return next(m for m in group.members if m not in slabs).index
+
+
+def unit_of_expert(numbers: Tensor) -> Tensor:
+    """(E,) the unit of every expert."""
+    units = torch.arange(len(numbers), device=numbers.device)
+    return torch.empty_like(numbers.flatten()).scatter_(
+        0, numbers.flatten(), units.repeat_interleave(numbers.shape[1])
+    )
 
 
 def expert_parents(model: nn.Module, group: Group) -> list[str]:
@@ -151,6 +179,7 @@ def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
     """
     found: dict[str, ExpertStatistics] = {}
     owner: dict[str, str] = {}
+    units = {g.name: unit_of_expert(expert_numbers(model, g)) for g in groups}
 
     def after(group: Group, path: str) -> Any:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -159,9 +188,14 @@ def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
                 return
             if group.name not in found:
                 found[group.name] = ExpertStatistics.zeros(group.units, call.picks.device)
+            unit = units[group.name].to(call.picks.device)
             for pick in range(call.picks.shape[1]):
                 f = output_of(module, args, kwargs, call, pick)
-                found[group.name].add(call.picks[:, pick], call.weight[:, pick], f)
+                index = call.picks[:, pick]
+                known = unit[index.clamp(max=len(unit) - 1)]
+                # Experts without weights of their own come after the others, and count for none.
+                unit_at = torch.where(index < len(unit), known, group.units)
+                found[group.name].add(unit_at, call.weight[:, pick], f)
 
         return see
 
@@ -202,6 +236,21 @@ def expert_statistics(
             run.statistics["experts", g.name] = found[g.name]
         _say_coverage(missing, found)
     return {g.name: run.statistics["experts", g.name] for g in groups}
+
+
+def expert_coverage(run: Run) -> dict[str, dict[str, int]]:
+    """By group what this run's statistics of experts rest on, for a pruner's notes: how many units
+    no token reached (`unseen`), and the fewest tokens of one (`fewest`). Empty where none were
+    taken.
+    """
+    seen = {
+        key[1]: s.frequency
+        for key, s in run.statistics.items()
+        if isinstance(s, ExpertStatistics) and isinstance(key, tuple)
+    }
+    return {
+        name: {"unseen": int((n == 0).sum()), "fewest": int(n.min())} for name, n in seen.items()
+    }
 
 
 def _say_coverage(groups: Sequence[Group], found: Mapping[str, ExpertStatistics]) -> None:
