@@ -18,6 +18,7 @@ from prunekit.data.generation import generate_text
 from prunekit.data.training_examples import (
     Corpus,
     Example,
+    all_learnt,
     check_source,
     load_examples,
     split_validation,
@@ -164,7 +165,7 @@ def written(
 ) -> list[Example]:
     """Texts that the model writes, all but the first token learnt."""
     rows = generate_text(model, tokenizer, samples, length, **how).tolist()
-    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows]
+    return [all_learnt(row) for row in rows]
 
 
 def train_weights(
