@@ -18,7 +18,7 @@ from prunekit.problem import Problem
 from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.masked_low_rank import Form, MaskedUpdates
 from prunekit.training.recipe import Recipe, micro_batches
-from prunekit.training.weights import train_weights
+from prunekit.training.weights import is_norm, train_weights
 from prunekit.types import Pruned
 
 Part = Literal["norms", "biases", "head"]
@@ -88,7 +88,7 @@ def perp(
     layers that keep every zero.
 
     Args:
-        parts: `norms` (weights, and biases with `biases`), `biases` of all modules, `head`: the
+        parts: `norms` (their weights), `biases` of all modules, `head`: the
             output matrix, unless it is the embedding too.
         updates: `mask` adds `alpha / r M * (B A)` with the mask of the weights (MaskLoRA), `scale`
             multiplies by `B A` (ScaleLoRA), null trains the parts alone (0.03 % of SmolLM2 are
@@ -139,7 +139,7 @@ def part_names(model: nn.Module, parts: list[Part]) -> set[str]:
         part: Part | None = None
         if leaf == "bias":
             part = "biases"
-        elif parameter.dim() == 1:
+        elif is_norm(name, parameter):
             part = "norms"
         elif module is head:
             part = "head"
