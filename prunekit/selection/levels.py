@@ -74,23 +74,26 @@ def lowest_error(menu: Menu) -> Choice:
     steps = [float(np.diff(s).max()) for s in menu.saves if len(s) > 1]
     step = min((s for s in steps if s > 0), default=0.0)
     distance = (1 - 1e-6) * step  # a whole step below, it would fit
+    margin = 0.0  # the solver's own tolerance may let a choice save too much
     while True:
+        least, most = (menu.budget - distance) / scale, menu.most / scale - margin
         rules = [
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(
-                saves[None] / scale, (menu.budget - distance) / scale, menu.most / scale
-            ),
+            LinearConstraint(saves[None] / scale, least, most),
         ]
         found = milp(
             errors, integrality=np.ones(len(errors)), bounds=Bounds(0, 1), constraints=rules
         )
-        if found.x is not None:
-            taken = np.flatnonzero(found.x > 0.5)
-            first = np.searchsorted(owner, np.arange(len(menu.saves)))
-            return tuple(int(n) for n in taken - first)
-        if distance > menu.budget:
-            raise ConfigError("no choice of levels is within the budget")
-        distance = max(2 * distance, menu.budget * 1e-6)
+        if found.x is None:
+            if distance > menu.budget:
+                raise ConfigError("no choice of levels is within the budget")
+            distance = max(2 * distance, menu.budget * 1e-6)
+            continue
+        first = np.searchsorted(owner, np.arange(len(menu.saves)))
+        choice = tuple(int(n) for n in np.flatnonzero(found.x > 0.5) - first)
+        if menu.saved(choice) <= menu.most:
+            return choice
+        margin += 1e-7
 
 
 def filled(menu: Menu, choice: Sequence[int], rng: np.random.Generator) -> Choice:

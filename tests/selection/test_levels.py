@@ -44,6 +44,12 @@ def test_an_optimum_may_lie_off_the_hull():
     assert lowest_error(given) == (2, 0)
 
 
+def test_the_solvers_tolerance_is_not_spent():
+    """Twenty parameters of a hundred million too many."""
+    given = Menu(((0.0, 1.0), (0.0, 5.0)), ((0.0, 1e8), (0.0, 1e8 - 50)), 1e8 - 20)
+    assert lowest_error(given) == (0, 1)
+
+
 def test_nothing_and_everything():
     assert lowest_error(menu(0, 0.0)) == (0, 0, 0, 0)
     whole = menu(0)
