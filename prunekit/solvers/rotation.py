@@ -89,14 +89,14 @@ def _rotate(model: nn.Module, path: str, weight: Tensor, source: str = "") -> No
     """Give the module at `path` a rotation of its input, or with `source` of its output."""
     from prunekit.checkpoint.remote_code.stream_modules import Rotation
 
-    _insert(model, f"{path}.rotation", Rotation(*weight.shape, source), weight)
+    _insert(model, f"{path}.rotation", Rotation(len(weight), weight.shape[1], source), weight)
 
 
 def _write_late(model: nn.Module, path: str, weight: Tensor, target: str) -> None:
     """What the module at `path` writes joins the stream on entering `target`, at full width."""
     from prunekit.checkpoint.remote_code.stream_modules import LateSum
 
-    _insert(model, f"{path}.late_sum", LateSum(*weight.shape, target), weight)
+    _insert(model, f"{path}.late_sum", LateSum(len(weight), weight.shape[1], target), weight)
 
 
 def _insert(model: nn.Module, path: str, module: Any, weight: Tensor) -> None:
