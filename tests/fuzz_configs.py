@@ -27,6 +27,8 @@ FEWER = {
     "general": {"texts": SHARES},
     "recovery": {"max_length": 32, "max_steps": 2, "dataset": "pydocs", "batch": 8},
     "distill": {"micro_batch": 4, "validation_size": 2},
+    "perp": {"micro_batch": 4, "validation_size": 2},
+    "reconstruct": {"samples": 4, "length": 16, "steps": 2},
     "bonsai": {"masks": 4, "rounds": 1},
     "llm_surgeon": {"shots": 2},
     "llm_surgeon_matrices": {"shots": 2},
@@ -44,10 +46,12 @@ adainfer none none             | laser none none              | copal none unifo
 unstructured wanda uniform     | unstructured ria owl         | unstructured wanda besa
 unstructured dass uniform      | sparsegpt none uniform       | admm none uniform
 alps none uniform              | sparsellm none uniform       | llm_surgeon_matrices none global
+database none uniform
 """
 METHODS = [tuple(pair.split()) for pair in PAIRS.replace("|", "\n").splitlines() if pair.strip()]
 SINGLE = ("unstructured", "sparsegpt", "admm", "alps", "sparsellm", "copal", "llm_surgeon_matrices")
-SMALL = {"eval": ("none", "quick", "exits"), "recovery": ("none", "lora_text", "distill")}
+SMALL = {"eval": ("none", "quick", "exits")}
+SMALL["recovery"] = ("none", "lora_text", "distill", "perp", "reconstruct")
 """Kinds of which some choices take minutes or a download."""
 
 
