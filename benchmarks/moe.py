@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 import warnings
@@ -24,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any, get_args
 
 import torch
+from kept_results import KeptResults
 from torch import Tensor, nn
 from trained_moe import DOMAINS, OUT, ROUTERS, rows_of, split_text
 
@@ -171,13 +171,11 @@ def main() -> None:
     data_root = parser.parse_args().data_root
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.parent.mkdir(exist_ok=True)
+    results = KeptResults(RESULTS)
     for router in ROUTERS:
         for key, compute in rows(router, data_root):
             if key not in results:
-                results[key] = compute()
-                RESULTS.write_text(json.dumps(results, indent=1))
+                results.keep(key, compute())
                 sys.stderr.write(f"{key}: {results[key]}\n")
     old = TABLE.read_text() if TABLE.exists() else ""
     mark = "\n## What agrees with the papers"
