@@ -89,13 +89,16 @@ def nearest_accepted(kind: type, config: Any, reach: int = 256) -> Any:
     the class accepts.
 
     Removal writes the true sizes into the config, and `hidden_size` 47 with 6 heads is true but
-    refused. Raises ConfigError where no such change helps.
+    refused. Among equals the one that every tensor has, the hidden size, is raised last. Raises
+    ConfigError where no such change helps.
     """
     if rows_of_config(kind, edited(config)) is not None:
         return config
+    text = config.get_text_config()
+    width = text.attribute_map.get("hidden_size", "hidden_size")
     fields = {
         k: v
-        for k, v in vars(config.get_text_config()).items()
+        for k, v in sorted(vars(text).items(), key=lambda item: item[0] == width)
         if type(v) is int and v > 1 and not k.startswith("_")
     }
     for more, (field, value) in itertools.product(range(1, reach), fields.items()):

@@ -61,7 +61,9 @@ def same_in_every_layer(
     return {g.name: chosen[g.kind] for g in groups}
 
 
-def every_layer(model: nn.Module, groups: list[Group]) -> dict[str, list[Group]]:
+def every_layer(
+    model: nn.Module, groups: list[Group], loadable: str = "stock"
+) -> dict[str, list[Group]]:
     """The groups by kind. Raises ConfigError when a kind's groups differ in size or leave out a
     layer.
     """
@@ -72,8 +74,8 @@ def every_layer(model: nn.Module, groups: list[Group]) -> dict[str, list[Group]]
         there = [g for g in graph.discover(model) if g.kind == kind]
         if len({g.units for g in of}) > 1 or len(of) < len(there):
             raise ConfigError(
-                f"ratio.loadable=stock prunes every layer by the same count: {kind} are in "
-                f"{len(there)} groups of the model, {len(of)} of them may be pruned "
+                f"ratio.loadable={loadable} prunes {kind} in every layer by the same count: they "
+                f"are in {len(there)} groups of the model, {len(of)} of them may be pruned "
                 f"with {sorted({g.units for g in of})} units; use exclude=none, or loadable=any "
                 "for a self-contained checkpoint"
             )

@@ -148,7 +148,12 @@ def packed(tokenizer: Any, text: str, max_length: int) -> list[Example]:
     """One text cut into blocks of exactly `max_length` tokens, tail dropped, all of it learnt."""
     ids = tokenizer(text, verbose=False).input_ids
     blocks = [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]
-    return [{"input_ids": b, "labels": [-100, *b[1:]]} for b in blocks]
+    return [all_learnt(block) for block in blocks]
+
+
+def all_learnt(ids: list[int]) -> Example:
+    """Text without a prompt: all but the first token is learnt."""
+    return {"input_ids": ids, "labels": [-100, *ids[1:]]}
 
 
 def split_validation(

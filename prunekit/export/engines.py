@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from prunekit.architecture.blocks import block_modules
+from prunekit.checkpoint.block_configs import LIKE_LLAMA
 from prunekit.checkpoint.config_choice import bypassed
 from prunekit.checkpoint.layout import describe_runtime_modules
 from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
 from prunekit.export.gguf import content_of
-from prunekit.export.llama_like import LIKE_LLAMA
 from prunekit.export.nemotron_nas import nemotron_nas_content
 
 
@@ -89,7 +89,7 @@ def _block_configs(model: Any, stock: bool) -> list[Engine]:
 
     def how() -> str:
         nemotron_nas_content(model)
-        return "export --to nemotron-nas (no engine has been run on it yet)"
+        return "export --to nemotron-nas (run in vLLM, not in this engine)"
 
     return [_asked(name, how) for name in names]
 

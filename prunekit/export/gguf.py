@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prunekit.checkpoint.block_configs import LIKE_LLAMA
 from prunekit.errors import ConfigError
 from prunekit.export.gguf_content import Content
 from prunekit.export.gguf_families import uniform_content
 from prunekit.export.gguf_file import TYPES, Type, Words, write_file
 from prunekit.export.gguf_uneven import uneven_content
-from prunekit.export.llama_like import LIKE_LLAMA
 
 SPLITS = ("gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o")
 """Names that GGUF has for how a byte-level tokenizer cuts text before merging."""

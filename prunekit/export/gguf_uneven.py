@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from prunekit.checkpoint.block_configs import LIKE_LLAMA
 from prunekit.checkpoint.construction import clean_config
 from prunekit.checkpoint.state import tensors
 from prunekit.errors import ConfigError
@@ -24,7 +25,6 @@ from prunekit.export.gguf_content import (
 )
 from prunekit.export.gguf_families import FAMILIES, check_fields, facts_of, head_sizes
 from prunekit.export.llama_like import (
-    LIKE_LLAMA,
     check_difference,
     empty_attention,
     empty_ffn,

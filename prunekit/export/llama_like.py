@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.checkpoint.class_sizes import nearest_accepted
+from prunekit.checkpoint.construction import stock_class
 from prunekit.checkpoint.layout import difference
 from prunekit.checkpoint.stock_config import mirrored
 from prunekit.errors import ConfigError
 
-LIKE_LLAMA = ("llama", "mistral", "qwen2", "phi3")
-"""RMSNorm, SiLU, gated feed-forward, no norm of queries and keys."""
 HALVES = ("self_attn", "mlp")
 OF_A_LAYER = re.compile(
     r"model\.layers\.\d+\.(self_attn\.(q|k|v|o|qkv)_proj|mlp\.(gate|up|down|gate_up)_proj)"
@@ -26,6 +26,7 @@ def check_difference(model: Any, config: Any, engine: str) -> None:
     """Raises ConfigError for whatever is not the model's class but for sizes, biases and missing
     halves of layers.
     """
+    config = nearest_accepted(stock_class(model), config)
     left = difference(model, config, mirrored(model, config), own_configs=False)
     halves = [
         f"model.layers.{i}.{half}" for i in range(config.num_hidden_layers) for half in HALVES

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prunekit.checkpoint.block_configs import LIKE_LLAMA, MULTIPLE
 from prunekit.checkpoint.construction import clean_config
 from prunekit.checkpoint.writer import appears_when_complete
 from prunekit.errors import ConfigError
 from prunekit.export.gguf_content import own_tensors
 from prunekit.export.gguf_families import FAMILIES, check_fields, head_sizes
 from prunekit.export.llama_like import (
-    LIKE_LLAMA,
     check_difference,
     empty_attention,
     split_fused,
 )
 
-MULTIPLE = 256
 CODE = Path(__file__).with_name("configuration_decilm.py")
 WEIGHTS_OF = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -59,15 +58,19 @@ def export_nemotron_nas(path: str | Path, out: str | Path) -> Path:
     model, tokenizer = load(path)
     content = nemotron_nas_content(model)
     with appears_when_complete(out) as part:
-        save_torch_state_dict(
-            {name: t.detach().cpu().contiguous() for name, t in content.tensors.items()}, part
-        )
+        save_torch_state_dict({name: whole(t) for name, t in content.tensors.items()}, part)
         text = json.dumps(content.config, indent=2, sort_keys=True)
         (part / "config.json").write_text(text + "\n", encoding="utf-8")
         shutil.copy(CODE, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
     return out
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU with a storage of its own: safetensors takes no part of another."""
+    t = tensor.detach().cpu().contiguous()
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def nemotron_nas_content(model: Any) -> Content:

@@ -174,7 +174,7 @@ def laco(
     problem: Problem,
     *,
     threshold: Cosine | None = None,
-    merge: Several = 4,
+    merge: Several = 2,
     interval: Positive = 1,
     rule: Rule = "differences",
     batch: Positive = 8,
@@ -185,10 +185,12 @@ def laco(
     Args:
         threshold: of the mean cosine between final hidden states, above which a merge is made; null
             takes the highest one at which the ratio's number of blocks goes, by bisection.
-        merge: blocks that become one (the paper's C).
+        merge: blocks that become one (the paper's C, 3 to 7 there).
         interval: blocks to go down after a merge (the paper's I).
         rule: `differences` adds those of all merged blocks to the first one's matrices (the paper's
             formula); `last` takes the last one's matrices (what the published notebooks compute).
+            Two blocks are the same by both. Of more, the first wants matrices that are alike:
+            where they are not, their sizes add up and nothing is left of the model.
         batch: samples a forward.
 
     Norms are those of the first block. The notes have the merges, from which `replay` makes the

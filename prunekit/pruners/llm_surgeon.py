@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit import graph
+from prunekit.architecture.blocks import linear_names
 from prunekit.architecture.linear import check_read, is_linear, readers, weight_of
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
-from prunekit.registry import Positive, pruners
+from prunekit.registry import LearningRate, Natural, Positive, pruners
 from prunekit.scoring.kronecker import Factors, Place, kronecker_factors
 from prunekit.selection.units import choose
 from prunekit.solvers.bias_compensation import add_biases
 from prunekit.solvers.llm_surgeon import column_costs, damped_inverse, without_columns
+from prunekit.training.between_shots import correct
 from prunekit.types import Allocation, Group, Kept, Pruned, Scores
 
 Kinds = Annotated[list[Literal["heads", "neurons"]], Field(min_length=1)]
@@ -89,6 +91,8 @@ def llm_surgeon(
     ridge: Above = 0.01,
     batch: Positive | None = None,
     factors: Place = "host",
+    correction_steps: Natural = 0,
+    correction_lr: LearningRate = 1e-4,
     remove: bool = True,
 ) -> Pruned:
     """Removes heads and neurons by what they cost under a Kronecker-factored curvature of the loss,
@@ -105,6 +109,8 @@ def llm_surgeon(
         batch: samples of a backward; null takes as many as make up 2,048 tokens.
         factors: where they wait while the text goes through: `host` memory, or the model's
             `device`. Those of one module at a time are worked with.
+        correction_steps: of LoRA on the calibration text after each shot but the last; 0 is none.
+        correction_lr: their learning rate.
         remove: false zeroes instead of removing.
 
     Notes have the increase of the loss, in nats a token, that each shot expected. Nothing changes
@@ -125,6 +131,11 @@ def llm_surgeon(
         scores, nats = shoot(problem, state, dataclasses.replace(allocation, counts=by_now), how)
         first = first or scores
         increases.append(nats)
+        if correction_steps and shot < shots:
+            keep = graph.zero_masks(model, state.groups, state.kept)
+            correct(
+                model, problem.tokens, linear_names(model), keep, correction_steps, correction_lr
+            )
     if remove:
         graph.remove(model, state.kept)
     return Pruned(model, state.kept, state.groups, first, {"counts": counts, "expected": increases})

@@ -7,7 +7,7 @@ from typing import Literal
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import Positive, Share, ratios
-from prunekit.selection.shares import uniform_counts
+from prunekit.selection.shares import Loadable, uniform_counts
 from prunekit.types import Allocation, Budget, Cut, Group, Of, Ranking
 
 
@@ -24,7 +24,7 @@ def uniform(
     floor: Literal["kept", "removed"] = "kept",
     multiple: Positive = 1,
     per_kind: dict[str, Share] | None = None,
-    loadable: Literal["any", "stock"] = "any",
+    loadable: Loadable = "any",
 ) -> Allocation:
     """Removes the share `target` of every group's units, of the prunable parameters, or of the
     whole model's parameters.
@@ -42,12 +42,14 @@ def uniform(
         multiple: kept neurons and residual channels are a multiple of this.
         per_kind: kinds of units with a share of their own, of units.
         loadable: `stock` takes the same counts in every layer, the nearest ones that transformers'
-            own class can build.
+            own class can build; `deci` takes such as DeciLM's block configs hold, of a model like
+            Llama: the same number of heads in every layer, feed-forward widths that are multiples
+            of 256.
 
     Raises ConfigError when the target cannot be reached, and for a pooled ranking with options that
     it could not keep.
     """
-    if ranking != "local" and (loadable == "stock" or multiple > 1):
+    if ranking != "local" and (loadable != "any" or multiple > 1):
         raise ConfigError(
             f"ratio.ranking={ranking} moves units between groups, so that "
             f"ratio.loadable={loadable} and ratio.multiple={multiple} could not be kept; give "
@@ -60,7 +62,6 @@ def uniform(
         )
     if floor == "removed" and of != "units":
         raise ConfigError(f"ratio.floor=removed rounds units: give ratio.of=units (got {of})")
-    stock = loadable == "stock"
     counts = uniform_counts(
         problem.model,
         groups,
@@ -68,7 +69,7 @@ def uniform(
         of,
         multiple=multiple,
         per_kind=per_kind,
-        stock=stock,
+        loadable=loadable,
         floor=floor,
     )
     unit: Budget = "units" if of == "units" else "parameters"

@@ -4,12 +4,14 @@ parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import nn
 
 from prunekit.architecture.sizes import Sizes
+from prunekit.checkpoint.block_configs import MULTIPLE, check_groups
 from prunekit.checkpoint.stock_counts import every_layer, same_in_every_layer
 from prunekit.errors import ConfigError
 from prunekit.selection.elements import floor_share
@@ -17,6 +19,9 @@ from prunekit.types import Counts, Group, Of
 
 CHANNELS = ("neurons", "hidden", "inner")
 """Kinds whose kept number `multiple` rounds; heads, experts and blocks are whole things."""
+Loadable = Literal["any", "stock", "deci"]
+Multiples = Mapping[str, int]
+"""kind -> what kept units are a multiple of."""
 
 
 def uniform_counts(
@@ -27,7 +32,7 @@ def uniform_counts(
     *,
     multiple: int = 1,
     per_kind: Mapping[str, float] | None = None,
-    stock: bool = False,
+    loadable: Loadable = "any",
     floor: Literal["kept", "removed"] = "kept",
 ) -> Counts:
     """Counts by which every group loses the same share.
@@ -37,15 +42,20 @@ def uniform_counts(
         of: of what: the units of every group, the prunable parameters, all parameters.
         multiple: kept neurons and channels are a multiple of this.
         per_kind: shares of their own for kinds of units; only with of=units.
+        loadable: `stock`: only such counts, alike in every layer, as transformers' own class can
+            build; `deci`: such as DeciLM's block configs hold.
         floor: with of=units, whether kept or removed units are rounded down.
-        stock: only such counts, alike in every layer, as transformers' own class can build.
 
     Raises ConfigError when the target cannot be met.
     """
     if per_kind and of != "units":
         raise ConfigError(f"ratio.per_kind={per_kind} counts units: give ratio.of=units (got {of})")
-    check_kinds(groups, multiple, per_kind or {})
-    stock = stock and not all(g.kind in ("blocks", "weights") for g in groups)
+    multiples = dict.fromkeys(CHANNELS, multiple)
+    if loadable == "deci":
+        check_groups(model, groups)
+        multiples["neurons"] = math.lcm(multiple, MULTIPLE)
+    check_kinds(groups, multiples, per_kind or {})
+    stock = loadable == "stock" and not all(g.kind in ("blocks", "weights") for g in groups)
     if stock:
         every_layer(model, groups)  # says what to do before anything is solved
     if of == "units":
@@ -56,18 +66,20 @@ def uniform_counts(
     else:
         sizes = Sizes(model, groups)
         budget = target * (sizes.total if of == "model" else sizes.prunable())
-        wanted = solve(groups, sizes, budget, 1 if stock else multiple, f"{target} of {of}")
+        together = ("heads",) if loadable == "deci" else ()
+        what = f"{target} of {of}"
+        wanted = solve(groups, sizes, budget, {} if stock else multiples, what, together)
     if stock:
         share = {g.kind: wanted[g.name] / g.units for g in groups}
         return same_in_every_layer(
-            model, groups, share, lambda g, n: rounded(g, n, multiple), budget
+            model, groups, share, lambda g, n: rounded(g, n, multiples), budget
         )
-    return {g.name: rounded(g, wanted[g.name], multiple) for g in groups}
+    return {g.name: rounded(g, wanted[g.name], multiples) for g in groups}
 
 
-def check_kinds(groups: list[Group], multiple: int, per_kind: Mapping[str, float]) -> None:
-    """Raises ConfigError for a share of a kind that is not pruned, and for a multiple that no group
-    reaches.
+def check_kinds(groups: list[Group], multiples: Multiples, per_kind: Mapping[str, float]) -> None:
+    """Raises ConfigError for a share of a kind that is not pruned, and for a multiple that a group
+    does not reach.
     """
     kinds = sorted({g.kind for g in groups})
     unknown = sorted(per_kind.keys() - set(kinds))
@@ -76,11 +88,11 @@ def check_kinds(groups: list[Group], multiple: int, per_kind: Mapping[str, float
             f"ratio.per_kind: {', '.join(unknown)} are not pruned here; possible: "
             f"{', '.join(kinds)}"
         )
-    small = next((g for g in groups if g.kind in CHANNELS and g.units < multiple), None)
+    small = next((g for g in groups if g.units < multiples.get(g.kind, 1)), None)
     if small is not None:
         raise ConfigError(
-            f"ratio.multiple={multiple}: {small.name} has {small.units} units; possible: 1 to "
-            f"{small.units}"
+            f"ratio.multiple={multiples[small.kind]}: {small.name} has {small.units} units; "
+            f"possible: 1 to {small.units}"
         )
 
 
@@ -100,24 +112,30 @@ def units_removed(group: Group, share: float, floor: Literal["kept", "removed"] 
     return min((channels - kept) // group.width, group.units - 1)
 
 
-def rounded(group: Group, removed: int, multiple: int) -> int:
-    """`removed` moved so that the kept units are the nearest multiple, at least one multiple (heads
-    and blocks are left as they are).
-    """
-    if multiple == 1 or removed == 0 or group.kind not in CHANNELS:
+def rounded(group: Group, removed: int, multiples: Multiples) -> int:
+    """`removed` moved so that the kept units are the nearest multiple, at least one multiple."""
+    multiple = multiples.get(group.kind, 1)
+    if multiple == 1 or removed == 0:
         return removed
     kept = max(multiple, round((group.units - removed) / multiple) * multiple)
     return max(0, group.units - min(kept, group.units))
 
 
-def solve(groups: list[Group], sizes: Sizes, budget: float, multiple: int, what: str) -> Counts:
+def solve(
+    groups: list[Group],
+    sizes: Sizes,
+    budget: float,
+    multiples: Multiples,
+    what: str,
+    together: tuple[str, ...] = (),
+) -> Counts:
     """Counts, proportional to each group's units, whose parameters come as near `budget` as one
-    unit (or one multiple) allows.
+    unit (or one multiple) allows. All groups of a kind in `together` have the same count.
     """
 
     def at(share: float) -> Counts:
         return {
-            g.name: rounded(g, min(int(share * g.units), g.units - 1), multiple) for g in groups
+            g.name: rounded(g, min(int(share * g.units), g.units - 1), multiples) for g in groups
         }
 
     if sizes.removed(at(1.0)) < budget:
@@ -132,32 +150,40 @@ def solve(groups: list[Group], sizes: Sizes, budget: float, multiple: int, what:
         middle = (low + high) / 2
         low, high = (middle, high) if sizes.removed(at(middle)) <= budget else (low, middle)
     counts = at(low)
-    fill(groups, counts, low, lambda c: budget - sizes.removed(c), multiple)
+    steps = [[g] for g in groups if g.kind not in together]
+    steps += filter(None, ([g for g in groups if g.kind == kind] for kind in together))
+    fill(steps, counts, low, lambda c: budget - sizes.removed(c), multiples)
     return counts
 
 
 def fill(
-    groups: list[Group], counts: Counts, share: float, gap: Callable[[Counts], float], multiple: int
+    steps: list[list[Group]],
+    counts: Counts,
+    share: float,
+    gap: Callable[[Counts], float],
+    multiples: Multiples,
 ) -> None:
-    """Add single units, those nearest to their turn first, until none fits into the gap; a last one
-    may cross it if that is nearer.
+    """Add single units, to the groups of a step together, those nearest to their turn first, until
+    none fits into the gap; a last one may cross it if that is nearer.
     """
-    order = sorted(groups, key=lambda g: share * g.units - counts[g.name], reverse=True)
+    units = {g.name: g.units for groups in steps for g in groups}
+    order = sorted(steps, key=lambda s: share * s[0].units - counts[s[0].name], reverse=True)
 
-    def one_more(g: Group) -> Counts:
-        return counts | {g.name: counts[g.name] + (multiple if g.kind in CHANNELS else 1)}
+    def one_more(groups: list[Group]) -> Counts | None:
+        more = {g.name: counts[g.name] + multiples.get(g.kind, 1) for g in groups}
+        return counts | more if all(n < units[name] for name, n in more.items()) else None
 
     fitted = True
     while fitted:
         fitted = False
-        for g in order:
-            trial = one_more(g)
-            if trial[g.name] < g.units and gap(trial) >= 0:
+        for groups in order:
+            trial = one_more(groups)
+            if trial is not None and gap(trial) >= 0:
                 counts.update(trial)
                 fitted = True
     last = min(
-        (t for g in order if (t := one_more(g))[g.name] < g.units),
-        key=lambda t: abs(gap(t)),
+        (trial for groups in order if (trial := one_more(groups)) is not None),
+        key=lambda trial: abs(gap(trial)),
         default=counts,
     )
     if abs(gap(last)) < abs(gap(counts)):

@@ -51,6 +51,11 @@ def test_sizes_that_differ_by_layer(tmp_path: Path, kind: str) -> None:
     )
 
 
+def test_heads_that_do_not_divide_the_hidden_size(tmp_path: Path) -> None:
+    many = {"hidden": 64, "heads": 32, "kv": 32, "head_dim": 4}
+    check(tmp_path, {"many": cut(tiny("llama", **many), heads=[8, 8, 8], neurons=[5, 0, 17])})
+
+
 def test_biases_and_scaled_rotary_frequencies(tmp_path: Path) -> None:
     biased = {"attention_bias": True, "mlp_bias": True}
     check(

@@ -54,6 +54,28 @@ def test_the_folder_has_sizes_by_layer_and_tensors_filled_up(tmp_path: Path) -> 
     assert (folder / "tokenizer.json").is_file()
 
 
+def test_fused_matrices_are_written_in_parts(tmp_path: Path) -> None:
+    model = cut(tiny("phi3"), neurons=[5, 0, 17])
+    tensors = load_file(exported(tmp_path, model) / "model.safetensors")
+    fused = model.model.layers[0].self_attn.qkv_proj.weight
+    parts = [tensors[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"]
+    assert torch.cat(parts).equal(fused)
+
+
+def test_a_number_of_heads_that_the_class_refuses(tmp_path: Path) -> None:
+    """10 heads of 8 channels on 96, and 24 on 64, where more channels are as near as more heads;
+    before it is saved, and after.
+    """
+    for hidden, heads, kv, width, gone in ((96, 12, 6, 8, 1), (64, 32, 32, 4, 8)):
+        made = tiny("llama", hidden=hidden, heads=heads, kv=kv, head_dim=width)
+        model = cut(made, heads=[gone] * 3, neurons=[5, 0, 17])
+        left = heads - gone * heads // kv
+        assert nemotron_nas_content(model).config["num_attention_heads"] == left
+        config = json.loads((exported(tmp_path, model, str(heads)) / "config.json").read_text())
+        assert config["num_attention_heads"] == left
+        assert config["hidden_size"] == hidden
+
+
 def test_one_bias_gives_all_of_a_half_one() -> None:
     content = nemotron_nas_content(with_biases(tiny("llama")))
     assert content.config["attention_bias"]

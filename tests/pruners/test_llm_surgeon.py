@@ -183,6 +183,17 @@ def test_excluded_blocks_stay_as_they_are(llama, text):
     assert all(torch.equal(v, before[k]) for k, v in after.items())
 
 
+def test_training_between_shots_moves_weights_and_no_zero(llama, text):
+    plain, zeroed = copy.deepcopy(llama), copy.deepcopy(llama)
+    prune(plain, text, shots=2)
+    trained = {"shots": 2, "correction_steps": 2, "correction_lr": 1e-2}
+    prune(zeroed, text, remove=False, **trained)
+    prune(llama, text, **trained)
+    torch.testing.assert_close(logits(llama, text), logits(zeroed, text), rtol=1e-3, atol=1e-4)
+    assert not torch.equal(logits(llama, text), logits(plain, text))
+    assert not any("lora" in name for name, _ in llama.named_modules())
+
+
 @pytest.mark.parametrize("options", [{"batch": 3}, {"factors": "device"}])
 def test_how_the_text_goes_through_does_not_matter(llama, text, options):
     other = copy.deepcopy(llama)

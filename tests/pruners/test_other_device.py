@@ -40,6 +40,7 @@ METHODS = {
     "slicegpt": ({"name": "slicegpt"}, None, uniform(0.25)),
     "laco": ({"name": "laco", "merge": 2}, None, uniform(0.25)),
     "llm_surgeon": ({"name": "llm_surgeon", "shots": 2, "cost": "group"}, None, uniform(0.25)),
+    "llm_surgeon_matrices": ({"name": "llm_surgeon_matrices", "shots": 2}, None, HALF),
     "adainfer": ({"name": "adainfer", "threshold": -0.2}, None, None),
     "angular": (BLOCKS, {"name": "angular"}, uniform(0.25)),
     "block_influence": (BLOCKS, {"name": "block_influence"}, uniform(0.25)),

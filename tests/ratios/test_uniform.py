@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from problems import problem
 from reference import llama_groups, tiny_llama
+from tiny_models import tiny_model
 
+from prunekit import graph
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
+from prunekit.export.nemotron_nas import nemotron_nas_content
 from prunekit.ratios.uniform import uniform
+from prunekit.selection.units import keep_local
+from prunekit.types import Group
 
 UNITS = ("heads", "neurons")
 
@@ -76,7 +82,7 @@ def test_totals_are_counted_in_what_the_target_is_of(options, budget):
 
 
 @pytest.mark.parametrize("ranking", ["kind", "global"])
-@pytest.mark.parametrize("options", [{"loadable": "stock"}, {"multiple": 16}])
+@pytest.mark.parametrize("options", [{"loadable": "stock"}, {"loadable": "deci"}, {"multiple": 16}])
 def test_a_pooled_ranking_refuses_what_it_could_not_keep(ranking, options):
     with pytest.raises(ConfigError, match=rf"ratio.ranking={ranking} moves units.*ranking=local"):
         allocated(ranking=ranking, **options)
@@ -99,3 +105,54 @@ def test_the_nearest_cut_is_of_a_global_ranking():
     for ranking in ("local", "kind"):
         with pytest.raises(ConfigError, match=r"ratio.ranking=global"):
             allocated(ranking=ranking, cut="nearest")
+
+
+SIX_HEADS = {"heads": 12, "kv": 6, "hidden": 96, "head_dim": 8}
+
+
+@pytest.mark.parametrize("of", ["model", "prunable", "units"])
+def test_block_configs_hold_the_counts(of):
+    """Widths without padding, heads alike though not every layer's neurons may go."""
+    model = tiny_model("llama", layers=3, ffn=1536, **SIX_HEADS)
+    every = [g for g in graph.discover(model) if g.kind in UNITS]
+    groups = [g for g in every if g.name != "neurons.1"]
+    counts = counted(model, groups, target=0.3, of=of, loadable="deci")
+    assert len({counts[g.name] for g in groups if g.kind == "heads"}) == 1
+    sizes = Sizes(model, groups)
+    step = sizes.removed({"neurons.0": 256})
+    asked = {"model": sizes.total, "prunable": sizes.prunable()}
+    if of != "units":
+        assert abs(sizes.removed(counts) - 0.3 * asked[of]) <= step / 2 + 1
+    kept = keep_local({g.name: torch.arange(float(g.units)) for g in groups}, counts)
+    pruned = graph.remove(model, kept)
+    widths = [
+        block["ffn"]["intermediate_size"]
+        for block in nemotron_nas_content(pruned).config["block_configs"]
+    ]
+    assert widths == [layer.mlp.gate_proj.out_features for layer in pruned.model.layers]
+    assert len(set(widths)) > 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen", "words"),
+    [
+        ("qwen3", {}, "models like llama.*not qwen3"),
+        ("llama", {"layer": 0}, "heads in every layer.*exclude=none"),
+        ("llama", {"ffn": 128}, "multiples of 256 neurons, neurons.0 has 128"),
+    ],
+)
+def test_what_block_configs_do_not_hold_is_refused(kind, chosen, words):
+    model = tiny_model(kind, layers=2, ffn=chosen.get("ffn", 512), **SIX_HEADS)
+    groups = [
+        g
+        for g in graph.discover(model)
+        if g.kind in UNITS and g.layer in (0, chosen.get("layer", 1))
+    ]
+    with pytest.raises(ConfigError, match=words):
+        counted(model, groups, loadable="deci")
+
+
+def test_block_configs_have_no_place_for_narrower_heads():
+    model = tiny_model("llama", layers=2, ffn=512, **SIX_HEADS)
+    with pytest.raises(ConfigError, match="no place for inner"):
+        counted(model, [Group("inner.0", "inner", 0, 8)], loadable="deci")

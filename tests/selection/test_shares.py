@@ -35,5 +35,5 @@ def test_the_papers_floor_rules(units, width, share, removed):
 
 def test_multiple_rounds_kept_neurons():
     group = Group("g", "neurons", 0, 1536)
-    assert (1536 - rounded(group, 504, 64)) % 64 == 0
-    assert rounded(group, 0, 64) == 0
+    assert (1536 - rounded(group, 504, {"neurons": 64})) % 64 == 0
+    assert rounded(group, 0, {"neurons": 64}) == 0
