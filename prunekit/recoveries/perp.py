@@ -18,7 +18,7 @@ from prunekit.problem import Problem
 from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.masked_low_rank import Form, MaskedUpdates
 from prunekit.training.recipe import Recipe, micro_batches
-from prunekit.training.weights import train_weights
+from prunekit.training.weights import is_norm, train_weights
 from prunekit.types import Pruned
 
 Part = Literal["norms", "biases", "head"]
@@ -88,23 +88,18 @@ def perp(
     layers that keep every zero.
 
     Args:
-        dataset, split, path, data_root: instructions or plain text.
-        max_length: tokens of an example at most.
-        validation_size: examples set aside; the step with the lowest loss on them is kept.
-        parts: `norms` (weights, and biases with `biases`), `biases` of all modules, `head`: the
+        parts: `norms` (their weights), `biases` of all modules, `head`: the
             output matrix, unless it is the embedding too.
         updates: `mask` adds `alpha / r M * (B A)` with the mask of the weights (MaskLoRA), `scale`
             multiplies by `B A` (ScaleLoRA), null trains the parts alone (0.03 % of SmolLM2 are
             norms). Both know the mask while they are trained, unlike recovery=lora.
-        r, alpha, targets: of the updates; targets are names or patterns of linear layers in a
-            block, null is all.
-        lr, warmup_steps, epochs, max_steps, batch, micro_batch: as in recovery=lora.
-        eval_every, log_every: steps.
-        seed: draws the validation examples, their order, the start of the updates.
+        r: rank of the updates.
+        alpha: of updates=mask.
+        targets: names or patterns of linear layers in a block that get updates; null is all.
 
-    A model in half precision is trained in float32 and comes back in its own. Leaves the notes that
-    `recovery=lora` leaves. Raises ConfigError for parts and targets that the model lacks, and data
-    that holds nothing.
+    Data and steps are those of `recovery=lora`, and so are the notes. A model in half
+    precision is trained in float32 and comes back in its own. Raises ConfigError for parts and
+    targets that the model lacks, and data that holds nothing.
     """
     model = pruned.model
     recipe = Recipe(
@@ -144,7 +139,7 @@ def part_names(model: nn.Module, parts: list[Part]) -> set[str]:
         part: Part | None = None
         if leaf == "bias":
             part = "biases"
-        elif parameter.dim() == 1:
+        elif is_norm(name, parameter):
             part = "norms"
         elif module is head:
             part = "head"
