@@ -12,6 +12,31 @@ from torch import Tensor, nn
 from prunekit.types import Group, Member, tensor_of
 
 
+def expert_slabs(model: nn.Module, group: Group) -> list[Member]:
+    """The members that hold weights of the experts themselves; the others are the router's rows and
+    biases.
+    """
+    return [
+        m for m in group.members if tensor_of(model, m.param).dim() > 2 or m.width > group.width
+    ]
+
+
+def expert_numbers(model: nn.Module, group: Group) -> Tensor:
+    """(U, W) the numbers by which a router names the experts of each unit: one, or where it picks
+    groups of experts first, one of every group.
+    """
+    slabs = expert_slabs(model, group)
+    return next(m for m in group.members if m not in slabs).index
+
+
+def unit_of_expert(numbers: Tensor) -> Tensor:
+    """(E,) the unit of every expert."""
+    units = torch.arange(len(numbers), device=numbers.device)
+    return torch.empty_like(numbers.flatten()).scatter_(
+        0, numbers.flatten(), units.repeat_interleave(numbers.shape[1])
+    )
+
+
 def neurons_inside(groups: Sequence[Group], slabs: Sequence[Member]) -> Group | None:
     """The neurons of the experts whose weights are `slabs`: unit u is neuron u of each of them."""
     names = {m.param for m in slabs}

@@ -12,8 +12,9 @@ from prunekit import graph
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.graph.discovery import discovery
 from prunekit.problem import Problem
+from prunekit.pruners.expert_blocks import check_experts_by_block
 from prunekit.registry import Positive, pruners
-from prunekit.solvers.expert_search import ExpertLayer, check_experts_by_block, search
+from prunekit.solvers.expert_search import ExpertLayer, search
 from prunekit.types import Kept, Pruned
 
 

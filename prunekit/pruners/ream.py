@@ -6,14 +6,13 @@ from torch import Tensor
 
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.problem import Problem
+from prunekit.pruners.expert_blocks import check_merging, merge_by_block
 from prunekit.registry import Positive, pruners
 from prunekit.scoring.expert_outputs import expert_outputs
 from prunekit.scoring.experts import expert_statistics
 from prunekit.solvers.expert_merging import (
     Clusters,
     around_centroids,
-    check_merging,
-    merge_by_block,
 )
 from prunekit.types import Group, Pruned, Run
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from prunekit.activations.hooks import first_tensor, pass_tokens
 from prunekit.errors import ConfigError
+from prunekit.graph.expert_neurons import expert_numbers, expert_slabs
 from prunekit.scoring.experts import (
     Routed,
-    expert_numbers,
     expert_parents,
-    expert_slabs,
     output_by,
     routed,
 )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from prunekit.activations.hooks import pass_tokens
 from prunekit.errors import ConfigError
+from prunekit.graph.expert_neurons import expert_numbers, expert_slabs, unit_of_expert
 from prunekit.graph.sample_run import ERRORS
-from prunekit.types import Group, Member, Run, tensor_of
+from prunekit.types import Group, Run
 
 log = logging.getLogger("prunekit")
 
@@ -134,31 +135,6 @@ def check_experts(groups: Sequence[Group]) -> None:
     other = next((g for g in groups if g.kind != "experts"), None)
     if other is not None:
         raise ConfigError(f"this scores experts, and {other.name} is of kind {other.kind}")
-
-
-def expert_slabs(model: nn.Module, group: Group) -> list[Member]:
-    """The members that hold weights of the experts themselves; the others are the router's rows and
-    biases.
-    """
-    return [
-        m for m in group.members if tensor_of(model, m.param).dim() > 2 or m.width > group.width
-    ]
-
-
-def expert_numbers(model: nn.Module, group: Group) -> Tensor:
-    """(U, W) the numbers by which a router names the experts of each unit: one, or where it picks
-    groups of experts first, one of every group.
-    """
-    slabs = expert_slabs(model, group)
-    return next(m for m in group.members if m not in slabs).index
-
-
-def unit_of_expert(numbers: Tensor) -> Tensor:
-    """(E,) the unit of every expert."""
-    units = torch.arange(len(numbers), device=numbers.device)
-    return torch.empty_like(numbers.flatten()).scatter_(
-        0, numbers.flatten(), units.repeat_interleave(numbers.shape[1])
-    )
 
 
 def expert_parents(model: nn.Module, group: Group) -> list[str]:

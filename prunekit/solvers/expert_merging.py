@@ -4,34 +4,26 @@ weighted mean that takes the place of the one that stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit import graph
-from prunekit.activations.storage import PassOptions
 from prunekit.errors import ConfigError
-from prunekit.graph.discovery import discovery
 from prunekit.graph.expert_neurons import (
+    expert_slabs,
     expert_slice,
     neuron_members,
     neuron_rows,
-    neurons_inside,
     places,
     put_slice,
     reordered,
 )
-from prunekit.problem import Expected, Problem
-from prunekit.scoring.experts import expert_numbers, expert_slabs
-from prunekit.solvers.expert_search import check_experts_by_block
-from prunekit.types import Group, Kept, Member, Pruned, Run
+from prunekit.types import Group, Member
 
 Clusters = list[list[int]]
 """Experts that become one; the first of each is the one whose row of the router stays."""
-Plan = Callable[[Group, Run, int], tuple[Clusters, Tensor]]
-"""(experts, their block on the text, how many stay) -> clusters, and a weight (E,) an expert."""
 PCA = 64
 """Directions in which neurons' weights are compared (REAM)."""
 
@@ -82,7 +74,9 @@ def merged_members(model: nn.Module, group: Group) -> list[Member]:
     ]
 
 
-def aligned(model: nn.Module, slabs: Sequence[Member], neurons: Group, cluster: list[int]) -> Any:
+def aligned(
+    model: nn.Module, slabs: Sequence[Member], neurons: Group, cluster: list[int]
+) -> dict[int, Tensor]:
     """By expert of a cluster the order (F,) in which its neurons are nearest to those of the first,
     as one assignment of all: by the distance of their weights' directions, along `PCA` main ones.
     """
@@ -113,7 +107,8 @@ def merge_cluster(
     first one's order before.
     """
     members = merged_members(model, group)
-    orders, inside = {}, {}
+    orders: dict[int, Tensor] = {}
+    inside: dict[str, Member] = {}
     if neurons is not None:
         orders = aligned(model, members, neurons, cluster)
         inside = {s.param: m for s, m in neuron_members(members, neurons)}
@@ -131,47 +126,3 @@ def merge_cluster(
             total = part * s if total is None else total + part * s
         assert total is not None
         put_slice(model, m, cluster[0], total)
-
-
-def check_merging(problem: Problem, **_: Any) -> Expected:
-    """Raises ConfigError where the ratio cannot be met or moves experts between layers, and for
-    experts that cannot be merged: in a list, or of a router that picks groups of them first.
-    """
-    expected = check_experts_by_block(problem)
-    for g in expected.groups:
-        if g.modules or not expert_slabs(problem.model, g):
-            raise ConfigError(f"{g.name}: experts in a list of modules cannot be merged")
-        if expert_numbers(problem.model, g).shape[1] > 1:
-            raise ConfigError(
-                f"{g.name}: its router picks groups of experts first, and merging would take "
-                "experts from one group into another: take criterion=experts"
-            )
-    return expected
-
-
-@torch.no_grad()
-def merge_by_block(problem: Problem, plan: Plan, options: PassOptions, align: bool) -> Pruned:
-    """The experts of block after block merged by `plan`, each on what the merged ones before it put
-    out. Raises ConfigError as `check_merging` does, and for neurons that cannot be aligned.
-    """
-    model = problem.model
-    groups = check_merging(problem).groups
-    counts = problem.allocate(groups).counts
-    known = discovery(model)
-    kept: Kept = {}
-    merged: dict[str, Clusters] = {}
-    for row, run in problem.by_block(groups, counts, options):
-        for g in [g for g in row if counts.get(g.name)]:
-            neurons = neurons_inside(known.groups, merged_members(model, g)) if align else None
-            if align and neurons is None:
-                raise ConfigError(f"{g.name}: the neurons of its experts are not known")
-            clusters, weight = plan(g, run, g.units - counts[g.name])
-            for cluster in clusters:
-                if len(cluster) > 1:
-                    merge_cluster(model, g, cluster, weight.cpu(), neurons)
-            mask = torch.zeros(g.units, dtype=torch.bool)
-            mask[[c[0] for c in clusters]] = True
-            graph.remove(model, {g.name: mask}, known=known)
-            kept[g.name] = mask
-            merged[g.name] = [c for c in clusters if len(c) > 1]
-    return Pruned(model, kept, groups, notes={"counts": counts, "merged_experts": merged})

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.activations.blockwise import BlockRun, groups_by_block
+from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.storage import autocast
-from prunekit.errors import ConfigError
 from prunekit.graph.discovery import Discovery
 from prunekit.graph.gated import gated
-from prunekit.problem import Expected, Problem, expect
 from prunekit.types import Group
 
 
@@ -29,21 +27,6 @@ class Found(NamedTuple):
     mask: Tensor
     loss: float
     tried: int
-
-
-def check_experts_by_block(problem: Problem, **_: Any) -> Expected:
-    """Raises ConfigError where the ratio cannot be met or moves experts between layers, and for
-    experts outside of the blocks.
-    """
-    groups = problem.groups(["experts"])
-    groups_by_block(groups, problem.blocks())
-    expected = expect(problem, groups)
-    if expected.counts is not None and problem.allocate(groups).ranking != "local":
-        raise ConfigError(
-            "experts are chosen one block at a time, and the ratio lets layers exchange them: give "
-            "ratio.ranking=local"
-        )
-    return expected
 
 
 def module_around(group: Group) -> str:
