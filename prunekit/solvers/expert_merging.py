@@ -5,7 +5,6 @@ weighted mean that takes the place of the one that stays.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
