@@ -53,7 +53,7 @@ database none uniform
 """
 METHODS = [tuple(pair.split()) for pair in PAIRS.replace("|", "\n").splitlines() if pair.strip()]
 SINGLE = ("unstructured", "sparsegpt", "admm", "alps", "sparsellm", "copal", "llm_surgeon_matrices")
-SMALL = {"eval": ("none", "quick", "exits")}
+SMALL = {"eval": ("none", "quick", "exits"), "model": ("tiny_llama", "hf", "llama2_7b")}
 SMALL["calib"] = ("pydocs", "crop", "c4", "self", "mix", "general", "sequence")
 SMALL["recovery"] = ("none", "lora_text", "distill", "perp", "reconstruct")
 """Kinds of which some choices take minutes or a download."""
