@@ -82,6 +82,7 @@ def perp(
     micro_batch: Positive = 4,
     eval_every: Positive = 100,
     log_every: Positive = 10,
+    save_every: Positive = 100,
     seed: Seed = 42,
 ) -> nn.Module:
     """Trains norms, biases or the output matrix as they are, and low-rank updates of the linear
@@ -111,6 +112,8 @@ def perp(
         micro_batch=micro_batch,
         eval_every=eval_every,
         log_every=log_every,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     names = part_names(model, parts)
