@@ -37,6 +37,7 @@ def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]
     """The model's configuration from where its weights are, else from `overrides`. Raises
     ConfigError.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if overrides and not Path(path).is_dir():
@@ -46,11 +47,11 @@ def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]
             )
         try:
             return AutoConfig.for_model(**overrides)
-        except ValueError as e:
-            raise ConfigError(f"model=hf: config={overrides}: {e}") from e
+        except (*REFUSALS, StrictDataclassError) as e:
+            raise ConfigError(f"model=hf: config={overrides}: {' '.join(str(e).split())}") from e
     try:
         return AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as e:
+    except (*REFUSALS, StrictDataclassError, OSError) as e:
         raise _lost(path, e) from e
 
 

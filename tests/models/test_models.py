@@ -121,6 +121,13 @@ def test_hf_says_what_is_missing(tmp_path):
         models.build({"name": "hf", "path": "a/b", "config": {"hidden_size": 8}})(meta=True)
 
 
+@pytest.mark.parametrize("sizes", [{"hidden_size": 4098}, {"num_hidden_layers": "two"}])
+def test_hf_says_what_a_config_cannot_be(sizes):
+    node = {"name": "hf", "path": "a/b", "config": {"model_type": "llama", **sizes}}
+    with pytest.raises(ConfigError, match=r"model=hf: config=.*llama"):
+        models.build(node)(meta=True)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
