@@ -74,7 +74,7 @@ def check_updates(model: nn.Module, names: Sequence[str]) -> None:
 
     leaves = sorted({name.rpartition(".")[2] for name in names})
     for leaf in leaves:
-        alone = nn.Module()
+        alone: Any = nn.Module()
         alone.config = getattr(model, "config", None)
         setattr(alone, leaf, nn.Linear(1, 1, device="meta"))
         try:
