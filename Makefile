@@ -14,10 +14,10 @@ demo: $(STAMP)
 	$(BIN)/prunekit experiment=demo
 
 test: lint test-fast
-	$(BIN)/pytest -n auto --dist loadfile -m slow --durations=10
+	$(BIN)/pytest -n auto --dist worksteal -m slow --durations=10
 
 test-fast: $(STAMP)
-	$(BIN)/pytest -n auto --dist loadfile -m "not slow" --durations=10
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow" --durations=10
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ TABLE = {
     "excludes": "registry errors types",
     "pruners": METHODS,
     "recoveries": METHODS,
-    "evals": "export checkpoint data graph architecture registry errors types profiling",
+    "evals": "export checkpoint activations data graph architecture registry errors types profiling",  # noqa: E501
     "problem": "selection activations graph architecture registry errors types",
     "solvers": "selection activations checkpoint graph architecture errors types",
     "selection": "activations checkpoint graph architecture errors types",

@@ -76,6 +76,7 @@ def lora(
     micro_batch: Positive = 4,
     eval_every: Positive = 100,
     log_every: Positive = 10,
+    save_every: Positive = 100,
     seed: Seed = 42,
 ) -> nn.Module:
     """Low-rank updates of all linear layers, trained on instructions or plain text and merged into
@@ -101,6 +102,8 @@ def lora(
         micro_batch=micro_batch,
         eval_every=eval_every,
         log_every=log_every,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     micro_batches(batch, micro_batch)  # said before the data is read
@@ -108,10 +111,5 @@ def lora(
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     history, trained = train_and_merge(model, updates, examples, validation, recipe, keep)
-    pruned.notes |= {
-        "recovery_curve": history.curve,
-        "recovery_best_step": history.best_step,
-        "recovery_examples": len(examples),
-        "recovery_trained_params": trained,
-    }
+    pruned.notes |= history.notes(len(examples), trained)
     return model
