@@ -65,7 +65,7 @@ def test_a_model_without_a_place_in_gguf_is_skipped_with_the_reason(caplog):
 
 @pytest.mark.parametrize("engine", ["llamacpp", "vllm"])
 def test_an_engine_that_is_not_here_is_refused_before_the_run(engine: str, monkeypatch):
-    calib = calibs.build({"name": "text"})
+    calib = calibs.build({"name": "crop", "dataset": "pydocs"})
     check = evals.build({"name": engine}).meta["check"]
     monkeypatch.setenv("PRUNEKIT_LLAMACPP", "/nowhere/python")
     monkeypatch.setenv("PRUNEKIT_VLLM", "/nowhere/python")
