@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -81,11 +80,6 @@ class ExpertLayer:
         return float(total)
 
 
-def sets_of(units: int, count: int) -> Iterator[tuple[int, ...]]:
-    """All sets of `count` experts that may go."""
-    return itertools.combinations(range(units), count)
-
-
 @torch.no_grad()
 def search(layer: ExpertLayer, count: int, limit: int) -> Found:
     """The `count` experts without which the output changes least: of all sets where there are no
@@ -94,7 +88,8 @@ def search(layer: ExpertLayer, count: int, limit: int) -> Found:
     units = layer.group.units
     with layer.gates():
         if math.comb(units, count) <= limit:
-            losses = {gone: layer.loss(gone) for gone in tqdm(sets_of(units, count), delay=2)}
+            sets = tqdm(itertools.combinations(range(units), count), delay=2)
+            losses = {gone: layer.loss(gone) for gone in sets}
             best = min(losses, key=lambda gone: losses[gone])
             return Found(_mask(units, best), losses[best], len(losses))
         taken: tuple[int, ...] = ()
