@@ -86,10 +86,12 @@ def search(layer: ExpertLayer, count: int, limit: int) -> Found:
     more than `limit`, else one after the other, each time the one whose loss is least.
     """
     units = layer.group.units
+    total = math.comb(units, count)
     with layer.gates():
-        if math.comb(units, count) <= limit:
-            sets = tqdm(itertools.combinations(range(units), count), delay=2)
-            losses = {gone: layer.loss(gone) for gone in sets}
+        if total <= limit:
+            sets = itertools.combinations(range(units), count)
+            bar = tqdm(sets, desc="sets of experts", unit="set", total=total, delay=2)
+            losses = {gone: layer.loss(gone) for gone in bar}
             best = min(losses, key=lambda gone: losses[gone])
             return Found(_mask(units, best), losses[best], len(losses))
         taken: tuple[int, ...] = ()
