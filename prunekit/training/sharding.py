@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from prunekit.errors import ConfigError
+from prunekit.training.recipe import processes
 
 if TYPE_CHECKING:
     from prunekit.training.callbacks import Best
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def wants_shards() -> bool:
     """Whether the launcher asks for shards. Raises ConfigError for the first version of FSDP."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes() == 1:
         return False
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False

@@ -4,7 +4,6 @@ transformers' Trainer: one process or several, one device or many.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from prunekit.training.distillation import (
     summed_kl,
     teacher_logits,
 )
-from prunekit.training.recipe import Recipe, linear_decay
+from prunekit.training.recipe import Recipe, linear_decay, processes
 from prunekit.training.resume import Kept, LossesSoFar
 from prunekit.training.sharding import (
     ShardingTrainer,
@@ -120,7 +119,7 @@ def train(
     groups += [{k: v for k, v in group.items() if k != "constant"} for group in parameters]
     constant = [False] * bool(inside) + [group.get("constant", False) for group in parameters]
     curve, best = Curve(), Best(inside + outside)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = processes() == 1
     kept = Kept(recipe.progress, curve, best) if recipe.progress and alone else None
     shards = Shards(model, keep or {}, best) if student is not model else None
     device = training_device(model)
