@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from prunekit.architecture import offload
+from prunekit.architecture.mapped import check_mappable
 from prunekit.checkpoint import load, outline
 from prunekit.checkpoint.class_sizes import REFUSALS
 from prunekit.checkpoint.folder import check_plain
@@ -74,6 +76,21 @@ def _pruned(
     )
 
 
+def _check_disk(path: str, device: str | None, device_map: Any) -> None:
+    """Raises ConfigError for what cannot lie in mapped files."""
+    check_mappable()
+    if device_map is not None or (device or default_device()) != "cpu":
+        raise ConfigError(
+            "model.weights=disk is computed on the CPU, from files mapped into host memory: give "
+            "model.device=cpu model.device_map=null"
+        )
+    if (Path(path).expanduser() / MANIFEST).is_file():
+        raise ConfigError(
+            f"model=hf: {path} is a checkpoint of prunekit, which is read whole: give "
+            "model.weights=memory"
+        )
+
+
 @models.register()
 def hf(
     meta: bool = False,
@@ -82,6 +99,7 @@ def hf(
     dtype: Literal["auto", "fast", "float32", "bfloat16", "float16"] = "auto",
     device: Device = None,
     device_map: str | dict[str, int | str] | None = None,
+    weights: Literal["memory", "disk"] = "memory",
     revision: str | None = None,
     trust_remote_code: bool = False,
     auto: AUTO = "AutoModelForCausalLM",
@@ -90,7 +108,9 @@ def hf(
     """Any model that transformers loads, and prunekit's own checkpoints: `path` is a local folder
     or a hub name.
 
-    `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `config` (a
+    `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `weights=disk` keeps
+    a copy of them, the one that is pruned, in mapped files on the disk (folder TMPDIR, as much room
+    as the model takes): no more than about one block at a time is in memory. `config` (a
     `model_type` and sizes) serves `meta=True` where no folder is at hand, so that a plan needs no
     network. Raises ConfigError where neither disk nor hub has the model.
     """
@@ -98,6 +118,8 @@ def hf(
     from safetensors import SafetensorError
 
     dtype_name = resolved_dtype(dtype, device)
+    if weights == "disk":
+        _check_disk(path, device, device_map)
     if path.startswith((".", "~", "/")):
         path = str(Path(path).expanduser().resolve())
         if not Path(path).is_dir() and not (meta and config):
@@ -119,6 +141,12 @@ def hf(
                 found, trust_remote_code=trust_remote_code, **kind
             ).eval(), None
     _config(path, None, options)
+    if weights == "disk":
+        with torch.device("meta"):
+            outline = loader.from_config(
+                _config(path, None, options), trust_remote_code=trust_remote_code
+            )
+        device_map = offload.disk_map(outline)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         model = loader.from_pretrained(
@@ -129,6 +157,8 @@ def hf(
         )
     except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
         raise _lost(path, e) from e
-    if device_map is None:
+    if weights == "disk":
+        offload.map_weights(model)
+    elif device_map is None:
         model = model.to(device or default_device())
     return model.eval(), tokenizer

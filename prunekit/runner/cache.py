@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from prunekit.activations.runs import ModelRun
+from prunekit.architecture.mapped import release
 from prunekit.errors import ConfigError
 from prunekit.registry import Component
 from prunekit.runner import provenance, store
@@ -177,6 +178,7 @@ def model_print(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device.type}".encode())
         hasher.update(bytes_of(tensor))
+        release([tensor])
     return hasher.hexdigest()
 
 

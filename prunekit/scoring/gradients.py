@@ -21,6 +21,7 @@ from tqdm import tqdm
 from prunekit.activations.runs import samples_at_once
 from prunekit.architecture.blocks import block_modules
 from prunekit.architecture.linear import is_linear
+from prunekit.architecture.mapped import release
 from prunekit.errors import ConfigError
 from prunekit.types import Run, tensor_of
 
@@ -92,6 +93,7 @@ def backward(
     def deliver(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
         with torch.no_grad():
             sink(name, weight, gradient, mean_squared)
+            release([weight])
 
     total = len(run.tokens)
     with torch.enable_grad():

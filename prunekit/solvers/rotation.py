@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.architecture.linear import weight_of
+from prunekit.architecture.mapped import beside
 from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps
 from prunekit.graph.discovery import forget
 from prunekit.graph.slicing import update_sizes
@@ -119,7 +120,8 @@ def put_linear(module: nn.Module, W: Tensor) -> None:
 def put(module: nn.Module, weight: Tensor) -> None:
     """A new weight in the old one's dtype and on its device; the module's sizes follow."""
     old: Tensor = module.weight  # type: ignore[assignment]
-    module.weight = nn.Parameter(weight.to(old).contiguous(), requires_grad=old.requires_grad)
+    new = beside(weight.to(old).contiguous(), old)
+    module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
     update_sizes(module, "weight", old.shape)
 
 
