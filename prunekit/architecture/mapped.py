@@ -37,14 +37,20 @@ def mapped_copy(value: Tensor) -> Tensor:
     try:
         # A mapped file that finds the disk full later ends the process without a word.
         os.posix_fallocate(handle, 0, size)
-        storage = torch.UntypedStorage.from_file(name, True, size)  # type: ignore[no-untyped-call]
+        storage = torch.UntypedStorage.from_file(name, True, size)
     finally:
         os.close(handle)
         os.unlink(name)
-    found = torch.empty(0, dtype=value.dtype).set_(storage, 0, value.shape)
+    found: Tensor = empty_in(storage, value)
     found.copy_(value.detach())
     release([found])
     return found
+
+
+def empty_in(storage: Any, like: Tensor) -> Any:
+    """A tensor of the shape and dtype of `like` in a storage."""
+    found: Any = torch.empty(0, dtype=like.dtype)
+    return found.set_(storage, 0, like.shape)
 
 
 def is_mapped(tensor: Tensor) -> bool:

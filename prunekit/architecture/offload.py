@@ -76,7 +76,10 @@ def gather(model: nn.Module, copied: Callable[[Tensor], Tensor] = torch.clone) -
     from accelerate.hooks import remove_hook_from_submodules
     from accelerate.utils import set_module_tensor_to_device
 
-    values = {name: copied(stored_value(model, name)) for name in offloaded(model)}
+    values = {
+        name: copied(stored_value(model, name).to(tensor_of(model, name).dtype))
+        for name in offloaded(model)
+    }
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     remove_hook_from_submodules(model)
     for name, value in values.items():
@@ -96,17 +99,17 @@ def stored_value(model: nn.Module, name: str) -> Tensor:
     lies in a mapped file. Raises ConfigError where no hook knows it.
     """
     here = tensor_of(model, name)
-    if is_mapped(here):
-        value = here.detach().clone()
+    if not here.is_meta:
+        copied = here.detach().clone()
         release([here])
-        return value
+        return copied
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         module = model.get_submodule(".".join(parts[:depth]))
         for hook in hooks(module):
             if getattr(hook, "offload", False) and hook.weights_map is not None:
                 try:
-                    value = hook.weights_map[".".join(parts[depth:])]
+                    value: Tensor = hook.weights_map[".".join(parts[depth:])]
                 except KeyError:
                     continue
                 return value

@@ -4,6 +4,7 @@ Face hub.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,25 +141,22 @@ def hf(
             return loader.from_config(
                 found, trust_remote_code=trust_remote_code, **kind
             ).eval(), None
-    _config(path, None, options)
-    if weights == "disk":
-        with torch.device("meta"):
-            outline = loader.from_config(
-                _config(path, None, options), trust_remote_code=trust_remote_code
-            )
-        device_map = offload.disk_map(outline)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-        model = loader.from_pretrained(
-            path,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype_name),
-            device_map=device_map,
-            **options,
-        )
-    except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
-        raise _lost(path, e) from e
-    if weights == "disk":
-        offload.map_weights(model)
-    elif device_map is None:
+    found = _config(path, None, options)
+    more: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype_name)}
+    with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
+        if weights == "disk":
+            with torch.device("meta"):
+                outline = loader.from_config(found, trust_remote_code=trust_remote_code)
+            # Into the scratch folder go the weights that transformers stacks anew (experts).
+            more |= {"offload_folder": scratch}
+            device_map = offload.disk_map(outline)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            model = loader.from_pretrained(path, device_map=device_map, **more, **options)
+        except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
+            raise _lost(path, e) from e
+        if weights == "disk":
+            offload.map_weights(model)
+    if device_map is None:
         model = model.to(device or default_device())
     return model.eval(), tokenizer

@@ -85,6 +85,7 @@ def _rotate(model: nn.Module, path: str, weight: Tensor, source: str = "") -> No
     like = next(model.get_submodule(path).parameters())
     rotation = Rotation(weight.shape[0], weight.shape[1], source).to(like.device, like.dtype)
     rotation.weight.copy_(weight)
+    rotation.weight.data = beside(rotation.weight.data, like)
     rotation.requires_grad_(like.requires_grad)
     insert(model, f"{path}.rotation", rotation)
 

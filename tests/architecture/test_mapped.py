@@ -105,10 +105,11 @@ def test_a_forward_leaves_no_more_than_a_block_resident():
     block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
     seen = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda *_: seen.append(resident(model)))
+        layer.mlp.register_forward_hook(lambda *_: seen.append(resident(model)))
     with torch.no_grad():
         model(TEXT)
-    assert 0 < max(seen) < 1.5 * block
+    assert 0.5 * block < min(seen)
+    assert max(seen) < 1.5 * block
     assert resident(copy.deepcopy(model)) == 0  # in memory of the process, not in files
 
 
@@ -137,7 +138,7 @@ def test_a_whole_run_gives_the_same_numbers(tmp_path):
         "criterion=wanda",
         "ratio.of=prunable",
         "calib.samples=4",
-        "calib.tokens=32",
+        "calib.length=32",
         "exclude=none",
         "eval=quick",
         "track=silent",
