@@ -24,7 +24,16 @@ from prunekit.architecture.matrices import matrices
 from prunekit.errors import ConfigError, NeedsData
 from prunekit.registry import Component
 from prunekit.selection.eligible import apply_exclusion, of_kinds
-from prunekit.types import Allocation, Counts, Group, LocalSolutions, Remember, Run, Scores
+from prunekit.types import (
+    Allocation,
+    Counts,
+    Group,
+    LocalSolutions,
+    Progress,
+    Remember,
+    Run,
+    Scores,
+)
 
 CALIBRATION = "calibration"
 
@@ -60,6 +69,7 @@ class Problem:
         load_dense: makes the model as it was before anything was pruned.
         remember: keeps on disk what is computed of the dense model and the text.
         solutions: the pruner's local solutions, for the ratios that choose among them.
+        training: where a training keeps how far it is; None where nothing is kept.
     """
 
     model: nn.Module
@@ -71,6 +81,7 @@ class Problem:
     load_dense: Callable[[], nn.Module] | None = None
     remember: Remember = computed
     solutions: LocalSolutions | None = None
+    training: Progress | None = None
 
     @property
     def tokens(self) -> Tensor:

@@ -142,6 +142,16 @@ class Allocation:
         return not any(self.counts.values())
 
 
+class Progress(Protocol):
+    """Where a training keeps how far it is, so that the same command goes on from there."""
+
+    def read(self) -> dict[str, Tensor] | None:
+        """What was written last; None where nothing was, or it is damaged."""
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Put `tensors` in the place of what was written before, whole or not at all."""
+
+
 class Run(Protocol):
     """The calibration text on its way through a model, or through one of its blocks."""
 

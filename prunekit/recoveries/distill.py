@@ -103,6 +103,7 @@ def distill(
     micro_batch: Positive = 4,
     eval_every: Positive = 100,
     log_every: Positive = 10,
+    save_every: Positive = 100,
     seed: Seed = 42,
 ) -> nn.Module:
     """Trains the weights, or low-rank updates of them, to give the dense model's distribution of
@@ -127,6 +128,8 @@ def distill(
         micro_batch=micro_batch,
         eval_every=eval_every,
         log_every=log_every,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     names = linear_names(model, targets)

@@ -76,6 +76,7 @@ def lora(
     micro_batch: Positive = 4,
     eval_every: Positive = 100,
     log_every: Positive = 10,
+    save_every: Positive = 100,
     seed: Seed = 42,
 ) -> nn.Module:
     """Low-rank updates of all linear layers, trained on instructions or plain text and merged into
@@ -101,6 +102,8 @@ def lora(
         micro_batch=micro_batch,
         eval_every=eval_every,
         log_every=log_every,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     micro_batches(batch, micro_batch)  # said before the data is read

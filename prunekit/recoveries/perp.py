@@ -18,7 +18,7 @@ from prunekit.problem import Problem
 from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.masked_low_rank import Form, MaskedUpdates
 from prunekit.training.recipe import Recipe, micro_batches
-from prunekit.training.weights import train_weights
+from prunekit.training.weights import is_norm, train_weights
 from prunekit.types import Pruned
 
 Part = Literal["norms", "biases", "head"]
@@ -82,13 +82,14 @@ def perp(
     micro_batch: Positive = 4,
     eval_every: Positive = 100,
     log_every: Positive = 10,
+    save_every: Positive = 100,
     seed: Seed = 42,
 ) -> nn.Module:
     """Trains norms, biases or the output matrix as they are, and low-rank updates of the linear
     layers that keep every zero.
 
     Args:
-        parts: `norms` (weights, and biases with `biases`), `biases` of all modules, `head`: the
+        parts: `norms` (their weights), `biases` of all modules, `head`: the
             output matrix, unless it is the embedding too.
         updates: `mask` adds `alpha / r M * (B A)` with the mask of the weights (MaskLoRA), `scale`
             multiplies by `B A` (ScaleLoRA), null trains the parts alone (0.03 % of SmolLM2 are
@@ -111,6 +112,8 @@ def perp(
         micro_batch=micro_batch,
         eval_every=eval_every,
         log_every=log_every,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     names = part_names(model, parts)
@@ -139,7 +142,7 @@ def part_names(model: nn.Module, parts: list[Part]) -> set[str]:
         part: Part | None = None
         if leaf == "bias":
             part = "biases"
-        elif parameter.dim() == 1:
+        elif is_norm(name, parameter):
             part = "norms"
         elif module is head:
             part = "head"

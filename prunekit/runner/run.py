@@ -96,7 +96,7 @@ def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
         measure(job, "dense", lambda: model, tokenizer, tracker)
         check_reported(job)
         with stage(job, "prune", "pruning"), offload.in_memory(model):
-            pruned = job.parts.pruner(pose(job, model, tokenizer, texts))
+            pruned = job.parts.pruner(pose(job, "pruned", model, tokenizer, texts))
             check_finite(job, pruned.model, "prune")
         standing = Standing(pruned, tokenizer, texts, job.stages.results)
         job.kept.keep("pruned", standing)
@@ -117,7 +117,7 @@ def recovered(job: Job, start: Standing) -> Standing:
         return standing
     pruned = start.pruned
     with stage(job, "recover", "recovering"):
-        problem = pose(job, pruned.model, start.tokenizer, start.texts)
+        problem = pose(job, "recovered", pruned.model, start.tokenizer, start.texts)
         pruned.model = job.parts.recovery(problem, pruned)
         check_finite(job, pruned.model, "recover")
     standing = Standing(pruned, start.tokenizer, start.texts, job.stages.results)
@@ -125,8 +125,10 @@ def recovered(job: Job, start: Standing) -> Standing:
     return standing
 
 
-def pose(job: Job, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]) -> Problem:
-    """What the pruner and the recovery work on."""
+def pose(
+    job: Job, name: str, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]
+) -> Problem:
+    """What the pruner or the recovery of stage `name` works on."""
     parts = job.parts
     criterion = parts.criterion and job.cache.scores(parts.criterion, job.stages)
     if not job.cfg.get("allow_nonfinite"):
@@ -140,6 +142,7 @@ def pose(job: Job, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]) -
         parts.exclude,
         load_dense=lambda: parts.model()[0],
         remember=job.cache.keeper(model, texts),
+        training=job.kept.training(name),
     )
 
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from prunekit.errors import ConfigError
+from prunekit.types import Progress
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Recipe:
     epochs: passes over the examples; `max_steps` ends the training where it is not None.
     micro_batch: examples of one forward on each device.
     eval_every, log_every: steps between looks at the validation loss, and between records.
+    save_every: steps after which `progress` is told how far the training is; a training that is
+        told there how far an earlier one was goes on from there. Not of several processes.
     seed: draws the order of the examples, and dropout.
     """
 
@@ -27,6 +30,8 @@ class Recipe:
     micro_batch: int = 1
     eval_every: int = 100
     log_every: int = 10
+    save_every: int = 100
+    progress: Progress | None = None
     seed: int = 0
 
 

@@ -4,6 +4,7 @@ transformers' Trainer: one process or several, one device or many.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from prunekit.training.distillation import (
     teacher_logits,
 )
 from prunekit.training.recipe import Recipe, linear_decay, micro_batches
+from prunekit.training.resume import Kept, LossesSoFar
 from prunekit.training.zeros import held_at_zero
 
 Penalty = Callable[[nn.Module, int], Tensor]
@@ -91,9 +93,10 @@ def train(
 
     Mixed precision follows the weights: bfloat16 or (on an accelerator) float16 where the model is
     loaded in it. The model is left in eval mode on the device where it was, with nothing of the
-    Trainer on it; nothing is written. `loss` in the curve is all that is minimised, `eval_loss` the
-    cross entropy. Raises ConfigError if the batch cannot be made of micro-batches, or nothing is
-    there to train.
+    Trainer on it. With `recipe.progress` the same training, cut off and begun again, goes on from
+    the last step that was kept; else nothing is written. `loss` in the curve is all that is
+    minimised, `eval_loss` the cross entropy. Raises ConfigError if the batch cannot be made of
+    micro-batches, or nothing is there to train.
     """
     inside = [p for p in model.parameters() if p.requires_grad]
     outside = [p for group in parameters for p in group["params"]]
@@ -105,6 +108,8 @@ def train(
     groups += [{k: v for k, v in group.items() if k != "constant"} for group in parameters]
     constant = [False] * bool(inside) + [group.get("constant", False) for group in parameters]
     curve, best = Curve(), Best(inside + outside)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    kept = Kept(recipe.progress, curve, best) if recipe.progress and alone else None
     device = next(model.parameters()).device
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -114,6 +119,7 @@ def train(
         trainer = _Trainer(
             _Additions(teacher, distillation or Distillation(), penalty),
             constant,
+            kept,
             model=model,
             args=arguments(recipe, folder, weights_dtype(model), device, bool(validation)),
             train_dataset=examples,
@@ -124,7 +130,9 @@ def train(
         trainer.remove_callback(ProgressCallback)
         for callback in (curve, Bar(), OutsideGradients(outside), *([best] if validation else [])):
             trainer.add_callback(callback)
-        trainer.train()
+        if kept:
+            trainer.add_callback(LossesSoFar(kept, trainer))
+        trainer.train(resume_from_checkpoint=kept.folder(folder) if kept else None)
         best.restore()
     return History(curve.records, best.step)
 
@@ -138,10 +146,31 @@ class _Additions(NamedTuple):
 class _Trainer(Trainer):
     """The Trainer with an objective of our own, and a schedule for each group of parameters."""
 
-    def __init__(self, additions: _Additions, constant: Sequence[bool], **kwargs: Any):
+    def __init__(
+        self, additions: _Additions, constant: Sequence[bool], kept: Kept | None, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.additions = additions
         self.constant = constant
+        self.kept = kept
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.kept and self.state.global_step < self.state.max_steps:
+            self.kept.write(self)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.kept:
+            self.kept.weights()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.kept and checkpoint is not None:
+            self.kept.optimizer(self)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.kept and checkpoint is not None:
+            self.kept.generators()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -225,9 +254,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 def arguments(
     recipe: Recipe, folder: str, dtype: torch.dtype, device: torch.device, evaluate: bool
 ) -> TrainingArguments:
-    """The recipe in the Trainer's words: nothing is written, nothing reported, one device for each
-    process.
-    """
+    """The recipe in the Trainer's words: nothing reported, one device for each process."""
     args = TrainingArguments(
         output_dir=folder,
         learning_rate=recipe.lr,
@@ -243,7 +270,8 @@ def arguments(
         eval_strategy="steps" if evaluate else "no",
         eval_steps=recipe.eval_every,
         prediction_loss_only=True,
-        save_strategy="no",
+        save_strategy="steps" if recipe.progress else "no",
+        save_steps=recipe.save_every,
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=False,

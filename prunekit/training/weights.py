@@ -78,3 +78,8 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         for name, (dtype, grad) in before.items():
             after[name].data = after[name].data.to(dtype)
             after[name].requires_grad_(grad)
+
+
+def is_norm(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is the weight of a norm: of all that has one axis, what is no bias."""
+    return parameter.dim() == 1 and name.rpartition(".")[2] != "bias"
