@@ -77,8 +77,16 @@ def save(
             bitmask.pack(part)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, part)
+        gone = [m for m in describe_runtime_modules(model) if m["kind"] == "bypass"]
         manifest = build_manifest(
-            part, kept or {}, groups or [], config or {}, counts or {}, layout, merges
+            part,
+            kept or {},
+            groups or [],
+            config or {},
+            counts or {},
+            layout,
+            merges,
+            {m["path"]: m["outputs"] for m in gone},
         )
         write_manifest(part, manifest)
     return folder

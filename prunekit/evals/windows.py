@@ -43,12 +43,12 @@ def check_block(window: int, block: int) -> None:
 
 
 @torch.inference_mode()
-def window_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tensor:
-    """Mean negative log-likelihood of each window's predicted tokens, in float32 per token and
-    float64 over them. `(N,)`.
+def token_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tensor:
+    """Negative log-likelihood of every token but the first of each window, `(N, T - 1)` float64 on
+    the CPU; the logarithm is taken in float32.
     """
     device = next(model.parameters()).device
-    means = []
+    found = []
     with tqdm(total=len(windows), desc=name, unit="window", leave=False) as bar:
         for rows in windows.split(batch):
             rows = rows.to(device)
@@ -59,6 +59,11 @@ def window_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tens
                 loss = nn.functional.cross_entropy(
                     scores[:-1].float(), row[1:].to(scores.device), reduction="none"
                 )
-                means.append(loss.double().mean().cpu())
+                found.append(loss.double().cpu())
             bar.update(len(rows))
-    return torch.stack(means)
+    return torch.stack(found)
+
+
+def window_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tensor:
+    """Mean negative log-likelihood of each window's predicted tokens. `(N,)` float64."""
+    return token_nll(model, windows, batch, name).mean(1)

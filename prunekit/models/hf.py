@@ -40,6 +40,7 @@ def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]
     """The model's configuration from where its weights are, else from `overrides`. Raises
     ConfigError.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if overrides and not Path(path).is_dir():
@@ -49,11 +50,11 @@ def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]
             )
         try:
             return AutoConfig.for_model(**overrides)
-        except ValueError as e:
-            raise ConfigError(f"model=hf: config={overrides}: {e}") from e
+        except (*REFUSALS, StrictDataclassError) as e:
+            raise ConfigError(f"model=hf: config={overrides}: {' '.join(str(e).split())}") from e
     try:
         return AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as e:
+    except (*REFUSALS, StrictDataclassError, OSError) as e:
         raise _lost(path, e) from e
 
 
@@ -113,7 +114,8 @@ def hf(
     a copy of them, the one that is pruned, in mapped files on the disk (folder TMPDIR, as much room
     as the model takes): no more than about one block at a time is in memory. `config` (a
     `model_type` and sizes) serves `meta=True` where no folder is at hand, so that a plan needs no
-    network. Raises ConfigError where neither disk nor hub has the model.
+    network. Raises ConfigError where neither disk nor hub has the model, for a `revision` of a
+    folder, and for a device beside a map.
     """
     import transformers
     from safetensors import SafetensorError
@@ -125,6 +127,16 @@ def hf(
         path = str(Path(path).expanduser().resolve())
         if not Path(path).is_dir() and not (meta and config):
             raise _lost(path, FileNotFoundError("no such folder"))
+    if device is not None and device_map is not None:
+        raise ConfigError(
+            f"model=hf: device={device!r} and device_map={device_map!r} both say where; give one "
+            "of them, the other null"
+        )
+    if revision and Path(path).is_dir():
+        raise ConfigError(
+            f"model=hf: revision={revision!r} is of a model on the hub, and path={path!r} is a "
+            "folder of this machine; give revision=null"
+        )
     if (Path(path) / MANIFEST).is_file():
         return _pruned(path, dtype_name, device, device_map, meta)
     if Path(path).is_dir():

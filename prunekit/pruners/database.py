@@ -125,7 +125,8 @@ def database(
         precision: of the forwards; sums are float32, solutions float64 either way.
 
     The database lies in the cache, one entry a sub-layer, so a run that was cut off goes on with
-    the next one and another ratio solves nothing anew. Notes have the levels that were taken.
+    the next one and another ratio solves nothing anew. The cache holds 2 GiB: of a larger database
+    (`prunekit plan` says its size) the oldest entries go. Notes have the levels that were taken.
     Nothing changes where the ratio removes nothing. Raises ConfigError for units that no linear
     module of a block reads, and for a single sample where a ridge is to be chosen.
     """

@@ -26,7 +26,7 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.distillation import Direction, Distillation
-from prunekit.training.low_rank import Updates, train_and_merge
+from prunekit.training.low_rank import Updates, check_updates, train_and_merge
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.training.weights import train_weights
 from prunekit.types import Pruned
@@ -47,6 +47,7 @@ def check_distill(
     path: str | None,
     samples: int,
     validation_size: int,
+    r: int,
     targets: list[str] | None,
     batch: int,
     micro_batch: int,
@@ -55,7 +56,9 @@ def check_distill(
     """Raises ConfigError for options of `distill` that cannot be, as far as the shapes of `model`
     decide; no data is read.
     """
-    linear_names(model, targets)
+    names = linear_names(model, targets)
+    if r:
+        check_updates(model, names)
     micro_batches(batch, micro_batch)
     if dataset != "generated":
         check_source(dataset, split, path)

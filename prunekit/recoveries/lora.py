@@ -20,7 +20,7 @@ from prunekit.data.training_examples import (
 )
 from prunekit.problem import Problem
 from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, Share, recoveries
-from prunekit.training.low_rank import Updates, train_and_merge
+from prunekit.training.low_rank import Updates, check_updates, train_and_merge
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.types import Pruned
 
@@ -41,7 +41,7 @@ def check_lora(
     """Raises ConfigError for options of `lora` that cannot be, as far as the shapes of `model`
     decide (on any device, meta included); no data is read.
     """
-    linear_names(model, targets)
+    check_updates(model, linear_names(model, targets))
     micro_batches(batch, micro_batch)
     check_source(dataset, split, path)
 
