@@ -243,13 +243,13 @@ def _release(module: nn.Module, args: Any, out: Any) -> None:
     release(module.parameters())
 
 
-def disk_map(outline: nn.Module) -> dict[str, str]:
+def disk_map(outline: nn.Module) -> dict[str, int | str]:
     """accelerate's `device_map` by which all of a model but its embedding, which accelerate wants
     at hand, stays in the checkpoint's files. `outline`: the model on the meta device.
     """
     embedding: Any = outline.get_input_embeddings()  # type: ignore[operator]
     home = next(name for name, module in outline.named_modules() if module is embedding)
-    places: dict[str, str] = {}
+    places: dict[str, int | str] = {}
 
     def place(module: nn.Module, path: str) -> None:
         for leaf, child in module.named_children():
