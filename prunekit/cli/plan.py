@@ -197,7 +197,8 @@ def resident(model: nn.Module, cfg: dict[str, Any]) -> int:
     if cfg["model"].get("weights") != "disk":
         return sum(p.numel() * p.element_size() for p in model.parameters())
     parts = [model.get_input_embeddings(), *block_modules(model)]  # type: ignore[operator]
-    return max(sum(p.numel() * p.element_size() for p in m.parameters()) for m in parts)
+    sizes: list[int] = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in parts]
+    return max(sizes)
 
 
 def outputs(model: nn.Module) -> int:
