@@ -93,6 +93,33 @@ def _check_disk(path: str, device: str | None, device_map: Any) -> None:
         )
 
 
+def _read(
+    loader: Any, path: str, config: Any, weights: str, device_map: Any, options: dict[str, Any]
+) -> tuple[nn.Module, Any]:
+    """Model and tokenizer from where they are. Raises ConfigError where neither disk nor hub has
+    them.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+
+    named = {k: v for k, v in options.items() if k != "dtype"}
+    with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
+        more: dict[str, Any] = {"device_map": device_map}
+        if weights == "disk":
+            with torch.device("meta"):
+                outline = loader.from_config(config, trust_remote_code=named["trust_remote_code"])
+            # Into the scratch folder go the weights that transformers stacks anew (experts).
+            more = {"device_map": offload.disk_map(outline), "offload_folder": scratch}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, **named)
+            model = loader.from_pretrained(path, **more, **options)
+        except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
+            raise _lost(path, e) from e
+        if weights == "disk":
+            offload.map_weights(model)
+    return model, tokenizer
+
+
 @models.register()
 def hf(
     meta: bool = False,
@@ -118,7 +145,6 @@ def hf(
     folder, and for a device beside a map.
     """
     import transformers
-    from safetensors import SafetensorError
 
     dtype_name = resolved_dtype(dtype, device)
     if weights == "disk":
@@ -154,21 +180,8 @@ def hf(
                 found, trust_remote_code=trust_remote_code, **kind
             ).eval(), None
     found = _config(path, None, options)
-    more: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype_name)}
-    with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
-        if weights == "disk":
-            with torch.device("meta"):
-                outline = loader.from_config(found, trust_remote_code=trust_remote_code)
-            # Into the scratch folder go the weights that transformers stacks anew (experts).
-            more |= {"offload_folder": scratch}
-            device_map = offload.disk_map(outline)
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            model = loader.from_pretrained(path, device_map=device_map, **more, **options)
-        except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
-            raise _lost(path, e) from e
-        if weights == "disk":
-            offload.map_weights(model)
-    if device_map is None:
+    options["dtype"] = "auto" if dtype == "auto" else getattr(torch, dtype_name)
+    model, tokenizer = _read(loader, path, found, weights, device_map, options)
+    if weights == "memory" and device_map is None:
         model = model.to(device or default_device())
     return model.eval(), tokenizer
