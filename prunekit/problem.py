@@ -22,6 +22,7 @@ from prunekit.activations.storage import PassOptions
 from prunekit.architecture.blocks import block_names
 from prunekit.architecture.matrices import matrices
 from prunekit.errors import ConfigError, NeedsData
+from prunekit.graph.discovery import discovery
 from prunekit.registry import Component
 from prunekit.selection.eligible import apply_exclusion, of_kinds
 from prunekit.types import (
@@ -135,7 +136,22 @@ class Problem:
         """
         if self.ratio is None:
             raise ConfigError("this pruner needs a ratio; ratio=none was given")
-        return self.ratio(self, groups)
+        allocation = self.ratio(self, groups)
+        self._check_picks(groups, allocation.counts)
+        return allocation
+
+    def _check_picks(self, groups: list[Group], counts: Counts) -> None:
+        """Raises ConfigError where fewer experts would stay than a router picks for a token."""
+        if not any(g.kind == "experts" for g in groups):
+            return
+        least = discovery(self.model, verify=self.has_data).least
+        for g in groups:
+            left, picks = g.units - counts.get(g.name, 0), least.get(g.name, 1)
+            if g.kind == "experts" and left < picks:
+                raise ConfigError(
+                    f"{left} of {g.units} units of {g.name} would stay, and its router picks "
+                    f"{picks} for a token: give a smaller ratio.target"
+                )
 
     def by_block(
         self, groups: list[Group], counts: Counts, options: PassOptions

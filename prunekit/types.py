@@ -198,6 +198,10 @@ class Dense(Protocol):
         """Whether the model that is measured is the dense one."""
         ...
 
+    def load(self) -> nn.Module:
+        """The dense model: the one that is measured, or loaded anew."""
+        ...
+
     def remember(
         self, name: str, compute: Callable[[nn.Module], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
