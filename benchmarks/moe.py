@@ -149,7 +149,7 @@ def table(results: Results, notes: str) -> str:
         "",
         "Made by `python benchmarks/moe.py`; do not edit by hand (but for the words at the end).",
         "",
-        "Two mixtures of 16 experts, two a token, four blocks, trained for ten minutes on",
+        "Two mixtures of 16 experts, two a token, four blocks, trained for nine minutes on",
         "dialogue, instructions and Wikipedia: `softmax` is a Mixtral, `sigmoid` a GLM-4.5 with a",
         "correction bias, a shared expert and a dense first block. Calibrated on dialogue alone,",
         "32 x 128 tokens. *in*: held-out dialogue, *out*: the mean of held-out instructions and",

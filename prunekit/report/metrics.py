@@ -36,6 +36,10 @@ SHARES = {
 """Shares that a table shows as percentages, beside accuracies."""
 WRITTEN = ("exact_match_", "prompt_level_strict_acc_", "pass@1_", "needle_")
 """Metrics of tasks whose answers are written, in front of the task's name."""
+MEANS = ("unseen", "in", "out")
+"""Perplexities over several texts, whose ratio to the dense model's is a column; of a single text
+the number is enough.
+"""
 QUALITY = ("ppl_", "kl_", "acc_", *SHARES, *WRITTEN)
 """How the keys begin of which the best is marked, and that are plotted by cost and ratio."""
 PAPER_UNITS = {"#MACs": "#MACs (G)", "Memory": "Memory (MiB)"}
@@ -84,6 +88,8 @@ def column(key: str) -> Column | None:
     if key.startswith("ppl_"):
         name, how, _ = key[4:].partition("_to_dense")
         dataset, _, window = name.rpartition("_")
+        if how and dataset not in MEANS:
+            return None
         title = f"{dataset}@{window}" + (" / dense" if how else "")
         return Column(key, TEXTS.get(key, title), 1.0, "{:.2f}", -1)
     if key.startswith(("kl_in_", "kl_out_")):

@@ -99,7 +99,7 @@ def search(layer: ExpertLayer, count: int, limit: int) -> Found:
             return Found(_mask(units, best), losses[best], len(losses))
         taken: tuple[int, ...] = ()
         tried, least = 0, 0.0
-        for _ in tqdm(range(count), desc="experts", delay=2):
+        for _ in tqdm(range(count), desc="experts", unit="expert", delay=2):
             left = [u for u in range(units) if u not in taken]
             now = {u: layer.loss((*taken, u)) for u in left}
             nxt = min(now, key=lambda u: now[u])

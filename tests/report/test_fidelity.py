@@ -8,6 +8,7 @@ from fakes import config, result
 from prunekit.report import command as report
 from prunekit.report.fidelity import numbers, panels, sentence
 from prunekit.report.load import load
+from prunekit.report.metrics import ordered
 from prunekit.report.table import report_tables
 
 DENSE = {"ppl_in_256": 20.0, "ppl_out_256": 40.0, "kl_in_256": 0.0, "loop_greedy": 0.1}
@@ -125,6 +126,13 @@ def test_names_and_sentences_are_text_on_the_page(folder, tmp_path):
     assert 'style="width:80%"' in panel
     assert "<details open>" in page.read_text()
     assert "B 50%: " not in page.read_text()  # said once, in the panel
+
+
+def test_a_ratio_is_a_column_for_means_over_texts_only():
+    keys = ["ppl_ptb_256", "ppl_ptb_256_to_dense", "ppl_out_256_to_dense", "kl_in_256", "params"]
+    titles = [column.title for column in ordered([*keys, "loop_greedy", "needle_256_at50"])]
+    expected = ["ptb@256", "out@256 / dense", "KL in@256", "loops", "needle 256 at50", "#Params"]
+    assert titles == expected
 
 
 def test_rows_that_were_not_compared_have_no_panel(tmp_path):
