@@ -1,5 +1,5 @@
-"""What a method of each family chooses on a tiny model: in one process, or as a script under
-torchrun, whose processes share the text and write what they chose.
+"""What a method of each family chooses on a tiny model. As a script under torchrun: what the first
+process chooses alone, then what each of them chooses once they share the text.
 """
 
 from __future__ import annotations
@@ -47,5 +47,8 @@ def choices() -> dict[str, tuple[dict[str, torch.Tensor], int]]:
 
 
 if __name__ == "__main__":
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    if rank == "0":
+        torch.save(choices(), folder / "alone.pt")
     join_others()
-    torch.save(choices(), Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
+    torch.save(choices(), folder / f"{rank}.pt")
