@@ -6,8 +6,8 @@
 
 Each method has a process of its own, which may not take more than 6 GiB of memory of its own
 (RLIMIT_DATA; a mapped file does not count there). The peak is VmHWM: all that was resident, pages
-of mapped files included. Text: 8 x 128 random tokens (TOKENS=4x32 for others). Room on the disk:
-three times the model.
+of mapped files included. Text: 8 x 128 random tokens (TOKENS=4x32 for others). Forwards are in
+float32 (`model.compute=float32`), which a CPU is quick at. Room on the disk: three times the model.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def prune(folder: Path, method: str, weights: str, out: Path) -> dict[str, float
     if weights == "disk":
         resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     pruner, criterion, ratio = METHODS[method]
-    node = {"name": "hf", "path": str(folder), "weights": weights, "device": "cpu"}
+    node = {"name": "hf", "path": str(folder), "weights": weights, "compute": "float32"}
+    node["device"] = "cpu"
     samples, length = map(int, os.environ.get("TOKENS", "8x128").split("x"))
     draw = torch.Generator().manual_seed(0)
     clock = [time.perf_counter()]

@@ -21,6 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.architecture.blocks import block_modules
+from prunekit.architecture.compute import (
+    compute_as_stored,
+    compute_in_float32,
+    computes_in_float32,
+)
 from prunekit.architecture.mapped import is_mapped, mapped, mapped_copy, release
 from prunekit.errors import ConfigError
 from prunekit.types import tensor_of
@@ -137,7 +142,8 @@ def input_device(model: nn.Module) -> torch.device | None:
 @contextmanager
 def placed_like(model: nn.Module, duplicate: nn.Module) -> Iterator[None]:
     """Inside, accelerate moves weights and activations of `duplicate` as it does those of `model`,
-    and mapped weights leave memory after each block.
+    mapped weights leave memory after each block, and half precision is computed in float32 as in
+    `model`.
 
     Both have the same modules and hold the very same tensors.
     """
@@ -148,9 +154,12 @@ def placed_like(model: nn.Module, duplicate: nn.Module) -> Iterator[None]:
         hook: Any = model.get_submodule(path)._hf_hook
         add_hook_to_module(duplicate.get_submodule(path), _duplicate_hook(hook))
     releasing = release_after_forward(duplicate) if mapped(model) else []
+    if computes_in_float32(model):
+        compute_in_float32(duplicate)
     try:
         yield
     finally:
+        compute_as_stored(duplicate)
         for handle in releasing:
             handle.remove()
         if paths:

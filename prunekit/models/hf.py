@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prunekit.architecture import offload
+from prunekit.architecture.compute import compute_in_float32
 from prunekit.architecture.mapped import check_mappable
 from prunekit.checkpoint import load, outline
 from prunekit.checkpoint.class_sizes import REFUSALS
@@ -129,6 +130,7 @@ def hf(
     device: Device = None,
     device_map: str | dict[str, int | str] | None = None,
     weights: Literal["memory", "disk"] = "memory",
+    compute: Literal["float32"] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     auto: AUTO = "AutoModelForCausalLM",
@@ -139,10 +141,11 @@ def hf(
 
     `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `weights=disk` keeps
     a copy of them, the one that is pruned, in mapped files on the disk (folder TMPDIR, as much room
-    as the model takes): no more than about one block at a time is in memory. `config` (a
-    `model_type` and sizes) serves `meta=True` where no folder is at hand, so that a plan needs no
-    network. Raises ConfigError where neither disk nor hub has the model, for a `revision` of a
-    folder, and for a device beside a map.
+    as the model takes): no more than about one block at a time is in memory. `compute=float32` runs
+    half-precision weights in float32, converting one block at a time. `config` (a `model_type` and
+    sizes) serves `meta=True` where no folder is at hand, so that a plan needs no network. Raises
+    ConfigError where neither disk nor hub has the model, for a `revision` of a folder, for a device
+    or a `compute` beside a map, and for a `compute` of float32 weights.
     """
     import transformers
 
@@ -158,13 +161,18 @@ def hf(
             f"model=hf: device={device!r} and device_map={device_map!r} both say where; give one "
             "of them, the other null"
         )
+    if compute is not None and device_map is not None:
+        raise ConfigError("model.compute=float32 converts weights in place: give device_map=null")
     if revision and Path(path).is_dir():
         raise ConfigError(
             f"model=hf: revision={revision!r} is of a model on the hub, and path={path!r} is a "
             "folder of this machine; give revision=null"
         )
     if (Path(path) / MANIFEST).is_file():
-        return _pruned(path, dtype_name, device, device_map, meta)
+        pruned = _pruned(path, dtype_name, device, device_map, meta)
+        if compute is not None:
+            compute_in_float32(pruned[0])
+        return pruned
     if Path(path).is_dir():
         check_plain(Path(path))
     options: dict[str, Any] = {
@@ -184,4 +192,6 @@ def hf(
     model, tokenizer = _read(loader, path, found, weights, device_map, options)
     if weights == "memory" and device_map is None:
         model = model.to(device or default_device())
+    if compute is not None:
+        compute_in_float32(model)
     return model.eval(), tokenizer
