@@ -5,19 +5,16 @@ declines what it should, and says what the dense model says.
 from __future__ import annotations
 
 from statistics import mean, stdev
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.data.files import TextFile, read
 from prunekit.data.prompts import REQUESTS, TO_DECLINE
 from prunekit.evals.answering import answered, as_lists, as_prompts, as_texts
 from prunekit.evals.text_scores import declines, distinct, longest_loop, rouge_l, token_f1
-from prunekit.registry import Positive, Seed, evals
+from prunekit.registry import Above, Positive, Seed, evals
 from prunekit.types import Dense
-
-Temperature = Annotated[float, Field(gt=0)]
 
 
 @evals.register(needs="dense", context=("new_tokens",))
@@ -29,7 +26,7 @@ def answers(
     path: TextFile | None = None,
     chat: bool = True,
     new_tokens: Positive = 64,
-    temperature: Temperature = 1.0,
+    temperature: Above = 1.0,
     batch: Positive = 8,
     limit: Positive | None = None,
     seed: Seed = 0,

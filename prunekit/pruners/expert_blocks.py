@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from prunekit import graph
-from prunekit.activations.blockwise import groups_by_block
+from prunekit.activations.blockwise import BlockRun, groups_by_block
 from prunekit.activations.storage import PassOptions
 from prunekit.errors import ConfigError
-from prunekit.graph.discovery import discovery
+from prunekit.graph.discovery import Discovery, discovery
 from prunekit.graph.expert_neurons import expert_numbers, expert_slabs, neurons_inside
 from prunekit.problem import Expected, Problem, expect
 from prunekit.solvers.expert_merging import Clusters, merge_cluster, merged_members
-from prunekit.types import Group, Kept, Pruned, Run
+from prunekit.types import Counts, Group, Kept, Pruned, Run
 
 Plan = Callable[[Group, Run, int], tuple[Clusters, Tensor]]
 """(experts, their block on the text, how many stay) -> clusters, and a weight (E,) an expert."""
@@ -53,6 +53,25 @@ def check_merging(problem: Problem, **_: Any) -> Expected:
     return expected
 
 
+def remove_by_block(
+    problem: Problem,
+    groups: list[Group],
+    counts: Counts,
+    options: PassOptions,
+    choose: Callable[[Group, BlockRun, Discovery], Tensor],
+) -> Kept:
+    """Removes the experts that `choose` does not let stay, block after block, each on what the
+    pruned ones before it put out. Returns the masks (U,) of the groups that lose some.
+    """
+    known = discovery(problem.model)
+    kept: Kept = {}
+    for row, run in problem.by_block(groups, counts, options):
+        for g in [g for g in row if counts.get(g.name)]:
+            kept[g.name] = choose(g, run, known)
+            graph.remove(problem.model, {g.name: kept[g.name]}, known=known)
+    return kept
+
+
 @torch.no_grad()
 def merge_by_block(problem: Problem, plan: Plan, options: PassOptions, align: bool) -> Pruned:
     """The experts of block after block merged by `plan`, each on what the merged ones before it put
@@ -61,21 +80,19 @@ def merge_by_block(problem: Problem, plan: Plan, options: PassOptions, align: bo
     model = problem.model
     groups = check_merging(problem).groups
     counts = problem.allocate(groups).counts
-    known = discovery(model)
-    kept: Kept = {}
     merged: dict[str, Clusters] = {}
-    for row, run in problem.by_block(groups, counts, options):
-        for g in [g for g in row if counts.get(g.name)]:
-            neurons = neurons_inside(known.groups, merged_members(model, g)) if align else None
-            if align and neurons is None:
-                raise ConfigError(f"{g.name}: the neurons of its experts are not known")
-            clusters, weight = plan(g, run, g.units - counts[g.name])
-            for cluster in clusters:
-                if len(cluster) > 1:
-                    merge_cluster(model, g, cluster, weight.cpu(), neurons)
-            mask = torch.zeros(g.units, dtype=torch.bool)
-            mask[[c[0] for c in clusters]] = True
-            graph.remove(model, {g.name: mask}, known=known)
-            kept[g.name] = mask
-            merged[g.name] = [c for c in clusters if len(c) > 1]
+
+    def merge(g: Group, run: BlockRun, known: Discovery) -> Tensor:
+        neurons = neurons_inside(known.groups, merged_members(model, g)) if align else None
+        if align and neurons is None:
+            raise ConfigError(f"{g.name}: the neurons of its experts are not known")
+        clusters, weight = plan(g, run, g.units - counts[g.name])
+        merged[g.name] = [c for c in clusters if len(c) > 1]
+        for cluster in merged[g.name]:
+            merge_cluster(model, g, cluster, weight.cpu(), neurons)
+        mask = torch.zeros(g.units, dtype=torch.bool)
+        mask[[c[0] for c in clusters]] = True
+        return mask
+
+    kept = remove_by_block(problem, groups, counts, options, merge)
     return Pruned(model, kept, groups, notes={"counts": counts, "merged_experts": merged})

@@ -7,15 +7,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from prunekit import graph
+from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.storage import PassOptions, Precision, Store
-from prunekit.graph.discovery import discovery
+from prunekit.graph.discovery import Discovery
 from prunekit.problem import Problem
-from prunekit.pruners.expert_blocks import check_experts_by_block
+from prunekit.pruners.expert_blocks import check_experts_by_block, remove_by_block
 from prunekit.registry import Positive, pruners
 from prunekit.solvers.expert_search import ExpertLayer, search
-from prunekit.types import Kept, Pruned
+from prunekit.types import Group, Pruned
 
 
 @pruners.register(
@@ -51,13 +52,12 @@ def naee(
     model = problem.model
     groups = check_experts_by_block(problem).groups
     counts = problem.allocate(groups).counts
-    known = discovery(model)
-    kept: Kept = {}
     notes: dict[str, Any] = {}
-    for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
-        for g in [g for g in row if counts.get(g.name)]:
-            found = search(ExpertLayer(model, g, run, known), counts[g.name], limit)
-            graph.remove(model, {g.name: found.mask}, known=known)
-            kept[g.name] = found.mask
-            notes[g.name] = {"loss": found.loss, "sets": found.tried}
+
+    def choose(g: Group, run: BlockRun, known: Discovery) -> Tensor:
+        found = search(ExpertLayer(model, g, run, known), counts[g.name], limit)
+        notes[g.name] = {"loss": found.loss, "sets": found.tried}
+        return found.mask
+
+    kept = remove_by_block(problem, groups, counts, PassOptions(store, precision), choose)
     return Pruned(model, kept, groups, notes={"counts": counts, "naee": notes})

@@ -4,9 +4,8 @@ recipe), merged at the end.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from torch import nn
 
 from prunekit import graph
@@ -19,12 +18,19 @@ from prunekit.data.training_examples import (
     split_validation,
 )
 from prunekit.problem import Problem
-from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, Share, recoveries
+from prunekit.registry import (
+    Above,
+    LearningRate,
+    Length,
+    Natural,
+    Positive,
+    Seed,
+    Share,
+    recoveries,
+)
 from prunekit.training.low_rank import Updates, check_updates, train_and_merge
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.types import Pruned
-
-Rate = Annotated[float, Field(gt=0)]
 
 
 def check_lora(
@@ -70,7 +76,7 @@ def lora(
     targets: list[str] | None = None,
     lr: LearningRate = 1e-4,
     warmup_steps: Natural = 100,
-    epochs: Rate = 2,
+    epochs: Above = 2,
     max_steps: Positive | None = None,
     batch: Positive = 64,
     micro_batch: Positive = 4,

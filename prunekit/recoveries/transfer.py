@@ -5,10 +5,9 @@ weights back but held still, or with everything free (Yin et al., 2023, arXiv 23
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit import graph
@@ -16,14 +15,13 @@ from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.training_examples import Corpus, check_source, load_examples
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
-from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, recoveries
+from prunekit.registry import Above, LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.training.weights import train_weights
 from prunekit.training.zeros import held
 from prunekit.types import Pruned
 
 Arm = Literal["sparse", "frozen", "dense"]
-Rate = Annotated[float, Field(gt=0)]
 
 
 def check_transfer(
@@ -62,7 +60,7 @@ def transfer(
     max_length: Length = 256,
     lr: LearningRate = 2e-5,
     warmup_steps: Natural = 0,
-    epochs: Rate = 3,
+    epochs: Above = 3,
     max_steps: Positive | None = None,
     batch: Positive = 16,
     micro_batch: Positive = 4,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -81,20 +80,18 @@ class ExpertLayer:
         return float(total)
 
 
-def sets_of(units: int, count: int) -> Iterator[tuple[int, ...]]:
-    """All sets of `count` experts that may go."""
-    return itertools.combinations(range(units), count)
-
-
 @torch.no_grad()
 def search(layer: ExpertLayer, count: int, limit: int) -> Found:
     """The `count` experts without which the output changes least: of all sets where there are no
     more than `limit`, else one after the other, each time the one whose loss is least.
     """
     units = layer.group.units
+    total = math.comb(units, count)
     with layer.gates():
-        if math.comb(units, count) <= limit:
-            losses = {gone: layer.loss(gone) for gone in tqdm(sets_of(units, count), delay=2)}
+        if total <= limit:
+            sets = itertools.combinations(range(units), count)
+            bar = tqdm(sets, desc="sets of experts", unit="set", total=total, delay=2)
+            losses = {gone: layer.loss(gone) for gone in bar}
             best = min(losses, key=lambda gone: losses[gone])
             return Found(_mask(units, best), losses[best], len(losses))
         taken: tuple[int, ...] = ()

@@ -69,13 +69,16 @@ class ScaleLowRank(nn.Module):
 
 @contextmanager
 def masked_updates(
-    model: nn.Module, updates: MaskedUpdates, keep: Mapping[str, Tensor]
+    model: nn.Module, updates: MaskedUpdates | None, keep: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Inside, the layers' weights are frozen and their updates require gradients; afterwards these
-    are part of the weights, which require gradients as before.
+    are part of the weights, which require gradients as before. Nothing happens without updates.
 
     keep: masks of the weights, stored as the weights are.
     """
+    if updates is None:
+        yield
+        return
     before: list[tuple[nn.Module, bool, list[str]]] = []
     for name in updates.names:
         module, weight = model.get_submodule(name), model.get_parameter(f"{name}.weight")

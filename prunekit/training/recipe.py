@@ -35,15 +35,20 @@ class Recipe:
     seed: int = 0
 
 
+def processes() -> int:
+    """How many train together (torchrun, accelerate launch)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def micro_batches(batch: int, micro_batch: int) -> int:
     """Micro-batches of one process in one step, so that a step has `batch` examples over all
     processes. Raises ConfigError where they do not divide it.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if batch % (micro_batch * processes):
-        over = f" x {processes} processes" if processes > 1 else ""
+    of = processes()
+    if batch % (micro_batch * of):
+        over = f" x {of} processes" if of > 1 else ""
         raise ConfigError(f"batch={batch} is no multiple of micro_batch={micro_batch}{over}")
-    return batch // (micro_batch * processes)
+    return batch // (micro_batch * of)
 
 
 def linear_decay(step: int, warmup_steps: int, steps: int) -> float:

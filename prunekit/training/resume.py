@@ -35,13 +35,11 @@ class Kept:
 
     def __init__(self, progress: Progress, curve: Curve, best: Best):
         self.progress, self.curve, self.best = progress, curve, best
-        self.found = progress.read()
-
-    def facts(self) -> dict[str, Any]:
+        self.found = dict(progress.read() or {})
+        self.facts: dict[str, Any] = {}
         """All that is no tensor."""
-        assert self.found is not None
-        found: dict[str, Any] = json.loads(bytes(self.found[FACTS].tolist()))
-        return found
+        if self.found:
+            self.facts = json.loads(self.found.pop(FACTS).numpy().tobytes())
 
     def write(self, trainer: Any) -> None:
         """After a step of the optimizer."""
@@ -66,35 +64,32 @@ class Kept:
             "python": random.getstate(),
             "numpy": [drawn[0], drawn[1].tolist(), *drawn[2:]],
         }
-        tensors[FACTS] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+        tensors[FACTS] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
         self.progress.write(tensors)
 
     def folder(self, where: str) -> str | None:
         """A folder from which the Trainer reads how many steps are done; None where none is."""
-        if self.found is None:
+        if not self.found:
             return None
-        Path(where, STATE_FILE).write_text(json.dumps(self.facts()["trainer"]))
+        Path(where, STATE_FILE).write_text(json.dumps(self.facts["trainer"]))
         return where
 
     @torch.no_grad()
     def weights(self) -> None:
         """Trained parameters, and the best ones so far."""
-        assert self.found is not None
-        facts, best = self.facts(), self.best
+        best = self.best
         for i, parameter in enumerate(best.trained):
             parameter.copy_(self.found[f"trained:{i}"])
-        best.loss, best.step = facts["best"]
+        best.loss, best.step = self.facts["best"]
         best.copies = [self.found[f"best:{i}"] for i in range(self.count("best:"))]
-        self.curve.records[:] = facts["curve"]
+        self.curve.records[:] = self.facts["curve"]
 
     def count(self, prefix: str) -> int:
-        assert self.found is not None
         return sum(name.startswith(prefix) for name in self.found)
 
     def optimizer(self, trainer: Any) -> None:
         """Moments and rates."""
-        assert self.found is not None
-        facts, optimizer = self.facts(), inner(trainer.optimizer)
+        optimizer = inner(trainer.optimizer)
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in self.found.items():
             kind, _, rest = name.partition(":")
@@ -102,26 +97,26 @@ class Kept:
                 index, _, key = rest.partition(":")
                 state.setdefault(int(index), {})[key] = value
         groups = optimizer.state_dict()["param_groups"]
-        told = [own | kept for own, kept in zip(groups, facts["groups"], strict=True)]
+        told = [own | kept for own, kept in zip(groups, self.facts["groups"], strict=True)]
         optimizer.load_state_dict({"state": state, "param_groups": told})
-        trainer.lr_scheduler.load_state_dict(facts["schedule"])
+        trainer.lr_scheduler.load_state_dict(self.facts["schedule"])
 
     def generators(self) -> None:
-        """Every generator of random numbers as it was."""
-        assert self.found is not None
-        facts = self.facts()
-        version, keys, gauss = facts["python"]
+        """Every generator of random numbers as it was. Nothing is asked for after them: the tensors
+        go.
+        """
+        version, keys, gauss = self.facts["python"]
         random.setstate((version, tuple(keys), gauss))
-        np.random.set_state(tuple(facts["numpy"]))
+        np.random.set_state(tuple(self.facts["numpy"]))
         torch.set_rng_state(self.found["random:cpu"].cpu())
         for i in range(self.count("random:cuda:")):
             torch.cuda.set_rng_state(self.found[f"random:cuda:{i}"].cpu(), i)
+        self.found.clear()
 
     def losses(self, trainer: Any) -> None:
         """The losses since they were logged last."""
-        assert self.found is not None
         trainer._tr_loss = self.found["loss"].to(trainer.args.device)
-        trainer._globalstep_last_logged = self.facts()["logged"]
+        trainer._globalstep_last_logged = self.facts["logged"]
 
 
 def inner(optimizer: Any) -> Any:
@@ -149,6 +144,6 @@ class LossesSoFar(TrainerCallback):
         self.kept, self.trainer = kept, trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.kept.found is not None:
+        if self.kept.found:
             log.info("training goes on from step %d", state.global_step)
             self.kept.losses(self.trainer)

@@ -4,7 +4,6 @@ transformers' Trainer: one process or several, one device or many.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from prunekit.training.distillation import (
     summed_kl,
     teacher_logits,
 )
-from prunekit.training.recipe import Recipe, linear_decay, micro_batches
+from prunekit.training.recipe import Recipe, linear_decay, micro_batches, processes
 from prunekit.training.resume import Kept, LossesSoFar
 from prunekit.training.zeros import held_at_zero
 
@@ -108,7 +107,7 @@ def train(
     groups += [{k: v for k, v in group.items() if k != "constant"} for group in parameters]
     constant = [False] * bool(inside) + [group.get("constant", False) for group in parameters]
     curve, best = Curve(), Best(inside + outside)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = processes() == 1
     kept = Kept(recipe.progress, curve, best) if recipe.progress and alone else None
     device = next(model.parameters()).device
     with (

@@ -21,13 +21,6 @@ SIZES = {"hidden": 32, "ffn": 48, "head_dim": 8, "vocab_size": 259}
 SHORT = {"dataset": "text", "max_length": 32, "batch": 4, "max_steps": 3, "lr": 3e-3}
 
 
-@pytest.fixture
-def text(tmp_path) -> str:
-    path = tmp_path / "some.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog again and again. " * 40)
-    return str(path)
-
-
 def sparse(share: float) -> tuple[torch.nn.Module, Pruned]:
     """The dense model, and a copy without the smallest share of its weights."""
     model = tiny_model("llama", **SIZES)
