@@ -18,4 +18,5 @@ def first_process() -> bool:
 def join_others() -> None:
     """Lets the processes of torchrun or accelerate launch add up what each of them sees."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Statistics may lie in host memory where the model is on a GPU: gloo adds those up.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
