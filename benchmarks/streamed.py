@@ -4,8 +4,8 @@
     python benchmarks/streamed.py run FOLDER [METHOD ..]  # wanda flap shortgpt
     python benchmarks/streamed.py equal FOLDER [METHOD ..]  # also in memory: the same files?
 
-Each method has a process of its own, which may not take more than 6 GiB of memory of its own
-(RLIMIT_DATA; a mapped file does not count there). The peak is VmHWM: all that was resident, pages
+Each method has a process of its own, which may not take more than 6 GiB of memory of its own once
+the model is read (RLIMIT_DATA; a mapped file does not count there). The peak is VmHWM: all that was resident, pages
 of mapped files included. Text: 8 x 128 random tokens (TOKENS=4x32 for others). Forwards are in
 float32 (`model.compute=float32`), which a CPU is quick at. Room on the disk: three times the model.
 """
@@ -115,8 +115,6 @@ def prune(folder: Path, method: str, weights: str, out: Path) -> dict[str, float
     from prunekit.profiling import Peak
     from prunekit.registry import criteria, models, pruners, ratios
 
-    if weights == "disk":
-        resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     pruner, criterion, ratio = METHODS[method]
     node = {"name": "hf", "path": str(folder), "weights": weights, "compute": "float32"}
     node["device"] = "cpu"
@@ -125,6 +123,8 @@ def prune(folder: Path, method: str, weights: str, out: Path) -> dict[str, float
     clock = [time.perf_counter()]
     with Peak() as peak:
         model, tokenizer = models.build(node)()
+        if weights == "disk":  # now, since safetensors maps all shards at once to read one
+            resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
         clock.append(time.perf_counter())
         tokens = torch.randint(3, model.config.vocab_size, (samples, length), generator=draw)
         problem = Problem(

@@ -19,4 +19,5 @@ def join_others() -> None:
     """Lets the processes of torchrun or accelerate launch add up what each of them sees."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         # Statistics may lie in host memory where the model is on a GPU: gloo adds those up.
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        both = torch.cuda.is_available()
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo")
