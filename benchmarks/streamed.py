@@ -5,9 +5,10 @@
     python benchmarks/streamed.py equal FOLDER [METHOD ..]  # also in memory: the same files?
 
 Each method has a process of its own, which may not take more than 6 GiB of memory of its own once
-the model is read (RLIMIT_DATA; a mapped file does not count there). The peak is VmHWM: all that was resident, pages
-of mapped files included. Text: 8 x 128 random tokens (TOKENS=4x32 for others). Forwards are in
-float32 (`model.compute=float32`), which a CPU is quick at. Room on the disk: three times the model.
+the model is read (RLIMIT_DATA; a mapped file does not count there). The peak is VmHWM: all that was
+resident, pages of mapped files included. Text: 8 x 128 random tokens (TOKENS=4x32 for others).
+Forwards are in float32 (`model.compute=float32`), which a CPU is quick at. Room on the disk: three
+times the model.
 """
 
 from __future__ import annotations
