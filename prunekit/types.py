@@ -173,6 +173,10 @@ class Run(Protocol):
         """Statistics taken on this run, for a second reader of the same ones."""
         ...
 
+    def part(self, number: int, of: int) -> Run:
+        """The same run over one of `of` parts of the samples, for one of as many processes."""
+        ...
+
     def forward(self) -> Iterator[int]:
         """Pushes all tokens through, batch by batch, for the sake of hooks; yields the number of
         samples that each batch held.

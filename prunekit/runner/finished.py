@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from prunekit import checkpoint
+from prunekit.architecture.mapped import mapped
 from prunekit.errors import ConfigError
 from prunekit.runner import store
 from prunekit.runner.distributed import first_process
@@ -72,11 +73,13 @@ class Finished:
         return store.Entry(key, name, *codec, path, most=sys.maxsize)  # it is the job's own
 
     def keep(self, name: str, standing: Standing) -> None:
-        """The model of stage `name`, if models are kept and this one lies on one device: whole, or
-        not at all.
+        """The model of stage `name`, if models are kept and this one lies in the memory of one
+        device: whole, or not at all.
         """
         model = standing.pruned.model
-        if not self.models or not first_process() or getattr(model, "hf_device_map", None):
+        if not self.models or not first_process() or mapped(model):
+            return
+        if getattr(model, "hf_device_map", None):
             return
         folder = self.top / self.key / name
         notes = {k: v for k, v in standing.pruned.notes.items() if is_plain(v)}

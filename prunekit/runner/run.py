@@ -22,7 +22,7 @@ from prunekit.profiling import Stages
 from prunekit.registry import Component, draw
 from prunekit.runner import cache, numerics, progress, provenance, results, tracking
 from prunekit.runner.dense import DenseModel
-from prunekit.runner.distributed import first_process
+from prunekit.runner.distributed import first_process, join_others
 from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.preflight import Components, check
 from prunekit.types import Pruned
@@ -55,6 +55,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     Of several processes (torchrun, accelerate launch) the first one writes.
     """
     path = Path(folder)
+    join_others()
     kept = Finished(path, cfg, models=bool(cfg["save"]))
     parts, stored = check(cfg), cache.open_cache(cfg)
     dense = DenseModel(stored, lambda: parts.model()[0])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations import processes
 from prunekit.activations.hooks import pass_tokens
 from prunekit.errors import ConfigError
 from prunekit.graph.expert_neurons import expert_numbers, expert_slabs, unit_of_expert
@@ -20,6 +21,8 @@ from prunekit.graph.sample_run import ERRORS
 from prunekit.types import Group, Run
 
 log = logging.getLogger("prunekit")
+ADDED = ("frequency", "weight", "norm", "squared_norm", "weighted_norm")
+"""The statistics that are sums over tokens."""
 
 
 @dataclass
@@ -201,7 +204,7 @@ def expert_statistics(
     missing = [g for g in groups if ("experts", g.name) not in run.statistics]
     if missing:
         with watch_experts(model, missing) as found:
-            pass_tokens(run, "experts")
+            pass_tokens(processes.own_part(run), "experts")
         for g in missing:
             if g.name not in found:
                 raise ConfigError(
@@ -209,7 +212,10 @@ def expert_statistics(
                     "experts and weights of each token, so their outputs cannot be told apart; "
                     "take criterion=aimer or l2, which read weights alone"
                 )
-            run.statistics["experts", g.name] = found[g.name]
+            sums = found[g.name]
+            processes.add_up([getattr(sums, name) for name in ADDED])
+            processes.add_up([sums.maximum], largest=True)
+            run.statistics["experts", g.name] = sums
         _say_coverage(missing, found)
     return {g.name: run.statistics["experts", g.name] for g in groups}
 
