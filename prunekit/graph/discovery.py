@@ -55,7 +55,7 @@ class Discovery:
 
 _CACHE: dict[tuple[str, bool], Discovery] = {}
 UNTOUCHED = "the traced run never touched it"
-CACHE_SIZE = 16
+CACHE_SIZE = 32
 """How many discoveries are kept, by what they depend on: a model's classes, shapes and settings,
 not its weights.
 """
@@ -188,9 +188,10 @@ def discovery(model: nn.Module, verify: bool = True) -> Discovery:
     """
     key = (fingerprint(model), verify)
     if key not in _CACHE:
-        found = find_candidates(model)[1]
-        if verify:
-            found = keep_proven(found, *verdicts_for(model))
+        if verify:  # what a run's check on the meta device found is not traced again
+            found = keep_proven(discovery(model, verify=False), *verdicts_for(model))
+        else:
+            found = find_candidates(model)[1]
         while len(_CACHE) >= CACHE_SIZE:
             del _CACHE[next(iter(_CACHE))]
         _CACHE[key] = found
