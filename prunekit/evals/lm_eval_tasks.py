@@ -25,6 +25,7 @@ from prunekit.data import docs_cloze
 from prunekit.data.files import data_folder
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
+from prunekit.evals.windows import kept_prompt
 
 # the metric that the paper reports of each task, and the folder of lm-eval that defines it
 PAPER = {
@@ -188,7 +189,8 @@ def run_tasks(
     items: bool = False,
 ) -> dict[str, Any]:
     """What lm-eval finds: `results` by task and, with `items`, `samples`, a list for each task. The
-    first `limit` items of each are taken. Raises ConfigError where a data set is not to be had.
+    first `limit` items of each are taken; a prompt that a pruner left with the model stands before
+    each. Raises ConfigError where a data set is not to be had.
     """
     with quietly(), eval_mode(model):
         from lm_eval.evaluator import evaluate
@@ -205,7 +207,13 @@ def run_tasks(
             add_bos_token=bos,
             softmax_dtype="float32",
         )
-        found: dict[str, Any] = evaluate(lm, loaded, limit=limit, log_samples=items)
+        found: dict[str, Any] = evaluate(
+            lm,
+            loaded,
+            limit=limit,
+            log_samples=items,
+            system_instruction=kept_prompt(model) or None,
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,17 +43,30 @@ def check_block(window: int, block: int) -> None:
         raise ConfigError(f"block={block} is no multiple of window={window}")
 
 
+def kept_prompt(model: nn.Module) -> str:
+    """What stands before every text that this model reads: a prompt under which it was pruned, as
+    pruner=compresso leaves it in the config; empty where there is none.
+    """
+    return str(getattr(getattr(model, "config", None), "collaborative_prompt", None) or "")
+
+
 @torch.inference_mode()
-def window_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tensor:
+def window_nll(
+    model: nn.Module, windows: Tensor, batch: int, name: str, prompt: Sequence[int] = ()
+) -> Tensor:
     """Mean negative log-likelihood of each window's predicted tokens, in float32 per token and
     float64 over them. `(N,)`.
+
+    prompt: tokens before each window, of which none is predicted.
     """
     device = next(model.parameters()).device
     means = []
     with tqdm(total=len(windows), desc=name, unit="window", leave=False) as bar:
         for rows in windows.split(batch):
             rows = rows.to(device)
-            logits = model(input_ids=rows, use_cache=False).logits
+            before = torch.tensor([*prompt], dtype=rows.dtype, device=device).expand(len(rows), -1)
+            whole = torch.cat([before, rows], 1)
+            logits = model(input_ids=whole, use_cache=False).logits[:, len(prompt) :]
             for row, scores in zip(
                 rows, logits, strict=True
             ):  # one at a time: float32 logits of a batch can be gigabytes
