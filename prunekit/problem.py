@@ -24,7 +24,7 @@ from prunekit.architecture.matrices import matrices
 from prunekit.errors import ConfigError, NeedsData
 from prunekit.registry import Component
 from prunekit.selection.eligible import apply_exclusion, of_kinds
-from prunekit.types import Allocation, Counts, Group, Run, Scores
+from prunekit.types import Allocation, Counts, Group, LocalSolutions, Remember, Run, Scores
 
 CALIBRATION = "calibration"
 
@@ -36,6 +36,13 @@ def named_sets(tokens: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(tokens, Tensor):
         return {CALIBRATION: tokens}
     return {CALIBRATION: torch.cat(list(tokens.values())), **tokens}
+
+
+def computed(
+    module: str, name: str, parts: Sequence[Any], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """`Remember` where nothing is kept."""
+    return compute()
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Problem:
         ratio: `(problem, groups) -> Allocation`; None for pruners that decide that by themselves.
         exclude: `(groups) -> groups`.
         load_dense: makes the model as it was before anything was pruned.
+        remember: keeps on disk what is computed of the dense model and the text.
+        solutions: the pruner's local solutions, for the ratios that choose among them.
     """
 
     model: nn.Module
@@ -60,6 +69,8 @@ class Problem:
     ratio: Callable[[Problem, list[Group]], Allocation] | None = None
     exclude: Callable[[list[Group]], list[Group]] = lambda groups: groups
     load_dense: Callable[[], nn.Module] | None = None
+    remember: Remember = computed
+    solutions: LocalSolutions | None = None
 
     @property
     def tokens(self) -> Tensor:

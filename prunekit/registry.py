@@ -100,9 +100,18 @@ def checked_values(what: str, given: dict[str, Any], types: dict[str, Any]) -> d
         try:
             found[option] = adapter.validate_python(value)
         except ValidationError as e:
-            words = "; ".join(dict.fromkeys(err["msg"] for err in e.errors()))
+            words = "; ".join(dict.fromkeys(in_words(err, value) for err in e.errors()))
             raise ConfigError(f"{what}: {option}={value!r}: {words}".removeprefix(": ")) from None
     return found
+
+
+def in_words(error: Any, value: Any) -> str:
+    """What pydantic says of a value, with an example where its form alone is wrong."""
+    words: str = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if error["type"] == "list_type" and isinstance(value, str):
+        return f"{words}, e.g. [{value}]"
+    percent = isinstance(value, str) and value.endswith("%")
+    return f"{words}, e.g. 0.3 for 30%" if percent else words
 
 
 class Registry:
@@ -174,7 +183,8 @@ class Registry:
         required = [k for k, v in entry.defaults.items() if v is inspect.Parameter.empty]
         missing = [k for k in required if given.get(k) is None]
         if missing:
-            raise ConfigError(f"{self.kind}={entry.name} needs {', '.join(missing)}")
+            where = "" if self.kind == "eval" else f"; give {self.kind}.{missing[0]}=..."
+            raise ConfigError(f"{self.kind}={entry.name} needs {', '.join(missing)}{where}")
         checked = checked_values(f"{self.kind}={entry.name}", given, entry.types)
         return Component(entry, {**entry.defaults, **checked})
 

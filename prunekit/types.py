@@ -8,7 +8,8 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -124,6 +125,7 @@ class Allocation:
         rows: with `rows`, (outputs,) elements to remove of each row, by group; they add up to
             counts.
         notes: what is worth showing of how it was found.
+        measure: what a model takes of the budget that was kept, for a pruner to tell.
     """
 
     counts: Counts
@@ -132,6 +134,7 @@ class Allocation:
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     cut: Cut = "within"
+    measure: Callable[[nn.Module], float] | None = None
 
     @property
     def empty(self) -> bool:
@@ -186,6 +189,60 @@ class Dense(Protocol):
     ) -> dict[str, Tensor]:
         """What `compute` gives of the dense model, on the CPU: once for all runs with the same
         weights, options and code.
+        """
+        ...
+
+
+class Remember(Protocol):
+    """How a pruner or a ratio keeps on disk what it computes of the dense model and the text."""
+
+    def __call__(
+        self,
+        module: str,
+        name: str,
+        parts: Sequence[Any],
+        compute: Callable[[], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """What `compute` gives: once for all runs with the same model, text and `parts`, and the
+        same code of `module` (`__name__`) and of what it imports. `name` is what a result calls it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """What a part of a block that adds to the residual stream (attention, feed-forward) can become.
+
+    Attributes:
+        group: its heads or neurons.
+        removed: units that are gone at each level, ascending; the first is 0, and the last may be
+            all of them, where the sub-layer itself can go.
+        errors: squared error of the sub-layer's output at each level, a token.
+        costs: (U,) what removing 1, 2, .. units costs before the ridge is chosen, in all, a token.
+    """
+
+    group: Group
+    removed: tuple[int, ...]
+    errors: tuple[float, ...]
+    costs: Tensor
+
+
+class LocalSolutions(Protocol):
+    """Sub-layers solved each by itself at a few levels, for ratios that choose among them."""
+
+    @property
+    def key(self) -> Sequence[Any]:
+        """The options that the solutions depend on."""
+        ...
+
+    @property
+    def sublayers(self) -> Sequence[SubLayer]:
+        """In the order of the forward pass; solved when first asked for."""
+        ...
+
+    def assembled(self) -> AbstractContextManager[Callable[[Sequence[int]], None]]:
+        """Inside, the function that is yielded puts a choice of levels, one number a sub-layer,
+        into the model; afterwards the model is as it was. Shapes stay.
         """
         ...
 

@@ -31,6 +31,13 @@ def examples(few: int) -> settings:
 EDGES = [0, 1, -1, 2, 3, 7, 2**31, 2**62, 2**64, 10**400, True, False, None]
 EDGES += [0.0, 0.5, 1.0, -0.1, 1e308, float("nan"), float("inf"), -float("inf")]
 EDGES += ["", "none", "all", "null", "a" * 300, "../../x", "\0", "\ud800", "é", "1", "on"]
+WORDS = (
+    "2:4 4:8 N:8 auto row matrix alpha units parameters prunable local global kept removed stock"
+)
+WORDS = WORDS.split() + "disk bfloat16 bf16 fast dense own squared nearest mean max text".split()
+WORDS += "pydocs c4 train test each q_proj mlp.* heads neurons hidden blocks experts inner".split()
+"""What options that take words mean somewhere."""
+
 values: st.SearchStrategy[Any] = st.recursive(
     st.sampled_from(EDGES) | st.integers(-5, 200) | st.floats() | st.text(max_size=5),
     lambda inner: (
@@ -43,8 +50,12 @@ values: st.SearchStrategy[Any] = st.recursive(
 
 def like(value: Any) -> st.SearchStrategy[Any]:
     """Other values of the same type, which get further than those of another."""
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool):
         return st.sampled_from([True, False, None])
+    if value is None:
+        return st.sampled_from([None, True, 0, 1, 2, 3, 0.5, *WORDS, [0, 1], [1, 3], ["heads"]])
+    if isinstance(value, str):
+        return st.sampled_from(WORDS)
     if isinstance(value, int):
         return st.integers(value - 3, value + 3) | st.integers(-2, 4 * abs(value) + 8)
     if isinstance(value, float):

@@ -32,7 +32,7 @@ TABLE = {
     "excludes": "registry errors types",
     "pruners": METHODS,
     "recoveries": METHODS,
-    "evals": "data graph architecture registry errors types profiling",
+    "evals": "activations data graph architecture registry errors types profiling",
     "problem": "selection activations graph architecture registry errors types",
     "solvers": "selection activations checkpoint graph architecture errors types",
     "selection": "activations checkpoint graph architecture errors types",

@@ -30,7 +30,13 @@ PICKLES = (
 """Endings of weight files that are not safetensors; most of them are pickles, and loading a pickle
 runs code.
 """
-OWN_CODE = ("modeling_pruned.py", "runtime_modules.py", "runtime_base.py", "early_exit.py")
+OWN_CODE = (
+    "modeling_pruned.py",
+    "runtime_modules.py",
+    "runtime_base.py",
+    "stream_modules.py",
+    "early_exit.py",
+)
 """The code that prunekit writes beside the weights; it is never run from the folder."""
 ADAPTERS = "adapter_"
 """What peft's files begin with: transformers loads them unasked, on top of the weights."""

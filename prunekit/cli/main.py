@@ -68,17 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             hush_libraries()
             status: int = importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
             return status
-        for before, word in zip(["", *args], args):
-            # A flag of Hydra may be followed by its value: --cfg job.
-            if (
-                "=" not in word
-                and not word.startswith(("-", "~"))
-                and (not before.startswith("-") or before in ("-m", "--multirun"))
-            ):
-                raise ConfigError(
-                    f"no command {word!r}; there are: {', '.join(COMMANDS)}, or overrides such as "
-                    "ratio.target=0.3"
-                )
+        check_words(args)
         return max([launch(words) for words in one_experiment_each(args)])
     except ConfigError as e:
         print(f"prunekit: {e}", file=sys.stderr)
@@ -91,6 +81,31 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prunekit: interrupted", file=sys.stderr)
         return 130
+
+
+FLAGS = "help hydra-help version cfg resolve package run multirun shell-completion config-path"
+FLAGS += " config-name config-dir experimental-rerun info"
+"""Hydra's own, by their long names."""
+
+
+def check_words(args: list[str]) -> None:
+    """Raises ConfigError for words that are no override, no flag and no flag's value."""
+    for before, word in zip(["", *args], args):
+        if word.startswith("--") and word[2:].partition("=")[0] not in FLAGS.split():
+            raise ConfigError(
+                f"no flag {word!r}; what is asked for is typed as overrides, such as "
+                "ratio.target=0.3 (`prunekit --help`)"
+            )
+        # A flag of Hydra may be followed by its value: --cfg job.
+        valued = before.startswith("-") and before not in ("-m", "--multirun")
+        if "=" in word[1:] or word.startswith(("-", "~")) or valued:
+            continue
+        if word == "=" or word.startswith("=") or args[args.index(word) + 1 :][:1] == ["="]:
+            raise ConfigError(f"{' '.join(args)!r}: an override is one word: key=value")
+        raise ConfigError(
+            f"no command {word!r}; there are: {', '.join(COMMANDS)}, or overrides such as "
+            "ratio.target=0.3"
+        )
 
 
 def one_experiment_each(args: list[str]) -> list[list[str]]:

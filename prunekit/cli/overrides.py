@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prunekit.cli.paths import conf_dir
+from prunekit.cli.suggestions import chosen_wrong, key_wrong, kinds, yaml_names
 from prunekit.errors import ConfigError
 
 
@@ -24,8 +25,10 @@ def check_keys(args: list[str]) -> None:
             f"{str(e).splitlines()[0]}\n  hint: an override is key=value; what has commas, braces "
             "or spaces is quoted: \"key='a b'\""
         ) from None
-    groups = {p.name for p in conf_dir().iterdir() if p.is_dir()}
+    groups = {*kinds(), "hydra"}
     choices = [o for o in overrides if o.key_or_group in groups]
+    for o in choices:
+        check_choice(o)
     first = [f"{o.key_or_group}={first_value(o)}" for o in choices]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -42,9 +45,7 @@ def check_keys(args: list[str]) -> None:
                     compose("config", overrides=[*first, *own]), resolve=False
                 )
     except HydraException as e:
-        raise ConfigError(
-            two_lines(e) if "Could not find" not in str(e) else not_found(e)
-        ) from None
+        raise ConfigError(two_lines(e)) from None
     check_table_words(overrides, cfg)
     for o in overrides:
         if (
@@ -56,6 +57,16 @@ def check_keys(args: list[str]) -> None:
         ):
             continue
         check_path(cfg, o.key_or_group)
+
+
+def check_choice(override: Any) -> None:
+    """Raises ConfigError for a component or an experiment that has no YAML."""
+    group, value = override.key_or_group, first_value(override)
+    if override.is_delete() or group == "hydra" or (group == "experiment" and value is None):
+        return
+    for name in value if isinstance(value, list) else [value]:
+        if not isinstance(name, str) or str(name).removesuffix(".yaml") not in yaml_names(group):
+            raise ConfigError(chosen_wrong(group, name))
 
 
 def words_of(args: list[str]) -> list[str]:
@@ -151,19 +162,7 @@ def check_path(cfg: Any, path: str) -> None:
                 ", ".join(k for k in node if k != "name") if isinstance(node, dict) else "none"
             )
             raise ConfigError(
-                f"{where}{chosen} has no key {step!r}; possible: {possible} (a new key: "
-                f"+{path}=...)"
+                f"{where}{chosen} has no key {step!r}; possible: {possible}"
+                + key_wrong(cfg, path, step, node)
             )
         node, walked = node[step], [*walked, step]
-
-
-def not_found(error: Exception) -> str:
-    """Hydra's message on a missing YAML, on one line: what was asked for and what there is."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    head = next(line for line in lines if "Could not find" in line)
-    options = [
-        line
-        for line in lines[lines.index(head) + 1 :]
-        if not line.startswith(("In ", "Config search", "provider"))
-    ]
-    return f"{head} {' '.join(options)}"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations.condensed import measure
 from prunekit.data.files import DataRoot
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
-from prunekit.evals.condensed import measure
 from prunekit.evals.named_texts import EvaluationText, Texts, check_seen, windows_of
 from prunekit.registry import Component, Length, Positive, evals
 from prunekit.types import Dense

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.architecture.blocks import block_modules
-from prunekit.architecture.linear import is_linear
 from prunekit.data.files import DataRoot
 from prunekit.evals import eval_mode
+from prunekit.evals.exits import all_blocks, gate_of, leaving, oracle, saved
 from prunekit.evals.named_texts import Texts, windows_of
 from prunekit.registry import Length, Positive, evals
 
@@ -60,60 +59,19 @@ def early_exit(
 @torch.inference_mode()
 def measured(model: nn.Module, windows: Tensor, batch: int, name: str) -> dict[str, float]:
     """The numbers of one text `(N, T)`."""
-    # By name: a model loaded with trust_remote_code has classes of its own copy of the file.
-    gate: Any = next((m for m in model.modules() if type(m).__name__ == "EarlyExit"), None)
-    blocks = block_modules(model)
+    gate = gate_of(model)
     if gate is None:
-        same = {"depth": float(len(blocks)), "blocks_saved": 0.0, "compute_saved": 0.0}
-        return same | {"exit_agreement": 1.0, "oracle_blocks_saved": 0.0}
+        return saved(model, gate) | {"exit_agreement": 1.0, "oracle_blocks_saved": 0.0}
     device = next(model.parameters()).device
-    right: list[Tensor] = []
-    best: list[Tensor] = []
-    before = gate.progress.never
-    gate.progress.clear()
-    try:
-        for ids in tqdm(windows.split(batch), desc=name, unit="batch", leave=False):
-            want, first = whole(model, gate, ids.to(device))
-            gate.progress.never = False
+    parts = tqdm(windows.split(batch), desc=name, unit="batch", leave=False)
+    with all_blocks(model, gate) as whole:
+        for ids in parts:
+            model(input_ids=ids.to(device), use_cache=False)
+    right = []
+    with leaving(gate):
+        for ids, (want, _) in zip(windows.split(batch), whole, strict=True):
             right.append(model(input_ids=ids.to(device), use_cache=False).logits.argmax(-1) == want)
-            best.append(first)
-    finally:
-        gate.progress.never = before
-    count = sum(t.numel() for t in best)
-    depth, tested = float(gate.progress.passes) / count, float(gate.progress.tested) / count
-    linears: list[Any] = [m for b in blocks for m in b.modules() if is_linear(m)]
-    block = sum(m.weight.numel() for m in linears) / len(blocks)
-    head = gate.read[-1].weight.numel()
-    used = (depth * block + (1 + tested) * head) / (len(blocks) * block + head)
-    oracle = float(torch.cat(best).double().mean()) / len(blocks)
-    return {
-        "depth": depth,
-        "blocks_saved": 1 - depth / len(blocks),
-        "compute_saved": 1 - used,
+    return saved(model, gate) | {
         "exit_agreement": float(torch.cat(right).double().mean()),
-        "oracle_blocks_saved": 1 - oracle,
+        "oracle_blocks_saved": oracle(model, [first for _, first in whole]),
     }
-
-
-def whole(model: nn.Module, gate: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely tokens (n, T) that all blocks give, and after how many blocks each position
-    has it for the first time, among those at which it may leave; `(n, T)`.
-    """
-    passes, tokens = gate.progress.passes, gate.progress.tokens
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, args: Any, out: Any) -> None:
-        y = out if isinstance(out, Tensor) else out[0]
-        seen.append(gate.predictions(y.flatten(0, -2))[1].view(y.shape[:-1]))
-
-    hooks = [gate.blocks[depth - 1].register_forward_hook(see) for depth in gate.tests]
-    gate.progress.never = True
-    try:
-        want = model(input_ids=ids, use_cache=False).logits.argmax(-1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    gate.progress.passes, gate.progress.tokens = passes, tokens
-    agrees = torch.stack([*(s == want for s in seen), torch.ones_like(want, dtype=torch.bool)], -1)
-    depths = torch.tensor([*gate.tests, len(gate.blocks)], device=ids.device)
-    return want, depths[agrees.int().argmax(-1)]

@@ -4,17 +4,15 @@ apart.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
-from functools import partial
 from statistics import median, quantiles
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from prunekit.architecture.timing import prompt_ids, request, waiter
 from prunekit.registry import Natural, Positive, evals
 
 Repeats = Annotated[int, Field(ge=2)]
@@ -42,15 +40,13 @@ def latency(
     each token, as it would have to in use. Every device of the model is waited for around each
     part. `warmup` whole requests go unmeasured.
     """
-    device = next(model.parameters()).device
-    ids = torch.ones(batch, prompt, dtype=torch.long, device=device)
-    wait = partial(_wait_for, {p.device for p in model.parameters()})
+    ids, wait = prompt_ids(model, batch, prompt), waiter(model)
     training, times = model.training, []
     model.eval()
     try:
         with torch.no_grad():
             for i in tqdm(range(warmup + repeats), desc="latency", unit="request", leave=False):
-                measured = _request(model, ids, new_tokens, wait)
+                measured = request(model, ids, new_tokens, wait)
                 if i >= warmup:
                     times.append(measured)
     finally:
@@ -65,33 +61,6 @@ def latency(
         "latency_ms": median(a + b for a, b in zip(prefill, decode)),
         "tokens_per_s": 1000 * batch / median(per_token),
     }
-
-
-def _request(
-    model: nn.Module, ids: Tensor, new_tokens: int, wait: Callable[[], None]
-) -> tuple[float, float]:
-    """Seconds of prefill, seconds of decode."""
-    wait()
-    start = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True)
-    wait()
-    middle = time.perf_counter()
-    for _ in range(new_tokens):
-        chosen = out.logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, chosen], dim=1)
-        cache = getattr(out, "past_key_values", None)
-        out = model(
-            input_ids=ids if cache is None else chosen, past_key_values=cache, use_cache=True
-        )
-    wait()
-    return middle - start, time.perf_counter() - middle
-
-
-def _wait_for(devices: Iterable[torch.device]) -> None:
-    """Returns when everything sent to these devices is done."""
-    for device in devices:
-        if device.type not in ("cpu", "meta"):
-            torch.accelerator.synchronize(device)
 
 
 def _spread(values: list[float]) -> float:

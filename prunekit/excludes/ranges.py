@@ -33,11 +33,22 @@ def none(groups: list[Group]) -> list[Group]:
 @excludes.register()
 def ends(groups: list[Group], *, first: Natural = 3, last: Natural = 1) -> list[Group]:
     """Leaves the `first` blocks and the `last` blocks alone (the paper's advice: 3 and 1). Residual
-    channels stay in.
+    channels stay in. Raises ConfigError where nothing else is there.
     """
-    depth = 1 + max((g.layer for g in groups if g.layer is not None), default=0)
+    depth = depth_of(groups)
     found = [between(g, first, g.units - last) if g.modules else g for g in groups]
-    return [g for g in found if g.units and (g.layer is None or first <= g.layer < depth - last)]
+    found = [g for g in found if g.units and (g.layer is None or first <= g.layer < depth - last)]
+    if not found:
+        raise ConfigError(
+            f"exclude=ends leaves nothing: first={first} and last={last} are all {depth} blocks "
+            "that there are; give exclude=none, or smaller exclude.first and exclude.last"
+        )
+    return found
+
+
+def depth_of(groups: list[Group]) -> int:
+    """How many blocks the groups tell of."""
+    return max(len(g.modules) if g.layer is None else 1 + g.layer for g in groups)
 
 
 def between(group: Group, start: int, stop: int) -> Group:
@@ -68,7 +79,7 @@ def layer_range(
             "exclude=range has no range: give exclude.heads=[first,end], exclude.neurons or "
             "exclude.blocks; exclude=none leaves nothing alone"
         )
-    depth = max(len(g.modules) if g.layer is None else 1 + g.layer for g in groups)
+    depth = depth_of(groups)
     for name, bounds in (("heads", heads), ("neurons", neurons), ("blocks", blocks)):
         if bounds is not None and bounds[1] > depth:
             raise ConfigError(

@@ -38,11 +38,12 @@ from prunekit.solvers.rotation import Basis, assemble, removed, turned
 from prunekit.types import Group, Pruned
 
 Weighting = Literal["signal", "direction"]
+Last = Literal["whole", "output", "sliced"]
 Rests = dict[str, tuple[Any, ...] | None]
 """sub-layer -> what follows the activation in its output, None for a bare tensor."""
 
 
-def check_slicegpt(problem: Problem, *, multiple: int, last: str, **_: Any) -> Expected:
+def check_slicegpt(problem: Problem, *, multiple: int, last: Last, **_: Any) -> Expected:
     """Raises ConfigError for a model whose blocks are no chain of norm, sub-layer and sum, and for
     a ratio that cannot be met.
     """
@@ -51,17 +52,18 @@ def check_slicegpt(problem: Problem, *, multiple: int, last: str, **_: Any) -> E
     depth = sliced_blocks(chain, last)
     expected = expect(problem, [hidden])
     if expected.counts is not None:
-        narrowed(problem, chain, hidden, depth, multiple)
+        narrowed(problem, chain, hidden, depth, multiple, last)
     remark = "SliceGPT narrows the stream of the sliced blocks; its added matrices are not counted."
     return replace(expected, counts=None, remark=remark)
 
 
-def sliced_blocks(chain: Stream, last: str) -> int:
+def sliced_blocks(chain: Stream, last: Last) -> int:
     """How many blocks are narrowed. Raises ConfigError where that is none."""
     depth = len(chain.blocks) - (last == "whole")
     if depth < 1:
         raise ConfigError(
-            "slicegpt: last=whole leaves nothing of a model with one block; give last=sliced"
+            "slicegpt: last=whole leaves nothing of a model with one block; give last=output or "
+            "last=sliced"
         )
     return depth
 
@@ -75,7 +77,7 @@ def slicegpt(
     *,
     multiple: Positive = 8,
     weighting: Weighting = "signal",
-    last: Literal["whole", "sliced"] = "whole",
+    last: Last = "whole",
     store: Store = "memory",
     precision: Precision = "model",
 ) -> Pruned:
@@ -85,8 +87,9 @@ def slicegpt(
     Args:
         multiple: the width that stays is a multiple of this.
         weighting: `direction` gives every token the same weight in the covariance.
-        last: `whole` leaves the last block and the output matrix at full width, `sliced` narrows
-            up to the last norm.
+        last: `whole` leaves the last block and the output matrix at full width, `output` what the
+            last sub-layer writes and the output matrix (the authors' code), `sliced` narrows up to
+            the last norm.
         store: where activations between blocks wait.
         precision: of the forwards; sums are float32 or finer either way.
 
@@ -99,14 +102,15 @@ def slicegpt(
     [hidden] = problem.groups(["hidden"])
     chain = stream(model, hidden, problem.blocks())
     depth = sliced_blocks(chain, last)
-    width = narrowed(problem, chain, hidden, depth, multiple)
+    width = narrowed(problem, chain, hidden, depth, multiple, last)
     for part in (part for parts in chain.sublayers for part in parts):
         gain_and_eps(model.get_submodule(part.norm))  # refuses other norms before the long pass
     rests = forms(model, chain, tokens)
     # Small batches: capturing runs the whole model on two of them.
     options = PassOptions(store, precision, max(1, samples_at_once(tokens) // 4))
     inputs, feed = capture_inputs(model, chain.blocks, tokens, options)
-    bases = list(turned(principal(model, chain, feed, inputs, depth, width, weighting, rests)))
+    found = principal(model, chain, feed, inputs, depth, width, weighting, rests, last)
+    bases = list(turned(found))
     before = Sizes(model, [hidden]).total
     assemble(model, chain, bases, depth)
     same(model, chain, tokens, inputs, feed, depth)
@@ -118,7 +122,9 @@ def slicegpt(
     return Pruned(model, {}, [], notes={"slicegpt": sizes})
 
 
-def narrowed(problem: Problem, chain: Stream, hidden: Group, depth: int, multiple: int) -> int:
+def narrowed(
+    problem: Problem, chain: Stream, hidden: Group, depth: int, multiple: int, last: Last
+) -> int:
     """d': as many channels as are to stay, or the width whose parameters, added matrices included,
     come nearest to what the ratio asks for.
     """
@@ -128,7 +134,7 @@ def narrowed(problem: Problem, chain: Stream, hidden: Group, depth: int, multipl
     if allocation.budget == "units":
         return max((w for w in widths if w <= hidden.units - wanted), default=multiple)
     goal = Sizes(problem.model, [hidden]).removed({hidden.name: wanted})
-    sizes = {w: removed(problem.model, chain, depth, w) for w in widths}
+    sizes = {w: removed(problem.model, chain, depth, w, last == "output") for w in widths}
     most = max(sizes.values())
     if most < goal:
         raise ConfigError(
@@ -147,9 +153,10 @@ def principal(
     width: int,
     weighting: Weighting,
     rests: Rests,
+    last: Last,
 ) -> Iterator[Basis]:
     """Bases `(C, width)` of the stream before each sub-layer of the first `depth` blocks and after
-    the last; `inputs` ends projected.
+    the last; `inputs` ends projected. With last=output there is none after it.
     """
 
     def gram(pieces: Iterator[Tensor]) -> Tensor:
@@ -171,9 +178,15 @@ def principal(
     Q = directions(gram(inputs[rows] for rows in feed.rows), width)
     project(Q)
     yield Q
+    final = chain.sublayers[depth - 1][-1]
     for b in tqdm(range(depth), desc="bases of the residual stream", unit="block", delay=2):
         for part in chain.sublayers[b]:
-            Q = directions(gram(through(model, chain, feed, inputs, b, part, rests)), width)
+            stream_after = through(model, chain, feed, inputs, b, part, rests)
+            if last == "output" and part is final:
+                for _ in stream_after:
+                    pass
+                return
+            Q = directions(gram(stream_after), width)
             project(Q)
             yield Q
 

@@ -4,12 +4,11 @@ arXiv 1503.02531; of pruned models Minitron, arXiv 2407.14679).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit import graph
 from prunekit.architecture.blocks import linear_names
@@ -29,10 +28,11 @@ from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, rec
 from prunekit.training.distillation import Direction, Distillation
 from prunekit.training.low_rank import Updates, train_and_merge
 from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.training.weights import train_weights
 from prunekit.types import Pruned
 
 if TYPE_CHECKING:
-    from prunekit.training.trainer import History
+    pass
 
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0, le=1)]
@@ -147,16 +147,18 @@ def distill(
             model, updates, examples, validation, recipe, keep, teacher, how
         )
     else:
-        chosen = None if targets is None else names
+        chosen = None if targets is None else parameters_of(model, names)
         history, trained = train_weights(
-            model, chosen, examples, validation, recipe, keep, teacher, how
+            model,
+            chosen,
+            examples,
+            validation,
+            recipe,
+            keep,
+            teacher=teacher,
+            distillation=how,
         )
-    pruned.notes |= {
-        "recovery_curve": history.curve,
-        "recovery_best_step": history.best_step,
-        "recovery_examples": len(examples),
-        "recovery_trained_params": trained,
-    }
+    pruned.notes |= history.notes(len(examples), trained)
     return model
 
 
@@ -168,52 +170,10 @@ def written(
     return [all_learnt(row) for row in rows]
 
 
-def train_weights(
-    model: nn.Module,
-    names: Sequence[str] | None,
-    examples: Sequence[Example],
-    validation: Sequence[Example],
-    recipe: Recipe,
-    keep: Mapping[str, Tensor],
-    teacher: nn.Module,
-    distillation: Distillation,
-) -> tuple[History, int]:
-    """Trains all parameters, or those of the modules `names`, in float32. Returns the history and
-    how many parameters were trained.
-    """
-    from transformers import set_seed
-
-    from prunekit.training.trainer import train
-
-    set_seed(recipe.seed)
-    with in_float32(model):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(names is None or name.rpartition(".")[0] in names)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        history = train(
-            model,
-            examples,
-            recipe,
-            validation=validation,
-            keep=keep,
-            teacher=teacher,
-            distillation=distillation,
-        )
-    return history, trained
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside, every floating-point tensor of the model is float32; afterwards each has its own type
-    again, and requires gradients as before.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    before = [(t.dtype, t.requires_grad) for t in tensors]
-    model.float()
-    try:
-        yield
-    finally:
-        after = [*model.parameters(), *model.buffers()]
-        for tensor, (dtype, grad) in zip(after, before, strict=True):
-            tensor.data = tensor.data.to(dtype)
-            tensor.requires_grad_(grad)
+def parameters_of(model: nn.Module, modules: Sequence[str]) -> set[str]:
+    """Names of the weights and biases of modules."""
+    return {
+        f"{name}.{leaf}"
+        for name in modules
+        for leaf, _ in model.get_submodule(name).named_parameters()
+    }

@@ -108,10 +108,5 @@ def lora(
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     history, trained = train_and_merge(model, updates, examples, validation, recipe, keep)
-    pruned.notes |= {
-        "recovery_curve": history.curve,
-        "recovery_best_step": history.best_step,
-        "recovery_examples": len(examples),
-        "recovery_trained_params": trained,
-    }
+    pruned.notes |= history.notes(len(examples), trained)
     return model

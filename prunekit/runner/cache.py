@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from prunekit.registry import Component
 from prunekit.runner import provenance, store
 from prunekit.runner.store import Entry
 from prunekit.source import code_hash, module_file
-from prunekit.types import Group, Run, Scores
+from prunekit.types import Group, Remember, Run, Scores
 
 
 @dataclass
@@ -97,6 +97,27 @@ class Cache:
         entry = Entry.of_numbers(key, name)
         stored: dict[str, float] = self.remember(entry, lambda: evaluate(model, tokenizer))
         return stored
+
+    def keeper(self, model: nn.Module, texts: Mapping[str, Tensor]) -> Remember:
+        """`Problem.remember` for `model` as it is when first asked, and these texts."""
+        known: list[Any] = []
+
+        def kept(
+            module: str,
+            name: str,
+            parts: Sequence[Any],
+            compute: Callable[[], dict[str, Tensor]],
+        ) -> dict[str, Tensor]:
+            if not (self.on and module_file(module) and at_hand(model)):
+                return compute()
+            if not known:
+                hashes = {n: provenance.token_hash(t) for n, t in texts.items()}
+                known.extend([model_print(model), hashes])
+            key = digest([module, __name__], "kept", name, list(parts), *known)
+            found: dict[str, Tensor] = self.remember(Entry.of_kept(key, name), compute)
+            return found
+
+        return kept
 
     def remember(self, entry: Entry, compute: Callable[[], Any]) -> Any:
         """What is stored, or what `compute` gives, stored then; a hit is noted in `used`."""

@@ -139,6 +139,7 @@ def pose(job: Job, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]) -
         parts.ratio,
         parts.exclude,
         load_dense=lambda: parts.model()[0],
+        remember=job.cache.keeper(model, texts),
     )
 
 

@@ -65,6 +65,12 @@ class Entry:
         path = folder() / "reference" / f"{key}{ENDING}"
         return cls(key, f"reference/{name}", decode_scores, encode_scores, path)
 
+    @classmethod
+    def of_kept(cls, key: str, name: str) -> Entry:
+        """What a pruner or a ratio keeps of the dense model: see `types.Remember`."""
+        path = folder() / "kept" / f"{key}{ENDING}"
+        return cls(key, name, decode_scores, encode_scores, path)
+
 
 class Damaged(ValueError):
     """A file that does not hold the entry that its name promises."""

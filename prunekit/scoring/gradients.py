@@ -81,8 +81,8 @@ def backward(
             output gradient; other weights (norms, embeddings, routed experts) take one extra
             backward a sample.
         batch: samples at a time (None: as many as make up `TOKENS` tokens): where that splits them,
-            first-order gradients are accumulated over the batches (as much memory as the weights in
-            `names`).
+            the sums over the batches take as much memory as the weights in `names`, with `squares`
+            twice as much, in float32. Weights that go sample by sample do so in any case.
 
     Raises ConfigError where accelerate keeps a weight elsewhere.
     """
@@ -94,9 +94,9 @@ def backward(
             sink(name, weight, gradient, mean_squared)
 
     total = len(run.tokens)
+    at_once = batch or samples_at_once(run.tokens, TOKENS)
     with torch.enable_grad():
         if not squares:
-            at_once = batch or samples_at_once(run.tokens, TOKENS)
             with only_these_train(model, set(wanted)), _Progress(model, total, at_once) as progress:
                 _whole_batch(model, wanted, run, deliver, at_once, progress)
             return
@@ -105,10 +105,10 @@ def backward(
         if owners:
             with (
                 only_these_train(model, set()),
-                _per_sample(owners, deliver, run.tokens, done),
-                _Progress(model, total, total) as progress,
+                _Progress(model, total, at_once) as progress,
+                _per_sample(owners, deliver, run.tokens, progress, done),
             ):
-                for out in run.losses():
+                for out in run.losses(at_once):
                     out.loss.backward()
                     progress.done()
         others = [n for n in wanted if n not in done]
@@ -234,37 +234,46 @@ def _linear_owners(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
 
 @contextmanager
 def _per_sample(
-    owners: dict[str, nn.Module], sink: Sink, tokens: Tensor, done: set[str]
+    owners: dict[str, nn.Module], sink: Sink, tokens: Tensor, progress: _Progress, done: set[str]
 ) -> Iterator[None]:
     """Inside, each backward through a linear layer turns its input and output gradient into that
     weight's per-sample gradients; `done` collects the names. A layer that sees other rows than all
-    tokens (an expert behind a router) is left out: its rows do not tell their sample.
+    tokens of each batch (an expert behind a router) is left out: its rows do not tell their sample.
 
-    The batch loss is a mean over equally long samples, so the gradient of sample n alone is
-    `samples` times its share: with `x (N, T, in)` and `d (N, T, out)`, `G_n = N * d_n^T x_n`, the
-    batch gradient is mean(G_n) and the second moment mean(G_n^2).
+    The loss of a batch is a mean over its n equally long samples, so the gradient of one alone is n
+    times its share: with `x (n, T, in)` and `d (n, T, out)`, `G_i = n * d_i^T x_i`, the gradient is
+    the mean of G_i over all N samples and the second moment that of G_i^2.
     """
-    samples, count = len(tokens), tokens.numel()
+    total, length = tokens.shape
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    samples_seen = dict.fromkeys(owners, 0)
 
     def on_forward(name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         x = args[0].detach()
         if not out.requires_grad:
             out.requires_grad_()  # nothing below trains: the graph starts here
-        if x.numel() != count * x.shape[-1]:
+        size = progress.size
+        missed = samples_seen[name] < progress.finished
+        if missed or x.numel() != size * length * x.shape[-1]:
+            sums.pop(name, None)
             return
 
         def on_backward(d: Tensor) -> None:
             weight: Tensor = module.weight  # type: ignore[assignment]
-            gradient = torch.zeros_like(weight, dtype=torch.float32)
-            squared = torch.zeros_like(weight, dtype=torch.float32)
+            if name not in sums:
+                zeros = torch.zeros_like(weight, dtype=torch.float32)
+                sums[name] = zeros, zeros.clone()
+            gradient, squared = sums[name]
             a, b = (d, x) if isinstance(module, nn.Linear) else (x, d)  # Conv1D stores (in, out)
-            a, b = (t.reshape(samples, -1, t.shape[-1]) for t in (a, b))
+            a, b = (t.reshape(size, -1, t.shape[-1]) for t in (a, b))
             for a_n, b_n in zip(a, b, strict=True):
                 g = (a_n.T @ b_n).float()
-                gradient += g
-                squared.addcmul_(g, g, value=samples)
-            done.add(name)
-            sink(name, weight, gradient, squared)
+                gradient.add_(g, alpha=size / total)
+                squared.addcmul_(g, g, value=size * size / total)
+            samples_seen[name] = progress.finished + size
+            if samples_seen[name] == total:
+                done.add(name)
+                sink(name, weight, *sums.pop(name))
 
         out.register_hook(on_backward)
 

@@ -29,6 +29,6 @@ def apply_exclusion(
     if not remaining:
         raise ConfigError(
             f"the exclusion leaves nothing of {len(groups)} groups "
-            f"({groups[0].name} .. {groups[-1].name})"
+            f"({groups[0].name} .. {groups[-1].name}); exclude=none leaves nothing alone"
         )
     return remaining

@@ -37,6 +37,13 @@ def greedy_removal(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -
     return _wide(V, M, order, count)
 
 
+def columns_left(units: Tensor, mask: Tensor, inputs: int) -> Tensor:
+    """Indices of the inputs, of so many, that no unit owns which `mask (U,)` lets go."""
+    stays = torch.ones(inputs, dtype=torch.bool)
+    stays[units[~mask].flatten()] = False
+    return stays.nonzero()[:, 0]
+
+
 def _wide(V: Tensor, M: Tensor, units: Tensor, count: int) -> Removal:
     """Units of several inputs each, in float64: what is left of `M` after many removals is a small
     difference of large numbers.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +60,15 @@ def assemble(model: nn.Module, chain: Stream, bases: Sequence[Basis], depth: int
 
     The stream is narrowed by the embedding itself, or, where that is tied to the output matrix, on
     entering the first block; it has its full width again on entering block `depth` or the last
-    norm.
+    norm. `bases` are of the stream before each sub-layer and after the last one; where the one
+    after it is missing, the last sub-layer writes at full width.
     """
     parts = [part for block in chain.sublayers[:depth] for part in block]
-    for part, Q_r, Q_w in zip(parts, bases[:-1], bases[1:], strict=True):
-        slice_sublayer(model, part, Q_r, Q_w)
+    for part, Q_r, Q_w in zip(parts, bases, [*bases[1:], None]):
+        slice_readers(model, part, Q_r)
+        if Q_w is None:
+            continue
+        slice_writers(model, part, Q_w)
         B = shortcut(Q_r, Q_w)
         if B.shape[1]:
             _rotate(model, part.module, B, part.norm)
@@ -73,24 +78,39 @@ def assemble(model: nn.Module, chain: Stream, bases: Sequence[Basis], depth: int
         embedding = model.get_submodule(chain.embedding)
         words: Tensor = embedding.weight  # type: ignore[assignment]
         put(embedding, words.double() @ bases[0].to(words.device))
-    _rotate(model, (*chain.blocks, chain.norm)[depth], bases[-1].T)
+    if len(bases) > len(parts):
+        _rotate(model, (*chain.blocks, chain.norm)[depth], bases[-1].T)
+    else:
+        _write_late(model, parts[-1].module, bases[-1].T, chain.norm)
     forget(model)
 
 
 def _rotate(model: nn.Module, path: str, weight: Tensor, source: str = "") -> None:
     """Give the module at `path` a rotation of its input, or with `source` of its output."""
-    from prunekit.checkpoint.remote_code.runtime_modules import Rotation, insert
+    from prunekit.checkpoint.remote_code.stream_modules import Rotation
 
-    like = next(model.get_submodule(path).parameters())
-    rotation = Rotation(weight.shape[0], weight.shape[1], source).to(like.device, like.dtype)
-    rotation.weight.copy_(weight)
-    rotation.requires_grad_(like.requires_grad)
-    insert(model, f"{path}.rotation", rotation)
+    _insert(model, f"{path}.rotation", Rotation(len(weight), weight.shape[1], source), weight)
 
 
-def slice_sublayer(model: nn.Module, part: Sublayer, Q_r: Basis, Q_w: Basis) -> None:
-    """Readers take the basis `Q_r` and the gain of the norm, writers the basis `Q_w`; the norm
-    keeps dividing by the full width.
+def _write_late(model: nn.Module, path: str, weight: Tensor, target: str) -> None:
+    """What the module at `path` writes joins the stream on entering `target`, at full width."""
+    from prunekit.checkpoint.remote_code.stream_modules import LateSum
+
+    _insert(model, f"{path}.late_sum", LateSum(len(weight), weight.shape[1], target), weight)
+
+
+def _insert(model: nn.Module, path: str, module: Any, weight: Tensor) -> None:
+    from prunekit.checkpoint.remote_code.runtime_modules import insert
+
+    like = next(model.get_submodule(path.rpartition(".")[0]).parameters())
+    module = module.to(like.device, like.dtype)
+    module.weight.copy_(weight)
+    insert(model, path, module.requires_grad_(like.requires_grad))
+
+
+def slice_readers(model: nn.Module, part: Sublayer, Q_r: Basis) -> None:
+    """Readers take the basis `Q_r` and the gain of the norm, which keeps dividing by the full
+    width.
     """
     norm = model.get_submodule(part.norm)
     gain, offset, eps_name, eps = gain_and_eps(norm)
@@ -98,17 +118,22 @@ def slice_sublayer(model: nn.Module, part: Sublayer, Q_r: Basis, Q_w: Basis) -> 
     for name in part.readers:
         module = model.get_submodule(name)
         put_linear(module, (weight_of(module).double() * gain.double()) @ Q_r.to(gain.device))
-    for name in part.writers:
-        module = model.get_submodule(name)
-        put_linear(module, Q_w.T.to(gain.device) @ weight_of(module).double())
-        bias = module._parameters.get("bias")
-        if bias is not None:
-            turned_bias = (Q_w.T.to(gain.device) @ bias.double()).to(bias.dtype)
-            module.bias = nn.Parameter(turned_bias, bias.requires_grad)
     # x / sqrt(sum x^2 / full + eps) = x sqrt(full / width) / sqrt(sum x^2 / width + eps full /
     # width)
     put(norm, torch.full((width,), math.sqrt(full / width) - offset))
     setattr(norm, eps_name, eps * full / width)
+
+
+def slice_writers(model: nn.Module, part: Sublayer, Q_w: Basis) -> None:
+    """Writers take the basis `Q_w`."""
+    for name in part.writers:
+        module = model.get_submodule(name)
+        W = weight_of(module).double()
+        put_linear(module, Q_w.T.to(W.device) @ W)
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            turned_bias = (Q_w.T.to(bias.device) @ bias.double()).to(bias.dtype)
+            module.bias = nn.Parameter(turned_bias, bias.requires_grad)
 
 
 def put_linear(module: nn.Module, W: Tensor) -> None:
@@ -123,16 +148,19 @@ def put(module: nn.Module, weight: Tensor) -> None:
     update_sizes(module, "weight", old.shape)
 
 
-def removed(model: nn.Module, chain: Stream, depth: int, width: int) -> int:
+def removed(model: nn.Module, chain: Stream, depth: int, width: int, late: bool) -> int:
     """Parameters that slicing the first `depth` blocks to `width` takes away, less the matrices
-    that it adds.
+    that it adds; `late`: the last sub-layer writes at full width.
     """
     vocabulary, full = model.get_submodule(chain.embedding).weight.shape  # type: ignore[misc]
     less = full - width
     gone = -full * width if tied(model, chain) else vocabulary * less
-    for part in (part for block in chain.sublayers[:depth] for part in block):
-        modules = [model.get_submodule(n) for n in (*part.readers, *part.writers)]
+    parts = [part for block in chain.sublayers[:depth] for part in block]
+    for part in parts:
+        whole = late and part is parts[-1]
+        writers = [] if whole else [model.get_submodule(n) for n in part.writers]
+        modules = [*writers, *(model.get_submodule(n) for n in part.readers)]
         channels = sum(weight_of(m).numel() // full for m in modules)
-        biases = sum(m.bias is not None for m in modules[len(part.readers) :])
-        gone += less * (channels + biases + 1) - width * min(width, less)
+        biases = sum(m.bias is not None for m in writers)
+        gone += less * (channels + biases + 1) - (0 if whole else width * min(width, less))
     return gone - full * width

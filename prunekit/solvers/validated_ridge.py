@@ -10,6 +10,8 @@ from torch import Tensor
 from prunekit.activations.gram import GramStatistics, added
 from prunekit.solvers.least_squares import ridge_problem
 
+FOLDS = 2
+"""Parts of the text, each of which judges what is fitted to the others."""
 FACTOR = 4.0
 """Between one ridge that is tried and the next."""
 STEPS = 4
@@ -51,6 +53,23 @@ def validated(
     for name in choose:
         best = _walk(error, best, name)
     return best
+
+
+def refitted(
+    folds: Sequence[GramStatistics],
+    weight: Tensor,
+    kept: Tensor,
+    affine: bool,
+    ridges: Ridges,
+    choose: Sequence[str],
+) -> tuple[Tensor, Tensor | None, Ridges]:
+    """The best map from the inputs `kept`, fitted to all `folds`: its weights, its bias, and the
+    ridges, of which those in `choose` are chosen as `validated` does.
+    """
+    if choose:
+        ridges = validated(folds, weight, kept, affine, ridges, choose)
+    task = ridge_problem(added(folds), weight, ridges.ridge, affine, ridges.dense_ridge)
+    return *task.solve(kept), ridges
 
 
 def held_out_error(

@@ -54,6 +54,17 @@ class History(NamedTuple):
     curve: list[dict[str, Any]]
     best_step: int | None
 
+    def notes(self, examples: int, trained: int) -> dict[str, Any]:
+        """What a recovery leaves in `Pruned.notes`, with the numbers of examples and of trained
+        parameters.
+        """
+        return {
+            "recovery_curve": self.curve,
+            "recovery_best_step": self.best_step,
+            "recovery_examples": examples,
+            "recovery_trained_params": trained,
+        }
+
 
 def train(
     model: nn.Module,

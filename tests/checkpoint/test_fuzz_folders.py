@@ -12,28 +12,67 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import llama as small
 from checkpoints import resealed
 from fuzzing import at, examples, leaves, like, put, values, within
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from prunekit import registry
 from prunekit.checkpoint import load, save
 from prunekit.checkpoint.integrity import CheckpointError
 from prunekit.checkpoint.manifest import MANIFEST
+from prunekit.checkpoint.remote_code.early_exit import EarlyExit
+from prunekit.checkpoint.remote_code.runtime_modules import (
+    KINDS,
+    ArgumentIndices,
+    Bypass,
+    Gather,
+    LowRank,
+    insert,
+    kind_of,
+)
+from prunekit.checkpoint.remote_code.stream_modules import LateSum, Rotation
 
 
-@pytest.fixture(scope="module", params=["plain", "packed"])
+def with_modules(model: nn.Module) -> nn.Module:
+    """One module of each kind that no class has."""
+    layers = model.model.layers
+    q, k = layers[0].self_attn.q_proj, layers[0].self_attn.k_proj
+    order = Gather.before(k, torch.randperm(48))
+    late, turn = LateSum(48, 48, "model.norm"), Rotation(48, 48)
+    torch.nn.init.normal_(late.weight)
+    torch.nn.init.orthogonal_(turn.weight)
+    insert(model, "model.layers.0.self_attn.q_proj", LowRank.of(q.weight[:, :5], q.weight[:5]))
+    insert(model, "model.layers.0.self_attn.k_proj", order)
+    insert(model, "model.layers.1.rotation", turn)
+    insert(model, "model.layers.1.self_attn", Bypass(outputs=2))
+    insert(model, "model.layers.2.mlp.late_sum", late)
+    argument = ArgumentIndices("hidden_states", 2, 48, list(range(48)))
+    insert(model, "model.layers.2.mlp.argument", argument)
+    exits = EarlyExit("model.layers", "model.norm", "lm_head", "self_attn.o_proj", 1, 1)
+    torch.nn.init.normal_(exits.weight)
+    insert(model, "model.early_exit", exits)
+    assert {kind_of(m) for m in model.modules()} == {None, *KINDS}
+    return model
+
+
+@pytest.fixture(scope="module", params=["plain", "packed", "modules"])
 def whole(request, tmp_path_factory) -> Path:
     model = small()
     for p in model.model.layers.parameters():
         p.data[..., ::2] = 0
+    if request.param == "modules":
+        with_modules(model)
     tokenizer = registry.models.build({"name": "tiny_llama", "layers": 1})()[1]
     folder = tmp_path_factory.mktemp("fuzz") / "out"
     return save(model, tokenizer, folder, packed=request.param == "packed", max_shard_size="60KB")
 
 
+FEW = 40
+"""Examples of each checkpoint where nobody asks for more."""
 HOW = ["flip", "cut", "random", "gone", "other", "json", "json", "header"]
 
 
@@ -77,7 +116,7 @@ def changed_json(draw, node):
     return node, what
 
 
-@examples(60)
+@examples(FEW)
 @given(data=st.data())
 def test_no_damage_is_a_raw_error(whole, tmp_path_factory, data) -> None:
     folder = Path(shutil.copytree(whole, tmp_path_factory.mktemp("run") / "out"))

@@ -162,6 +162,8 @@ def markdown(found: dict[tuple[str, str], dict[str, Outcome]]) -> str:
         "`4/4`: works on all; `dense`: the dense model cannot either (stated only where it is so).",
         "`stock` loads with `from_pretrained(path)`, `code` with `from_pretrained(path, "
         "trust_remote_code=True)` or `prunekit.load(path)`.",
+        "`torch.compile` is its backend `aot_eager`, which needs no compiler ([on a GPU](gpu.md): "
+        "inductor); `push_to_hub` writes into a folder instead of the hub.",
         "",
         "| | " + " | ".join(ARCHS) + " |",
         "|---|" + "---|" * len(ARCHS),

@@ -28,10 +28,10 @@ from prunekit.checkpoint.remote_code.runtime_modules import (
     Bypass,
     Gather,
     LowRank,
-    Rotation,
     RuntimeModule,
     insert,
 )
+from prunekit.checkpoint.remote_code.stream_modules import LateSum, Rotation
 from prunekit.errors import ConfigError
 
 
@@ -82,6 +82,13 @@ def rotated(model: nn.Module) -> nn.Module:
     return model
 
 
+def written_late(model: nn.Module) -> nn.Module:
+    late = LateSum(48, 48, "model.norm")
+    nn.init.normal_(late.weight, std=0.1)
+    insert(model, "model.layers.2.mlp.late_sum", late)
+    return model
+
+
 def bypassed(model: nn.Module) -> nn.Module:
     model.model.layers[1].self_attn = Bypass(outputs=2)
     return model
@@ -101,6 +108,7 @@ MAKE = {
     "gather": gathered,
     "low_rank": factored,
     "rotation": rotated,
+    "late_sum": written_late,
     "bypass": bypassed,
     "early_exit": leaving,
 }

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, 
 from prunekit.architecture import offload
 from prunekit.checkpoint import load, save
 from prunekit.checkpoint.headers import read_header
-from prunekit.checkpoint.remote_code.runtime_modules import Gather, LowRank, Rotation, insert
+from prunekit.checkpoint.remote_code.runtime_modules import Gather, LowRank, insert
+from prunekit.checkpoint.remote_code.stream_modules import Rotation
 from prunekit.errors import ConfigError
 
 DEVICES = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"} | {

@@ -99,11 +99,19 @@ def test_query_heads_count_for_their_own_kv_head():
     assert got[group.name].gt(0).tolist() == [False, True, False]
 
 
-def test_split_batches_give_the_same_scores(tokens):
+@pytest.mark.parametrize("mode", ["param_first", "param_second", "param_mix"])
+def test_split_batches_give_the_same_scores(tokens, mode):
     model = tiny_llama()
     groups = llama_groups(model)
-    whole = taylor(model, groups, ModelRun(model, tokens))
-    split = taylor(model, groups, ModelRun(model, tokens), batch=3)
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    whole = taylor(model, groups, ModelRun(model, tokens), mode=mode)
+    assert sizes.pop(0) == len(tokens) == 4
+    alone, sizes[:] = sizes[:], []  # of weights that are no linear layer's, sample by sample
+    split = taylor(model, groups, ModelRun(model, tokens), mode=mode, batch=3)
+    assert sizes == [3, 1, *alone]
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-7)
 

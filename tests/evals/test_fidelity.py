@@ -94,7 +94,8 @@ def test_the_numbers_are_those_of_a_loop():
 
 def test_a_sweep_asks_the_dense_model_once(tmp_path, monkeypatch):
     asked = []
-    from prunekit.evals import condensed, divergence
+    from prunekit.activations import condensed
+    from prunekit.evals import divergence
 
     def counted(*args, **kwargs):
         asked.append(kwargs["reference"] is None if "reference" in kwargs else True)

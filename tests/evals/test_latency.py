@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from prunekit.architecture.timing import wait_for
 from prunekit.errors import ConfigError
-from prunekit.evals.latency import _wait_for, latency
+from prunekit.evals.latency import latency
 from prunekit.evals.memory import loaded_mib, memory
 from prunekit.registry import evals
 
@@ -85,7 +86,9 @@ def test_memory_counts_what_is_loaded_and_what_the_pass_adds(model):
 
 def test_every_part_is_waited_for(model, monkeypatch):
     said = []
-    monkeypatch.setattr("prunekit.evals.latency._wait_for", lambda devices: said.append("wait"))
+    monkeypatch.setattr(
+        "prunekit.architecture.timing.wait_for", lambda devices: said.append("wait")
+    )
     model.register_forward_hook(lambda *_: said.append("pass"))
     latency(model, None, prompt=8, new_tokens=2, repeats=2, warmup=0)
     assert said == ["wait", "pass", "wait", "pass", "pass", "wait"] * 2
@@ -94,5 +97,5 @@ def test_every_part_is_waited_for(model, monkeypatch):
 def test_what_is_waited_for_is_the_models_devices_not_the_current_one(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.accelerator, "synchronize", asked.append)
-    _wait_for(torch.device(d) for d in ("cpu", "cuda:1", "cuda:3", "meta"))
+    wait_for(torch.device(d) for d in ("cpu", "cuda:1", "cuda:3", "meta"))
     assert asked == [torch.device("cuda:1"), torch.device("cuda:3")]

@@ -6,6 +6,7 @@ import pytest
 from blocks import blocks
 from reference import tiny_llama
 
+from prunekit.errors import ConfigError
 from prunekit.excludes.ranges import ends, layer_range
 
 L = 6
@@ -22,5 +23,6 @@ def test_exclusions_narrow_the_blocks(model):
         f"model.layers.{i}" for i in (1, 2, 3)
     )
     assert layer_range([group], blocks=[2, 4])[0].modules == ("model.layers.2", "model.layers.3")
-    assert ends([group], first=5, last=3) == []
+    with pytest.raises(ConfigError, match=r"first=5 and last=3 are all 6 blocks.*exclude=none"):
+        ends([group], first=5, last=3)
     assert layer_range([group], heads=[0, 0], neurons=[0, 0]) == [group]

@@ -37,6 +37,11 @@ METHODS = {
         None,
         uniform(0.25),
     ),
+    "database": (
+        {"name": "database", "precision": "model", "ridge": 64, "levels": 4, "refit": False},
+        None,
+        {"name": "milp", "target": 0.3, "of": "prunable"},
+    ),
     "slicegpt": ({"name": "slicegpt"}, None, uniform(0.25)),
     "laco": ({"name": "laco", "merge": 2}, None, uniform(0.25)),
     "llm_surgeon": ({"name": "llm_surgeon", "shots": 2, "cost": "group"}, None, uniform(0.25)),

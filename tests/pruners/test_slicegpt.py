@@ -11,8 +11,10 @@ from reference import tiny_llama
 from tiny_models import tiny_model
 
 from prunekit import checkpoint
+from prunekit.architecture.residual import stream
 from prunekit.errors import ConfigError
 from prunekit.pruners.slicegpt import slicegpt
+from prunekit.solvers.rotation import removed
 from prunekit.types import Allocation
 
 C, L = 24, 4
@@ -33,10 +35,11 @@ def cut(model, tokens, gone, **options):
     return slicegpt(problem(model, tokens, ratio=ratio), multiple=2, **options)
 
 
-def projected(model, tokens, width, blocks, weighting="signal"):
-    """Logits of the dense model whose stream is projected before every sub-layer of `blocks` blocks
-    and after them.
+def projected(model, tokens, width, last, weighting="signal"):
+    """Logits of the dense model whose stream is projected before every sub-layer and after the last
+    one; with `last` whole up to the last block's entrance, with output up to the last sub-layer.
     """
+    blocks = len(model.model.layers) - (last != "sliced")
 
     def project(x):
         z = x.flatten(0, 1)
@@ -57,7 +60,7 @@ def projected(model, tokens, width, blocks, weighting="signal"):
                 block.input_layernorm(x), position_embeddings=positions, attention_mask=mask
             )[0]
         )
-        if i < blocks:
+        if i < blocks or last == "output":
             x = project(x)
         x = x + block.mlp(block.post_attention_layernorm(x))
     if blocks == len(net.layers):
@@ -71,7 +74,7 @@ def logits(model, tokens):
 
 
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("last", ["whole", "sliced"])
+@pytest.mark.parametrize("last", ["whole", "output", "sliced"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_full_width_is_the_dense_model(tokens, tie, last, bias):
     model = build(tie_word_embeddings=tie, attention_bias=bias, mlp_bias=bias)
@@ -84,14 +87,14 @@ def test_full_width_is_the_dense_model(tokens, tie, last, bias):
 
 @pytest.mark.parametrize("weighting", ["signal", "direction"])
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize(("last", "blocks"), [("whole", L - 1), ("sliced", L)])
-def test_sliced_is_the_projected_network(tokens, tie, last, blocks, weighting):
+@pytest.mark.parametrize("last", ["whole", "output", "sliced"])
+def test_sliced_is_the_projected_network(tokens, tie, last, weighting):
     model = build(tie_word_embeddings=tie)
     dense = copy.deepcopy(model)
     pruned = cut(model, tokens, 7, last=last, weighting=weighting)
     with torch.no_grad():
         want = projected(
-            dense, tokens, C - 8, blocks, weighting
+            dense, tokens, C - 8, last, weighting
         )  # 17 channels to keep, a multiple of two: 16
     assert pruned.notes["slicegpt"]["width"] == 16
     torch.testing.assert_close(logits(pruned.model, tokens), want, rtol=1e-5, atol=1e-5)
@@ -112,6 +115,17 @@ def test_the_first_basis_loses_the_smallest_eigenvalues(tokens):
     )
 
 
+@pytest.mark.parametrize("last", ["sliced", "output"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_parameters_that_go_are_counted_beforehand(tokens, tie, last):
+    model = build(tie_word_embeddings=tie, attention_bias=True, mlp_bias=True)
+    asked = problem(model, tokens)
+    chain = stream(model, *asked.groups(["hidden"]), asked.blocks())
+    expected = removed(model, chain, L, 16, last == "output")
+    pruned = cut(model, tokens, 8, last=last)
+    assert pruned.notes["slicegpt"]["parameters_removed"] == expected
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_the_budget_is_met_with_the_added_matrices(tokens, tie):
     model = build(tie_word_embeddings=tie, intermediate_size=200)
@@ -122,9 +136,10 @@ def test_the_budget_is_met_with_the_added_matrices(tokens, tie):
     assert pruned.notes["slicegpt"]["parameters_removed"] == before - after
 
 
-def test_tied_embeddings_stay_tied_and_the_checkpoint_gives_the_same_logits(tokens, tmp_path):
+@pytest.mark.parametrize("last", ["whole", "output"])
+def test_tied_embeddings_stay_tied_and_the_checkpoint_gives_the_same_logits(tokens, tmp_path, last):
     model = build(tie_word_embeddings=True).float()
-    pruned = cut(model, tokens, 8)
+    pruned = cut(model, tokens, 8, last=last)
     assert pruned.model.lm_head.weight is pruned.model.model.embed_tokens.weight
     folder = checkpoint.save(
         pruned.model, None, tmp_path / "sliced", kept=pruned.kept, groups=pruned.groups
@@ -136,10 +151,11 @@ def test_tied_embeddings_stay_tied_and_the_checkpoint_gives_the_same_logits(toke
     assert torch.equal(one, two)
 
 
-def test_the_checkpoint_loads_without_prunekit(tokens, tmp_path):
+@pytest.mark.parametrize("last", ["sliced", "output"])
+def test_the_checkpoint_loads_without_prunekit(tokens, tmp_path, last):
     from transformers import AutoModelForCausalLM
 
-    pruned = cut(build(tie_word_embeddings=False).float(), tokens, 8, last="sliced")
+    pruned = cut(build(tie_word_embeddings=False).float(), tokens, 8, last=last)
     folder = checkpoint.save(
         pruned.model, None, tmp_path / "sliced", kept=pruned.kept, groups=pruned.groups
     )

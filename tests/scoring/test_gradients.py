@@ -40,7 +40,8 @@ def bars(monkeypatch):
     [
         (False, "q_proj.weight", None, [4]),  # all samples at once
         (False, "q_proj.weight", 2, [2, 4]),
-        (True, "q_proj.weight", None, [4]),  # squares of linear layers: one backward
+        (True, "q_proj.weight", None, [4]),  # squares of linear layers: as many at once
+        (True, "q_proj.weight", 3, [3, 4]),
         (True, "layernorm.weight", None, [1, 2, 3, 4]),  # of others: one a sample
     ],
 )
@@ -102,6 +103,60 @@ def test_a_weight_that_only_an_earlier_batch_reached_keeps_that_gradient(bars, t
     assert torch.allclose(found[name], model.get_parameter(name).grad, atol=1e-6)
 
 
+def by_sample(model, names, tokens):
+    """name -> mean gradient and mean squared gradient over samples, one backward each."""
+    each = {name: [] for name in names}
+    for sample in tokens.split(1):
+        model.zero_grad()
+        model(input_ids=sample, labels=sample).loss.backward()
+        for name in names:
+            each[name].append(model.get_parameter(name).grad.clone())
+    stacked = {name: torch.stack(grads) for name, grads in each.items()}
+    return {name: (g.mean(0), g.square().mean(0)) for name, g in stacked.items()}
+
+
+class OfSomeSamples(torch.nn.Module):
+    """A layer that is given some of the samples only: of the first batch of two one, both of the
+    second.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64, bias=False)
+
+    def forward(self, x):
+        chosen = x.mean((1, 2)) > self.above
+        out = torch.zeros_like(x)
+        out[chosen] = self.layer(x[chosen])
+        return out
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_layer_that_one_batch_reached_in_part_goes_sample_by_sample(bars, tokens, batch):
+    torch.manual_seed(0)
+    model = tiny_model("llama", layers=1)
+    model.model.layers[0].mlp = part = OfSomeSamples()
+    means = []
+    part.above = -torch.inf
+    hook = part.register_forward_pre_hook(lambda _, args: means.append(args[0].mean((1, 2))))
+    model(tokens)
+    hook.remove()
+    order = means[0].argsort()
+    part.above = (means[0][order[0]] + means[0][order[1]]) / 2
+    tokens = tokens[order]
+    name = "model.layers.0.mlp.layer.weight"
+    found = {}
+
+    def sink(n, weight, *values):
+        assert n not in found
+        found[n] = [v.clone() for v in values]
+
+    gradients.backward(model, [name], ModelRun(model, tokens), sink, squares=True, batch=batch)
+    for got, want in zip(found[name], by_sample(model, [name], tokens)[name], strict=True):
+        assert want.norm() > 0
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-9)
+
+
 class Routed(torch.nn.Module):
     """Two experts share the tokens by their first channel's sign; no token takes the third."""
 
@@ -133,13 +188,7 @@ def test_experts_get_the_gradients_of_their_tokens_and_idle_ones_zeros(bars, tok
     gradients.backward(model, names, ModelRun(model, tokens), sink, squares=squares, batch=2)
     assert set(found) == set(names)
     assert not found[names[2]][0].any()
-    for name in names[:2]:
-        each = []
-        for sample in tokens.split(1):
-            model.zero_grad()
-            model(input_ids=sample, labels=sample).loss.backward()
-            each.append(model.get_parameter(name).grad.clone())
-        mean, squared = torch.stack(each).mean(0), torch.stack(each).square().mean(0)
+    for name, (mean, squared) in by_sample(model, names[:2], tokens).items():
         assert mean.norm() > 0
         assert torch.allclose(found[name][0], mean, atol=1e-6)
         assert not squares or torch.allclose(found[name][1], squared, atol=1e-7)

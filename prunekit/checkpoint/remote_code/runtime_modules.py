@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .early_exit import EarlyExit
 from .runtime_base import LAYOUT, RuntimeModule, owner
+from .stream_modules import LateSum, Rotation
 
 
 class Bypass(RuntimeModule):
@@ -109,53 +110,6 @@ class LowRank(RuntimeModule):
         return out
 
 
-class Rotation(RuntimeModule):
-    """Carries the residual stream from one basis to the next; it lives in the module whose input or
-    output it changes.
-
-    Without `source` what enters the module is multiplied by `weight`. With it, `-(x @ weight) @
-    weight.T` is added to what leaves the module, `x` being what entered `source`: in a block that
-    computes `x + module(source(x))`, the sum's `x` becomes `x (I - w w^T)`.
-    """
-
-    def __init__(self, inputs: int, outputs: int, source: str = ""):
-        super().__init__()
-        self.source = source
-        self.weight = nn.Parameter(torch.zeros(inputs, outputs))
-        self.held: Tensor | None = None
-
-    def numbers(self) -> dict[str, Any]:
-        inputs, outputs = self.weight.shape
-        return {"inputs": inputs, "outputs": outputs, "source": self.source}
-
-    def attach(self, model: nn.Module, path: str) -> None:
-        module, _ = owner(model, path)
-        if not self.source:
-            module.register_forward_pre_hook(self.enter, with_kwargs=True)
-            return
-        source, _ = owner(model, f"{self.source}.weight")
-        source.register_forward_pre_hook(self.hold, with_kwargs=True)
-        module.register_forward_hook(self.leave)
-
-    def forward(self, x: Tensor) -> Tensor:
-        turned = x @ self.weight
-        return -(turned @ self.weight.T) if self.source else turned
-
-    # The hooks call the module, not its weight: so what is hooked onto it (accelerate's offloading)
-    # takes part.
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (self(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
-
-    def hold(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.held = args[0] if args else kwargs["hidden_states"]
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        change, self.held = self(self.held), None
-        return out + change if isinstance(out, Tensor) else (out[0] + change, *out[1:])
-
-
 class ArgumentIndices(RuntimeModule):
     """Lets the module that it lives in see only the indices `keep` along one axis of an argument
     that is computed elsewhere (ALiBi slopes of the heads that stay).
@@ -199,6 +153,7 @@ KINDS: dict[str, type[RuntimeModule]] = {
     "gather": Gather,
     "low_rank": LowRank,
     "rotation": Rotation,
+    "late_sum": LateSum,
     "argument_indices": ArgumentIndices,
     "early_exit": EarlyExit,
 }

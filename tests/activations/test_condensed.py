@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prunekit.activations.condensed import compare, condense
 from prunekit.errors import ConfigError
-from prunekit.evals.condensed import compare, condense
 
 
 @pytest.fixture

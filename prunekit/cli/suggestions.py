@@ -1,0 +1,60 @@
+"""What somebody may have meant who typed a name that is not there: near ones, and the same one in
+another place.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+from prunekit.cli.paths import conf_dir
+
+
+def chosen_wrong(group: str, name: Any) -> str:
+    """In words: no YAML `name` in `group`, what there is, and where that name is at home."""
+    names = yaml_names(group)
+    if not isinstance(name, str):
+        return (
+            f"{group}={name} must be a name; possible: {', '.join(names)}\n  hint: numbers go to "
+            f"options, such as {group}.KEY={name}"
+        )
+    elsewhere = [g for g in kinds() if g != group and name in yaml_names(g)]
+    near = get_close_matches(name, names, n=3) or [n for n in names if name in n.split("/")]
+    meant = [f"{g}={name}" for g in elsewhere] + [f"{group}={n}" for n in near]
+    hint = f"\n  hint: did you mean {' or '.join(meant[:3])}?" if meant else ""
+    return f"no {group} called {name!r}; possible: {', '.join(names)}{hint}"
+
+
+def key_wrong(cfg: Any, path: str, step: str, node: Any) -> str:
+    """A hint on a key that `node` lacks: a near one, another component that has it, or nothing."""
+    group, _, rest = path.partition(".")
+    keys = [k for k in node if k != "name"] if isinstance(node, dict) else []
+    parent = path.removesuffix(step) if path.endswith(step) else ""
+    near = [parent + k for k in get_close_matches(step, keys, n=2)]
+    below = [f"{k}.{step}" for k in cfg if not rest and isinstance(cfg[k], dict) and step in cfg[k]]
+    others = [f"{group}={n}" for n in yaml_names(group) if rest and _has(group, n, rest)]
+    if near or below:
+        return f"\n  hint: did you mean {' or '.join(near or below)}?"
+    return f"\n  hint: {', '.join(others[:4])} has it" if others else ""
+
+
+def kinds() -> list[str]:
+    """What is chosen by name: `model`, `criterion` and so on."""
+    return sorted(p.name for p in conf_dir().iterdir() if p.is_dir() and p.name != "hydra")
+
+
+def yaml_names(group: str) -> list[str]:
+    """The YAMLs of a group, those in folders of their own as `folder/name`."""
+    folder = conf_dir() / group
+    return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+
+
+def _has(group: str, name: str, path: str) -> bool:
+    import yaml
+
+    node = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    for step in path.split("."):
+        if not isinstance(node, dict) or step not in node:
+            return False
+        node = node[step]
+    return True

@@ -1,0 +1,173 @@
+"""The pass of structured OBS over the blocks, shared by the pruners whose counts are known by then:
+choose, zero and refit, each block on what the pruned ones before it put out.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.activations.blockwise import capture_inputs
+from prunekit.activations.dense_reference import (
+    PairedStreams,
+    UnitReader,
+    is_residual_sum,
+    readers_by_block,
+)
+from prunekit.activations.gram import GramStatistics, added
+from prunekit.activations.storage import PassOptions
+from prunekit.errors import ConfigError
+from prunekit.problem import Problem
+from prunekit.solvers.bias_compensation import add_biases
+from prunekit.solvers.least_squares import prior_ridge, ridge_problem
+from prunekit.solvers.obs import columns_left, greedy_removal
+from prunekit.solvers.validated_ridge import FOLDS, Ridges, refitted
+from prunekit.types import Allocation, Counts, Group, Kept, tensor_of
+
+Kinds = Annotated[list[Literal["heads", "neurons"]], Field(min_length=1)]
+DENSE_START = 32768.0
+"""Where the choice of `dense_ridge` begins, in tokens."""
+Tokens = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Which regression is solved, as the options of `pruner=obs` say it."""
+
+    target: Literal["own", "dense"]
+    bias: bool
+    relative: bool
+    ridge: float | None
+    dense_ridge: float | None
+    """Tokens; None = chosen by text that was not fitted to."""
+
+    @property
+    def chosen(self) -> list[str]:
+        """The ridges that text chooses."""
+        names = ["ridge"] + (["dense_ridge"] if self.target == "dense" else [])
+        return [name for name in names if getattr(self, name) is None]
+
+    def start(self, inputs: int) -> Ridges:
+        """Those that are given, and where the others begin."""
+        return Ridges(
+            prior_ridge(inputs) if self.ridge is None else self.ridge,
+            DENSE_START if self.dense_ridge is None else self.dense_ridge,
+        )
+
+
+def regression(
+    target: Literal["own", "dense"],
+    bias: bool,
+    token_weight: Literal["relative", "equal"],
+    ridge: float | Literal["auto"],
+    dense_ridge: float | Literal["auto"],
+) -> Regression:
+    """The options as they stand in a YAML, read."""
+    given = [None if r == "auto" else r for r in (ridge, dense_ridge)]
+    return Regression(target, bias, token_weight == "relative", *given)
+
+
+def check_samples(pruner: str, how: Regression, tokens: Tensor) -> None:
+    """Raises ConfigError where a ridge is to be chosen by samples, and there is one sample."""
+    if how.chosen and len(tokens) < FOLDS:
+        raise ConfigError(
+            f"pruner={pruner} chooses {', '.join(how.chosen)} by samples that are not fitted to, "
+            "and there is one sample: give calib.samples=2 or more, or a number"
+        )
+
+
+def readers_of(problem: Problem) -> list[list[UnitReader]]:
+    """The readers of heads and neurons in each block."""
+    return readers_by_block(problem.model, problem.blocks(), problem.everything())
+
+
+def local_allocation(problem: Problem, groups: list[Group], pruner: str) -> Allocation:
+    """What the ratio answers. Raises ConfigError for counts that groups would exchange."""
+    allocation = problem.allocate(groups)
+    if allocation.ranking != "local":
+        raise ConfigError(
+            f"ratio.ranking={allocation.ranking}: pruner={pruner} sees one block at a time; "
+            "ratio=cost spends the parameters wherever they cost least"
+        )
+    return allocation
+
+
+def refit_blocks(
+    problem: Problem,
+    readers: list[list[UnitReader]],
+    counts: Counts,
+    how: Regression,
+    options: PassOptions,
+) -> tuple[Kept, dict[str, Any]]:
+    """Choose, zero and refit block by block; the units are cut out afterwards, all at once. A group
+    that loses all its units gives nothing from then on.
+
+    Returns the choice and notes.
+    """
+    model, blocks = problem.model, problem.blocks()
+    own, feed = capture_inputs(model, blocks, problem.tokens, options)
+    dense = own.clone() if how.target == "dense" else None
+    kept: Kept = {}
+    apart: list[str] = []
+    ridges: dict[str, list[float]] = {}
+    folds = FOLDS if how.chosen else 1
+    for b, row in enumerate(tqdm(readers, desc="structured OBS", unit="block")):
+        module = model.get_submodule(blocks[b])
+        before = copy.deepcopy(module) if dense is not None else module
+        names = [r.inside for r in row]
+        sums = is_residual_sum(feed, b, before, dense or own, names)
+        streams = PairedStreams(feed, b, names, before, dense, own, sums)
+        if not streams.adds:
+            apart.append(blocks[b])
+        for r in row:
+            count = counts.get(r.group.name)
+            if count == r.group.units:
+                kept[r.group.name] = torch.zeros(r.group.units, dtype=torch.bool)
+                silence(r)
+            elif count:
+                stats = streams.regression(module, r, how.relative, folds)
+                mask, used = prune_reader(model, r, stats, count, how)
+                kept[r.group.name] = mask
+                ridges[r.reader.name] = [used.ridge]
+                if dense is not None:
+                    ridges[r.reader.name].append(used.dense_ridge)
+        if b + 1 < len(blocks):
+            streams.advance(module)
+    return kept, {"apart": apart, "ridges": ridges}
+
+
+def silence(r: UnitReader) -> None:
+    """The reader puts out zeros."""
+    r.reader.weight.zero_()
+    if r.reader.module.bias is not None:
+        r.reader.module.bias.zero_()  # type: ignore[operator]
+
+
+def prune_reader(
+    model: nn.Module, r: UnitReader, folds: list[GramStatistics], count: int, how: Regression
+) -> tuple[Tensor, Ridges]:
+    """Zero `count` units and refit their reader to the others, in place. Returns the mask of the
+    units that stay, and the ridges.
+    """
+    reader, units, stats = r.reader, r.reader.member.index, added(folds)
+    ridges = how.start(len(stats.gram))
+    task = ridge_problem(stats, reader.weight, ridges.ridge, how.bias, ridges.dense_ridge)
+    mask = torch.ones(r.group.units, dtype=torch.bool)
+    order, _ = greedy_removal(task.best, task.inverse(), units, count)
+    mask[order] = False
+    columns = columns_left(units, mask, len(task.gram)).to(reader.weight.device)
+    A, b, ridges = refitted(folds, reader.weight, columns, how.bias, ridges, how.chosen)
+    for m in r.group.members:
+        tensor = tensor_of(model, m.param)
+        if isinstance(tensor, nn.Parameter):
+            tensor.index_fill_(m.axis, m.index[~mask].flatten().to(tensor.device), 0)
+    reader.weight[:, columns] = A.to(reader.weight)
+    if b is not None:
+        add_biases(model, {reader.name: b})
+    return mask, ridges
