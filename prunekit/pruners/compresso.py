@@ -107,9 +107,17 @@ def compresso(
     have the sparsity that the masks expected. Nothing changes where the ratio removes nothing.
     """
     model = problem.model
-    options = {"dataset": dataset, "split": split, "path": path, "targets": targets}
-    batches = {"batch": batch, "micro_batch": micro_batch, "remove": remove}
-    groups = check_compresso(problem, kinds=list(kinds), **options, **batches).groups
+    groups = check_compresso(
+        problem,
+        kinds=list(kinds),
+        dataset=dataset,
+        split=split,
+        path=path,
+        targets=targets,
+        batch=batch,
+        micro_batch=micro_batch,
+        remove=remove,
+    ).groups
     allocation = problem.allocate(groups)
     counts = allocation.counts
     if allocation.empty:

@@ -105,8 +105,14 @@ def nuteprune(
     the ratio removes nothing.
     """
     model = problem.model
-    options = {"targets": targets, "batch": batch, "micro_batch": micro_batch, "remove": remove}
-    groups = check_nuteprune(problem, kinds=list(kinds), **options).groups
+    groups = check_nuteprune(
+        problem,
+        kinds=list(kinds),
+        targets=targets,
+        batch=batch,
+        micro_batch=micro_batch,
+        remove=remove,
+    ).groups
     allocation = problem.allocate(groups)
     counts = allocation.counts
     if allocation.empty:

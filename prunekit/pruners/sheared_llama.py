@@ -24,6 +24,7 @@ from prunekit.training.constraints import KindConstraint
 from prunekit.training.domains import DomainExamples
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.training.weights import in_float32
 from prunekit.types import Counts, Group, Pruned
 
 Kind = Literal["heads", "neurons", "hidden", "blocks"]
@@ -38,22 +39,16 @@ def check_sheared(
     problem: Problem,
     *,
     kinds: list[str],
-    shape: dict[str, int] | None,
+    shape: Mapping[Kind, int] | None,
     reference: Literal["dense"] | Losses,
     batch: int,
     micro_batch: int,
     **_: Any,
 ) -> Expected:
-    """Raises ConfigError where the shape cannot be met or transformers does not build it, where
-    gates cannot be folded, and for weights that are not float32.
+    """Raises ConfigError where the shape cannot be met or transformers does not build it, and where
+    gates cannot be folded.
     """
     micro_batches(batch, micro_batch)
-    dtype = next(problem.model.parameters()).dtype
-    if dtype != torch.float32:
-        raise ConfigError(
-            f"sheared_llama trains all weights, whose updates vanish in {dtype}: give "
-            "model.dtype=float32"
-        )
     if shape is not None and problem.ratio is not None:
         raise ConfigError("pruner.shape says what stays: give ratio=none with it")
     groups = problem.groups(list(shape or kinds))
@@ -64,14 +59,27 @@ def check_sheared(
     else:
         expected = Expected(groups, shape_counts(groups, shape))
     check_uniform(problem.model, groups, expected.counts or {})
-    if problem.has_data and isinstance(reference, dict):
-        lacking = [name for name in domains_of(problem) if name not in reference]
-        if lacking:
-            raise ConfigError(f"pruner.reference lacks the loss of {', '.join(lacking)}")
+    if problem.has_data:
+        check_domains(domains_of(problem), reference)
     return expected
 
 
-def shape_counts(groups: Sequence[Group], shape: Mapping[str, int]) -> Counts:
+def check_domains(
+    domains: Mapping[str, Sequence[Example]], reference: Literal["dense"] | Losses
+) -> None:
+    """Raises ConfigError for a domain without a loss to reach, or of which none can be measured."""
+    lacking = [] if reference == "dense" else [n for n in domains if n not in reference]
+    if lacking:
+        raise ConfigError(f"pruner.reference lacks the loss of {', '.join(lacking)}")
+    short = [name for name, of in domains.items() if len(of) < 2]
+    if short:
+        raise ConfigError(
+            f"sheared_llama measures losses on a tenth of each text: {', '.join(short)} has one "
+            "sample; give 2 or more"
+        )
+
+
+def shape_counts(groups: Sequence[Group], shape: Mapping[Any, int]) -> Counts:
     """Units that go so that `shape[kind]` stay in each group."""
     for g in groups:
         if shape[g.kind] > g.units:
@@ -143,9 +151,12 @@ def sheared_llama(
             by name. Domains are the texts of calib=sequence.
         update_every: steps between two measurements of the domains' losses, on a tenth of each.
 
-    What stays has its gates folded into the weights. Notes have what the masks expected to remove
-    at the end, and the domains' weights. Nothing changes where nothing is to go.
+    Weights are trained in float32. What stays has its gates folded into them. Notes have by how
+    much the masks expected to miss the shape at the end, and the domains' weights. Nothing changes
+    where nothing is to go.
     """
+    from prunekit.training.trainer import train
+
     model = problem.model
     expected = check_sheared(
         problem,
@@ -166,16 +177,7 @@ def sheared_llama(
     masks = LearnedMasks(model, pruned, seed)
     shares = {g.kind: counts[g.name] / g.units for g in pruned}
     constraint = KindConstraint(masks, shares, round(warmup * steps))
-    domains = domains_of(problem)
-    held = {name: of[: held_out(of)] for name, of in domains.items()}
-    aims = domain_losses(model, held, micro_batch) if reference == "dense" else dict(reference)
-    examples = DomainExamples(
-        {name: of[held_out(of) :] for name, of in domains.items()},
-        lambda: domain_losses(model, held, micro_batch),
-        aims,
-        update_every * batch,
-        seed,
-    )
+    examples = loader(problem, reference, update_every * batch, micro_batch, seed)
     recipe = Recipe(
         lr=lr,
         warmup_steps=warmup_steps,
@@ -184,58 +186,50 @@ def sheared_llama(
         micro_batch=micro_batch,
         seed=seed,
     )
-    curve = trained(model, masks, constraint, examples, recipe, mask_lr)
-    gaps = constraint.gaps(1.0)
-    kept = keep_local(masks.log_alphas(), counts)
-    masks.hold(kept)
-    masks.fold()
+    with in_float32(model):
+        model.requires_grad_(True)
+        with masks.on_model():
+            learnt = constraint.parameters(mask_lr)
+            history = train(model, examples, recipe, penalty=constraint, parameters=learnt)
+        kept = keep_local(masks.log_alphas(), counts)
+        masks.hold(kept)
+        masks.fold()
     kept = expand_to_all_blocks(kept, groups, problem.units([g.kind for g in pruned]))
     graph.remove(model, kept, norm="rescale")
-    if "hidden" in shares:
-        config_follows(
-            model, next(g.units / (g.units - counts[g.name]) for g in pruned if g.kind == "hidden")
-        )
+    config_follows(model, pruned, counts)
     notes = {
         "counts": counts,
-        "curve": curve,
-        "removed_too_much": {
-            kind: float(gap.detach().mean()) for kind, gap in zip(shares, gaps, strict=True)
-        },
+        "curve": history.curve,
+        "missed": constraint.missed(),
         "domain_weights": examples.history,
-        "domain_reference": aims,
+        "domain_reference": dict(examples.reference),
     }
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
 
 
-def trained(
-    model: nn.Module,
-    masks: LearnedMasks,
-    constraint: KindConstraint,
-    examples: DomainExamples,
-    recipe: Recipe,
-    mask_lr: float,
-) -> list[dict[str, Any]]:
-    """Weights, masks and multipliers; returns the curve."""
-    from prunekit.training.trainer import train
-
-    flags = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(True)
-    with masks.on_model():
-        history = train(
-            model, examples, recipe, penalty=constraint, parameters=constraint.parameters(mask_lr)
-        )
-    for p, flag in zip(model.parameters(), flags, strict=True):
-        p.requires_grad_(flag)
-    return history.curve
-
-
-def config_follows(model: nn.Module, growth: float) -> None:
+def config_follows(model: nn.Module, groups: Sequence[Group], counts: Counts) -> None:
     """The norms' eps grew with the share of channels that went; stock classes read it here."""
     config: Any = model.config
     text = config.get_text_config()
-    for name, value in list(vars(text).items()):
-        if "eps" in name and isinstance(value, float):
-            setattr(text, name, value * growth)
+    for g in groups:
+        for name, value in list(vars(text).items()) if g.kind == "hidden" else ():
+            if "eps" in name and isinstance(value, float):
+                setattr(text, name, value * (g.units / (g.units - counts[g.name])))
+
+
+def loader(
+    problem: Problem,
+    reference: Literal["dense"] | Losses,
+    every: int,
+    micro_batch: int,
+    seed: int,
+) -> DomainExamples:
+    """The domains' text, weighed anew every `every` examples by losses on a tenth of each."""
+    model, domains = problem.model, domains_of(problem)
+    held = {name: of[: held_out(of)] for name, of in domains.items()}
+    aims = domain_losses(model, held, micro_batch) if reference == "dense" else reference
+    rest = {name: of[held_out(of) :] for name, of in domains.items()}
+    return DomainExamples(rest, lambda: domain_losses(model, held, micro_batch), aims, every, seed)
 
 
 def domains_of(problem: Problem) -> dict[str, list[Example]]:
@@ -246,6 +240,7 @@ def domains_of(problem: Problem) -> dict[str, list[Example]]:
 
 
 def held_out(examples: Sequence[Example]) -> int:
+    """How many of a domain's samples its loss is measured on."""
     return min(math.ceil(HELD_OUT * len(examples)), len(examples) - 1)
 
 
@@ -269,6 +264,6 @@ def domain_losses(
             * len(examples[i : i + batch])
             for i in range(0, len(examples), batch)
         ]
-        found[name] = float(torch.stack(losses).sum()) / max(1, len(examples))
+        found[name] = float(torch.stack(losses).sum()) / len(examples)
     model.train(training)
     return found

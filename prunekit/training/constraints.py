@@ -53,6 +53,11 @@ class KindConstraint(Constraint):
             closed[group.kind].append((1 - opened).mean())
         return [torch.stack(closed[kind]) - share * t for kind, t in self.shares.items()]
 
+    def missed(self) -> dict[str, float]:
+        """By which share of its units each kind is expected to lose too many, on average."""
+        gaps = zip(self.shares, self.gaps(1.0), strict=True)
+        return {kind: float(gap.detach().mean()) for kind, gap in gaps}
+
 
 class SizeConstraint(Constraint):
     """A share of the parameters that may go, wherever they are (CoFi, NutePrune, Compresso)."""

@@ -51,11 +51,12 @@ def soft(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(SHARPNESS * log_alpha / BETA)
 
 
-def deterministic(log_alpha: Tensor) -> Tensor:
-    """z of one group without noise: as many units as are expected to be closed, those of the lowest
-    log alpha (the first of equals), are 0, the others are `soft`.
+def deterministic(log_alpha: Tensor, closed: int | None = None) -> Tensor:
+    """z of one group without noise: `closed` units, by default as many as are expected to be, those
+    of the lowest log alpha (the first of equals), are 0, the others are `soft`.
     """
-    closed = round(float((1 - open_probability(log_alpha)).sum()))
+    if closed is None:
+        closed = round(float((1 - open_probability(log_alpha)).sum()))
     z = soft(log_alpha)
     return z.index_fill(0, log_alpha.argsort(stable=True)[:closed], 0)
 

@@ -61,7 +61,8 @@ class LearnedMasks:
 
     def opened(self) -> tuple[Tensor, ...]:
         """(U,) P(z > 0), group by group, to which gradients flow."""
-        return open_probability(self.log_alpha).split(self.units)
+        parts: tuple[Tensor, ...] = torch.split(open_probability(self.log_alpha), self.units)
+        return parts
 
     @torch.no_grad()
     def deterministic(self) -> dict[str, Tensor]:

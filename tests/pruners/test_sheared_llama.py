@@ -71,12 +71,11 @@ def test_a_ratio_chooses_the_same_counts_everywhere(llama, tokens):
     assert llama.model.layers[2].mlp.down_proj.in_features == llama.config.intermediate_size < 96
 
 
-def test_masks_learn_to_meet_the_shape(llama, tokens):
-    """Each constraint comes near its target, and the weights stay such that text is predicted."""
-    options = {"steps": 60, "warmup": 0.3, "lr": 1e-3, "mask_lr": 0.3}
-    shape = {"neurons": 48, "hidden": 48}
-    out = prune(problem(llama, tokens, ratio=None), shape=shape, **options)
-    assert all(abs(gap) < 0.1 for gap in out.notes["removed_too_much"].values())
+def test_masks_close_as_their_constraints_say(llama, tokens):
+    """Half of the neurons are to go: what masks expect moves there from none."""
+    options = {"steps": 30, "warmup": 0.3, "lr": 1e-3, "mask_lr": 0.3}
+    missed = prune(problem(llama, tokens), shape={"neurons": 48}, **options).notes["missed"]
+    assert -0.4 < missed["neurons"] <= 0.5
 
 
 def test_domains_have_losses_and_weights(llama, tokens):
@@ -89,12 +88,12 @@ def test_domains_have_losses_and_weights(llama, tokens):
     assert list(out.notes["domain_weights"][0].values()) == [0.5, 0.5]
     assert len(out.notes["domain_weights"]) > 1
     with pytest.raises(ConfigError, match="lacks the loss of b"):
-        prune(dataclasses.replace(of, model=tiny_model("llama")), shape=SHAPE, reference={"a": 1.0})
+        prune(of, shape={"neurons": 60}, reference={"a": 1.0})
+    with pytest.raises(ConfigError, match="a has one sample"):
+        prune(dataclasses.replace(of, token_sets=texts | {"a": tokens[:1]}), shape={"neurons": 60})
 
 
 def test_what_cannot_be_is_said_from_shapes(llama):
-    with pytest.raises(ConfigError, match="float32"):
-        check("sheared_llama", problem(tiny_model("llama").bfloat16()), shape=SHAPE)
     with pytest.raises(ConfigError, match="possible: 1 to 96"):
         check("sheared_llama", problem(llama), shape={"neurons": 97})
     with pytest.raises(ConfigError, match="ratio=none"):

@@ -25,9 +25,9 @@ def test_gradients_reach_log_alpha_as_through_the_gates(masks, tokens, monkeypat
     """Of two micro-batches with noise of their own, against gates that are part of the graph."""
     noises = torch.rand(2, len(masks.log_alpha), generator=torch.Generator().manual_seed(3))
     drawn = iter(noises)
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: next(drawn))
     masks.model.train()
-    with masks.on_model():
+    with masks.on_model(), monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *_, **__: next(drawn))
         for _ in noises:
             masks.model(tokens, labels=tokens).loss.backward()
     plain = masks.log_alpha.detach().clone().requires_grad_()
