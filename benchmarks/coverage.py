@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from coverage_table import KINDS, TOGETHER, cell, table
+from kept_results import KeptResults
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("PRUNEKIT_SHARED", ROOT.parent / "shared"))
@@ -235,15 +235,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=900, help="seconds for one architecture")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.parent.mkdir(exist_ok=True)
+    results = KeptResults(RESULTS)
     names = [] if args.table else args.names or tools().ARCHS
     code = state()
     os.environ["OMP_NUM_THREADS"] = "1"
     with get_context("spawn").Pool(args.jobs, initializer=os.setsid, maxtasksperchild=25) as pool:
         for name, result in pool.imap_unordered(one, [(n, args.limit) for n in names]):
-            results[name] = {**result, "code": code}
-            RESULTS.write_text(json.dumps(results, indent=1))
+            results.keep(name, {**result, "code": code})
             done = {k: cell(name, result, k) for k in KINDS} if "kinds" in result else result
             sys.stderr.write(f"{name}: {done} {result.get('generate', '')}\n")
     TABLE.parent.mkdir(exist_ok=True)

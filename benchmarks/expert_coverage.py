@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 import warnings
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from coverage import NotBuilt, build, tools
+from kept_results import KeptResults
 
 from prunekit import graph
 from prunekit.activations.runs import ModelRun
@@ -134,11 +134,22 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "/")
 
 
+def line_of(name: str, r: dict[str, Any]) -> str:
+    """An architecture that failed, or in which no experts were found, has its line too."""
+    if not r.get("groups"):
+        why = r.get("error", "no experts were found").splitlines()[0]
+        return f"| {name} | 0 | **{why.replace('|', '/')}** | | | |"
+    made = " | ".join(cell(r[k]) for k in ("scores", "removal", "stock"))
+    return f"| {name} | {r['groups']} | {made} | {r['seconds']:.1f} |"
+
+
 def table(results: dict[str, Any]) -> str:
-    rows = {n: r for n, r in sorted(results.items()) if r.get("groups")}
-    right = {k: sum(cell(r[k]) == "right" for r in rows.values()) for k in ("scores", "removal")}
-    stock = sum(r["stock"] is True for r in rows.values())
-    slow = sorted(rows, key=lambda n: -rows[n]["seconds"])[:5]
+    rows = dict(sorted(results.items()))
+    right = {
+        k: sum(cell(r.get(k, "")) == "right" for r in rows.values()) for k in ("scores", "removal")
+    }
+    stock = sum(r.get("stock") is True for r in rows.values())
+    slow = sorted(rows, key=lambda n: -rows[n].get("seconds", 0))[:5]
     lines = [
         "# Coverage of experts",
         "",
@@ -155,12 +166,8 @@ def table(results: dict[str, Any]) -> str:
         "| architecture | groups | scores | removal | stock | s |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {n} | {r['groups']} | {cell(r['scores'])} | {cell(r['removal'])} | {cell(r['stock'])} "
-        f"| {r['seconds']:.1f} |"
-        for n, r in rows.items()
-    ]
-    slowest = ", ".join(f"{n} {rows[n]['seconds']:.0f} s" for n in slow)
+    lines += [line_of(n, r) for n, r in rows.items()]
+    slowest = ", ".join(f"{n} {rows[n].get('seconds', 0):.0f} s" for n in slow)
     return "\n".join([*lines, "", f"Slowest: {slowest}.", ""])
 
 
@@ -176,16 +183,14 @@ def main() -> None:
     names = parser.parse_args().names or mixtures()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.parent.mkdir(exist_ok=True)
+    results = KeptResults(RESULTS)
     for name in names:
         try:
-            results[name] = measure(name)
+            results.keep(name, measure(name))
         except NotBuilt as e:
-            results[name] = {"build": str(e)}
+            results.keep(name, {"error": f"not built: {str(e)[:110]}"})
         except Exception as e:  # this is the finding
-            results[name] = {"error": f"{type(e).__name__}: {str(e)[:200]}"}
-        RESULTS.write_text(json.dumps(results, indent=1))
+            results.keep(name, {"error": f"{type(e).__name__}: {str(e)[:110]}"})
         sys.stderr.write(f"{name}: {results[name]}\n")
     TABLE.write_text(table(results))
 

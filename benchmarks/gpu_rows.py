@@ -36,6 +36,8 @@ MAGNITUDE = Method({"name": "oneshot"}, {"name": "l2"}, UNITS | {"target": 0.5})
 PAIRS = Method({"name": "unstructured", "pattern": "2:4"}, {"name": "wanda"}, ELEMENTS)
 ARCHITECTURES = ("llama", "gpt2", "opt", "bloom", "phi3", "falcon", "gemma3_text", "qwen2_moe")
 ARCHITECTURES += ("mixtral", "deepseek_v3", "mamba", "qwen3")
+SHORT = {"dataset": "text", "max_length": 64, "validation_size": 2, "batch": 4, "micro_batch": 2}
+SHORT |= {"max_steps": 3, "log_every": 1, "warmup_steps": 0, "samples": 4, "length": 64, "steps": 3}
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. "
 
 
@@ -136,8 +138,8 @@ def recovered(name: str, bench: Bench) -> str:
         tokenizer=byte_tokenizer(),
         load_dense=lambda: dense,
     )
-    node = {"name": name, "dataset": "text", "max_length": 64, "validation_size": 2}
-    node |= {"batch": 4, "micro_batch": 2, "max_steps": 3, "log_every": 1, "warmup_steps": 0}
+    taken = recoveries.entry(name).types
+    node = {"name": name} | {k: v for k, v in SHORT.items() if k in taken}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
         path.write_text(TEXT * 40)
@@ -145,9 +147,13 @@ def recovered(name: str, bench: Bench) -> str:
     zeros = sum(int((~free).sum()) for free in keep.values())
     held = {name: pruned.model.get_parameter(name)[~free] for name, free in keep.items()}
     after = sum(int((w == 0).sum()) for w in held.values())
-    losses = [r["loss"] for r in pruned.notes["recovery_curve"] if "loss" in r]
     forward(pruned.model, bench.tokens(1))
-    note = f"losses {', '.join(f'{x:.3g}' for x in losses)}; zeros {zeros:,} -> {after:,}"
+    curve = pruned.notes.get("recovery_curve", [])
+    losses = [f"{row['loss']:.3g}" for row in curve if "loss" in row]
+    found = [f"losses {', '.join(losses)}"] if losses else []
+    for block, (before, left) in pruned.notes.get("reconstruction", {}).items():
+        found.append(f"{block} {before:.3g} to {left:.3g}")
+    note = f"{', '.join(found)}; zeros {zeros:,} -> {after:,}"
     if after < zeros:
         raise Disagree(note)
     return note

@@ -13,26 +13,22 @@ import json
 import subprocess
 import sys
 import time
-from functools import partial
 from typing import Any
 
 import torch
 from taylor import load  # the same model as in the benchmark of Taylor scoring
 
+from prunekit.problem import CALIBRATION, Problem
 from prunekit.profiling import Peak
-from prunekit.registry import criteria, excludes, pruners, ratios
+from prunekit.registry import criteria, pruners, ratios
 
 LIMIT = 12
 HALF = {"name": "uniform", "target": 0.5, "of": "prunable"}
 FIFTH = {"name": "uniform", "target": 0.2, "of": "prunable"}
 WAYS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
-    "wanda": ("wanda", HALF, {"name": "weights"}),
+    "wanda": ("wanda", HALF, {"name": "unstructured"}),
     "sparsegpt": (None, HALF, {"name": "sparsegpt"}),
-    "obs": (
-        None,
-        FIFTH,
-        {"name": "obs", "allocation": "ratio"},
-    ),  # the costs of all 5,632 neurons of a block take a CPU a minute more
+    "obs": (None, FIFTH, {"name": "obs"}),
 }
 
 
@@ -42,12 +38,15 @@ def run(way: str) -> dict[str, float]:
     model = load("llama_1b")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     tokens = torch.randint(0, 32000, (16, 256), generator=torch.Generator().manual_seed(0))
-    score: partial[Any] | None = criteria.build({"name": criterion}) if criterion else None
+    problem = Problem(
+        model,
+        token_sets={CALIBRATION: tokens},
+        criterion=criteria.build({"name": criterion}) if criterion else None,
+        ratio=ratios.build(ratio),
+    )
     start = time.perf_counter()
     with Peak() as peak:
-        pruners.build(pruner)(
-            model, tokens, score, ratios.build(ratio), excludes.build({"name": "none"})
-        )
+        pruners.build(pruner)(problem)
     return {"seconds": time.perf_counter() - start, "peak": peak.mib, "weights": weights / 2**20}
 
 

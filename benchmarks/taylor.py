@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from prunekit.activations.runs import WholeRun
+from prunekit.activations.runs import ModelRun
 from prunekit.criteria.taylor import channel_importance, taylor
 from prunekit.profiling import Peak
 from prunekit.registry import models
@@ -55,7 +55,7 @@ def load(name: str) -> torch.nn.Module:
 
 def keep_everything(model, groups, run) -> None:
     """The plain way: every gradient in memory at once, scores folded afterwards."""
-    for out in run(labels=True):
+    for out in run.losses():
         out.loss.backward()
     params = dict(model.named_parameters())
     sums = {}
@@ -72,7 +72,7 @@ def keep_everything(model, groups, run) -> None:
 
 def bare(model, run) -> None:
     """A forward and a backward over the same tokens, nothing scored."""
-    for out in run(labels=True):
+    for out in run.losses():
         out.loss.backward()
 
 
@@ -84,13 +84,13 @@ def measure(name: str, way: str, repeats: int) -> dict[str, float]:
 
     model = load(name)
     groups = [g for g in discover(model) if g.kind in ("heads", "neurons")]
-    run = WholeRun(
+    run = ModelRun(
         model, torch.randint(3, 30000, (10, 64), generator=torch.Generator().manual_seed(0))
     )
     sum(
         float(p.detach().float().sum()) for p in model.parameters()
     )  # weights are mapped from the file: read them all in first
-    bare(model, WholeRun(model, run.tokens[:1, :8]))  # what libraries allocate once
+    bare(model, ModelRun(model, run.tokens[:1, :8]))  # what libraries allocate once
     seconds = []
     for i in range(repeats):
         model.zero_grad(set_to_none=True)

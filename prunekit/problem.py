@@ -22,9 +22,19 @@ from prunekit.activations.storage import PassOptions
 from prunekit.architecture.blocks import block_names
 from prunekit.architecture.matrices import matrices
 from prunekit.errors import ConfigError, NeedsData
+from prunekit.graph.discovery import discovery
 from prunekit.registry import Component
 from prunekit.selection.eligible import apply_exclusion, of_kinds
-from prunekit.types import Allocation, Counts, Group, LocalSolutions, Remember, Run, Scores
+from prunekit.types import (
+    Allocation,
+    Counts,
+    Group,
+    LocalSolutions,
+    Progress,
+    Remember,
+    Run,
+    Scores,
+)
 
 CALIBRATION = "calibration"
 
@@ -60,6 +70,7 @@ class Problem:
         load_dense: makes the model as it was before anything was pruned.
         remember: keeps on disk what is computed of the dense model and the text.
         solutions: the pruner's local solutions, for the ratios that choose among them.
+        training: where a training keeps how far it is; None where nothing is kept.
     """
 
     model: nn.Module
@@ -71,6 +82,7 @@ class Problem:
     load_dense: Callable[[], nn.Module] | None = None
     remember: Remember = computed
     solutions: LocalSolutions | None = None
+    training: Progress | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -124,7 +136,22 @@ class Problem:
         """
         if self.ratio is None:
             raise ConfigError("this pruner needs a ratio; ratio=none was given")
-        return self.ratio(self, groups)
+        allocation = self.ratio(self, groups)
+        self._check_picks(groups, allocation.counts)
+        return allocation
+
+    def _check_picks(self, groups: list[Group], counts: Counts) -> None:
+        """Raises ConfigError where fewer experts would stay than a router picks for a token."""
+        if not any(g.kind == "experts" for g in groups):
+            return
+        least = discovery(self.model, verify=self.has_data).least
+        for g in groups:
+            left, picks = g.units - counts.get(g.name, 0), least.get(g.name, 1)
+            if g.kind == "experts" and left < picks:
+                raise ConfigError(
+                    f"{left} of {g.units} units of {g.name} would stay, and its router picks "
+                    f"{picks} for a token: give a smaller ratio.target"
+                )
 
     def by_block(
         self, groups: list[Group], counts: Counts, options: PassOptions

@@ -26,6 +26,8 @@ LARGEST = 2**31 - 1
 """More than any number of tokens, units or steps; beyond it lie typos and overflows."""
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Above = Annotated[float, Field(gt=0)]
+"""More than nothing."""
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 """Of Adam, which moves a parameter by about as much a step: more than 1 learns nothing."""
 Length = Annotated[int, Field(ge=2, le=LARGEST)]

@@ -142,6 +142,16 @@ class Allocation:
         return not any(self.counts.values())
 
 
+class Progress(Protocol):
+    """Where a training keeps how far it is, so that the same command goes on from there."""
+
+    def read(self) -> dict[str, Tensor] | None:
+        """What was written last; None where nothing was, or it is damaged."""
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Put `tensors` in the place of what was written before, whole or not at all."""
+
+
 class Run(Protocol):
     """The calibration text on its way through a model, or through one of its blocks."""
 
@@ -163,6 +173,10 @@ class Run(Protocol):
         """Statistics taken on this run, for a second reader of the same ones."""
         ...
 
+    def part(self, number: int, of: int) -> Run:
+        """The same run over one of `of` parts of the samples, for one of as many processes."""
+        ...
+
     def forward(self) -> Iterator[int]:
         """Pushes all tokens through, batch by batch, for the sake of hooks; yields the number of
         samples that each batch held.
@@ -182,6 +196,10 @@ class Dense(Protocol):
     @property
     def itself(self) -> bool:
         """Whether the model that is measured is the dense one."""
+        ...
+
+    def load(self) -> nn.Module:
+        """The dense model: the one that is measured, or loaded anew."""
         ...
 
     def remember(

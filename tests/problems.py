@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunekit.problem import CALIBRATION, Problem
 from prunekit.registry import REGISTRIES, Component
+from prunekit.types import Pruned
 
 Part = dict[str, Any] | Component | Callable[..., Any]
 """A component: a node as in a configuration, built already, or any function of its signature."""
@@ -47,3 +49,15 @@ def check(pruner: str, of: Problem, **options: Any) -> Any:
     """What the pruner's own check tells about a problem."""
     built = REGISTRIES["pruner"].build({"name": pruner, **options})
     return built.meta["check"](of, **built.options)
+
+
+def half_of_the_weights(model: nn.Module) -> Pruned:
+    """What is left of a model when the smaller half of each of its matrices is set to zero."""
+    asked = problem(
+        model,
+        torch.randint(8, 100, (4, 16)),
+        criterion={"name": "weight_magnitude"},
+        ratio=uniform(0.5, "prunable"),
+    )
+    done: Pruned = part("pruner", {"name": "unstructured", "schedule": "whole"})(asked)
+    return done

@@ -22,7 +22,6 @@ TABLE = {
     "__init__": "runner checkpoint graph",
     "inventory": "cli runner graph architecture errors types",
     "cli": "export runner scoring activations checkpoint graph architecture registry source errors types",  # noqa: E501
-    "export": "checkpoint graph architecture errors types",
     "runner": "report problem checkpoint activations architecture registry source errors types profiling",  # noqa: E501
     "report": "errors",
     "models": "checkpoint data graph architecture registry errors types",
@@ -32,12 +31,13 @@ TABLE = {
     "excludes": "registry errors types",
     "pruners": METHODS,
     "recoveries": METHODS,
-    "evals": "activations data graph architecture registry errors types profiling",
+    "evals": "export checkpoint activations data graph architecture registry errors types profiling",  # noqa: E501
     "problem": "selection activations graph architecture registry errors types",
     "solvers": "selection activations checkpoint graph architecture errors types",
     "selection": "activations checkpoint graph architecture errors types",
     "scoring": "activations graph architecture errors types",
     "training": "data graph architecture errors types",
+    "export": "checkpoint graph architecture errors types",
     "checkpoint": "graph architecture errors types",
     "activations": "graph architecture errors types",
     "data": "errors",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.activations import processes
 from prunekit.activations.hooks import first_tensor, raise_stop, stop_early
 from prunekit.activations.runs import samples_at_once
 from prunekit.activations.storage import Activations, PassOptions, Precision, autocast, resolved
@@ -56,7 +57,9 @@ def capture_inputs(
     the first block. Raises ConfigError where a block does not read the output of the block before
     it, since then it cannot be replayed alone.
     """
+    processes.check_samples(tokens)
     batch = options.batch or samples_at_once(tokens)
+    batch = min(batch, len(tokens) // processes.count())
     rows = tuple(slice(i, min(i + batch, len(tokens))) for i in range(0, len(tokens), batch))
     device = next(model.parameters()).device
     inputs: Activations | None = None
@@ -176,6 +179,7 @@ class BlockRun:
     ):
         self.model, self.tokens = model, tokens
         self.feed, self.block, self.inputs = feed, block, inputs
+        self.batches = range(len(feed.rows))
         self.counts: Counts = {}
         self.statistics: dict[Any, Any] = {}
 
@@ -186,8 +190,15 @@ class BlockRun:
 
     def outputs(self) -> Iterator[tuple[slice, Tensor]]:
         """What the block puts out, as it is now, and the samples that it is of."""
-        for i, rows in enumerate(self.feed.rows):
+        for i in self.batches:
+            rows = self.feed.rows[i]
             yield rows, self.feed.forward(self.module, self.block, i, self.inputs[rows])
+
+    def part(self, number: int, of: int) -> BlockRun:
+        """A run over every batch number `number` of `of`; `tokens` remain those of all."""
+        run = BlockRun(self.model, self.tokens, self.feed, self.block, self.inputs)
+        run.batches = self.batches[number::of]
+        return run
 
     def forward(self) -> Iterator[int]:
         for _, out in self.outputs():

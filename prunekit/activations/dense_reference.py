@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations import processes
 from prunekit.activations.blockwise import BlockInputs
 from prunekit.activations.gram import GramStatistics
 from prunekit.activations.hooks import hook_activations, raise_stop, stop_early
@@ -186,10 +187,10 @@ class PairedStreams:
         device, bf16 = p.reader.weight.device, self.feed.precision == "bf16"
         moves = 0 if self.dense is None else outputs
         stats = [GramStatistics(inputs, moves, device, bf16) for _ in range(folds)]
-        ends = (
-            p.inside == self.names[-1]
-        )  # what the dense block puts out is known then, and its input not needed any more
-        for i, rows in enumerate(self.feed.rows):
+        # What the dense block puts out is known then, and its input not needed any more; but not in
+        # a process that sees a part of the batches.
+        ends = p.inside == self.names[-1] and processes.count() == 1
+        for i, rows in processes.own(list(enumerate(self.feed.rows))):
             mine = forward_until(
                 self.feed, module, self.block, i, self.own[rows], self.names, p.inside
             )
@@ -213,6 +214,9 @@ class PairedStreams:
                     else theirs.y[p.inside] - mine.y[p.inside]
                 )
             add_in_turn(stats, rows, mine.x[p.inside], move, token_weights(after, relative))
+        if processes.count() > 1:
+            for sums in stats:
+                sums.add_up()
         self.passed = ends and self.dense is not None
         return stats
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations import processes
 from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.architecture.matrices import module_name
 from prunekit.errors import ConfigError
@@ -63,6 +64,12 @@ class GramStatistics:
             self.sum_y += yw.T @ root[:, 0]
         self.total += w.double().sum()
         self.tokens += len(x)
+
+    def add_up(self) -> None:
+        """Take in what the other processes saw."""
+        tokens = torch.tensor(self.tokens, dtype=torch.float64, device=self.total.device)
+        processes.add_up([self.gram, self.cross, self.sum_x, self.sum_y, self.total, tokens])
+        self.tokens = int(tokens)
 
 
 def added(parts: Sequence[GramStatistics]) -> GramStatistics:
@@ -140,6 +147,22 @@ class SharedGrams:
             self.last = (name, x)
 
 
+def _add_up(shared: SharedGrams, names: list[str]) -> None:
+    """The sums of all processes. Raises ConfigError where a process has none of a module's."""
+    if processes.count() == 1:
+        return
+    lacking = torch.tensor([float(name not in shared.owner) for name in names])
+    processes.add_up([lacking])
+    for name, some in zip(names, lacking.tolist(), strict=True):
+        if some:
+            raise ConfigError(
+                f"no calibration token of one of the processes reaches {name} (an idle expert?): "
+                "calibrate on more text, or in one process"
+            )
+    for name in dict.fromkeys(shared.owner[name] for name in names):
+        shared.sums[name].add_up()
+
+
 def grams(model: nn.Module, groups: list[Group], run: Run) -> list[tuple[list[Group], Tensor]]:
     """Groups that read the same input, and the mean of `x x^T` over the tokens of that input; one
     pass of the block.
@@ -150,7 +173,8 @@ def grams(model: nn.Module, groups: list[Group], run: Run) -> list[tuple[list[Gr
     with hook_activations(
         model, inputs={module_name(g): partial(shared.see, module_name(g)) for g in groups}
     ):
-        pass_tokens(run, "inputs")
+        pass_tokens(processes.own_part(run), "inputs")
+    _add_up(shared, [module_name(g) for g in groups])
     mates: dict[str, list[Group]] = {}
     for g in groups:
         name = module_name(g)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations import processes
 from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.architecture.linear import weight_of
 from prunekit.types import Run
@@ -41,6 +42,18 @@ class Moments:
         self.mean += gap * (len(x) / total)
         self.count = total
 
+    def add_up(self) -> None:
+        """Take in what the other processes saw (Chan's update of all at once)."""
+        if processes.count() == 1:
+            return
+        total = torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device)
+        mean = self.mean * self.count
+        processes.add_up([total, mean])
+        mean /= total.clamp(min=1)
+        self.m2 += (self.mean - mean).square() * self.count
+        processes.add_up([self.m2])
+        self.mean, self.count = mean, int(total)
+
     @property
     def variance(self) -> Tensor:
         """(channels,) mean squared distance from the mean."""
@@ -71,7 +84,9 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
         with hook_activations(
             model, inputs={name: partial(_add, m, skip) for name, m in missing.items()}
         ):
-            pass_tokens(run, "activations")
+            pass_tokens(processes.own_part(run), "activations")
+        for found in missing.values():
+            found.add_up()
         seen.update({(name, skip): m for name, m in missing.items()})
     return {name: seen[name, skip] for name in names}
 

@@ -50,6 +50,10 @@ class ModelRun:
             raise RuntimeError("a criterion that reads run.counts is registered uses_counts=True")
         return self._counts
 
+    def part(self, number: int, of: int) -> ModelRun:
+        """A run over one of `of` parts of the samples."""
+        return ModelRun(self.model, self.tokens.tensor_split(of)[number], self._counts)
+
     def forward(self) -> Iterator[int]:
         for ids in self.tokens.split(samples_at_once(self.tokens)):
             forward(self.model, ids, head=False)

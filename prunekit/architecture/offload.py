@@ -1,5 +1,6 @@
 """Models that accelerate spreads over devices, host memory and disk: whole while they are pruned,
-spread again afterwards, and readable weight by weight while they are saved.
+spread again afterwards, and readable weight by weight while they are saved. And models whose
+weights lie in mapped files (`model.weights=disk`), which never are in memory as a whole.
 
 What such a model keeps elsewhere are empty placeholders, which its hooks fill for the length of a
 forward: enough to measure, not to take gradients (a backward needs every weight where it was), nor
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,15 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from prunekit.architecture.blocks import block_modules
+from prunekit.architecture.compute import (
+    compute_as_stored,
+    compute_in_float32,
+    computes_in_float32,
+)
+from prunekit.architecture.mapped import is_mapped, mapped, mapped_copy, release
 from prunekit.errors import ConfigError
+from prunekit.types import tensor_of
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +74,17 @@ def in_memory(model: nn.Module) -> Iterator[None]:
         dispatch(model)
 
 
-def gather(model: nn.Module) -> None:
-    """All weights into host memory, as ordinary tensors, and accelerate's hooks off the model.
-    Raises ConfigError where one is lost.
+def gather(model: nn.Module, copied: Callable[[Tensor], Tensor] = torch.clone) -> None:
+    """All weights into host memory, as ordinary tensors, and accelerate's hooks off the model;
+    `copied` puts each where it is to stay. Raises ConfigError where one is lost.
     """
     from accelerate.hooks import remove_hook_from_submodules
     from accelerate.utils import set_module_tensor_to_device
 
-    values = {name: stored_value(model, name).clone() for name in offloaded(model)}
+    values = {
+        name: copied(stored_value(model, name).to(tensor_of(model, name).dtype))
+        for name in offloaded(model)
+    }
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     remove_hook_from_submodules(model)
     for name, value in values.items():
@@ -88,9 +100,14 @@ def gather(model: nn.Module) -> None:
 
 
 def stored_value(model: nn.Module, name: str) -> Tensor:
-    """The value of a parameter or buffer that accelerate keeps in host memory or on disk. Raises
-    ConfigError where no hook knows it.
+    """The value of a parameter or buffer that accelerate keeps in host memory or on disk, or that
+    lies in a mapped file. Raises ConfigError where no hook knows it.
     """
+    here = tensor_of(model, name)
+    if not here.is_meta:
+        copied = here.detach().clone()
+        release([here])
+        return copied
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         module = model.get_submodule(".".join(parts[:depth]))
@@ -124,7 +141,9 @@ def input_device(model: nn.Module) -> torch.device | None:
 
 @contextmanager
 def placed_like(model: nn.Module, duplicate: nn.Module) -> Iterator[None]:
-    """Inside, accelerate moves weights and activations of `duplicate` as it does those of `model`.
+    """Inside, accelerate moves weights and activations of `duplicate` as it does those of `model`,
+    mapped weights leave memory after each block, and half precision is computed in float32 as in
+    `model`.
 
     Both have the same modules and hold the very same tensors.
     """
@@ -134,9 +153,15 @@ def placed_like(model: nn.Module, duplicate: nn.Module) -> Iterator[None]:
     for path in paths:
         hook: Any = model.get_submodule(path)._hf_hook
         add_hook_to_module(duplicate.get_submodule(path), _duplicate_hook(hook))
+    releasing = release_after_forward(duplicate) if mapped(model) else []
+    if computes_in_float32(model):
+        compute_in_float32(duplicate)
     try:
         yield
     finally:
+        compute_as_stored(duplicate)
+        for handle in releasing:
+            handle.remove()
         if paths:
             remove_hook_from_submodules(duplicate)
             retie(duplicate)
@@ -158,10 +183,16 @@ def lend_weights(model: nn.Module, duplicate: nn.Module) -> None:
 
     `duplicate` has the modules of `model`, and serves for nothing else afterwards.
     """
+    placeholders: dict[Tensor, nn.Parameter] = {}
+    for module in duplicate.modules() if mapped(model) else ():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and is_mapped(parameter):
+                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+                module._parameters[leaf] = placeholders.setdefault(parameter, empty)
     elsewhere = [name for name, tensor in duplicate.state_dict().items() if tensor.is_meta]
     for path in {name.rpartition(".")[0] for name in elsewhere}:
-        module: Any = duplicate.get_submodule(path)
-        module._hf_hook = SimpleNamespace(weights_map=_Stored(model, path))
+        owner: Any = duplicate.get_submodule(path)
+        owner._hf_hook = SimpleNamespace(weights_map=_Stored(model, path))
     if elsewhere:
         duplicate.hf_device_map = {"": "disk"}  # type: ignore[assignment]
 
@@ -194,3 +225,48 @@ def dispatch(model: nn.Module) -> None:
         model,
         infer_auto_device_map(model, no_split_module_classes=sorted(whole) if whole else None),
     )
+
+
+def map_weights(model: nn.Module) -> None:
+    """All parameters into files, one at a time, from memory or from where accelerate keeps them;
+    blocks and embeddings release them after each forward.
+    """
+    gather(model, mapped_copy)
+    for parameter in model.parameters():
+        if not is_mapped(parameter):
+            parameter.data = mapped_copy(parameter.data)
+    release_after_forward(model)
+
+
+def release_after_forward(model: nn.Module) -> list[Any]:
+    """The hooks that keep no more than about one block of a mapped model resident."""
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    return [
+        module.register_forward_hook(_release)
+        for module in (*block_modules(model), *ends)
+        if module is not None
+    ]
+
+
+def _release(module: nn.Module, args: Any, out: Any) -> None:
+    release(module.parameters())
+
+
+def disk_map(outline: nn.Module) -> dict[str, int | str]:
+    """accelerate's `device_map` by which all of a model but its embedding, which accelerate wants
+    at hand, stays in the checkpoint's files. `outline`: the model on the meta device.
+    """
+    embedding: Any = outline.get_input_embeddings()  # type: ignore[operator]
+    home = next(name for name, module in outline.named_modules() if module is embedding)
+    places: dict[str, int | str] = {}
+
+    def place(module: nn.Module, path: str) -> None:
+        for leaf, child in module.named_children():
+            name = f"{path}.{leaf}" if path else leaf
+            if home.startswith(name + "."):
+                place(child, name)
+            else:
+                places[name] = "cpu" if name == home else "disk"
+
+    place(outline, "")
+    return places

@@ -4,15 +4,12 @@ first token is LLM-QAT's, arXiv 2305.17888).
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.data.generation import generate_chats, generate_text
-from prunekit.registry import Length, Positive, Seed, calibs
-
-Temperature = Annotated[float, Field(gt=0)]
+from prunekit.registry import Above, Length, Positive, Seed, calibs
 
 
 @calibs.register(name="self", needs="model", context=("length",))
@@ -24,7 +21,7 @@ def self_generated(
     length: Length = 512,
     seed: Seed = 42,
     chat: bool = False,
-    temperature: Temperature = 1.0,
+    temperature: Above = 1.0,
     batch: Positive = 32,
 ) -> Tensor:
     """Samples of the model's own distribution: one random token of the vocabulary, and what the

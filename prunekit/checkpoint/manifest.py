@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def build_manifest(
     counts: dict[str, Any],
     layout: dict[str, Any],
     merges: Sequence[Mapping[str, Any]] = (),
+    bypassed: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What `pruning.json` says of the files in `folder`, the groups and the run that made them."""
     entries: dict[str, Any] = {}
@@ -62,6 +64,7 @@ def build_manifest(
         "counts": counts,
         "groups": entries,
         **({"merges": [dict(m) for m in merges]} if merges else {}),
+        **({"bypassed": dict(bypassed)} if bypassed else {}),
         "files": {file.name: digest(file) for file in sorted(folder.iterdir()) if file.is_file()},
     }
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.checkpoint.integrity import CheckpointError
 from prunekit.checkpoint.manifest import MANIFEST, check_groups, read_manifest
+from prunekit.checkpoint.remote_code.runtime_modules import Bypass, insert
 from prunekit.errors import ConfigError
 from prunekit.types import Kept
 
@@ -23,7 +25,7 @@ def replay(
 
     `zeroed` keeps every shape and sets to zero what would be removed. Weights that a recovery or a
     compensation changed are not in `pruning.json`: the result is the pruned model before these.
-    Blocks that became part of others are merged again.
+    Blocks that became part of others are merged again; sub-layers that went go, or give zeros.
     Raises ConfigError where the model has other groups or units.
     """
     from prunekit import graph
@@ -47,12 +49,38 @@ def replay(
             )
     kept = kept_masks(manifest, file)
     merge_blocks(dense, checked_merges(manifest.get("merges", []), file))
+    bypassed = checked_bypassed(manifest.get("bypassed", {}), dense, file)
     some = {name: mask for name, mask in kept.items() if not bool(mask.all())}
+    if bypassed:
+        some = {name: mask for name, mask in some.items() if bool(mask.any())}
     if zeroed:
         graph.zero(dense, some)
     else:
         graph.remove(dense, some, norm=_norm(manifest))
+    for path, outputs in bypassed.items():
+        if zeroed:
+            with torch.no_grad():
+                for p in dense.get_submodule(path).parameters():
+                    p.zero_()
+        else:
+            insert(dense, path, Bypass(outputs))
     return dense
+
+
+def checked_bypassed(value: Any, model: nn.Module, name: str) -> dict[str, int]:
+    """Path of each sub-layer that went -> outputs of what is in its place. Raises CheckpointError
+    naming the field for anything else.
+    """
+    modules = dict(model.named_modules())
+    field = f"{name}: bypassed"
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{field} must be a mapping")
+    for path, outputs in value.items():
+        if not path or path not in modules:
+            raise CheckpointError(f"{field}: the model has no sub-layer {path!r}")
+        if type(outputs) is not int or not 1 <= outputs <= 16:
+            raise CheckpointError(f"{field}[{path!r}] is {outputs!r}; possible: 1 to 16")
+    return value
 
 
 def kept_masks(manifest: dict[str, Any], name: str) -> Kept:

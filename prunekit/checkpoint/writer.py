@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.architecture.mapped import mapped
 from prunekit.architecture.offload import lend_weights, offloaded, stored_value
 from prunekit.checkpoint import bitmask
 from prunekit.checkpoint.config_choice import describe
@@ -38,7 +39,7 @@ def save(
     config: dict[str, Any] | None = None,
     counts: dict[str, Any] | None = None,
     merges: Sequence[Mapping[str, Any]] = (),
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     packed: bool = False,
     check: bool = True,
 ) -> Path:
@@ -52,7 +53,8 @@ def save(
     kept, groups: as a pruner returns them.
     config: the run's configuration. counts: what was measured. Both are only noted.
     merges: blocks that became part of others (`graph.merging.Merge`), for a replay.
-    max_shard_size: bytes, or a text such as "5GB".
+    max_shard_size: bytes, or a text such as "5GB", which is the default; 1GB of a model whose
+        weights lie in files.
     packed: zeros are stored as a bitmask: lossless, and only `prunekit.load` reads it.
     check: a few tokens go through the model as a loader would build it and through the model
         itself; the logits must be the same to the bit.
@@ -62,10 +64,11 @@ def save(
     _check_model(model)
     config_of_model, layout, copy = describe(model, check)
     with appears_when_complete(folder) as part:
+        shard = max_shard_size or ("1GB" if mapped(model) else "5GB")
         lend_weights(model, copy)
         # Under the names of the modules that the layout names: engines know no others for a class
         # that is not theirs.
-        copy.save_pretrained(part, max_shard_size=max_shard_size, save_original_format=not layout)
+        copy.save_pretrained(part, max_shard_size=shard, save_original_format=not layout)
         if config_of_model._experts_implementation == "eager":
             _note(part / "config.json", experts_implementation="eager")
         if layout:
@@ -74,8 +77,16 @@ def save(
             bitmask.pack(part)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, part)
+        gone = [m for m in describe_runtime_modules(model) if m["kind"] == "bypass"]
         manifest = build_manifest(
-            part, kept or {}, groups or [], config or {}, counts or {}, layout, merges
+            part,
+            kept or {},
+            groups or [],
+            config or {},
+            counts or {},
+            layout,
+            merges,
+            {m["path"]: m["outputs"] for m in gone},
         )
         write_manifest(part, manifest)
     return folder

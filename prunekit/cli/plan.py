@@ -151,7 +151,7 @@ def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, A
     if parts.criterion is None:
         return None
     needs = parts.criterion.meta.get("needs", "-")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = resident(model, cfg)
     if needs == "-":
         return weights
     item = next(model.parameters()).element_size()
@@ -188,6 +188,17 @@ def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
     # rotations and activations.
     activations = 3 * tokens * outputs(model) * next(model.parameters()).element_size()
     return int(weights + trained * ADAM + activations + 2 * tokens * vocabulary * 4)
+
+
+def resident(model: nn.Module, cfg: dict[str, Any]) -> int:
+    """Bytes of weights that are in memory at once: all, or with model.weights=disk the largest
+    block or embedding.
+    """
+    if cfg["model"].get("weights") != "disk":
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    parts = [model.get_input_embeddings(), *block_modules(model)]  # type: ignore[operator]
+    sizes: list[int] = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in parts]
+    return max(sizes)
 
 
 def outputs(model: nn.Module) -> int:

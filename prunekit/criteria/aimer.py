@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from prunekit.graph.expert_neurons import expert_slabs
 from prunekit.registry import criteria
-from prunekit.scoring.experts import check_experts, expert_slabs
+from prunekit.scoring.experts import check_experts
 from prunekit.types import Group, Run, Scores, tensor_of
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations import processes
 from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.registry import Natural, criteria
 from prunekit.types import Group, Run, Scores
@@ -36,8 +37,8 @@ def block_influence(
     names = [n for g in groups for n in g.modules]
     inputs = {n: partial(entered.__setitem__, n) for n in names}
     with hook_activations(model, inputs=inputs, outputs={n: partial(leave, n) for n in names}):
-        pass_tokens(run, "block influence")
+        pass_tokens(processes.own_part(run), "block influence")
+    sums = {n: torch.as_tensor(cosines[n]) for n in names}
+    processes.add_up(sums.values())
     tokens = run.tokens[:, skip:].numel()
-    return {
-        g.name: torch.tensor([1 - float(cosines[n]) / tokens for n in g.modules]) for g in groups
-    }
+    return {g.name: torch.tensor([1 - float(sums[n]) / tokens for n in g.modules]) for g in groups}

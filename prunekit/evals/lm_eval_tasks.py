@@ -37,6 +37,14 @@ PAPER = {
     "arc_challenge": ("acc_norm", "arc"),
     "openbookqa": ("acc_norm", "openbookqa"),
 }
+WRITTEN = {
+    "gsm8k": ("gsm8k", {"test": "", "train": "_train"}),
+    "ifeval": ("ifeval", {"train": ""}),
+    "humaneval": ("humaneval", {"test": ""}),
+}
+"""Tasks whose answers are written: the folder of lm-eval that defines it, and what the file of each
+of its splits is called in a data folder, behind the task's name.
+"""
 CLOZE = "docs_cloze"
 
 
@@ -53,7 +61,7 @@ def known_tasks(tasks: list[str]) -> list[str]:
     """
     if not tasks:
         raise ValueError("name one task at least")
-    strange = [t for t in tasks if t not in PAPER and t != CLOZE]
+    strange = [t for t in tasks if t not in PAPER and t not in WRITTEN and t != CLOZE]
     if strange:
         named = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.M)
         there = {
@@ -125,22 +133,26 @@ def _spec(task: str, folder: Path | None) -> Any:
     """
     if task == CLOZE:
         return docs_cloze.task()
-    if folder is None or task not in PAPER or not (folder / "tasks" / f"{task}.jsonl").is_file():
+    at = folder.resolve() / "tasks" if folder else None
+    if at is None or task not in PAPER | WRITTEN or not (at / f"{task}.jsonl").is_file():
         return task
-    main, other = (
-        folder.resolve() / "tasks" / f"{task}{part}.jsonl" for part in ("", "_validation")
-    )
-    files = (
-        {"validation": str(other), "test": str(main)}
-        if other.is_file()
-        else {"validation": str(main)}
-    )
+    changes: dict[str, Any] = {}
+    if task in WRITTEN:
+        files = {split: str(at / f"{task}{end}.jsonl") for split, end in WRITTEN[task][1].items()}
+    else:
+        main, other = (at / f"{task}{part}.jsonl" for part in ("", "_validation"))
+        files = (
+            {"validation": str(other), "test": str(main)}
+            if other.is_file()
+            else {"validation": str(main)}
+        )
+        changes["training_split"] = None
     local = {
         "task": task,
         "dataset_path": "json",
         "dataset_name": None,
-        "training_split": None,
         "dataset_kwargs": {"data_files": files},
+        **changes,
     }
     return {"group": f"local_{task}", "task": [local]}
 
@@ -152,15 +164,21 @@ def load_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     at = _tasks_folder()
-    if all(t in PAPER or t == CLOZE for t in tasks):  # the whole index takes 8 s
+    folders = {t: f for t, (_, f) in PAPER.items()} | {t: f for t, (f, _) in WRITTEN.items()}
+    if all(t in folders or t == CLOZE for t in tasks):  # the whole index takes 8 s
         manager = TaskManager(
             include_defaults=False,
-            include_path=sorted({at / PAPER[t][1] for t in tasks if t in PAPER}),
+            include_path=sorted({at / folders[t] for t in tasks if t in folders}),
         )
     else:
         manager = TaskManager()
     try:
         loaded = manager.load([_spec(task, folder) for task in dict.fromkeys(tasks)])
+    except ImportError as e:
+        raise ConfigError(
+            f"tasks {', '.join(tasks)}: lm-eval needs another package ({e}); for ifeval: "
+            "pip install lm-eval[ifeval]"
+        ) from e
     except (OSError, ValueError, RuntimeError) as e:
         place = f"{folder} does not hold them" if folder else "no data folder is named"
         raise ConfigError(
@@ -187,10 +205,12 @@ def run_tasks(
     seed: int,
     data_root: str | None,
     items: bool = False,
+    run_code: bool = False,
 ) -> dict[str, Any]:
     """What lm-eval finds: `results` by task and, with `items`, `samples`, a list for each task. The
     first `limit` items of each are taken; a prompt that a pruner left with the model stands before
-    each. Raises ConfigError where a data set is not to be had.
+    each; `run_code` lets tasks run what the model writes. Raises ConfigError where a data set is
+    not to be had.
     """
     with quietly(), eval_mode(model):
         from lm_eval.evaluator import evaluate
@@ -213,6 +233,7 @@ def run_tasks(
             limit=limit,
             log_samples=items,
             system_instruction=kept_prompt(model) or None,
+            confirm_run_unsafe_code=run_code,
         )
     return found
 
@@ -235,10 +256,11 @@ def accuracies(results: dict[str, dict[str, Any]], tasks: Sequence[str]) -> dict
             if isinstance(v, (int, float)) and "," in k
         }
         metric = metric_of(task, list(values))
-        found[f"{metric}_{task}"] = float(values[metric])
-        error = float(values.get(f"{metric}_stderr", math.nan))
+        name, comma, how = metric.partition(",")  # a filter of answers stands behind a comma
+        found[f"{name}_{task}"] = float(values[metric])
+        error = float(values.get(f"{name}_stderr{comma}{how}", math.nan))
         if not math.isnan(error):
-            found[f"{metric}_{task}_stderr"] = error
+            found[f"{name}_{task}_stderr"] = error
         if metric.startswith("acc"):
             values_found.append(float(values[metric]))
             errors.append(error)

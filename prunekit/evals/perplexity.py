@@ -15,7 +15,7 @@ from prunekit.data.datasets import Dataset, check_split, default_split, evaluati
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.evals import eval_mode
 from prunekit.evals.texts_read import splits_read
-from prunekit.evals.windows import check_block, cut, kept_prompt, token_ids, window_nll
+from prunekit.evals.windows import check_block, cut, prompt_ids, token_ids, window_nll
 from prunekit.registry import Component, Length, Positive, evals
 
 log = logging.getLogger("prunekit")
@@ -80,10 +80,8 @@ def perplexity(
     text = evaluation_text(dataset, split, path, data_root)
     key = key_of(dataset=dataset, path=path, label=label, window=window)
     windows = cut(token_ids(text, tokenizer, bos), window, block, every, limit)
-    said = kept_prompt(model)
-    prompt = tokenizer(said, add_special_tokens=False).input_ids if said else ()
     with eval_mode(model):
-        nll = window_nll(model, windows, batch, key, prompt)
+        nll = window_nll(model, windows, batch, key, prompt_ids(model, tokenizer))
     value = float(nll.mean().exp())
     error = value * float(nll.std()) / math.sqrt(len(nll)) if len(nll) > 1 else 0.0
     return {key: value, f"{key}_stderr": error}

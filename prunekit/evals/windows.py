@@ -50,17 +50,23 @@ def kept_prompt(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "collaborative_prompt", None) or "")
 
 
+def prompt_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Tokens of `kept_prompt`."""
+    said = kept_prompt(model)
+    return list(tokenizer(said, add_special_tokens=False).input_ids) if said else []
+
+
 @torch.inference_mode()
-def window_nll(
+def token_nll(
     model: nn.Module, windows: Tensor, batch: int, name: str, prompt: Sequence[int] = ()
 ) -> Tensor:
-    """Mean negative log-likelihood of each window's predicted tokens, in float32 per token and
-    float64 over them. `(N,)`.
+    """Negative log-likelihood of every token but the first of each window, `(N, T - 1)` float64 on
+    the CPU; the logarithm is taken in float32.
 
     prompt: tokens before each window, of which none is predicted.
     """
     device = next(model.parameters()).device
-    means = []
+    found = []
     with tqdm(total=len(windows), desc=name, unit="window", leave=False) as bar:
         for rows in windows.split(batch):
             rows = rows.to(device)
@@ -73,6 +79,13 @@ def window_nll(
                 loss = nn.functional.cross_entropy(
                     scores[:-1].float(), row[1:].to(scores.device), reduction="none"
                 )
-                means.append(loss.double().mean().cpu())
+                found.append(loss.double().cpu())
             bar.update(len(rows))
-    return torch.stack(means)
+    return torch.stack(found)
+
+
+def window_nll(
+    model: nn.Module, windows: Tensor, batch: int, name: str, prompt: Sequence[int] = ()
+) -> Tensor:
+    """Mean negative log-likelihood of each window's predicted tokens. `(N,)` float64."""
+    return token_nll(model, windows, batch, name, prompt).mean(1)

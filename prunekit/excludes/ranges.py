@@ -33,17 +33,11 @@ def none(groups: list[Group]) -> list[Group]:
 @excludes.register()
 def ends(groups: list[Group], *, first: Natural = 3, last: Natural = 1) -> list[Group]:
     """Leaves the `first` blocks and the `last` blocks alone (the paper's advice: 3 and 1). Residual
-    channels stay in. Raises ConfigError where nothing else is there.
+    channels stay in.
     """
     depth = depth_of(groups)
     found = [between(g, first, g.units - last) if g.modules else g for g in groups]
-    found = [g for g in found if g.units and (g.layer is None or first <= g.layer < depth - last)]
-    if not found:
-        raise ConfigError(
-            f"exclude=ends leaves nothing: first={first} and last={last} are all {depth} blocks "
-            "that there are; give exclude=none, or smaller exclude.first and exclude.last"
-        )
-    return found
+    return [g for g in found if g.units and (g.layer is None or first <= g.layer < depth - last)]
 
 
 def depth_of(groups: list[Group]) -> int:

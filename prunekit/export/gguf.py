@@ -19,6 +19,7 @@ from prunekit.export.gguf_content import Content
 from prunekit.export.gguf_families import uniform_content
 from prunekit.export.gguf_file import TYPES, Type, Words, write_file
 from prunekit.export.gguf_uneven import uneven_content
+from prunekit.export.k_quants import engine_quantiser
 
 SPLITS = ("gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o")
 """Names that GGUF has for how a byte-level tokenizer cuts text before merging."""
@@ -33,8 +34,9 @@ def export_gguf(path: str | Path, out: str | Path, *, type: Type = "f16") -> Pat
     complete.
 
     f32 is exact for float32 weights, f16, bf16 and q8_0 round (q8_0: 8 bits and a scale per 32;
-    rows that are no multiple of 32 become f16). Raises ConfigError with the reason for a model or
-    tokenizer that the format, as llama.cpp reads it, cannot hold.
+    rows that are no multiple of 32 become f16); q4_k is made by llama.cpp's own quantiser and asks
+    for rows that are multiples of 256. Raises ConfigError with the reason for a model or tokenizer
+    that the format, as llama.cpp reads it, cannot hold, and for q4_k where there is no llama.cpp.
     """
     from prunekit.checkpoint import load
 
@@ -47,6 +49,8 @@ def write_gguf(model: Any, tokenizer: Any, out: str | Path, *, type: Type = "f16
     out = Path(out)
     if type not in TYPES:
         raise ConfigError(f"type={type!r}; possible: {', '.join(TYPES)}")
+    if type == "q4_k":
+        engine_quantiser()  # says what is missing before anything is made
     content = content_of(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:

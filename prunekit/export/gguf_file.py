@@ -12,12 +12,17 @@ from tqdm import tqdm
 
 from prunekit.errors import ConfigError
 from prunekit.export.gguf_content import Content
+from prunekit.export.k_quants import engine_quantiser
 
 log = logging.getLogger("prunekit")
-Type = Literal["f32", "f16", "bf16", "q8_0"]
-TYPES = ("f32", "f16", "bf16", "q8_0")
+Type = Literal["f32", "f16", "bf16", "q8_0", "q4_k"]
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k")
 BLOCK = 32
 """Weights that share a scale in Q8_0, along the last axis."""
+SUPER_BLOCK = 256
+"""Weights that k-quants take together, along the last axis."""
+WHOLE = ("ffn_gate_inp", "position_embd")
+"""Matrices that k-quants leave in float32, as llama.cpp does."""
 
 
 class Words(NamedTuple):
@@ -27,15 +32,27 @@ class Words(NamedTuple):
     split: str
 
 
-def coding_of(shape: tuple[int, ...], type: Type) -> Any:
-    """The type that a tensor of this shape gets: vectors stay float32, as everywhere in GGUF."""
+def coding_of(name: str, shape: tuple[int, ...], type: Type) -> Any:
+    """The type that a tensor of this name and shape gets: vectors stay float32, as everywhere in
+    GGUF. `q4_k` is Q4_K, for embedding and output Q6_K; rows that are no multiple of 256 are Q5_0
+    and Q8_0 then, as llama.cpp has it.
+    """
     from gguf import GGMLQuantizationType as Q
 
     if len(shape) == 1 or type == "f32":
         return Q.F32
+    if type in ("f16", "bf16"):
+        return Q.BF16 if type == "bf16" else Q.F16
+    if shape[-1] % BLOCK:
+        return Q.F16
     if type == "q8_0":
-        return Q.Q8_0 if shape[-1] % BLOCK == 0 else Q.F16
-    return Q.BF16 if type == "bf16" else Q.F16
+        return Q.Q8_0
+    if name.startswith(WHOLE) or any(f".{part}." in name for part in WHOLE):
+        return Q.F32
+    fine = name.startswith(("token_embd.", "output."))
+    if shape[-1] % SUPER_BLOCK:
+        return Q.Q8_0 if fine else Q.Q5_0
+    return Q.Q6_K if fine else Q.Q4_K
 
 
 def write_file(file: Path, content: Content, words: Words | None, type: Type | None) -> None:
@@ -53,29 +70,39 @@ def write_file(file: Path, content: Content, words: Words | None, type: Type | N
             "f32": LlamaFileType.ALL_F32,
             "bf16": LlamaFileType.MOSTLY_BF16,
             "q8_0": LlamaFileType.MOSTLY_Q8_0,
+            "q4_k": LlamaFileType.MOSTLY_Q4_K_S,
         }.get(type or "", LlamaFileType.MOSTLY_F16)
     )
     for name, value in content.facts.items():
         getattr(writer, f"add_{name}")(value)
     if words is not None:
         add_tokenizer(writer, words, content.facts["vocab_size"])
-    codings = [coding_of(e.shape, type or "f32") for e in content.entries if type]
+    codings = [coding_of(e.name, e.shape, type or "f32") for e in content.entries if type]
     for e, coding in zip(content.entries, codings):
-        if type == "q8_0" and coding is Q.F16:
-            rows = e.shape[-1]
-            log.info("%s: rows of %d are no multiple of %d, written as f16", e.name, rows, BLOCK)
-        plain = {Q.F32: np.float32, Q.F16: np.float16}.get(coding)
-        dtype = np.dtype(plain or np.uint8)
-        stored: Any = e.shape if plain else quant_shape_to_byte_shape(e.shape, coding)
+        dtype = np.dtype({Q.F32: np.float32, Q.F16: np.float16}.get(coding, np.uint8))
+        stored: Any = e.shape
+        if dtype == np.uint8:
+            stored = quant_shape_to_byte_shape(e.shape, coding)
         size = int(np.prod(stored)) * dtype.itemsize
         writer.add_tensor_info(e.name, stored, dtype, size, raw_dtype=coding)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    encode = engine_quantiser() if type == "q4_k" else quantize
     several = list(zip(content.entries, codings))
     for e, coding in tqdm(several, desc=file.name, unit="tensor", disable=len(several) < 50):
-        writer.write_tensor_data(quantize(e.get().numpy(), coding))
+        by = quantize if coding in (Q.F32, Q.F16) else encode
+        writer.write_tensor_data(by(e.get().numpy(), coding))
     writer.close()
+    say_fallbacks(content, codings, type)
+
+
+def say_fallbacks(content: Content, codings: list[Any], type: Type | None) -> None:
+    """Tells the user of matrices whose rows do not suit the type."""
+    wanted = {"q8_0": ("Q8_0",), "q4_k": ("Q4_K", "Q6_K", "F32")}.get(type or "", ())
+    for e, coding in zip(content.entries, codings):
+        if wanted and len(e.shape) > 1 and coding.name not in wanted:
+            log.info("%s: rows of %d, written as %s", e.name, e.shape[-1], coding.name)
 
 
 def add_tokenizer(writer: Any, words: Words, rows: int) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
-from prunekit.graph.discovery import discovery
+from prunekit.graph.discovery import Discovery, discovery
 from prunekit.graph.gate_hooks import BlockGate, Hooks
 from prunekit.graph.gate_places import Site, find_places, install, writers_of
 from prunekit.types import Group
@@ -19,7 +19,10 @@ from prunekit.types import Group
 
 @contextmanager
 def gated(
-    model: nn.Module, groups: Sequence[Group], z: Mapping[str, Tensor]
+    model: nn.Module,
+    groups: Sequence[Group],
+    z: Mapping[str, Tensor],
+    known: Discovery | None = None,
 ) -> Iterator[nn.Module]:
     """Inside, every forward of the model multiplies each unit's contribution by its z, to which
     gradients flow; parameters stay as they are, and on exit everything comes off.
@@ -40,7 +43,9 @@ def gated(
 
     Where an architecture does not allow this (found by trying it once on a small version of the
     model) every tensor of the unit is multiplied instead: the same at 0 and 1, a power of z between
-    them. Raises ConfigError for an unknown group, a z of the wrong shape or type, and experts whose
+    them. `known` as for `remove`.
+
+    Raises ConfigError for an unknown group, a z of the wrong shape or type, and experts whose
     router is not understood.
     """
     by_name = _checked(groups, z)
@@ -52,7 +57,7 @@ def gated(
     hooks = Hooks(model)
     try:
         if sites:
-            _gate_slices(hooks, model, sites)
+            _gate_slices(hooks, model, sites, known or discovery(model))
         for name, value in z.items():
             if by_name[name].kind == "weights":
                 hooks.replace(by_name[name].matrix, partial(_times, value))
@@ -80,9 +85,10 @@ def _checked(groups: Sequence[Group], z: Mapping[str, Tensor]) -> dict[str, Grou
     return by_name
 
 
-def _gate_slices(hooks: Hooks, model: nn.Module, gates: Sequence[tuple[Group, Tensor]]) -> None:
+def _gate_slices(
+    hooks: Hooks, model: nn.Module, gates: Sequence[tuple[Group, Tensor]], found: Discovery
+) -> None:
     """Units that are slices of tensors. Raises ConfigError for a group that the model has not."""
-    found = discovery(model)
     known = {c.group.name: c for c in found.candidates}
     written = writers_of(found.candidates)
     for group, z in gates:

@@ -191,7 +191,8 @@ class _Builder:
         if layer is None:
             members = _by_block(members)
         facts = self.facts(f)
-        counted = {f.n: Counter({1: 1})} if t.kind == "experts" else {}
+        width = next(iter(f.axes.values())).shape[1]  # experts of a unit: one of every group
+        counted = {f.n * width: Counter({width: 1})} if t.kind == "experts" else {}
         extents = {
             real: {**counted, **sizes}
             for scope, sizes in facts.extents.items()

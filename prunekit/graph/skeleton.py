@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit.architecture.compute import compute_as_stored
 from prunekit.graph.block_lists import block_kinds, block_lists, drop_blocks, modules_in
 from prunekit.graph.labels import tensors
 from prunekit.graph.model_settings import use_plain_code
@@ -77,6 +78,7 @@ def skeleton(model: nn.Module, each: int = 1) -> tuple[nn.Module, dict[str, list
         return lazy_zeros(t) if t.is_meta else t.detach().to("cpu", copy=True)
 
     small = clone(model, copied).eval()
+    compute_as_stored(small)  # a trace would see every weight of a block used when it begins
     renumbered = {}
     for p, kinds in represented.items():
         keep = sorted(set(kinds))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.architecture.mapped import beside
 from prunekit.graph.block_lists import modules_in
 from prunekit.graph.edit_record import Edits, SlicedArgument, no_edits
 from prunekit.graph.groups import Candidate, Cut, Pattern
@@ -48,7 +49,7 @@ def slice_tensors(model: nn.Module, keep: Keep) -> None:
         new = old.detach()
         for axis, index in axes.items():
             new = new.index_select(axis, index.to(new.device))
-        replace(where[id(old)], old, new.contiguous())
+        replace(where[id(old)], old, beside(new.contiguous(), old))
 
 
 def replace(

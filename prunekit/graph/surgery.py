@@ -11,7 +11,7 @@ from torch import nn
 from prunekit.errors import ConfigError
 from prunekit.graph.block_lists import drop_blocks
 from prunekit.graph.block_verification import BLOCKS
-from prunekit.graph.discovery import discovery
+from prunekit.graph.discovery import Discovery, discovery
 from prunekit.graph.edit_record import RECORD, Edits, record, record_blocks
 from prunekit.graph.groups import Cut
 from prunekit.graph.masks import bypass, checked, zero_block, zero_slices
@@ -21,16 +21,16 @@ from prunekit.graph.slicing import holders, keep_modules, replace, shrink, slice
 from prunekit.types import Kept, tensor_of
 
 
-def zero(model: nn.Module, kept: Kept) -> nn.Module:
+def zero(model: nn.Module, kept: Kept, known: Discovery | None = None) -> nn.Module:
     """Set the units that `kept` does not keep to zero at every member, in place; a group left out
     keeps all its units.
 
     A block becomes the identity: by zero parameters, or by a hook where those would not do (blocks
     that normalise after the sum). For channels that a LayerNorm averages over, and for experts,
-    removal equals this with statistics over the kept ones. Raises ConfigError for an unknown group,
-    a wrong mask, or a group left empty.
+    removal equals this with statistics over the kept ones. `known` as for `remove`. Raises
+    ConfigError for an unknown group, a wrong mask, or a group left empty.
     """
-    found = discovery(model)
+    found = known or discovery(model)
     cuts = checked(found.groups, kept, found.least)
     zero_slices(model, [units for units in cuts if units.group.members])
     for units in cuts:
@@ -42,18 +42,24 @@ def zero(model: nn.Module, kept: Kept) -> nn.Module:
     return model
 
 
-def remove(model: nn.Module, kept: Kept, norm: Literal["plain", "rescale"] = "plain") -> nn.Module:
+def remove(
+    model: nn.Module,
+    kept: Kept,
+    norm: Literal["plain", "rescale"] = "plain",
+    known: Discovery | None = None,
+) -> nn.Module:
     """Cut the units that `kept` does not keep out of the model, in place; a group left out keeps
     all its units.
 
     Tied tensors stay tied, sizes held in Python and the config follow, meta tensors are sliced as
     well. `norm="rescale"` corrects the RMSNorms that average over removed channels, so that
-    removing equals zeroing. Raises ConfigError as `zero` does, and where `rescale` meets a norm
-    that has no such correction (LayerNorm).
+    removing equals zeroing. `known`: what discovery said before units of other groups went, so
+    that a pruner that goes block by block proves nothing twice. Raises ConfigError as `zero` does,
+    and where `rescale` meets a norm that has no such correction (LayerNorm).
     """
     if norm not in ("plain", "rescale"):
         raise ConfigError(f"norm={norm!r}; possible: plain, rescale")
-    found = discovery(model)
+    found = known or discovery(model)
     by_name = {c.group.name: c for c in found.candidates}
     changed = [units for units in checked(found.groups, kept, found.least) if units.removed]
     cuts = [Cut(by_name[units.group.name], units) for units in changed if units.group.members]

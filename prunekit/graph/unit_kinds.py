@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from torch import nn
 
 from prunekit.graph.block_lists import block_lists, block_of
@@ -124,12 +125,15 @@ def find_experts(
 ) -> list[TypedFamily]:
     """Rows of a router, found by a top-k over them, joined with whatever comes in as many pieces
     near it: slabs of weights, or modules.
+
+    A router that picks groups of experts first reads its rows as a table of groups: a unit is one
+    expert of every group, so that all groups keep the same number.
     """
     order = solution.flagged.get("order", set())
     out = []
     for router in families:
         block = block_of(router.names[0][0], lists)
-        if block is None or not all(set(u) & order for u in router.units):
+        if block is None or not all(set(u) & order for u in router.units) or _adjacent(router):
             continue
         scope, root = router.names[0][0].rpartition(".")[0], f"{block[0]}.{block[1]}"
         while scope.startswith(root):
@@ -143,6 +147,17 @@ def find_experts(
     return out
 
 
+def _rows(router: Family) -> np.ndarray:
+    """(U, W) rows of a router that each unit owns."""
+    return next(iter(router.axes.values()))
+
+
+def _adjacent(router: Family) -> bool:
+    """Whether a unit is a whole group of experts, which lie side by side."""
+    rows = _rows(router)
+    return rows.shape[1] > 1 and bool((np.diff(rows, axis=1) == 1).all())
+
+
 def _experts_in(
     scope: str, model: nn.Module, solution: Solution, families: list[Family], router: Family
 ) -> tuple[list[Family], tuple[str, ...]] | None:
@@ -150,6 +165,7 @@ def _experts_in(
     neither is there.
     """
     order, batch = (solution.flagged.get(k, set()) for k in ("order", "batch"))
+    experts = _rows(router).size
     first = [
         f
         for f in families
@@ -158,20 +174,30 @@ def _experts_in(
     slabs = [
         f
         for f in first
-        if f.n == router.n
+        if f.n == experts
         and not any(set(u) & order for u in f.units)
         and (_expert_axis(solution, f) or not any(set(u) & batch for u in f.units))
     ]
-    fewer = [f for f in first if f.n < router.n <= 2 * f.n and _expert_axis(solution, f)]
+    one = experts == router.n
+    fewer = [f for f in first if one and f.n < experts <= 2 * f.n and _expert_axis(solution, f)]
     listed = [
         n
         for n, m in model.named_modules()
-        if n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == router.n
+        if one and n.startswith(scope + ".") and isinstance(m, nn.ModuleList) and len(m) == experts
     ]
     if not (slabs or listed or fewer or _expert_axis(solution, router)):
         return None
     modules = [f"{listed[0]}.{i}" for i in range(router.n)] if listed and not slabs else []
-    return [*slabs, *fewer], tuple(modules)
+    return [_regrouped(f, _rows(router)) for f in (*slabs, *fewer)], tuple(modules)
+
+
+def _regrouped(f: Family, rows: np.ndarray) -> Family:
+    """Experts put together as the router's rows `(U, W)` are."""
+    if rows.shape[1] == 1:
+        return f
+    units = [tuple(sorted({c for e in row for c in f.units[e]})) for row in rows]
+    axes = {a: np.sort(v[rows].reshape(len(rows), -1), axis=1) for a, v in f.axes.items()}
+    return Family(units, axes, f.flags, f.names)
 
 
 def _joined(families: list[Family]) -> Family:

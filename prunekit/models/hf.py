@@ -4,12 +4,16 @@ Face hub.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from prunekit.architecture import offload
+from prunekit.architecture.compute import compute_in_float32
+from prunekit.architecture.mapped import check_mappable
 from prunekit.checkpoint import load, outline
 from prunekit.checkpoint.class_sizes import REFUSALS
 from prunekit.checkpoint.folder import check_plain
@@ -37,6 +41,7 @@ def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]
     """The model's configuration from where its weights are, else from `overrides`. Raises
     ConfigError.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if overrides and not Path(path).is_dir():
@@ -46,11 +51,11 @@ def _config(path: str, overrides: dict[str, Any] | None, options: dict[str, Any]
             )
         try:
             return AutoConfig.for_model(**overrides)
-        except ValueError as e:
-            raise ConfigError(f"model=hf: config={overrides}: {e}") from e
+        except (*REFUSALS, StrictDataclassError) as e:
+            raise ConfigError(f"model=hf: config={overrides}: {' '.join(str(e).split())}") from e
     try:
         return AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as e:
+    except (*REFUSALS, StrictDataclassError, OSError) as e:
         raise _lost(path, e) from e
 
 
@@ -74,6 +79,48 @@ def _pruned(
     )
 
 
+def _check_disk(path: str, device: str | None, device_map: Any) -> None:
+    """Raises ConfigError for what cannot lie in mapped files."""
+    check_mappable()
+    if device_map is not None or (device or default_device()) != "cpu":
+        raise ConfigError(
+            "model.weights=disk is computed on the CPU, from files mapped into host memory: give "
+            "model.device=cpu model.device_map=null"
+        )
+    if (Path(path).expanduser() / MANIFEST).is_file():
+        raise ConfigError(
+            f"model=hf: {path} is a checkpoint of prunekit, which is read whole: give "
+            "model.weights=memory"
+        )
+
+
+def _read(
+    loader: Any, path: str, config: Any, weights: str, device_map: Any, options: dict[str, Any]
+) -> tuple[nn.Module, Any]:
+    """Model and tokenizer from where they are. Raises ConfigError where neither disk nor hub has
+    them.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+
+    named = {k: v for k, v in options.items() if k != "dtype"}
+    with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
+        more: dict[str, Any] = {"device_map": device_map}
+        if weights == "disk":
+            with torch.device("meta"):
+                outline = loader.from_config(config, trust_remote_code=named["trust_remote_code"])
+            # Into the scratch folder go the weights that transformers stacks anew (experts).
+            more = {"device_map": offload.disk_map(outline), "offload_folder": scratch}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, **named)
+            model = loader.from_pretrained(path, **more, **options)
+        except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
+            raise _lost(path, e) from e
+        if weights == "disk":
+            offload.map_weights(model)
+    return model, tokenizer
+
+
 @models.register()
 def hf(
     meta: bool = False,
@@ -82,6 +129,8 @@ def hf(
     dtype: Literal["auto", "fast", "float32", "bfloat16", "float16"] = "auto",
     device: Device = None,
     device_map: str | dict[str, int | str] | None = None,
+    weights: Literal["memory", "disk"] = "memory",
+    compute: Literal["float32"] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     auto: AUTO = "AutoModelForCausalLM",
@@ -90,20 +139,40 @@ def hf(
     """Any model that transformers loads, and prunekit's own checkpoints: `path` is a local folder
     or a hub name.
 
-    `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `config` (a
-    `model_type` and sizes) serves `meta=True` where no folder is at hand, so that a plan needs no
-    network. Raises ConfigError where neither disk nor hub has the model.
+    `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `weights=disk` keeps
+    a copy of them, the one that is pruned, in mapped files on the disk (folder TMPDIR, as much room
+    as the model takes): no more than about one block at a time is in memory. `compute=float32` runs
+    half-precision weights in float32, converting one block at a time. `config` (a `model_type` and
+    sizes) serves `meta=True` where no folder is at hand, so that a plan needs no network. Raises
+    ConfigError where neither disk nor hub has the model, for a `revision` of a folder, for a device
+    or a `compute` beside a map, and for a `compute` of float32 weights.
     """
     import transformers
-    from safetensors import SafetensorError
 
     dtype_name = resolved_dtype(dtype, device)
+    if weights == "disk":
+        _check_disk(path, device, device_map)
     if path.startswith((".", "~", "/")):
         path = str(Path(path).expanduser().resolve())
         if not Path(path).is_dir() and not (meta and config):
             raise _lost(path, FileNotFoundError("no such folder"))
+    if device is not None and device_map is not None:
+        raise ConfigError(
+            f"model=hf: device={device!r} and device_map={device_map!r} both say where; give one "
+            "of them, the other null"
+        )
+    if compute is not None and device_map is not None:
+        raise ConfigError("model.compute=float32 converts weights in place: give device_map=null")
+    if revision and Path(path).is_dir():
+        raise ConfigError(
+            f"model=hf: revision={revision!r} is of a model on the hub, and path={path!r} is a "
+            "folder of this machine; give revision=null"
+        )
     if (Path(path) / MANIFEST).is_file():
-        return _pruned(path, dtype_name, device, device_map, meta)
+        pruned = _pruned(path, dtype_name, device, device_map, meta)
+        if compute is not None:
+            compute_in_float32(pruned[0])
+        return pruned
     if Path(path).is_dir():
         check_plain(Path(path))
     options: dict[str, Any] = {
@@ -118,17 +187,11 @@ def hf(
             return loader.from_config(
                 found, trust_remote_code=trust_remote_code, **kind
             ).eval(), None
-    _config(path, None, options)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-        model = loader.from_pretrained(
-            path,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype_name),
-            device_map=device_map,
-            **options,
-        )
-    except (*REFUSALS, SafetensorError, OSError, ImportError) as e:
-        raise _lost(path, e) from e
-    if device_map is None:
+    found = _config(path, None, options)
+    options["dtype"] = "auto" if dtype == "auto" else getattr(torch, dtype_name)
+    model, tokenizer = _read(loader, path, found, weights, device_map, options)
+    if weights == "memory" and device_map is None:
         model = model.to(device or default_device())
+    if compute is not None:
+        compute_in_float32(model)
     return model.eval(), tokenizer

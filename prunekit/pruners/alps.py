@@ -5,9 +5,7 @@ by ADMM until the choice rests; those that stay solve the least squares of the m
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.problem import Expected, Problem
@@ -17,7 +15,7 @@ from prunekit.pruners.matrixwise import (
     local_counts,
     prune_matrices,
 )
-from prunekit.registry import Natural, Positive, pruners
+from prunekit.registry import Above, Natural, Positive, pruners
 from prunekit.selection.elements import NM, Pattern, Scope
 from prunekit.solvers import alps as solver
 from prunekit.types import Pruned
@@ -37,7 +35,7 @@ def alps(
     scope: Scope = "matrix",
     pattern: NM = None,
     iterations: Positive = 300,
-    penalty: Annotated[float, Field(gt=0)] = 0.1,
+    penalty: Above = 0.1,
     cg_steps: Natural = 10,
     ridge: Ridge = 0.01,
     targets: list[str] | None = None,

@@ -18,7 +18,6 @@ from pydantic import Field
 
 from prunekit import graph
 from prunekit.activations.dense_reference import UnitReader, check_readers
-from prunekit.activations.gram import warn_of_little_text
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.checkpoint.remote_code.runtime_modules import Bypass, insert
 from prunekit.problem import Expected, Problem, expect
@@ -27,6 +26,7 @@ from prunekit.pruners.structured_obs import (
     Tokens,
     check_samples,
     local_allocation,
+    read_groups,
     readers_of,
     refit_blocks,
     regression,
@@ -125,16 +125,13 @@ def database(
         precision: of the forwards; sums are float32, solutions float64 either way.
 
     The database lies in the cache, one entry a sub-layer, so a run that was cut off goes on with
-    the next one and another ratio solves nothing anew. Notes have the levels that were taken.
+    the next one and another ratio solves nothing anew. The cache holds 2 GiB: of a larger database
+    (`prunekit plan` says its size) the oldest entries go. Notes have the levels that were taken.
     Nothing changes where the ratio removes nothing. Raises ConfigError for units that no linear
     module of a block reads, and for a single sample where a ridge is to be chosen.
     """
     model = problem.model
-    groups = problem.groups(kinds)
-    readers = readers_of(problem)
-    check_readers(groups, readers)
-    inputs = {r.reader.name: r.reader.weight.shape[1] for row in readers for r in row}
-    warn_of_little_text(problem.tokens, inputs)
+    groups, readers = read_groups(problem, kinds)
     how = regression(target, bias, token_weight, ridge, dense_ridge)
     check_samples("database", how, problem.tokens)
     passes = PassOptions(store, precision)

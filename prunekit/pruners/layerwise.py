@@ -17,8 +17,10 @@ from prunekit import graph
 from prunekit.activations.blockwise import groups_by_block
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.errors import ConfigError
+from prunekit.graph.discovery import discovery
 from prunekit.problem import Expected, Problem, check_no_loss, expect
 from prunekit.registry import pruners
+from prunekit.scoring.experts import expert_coverage
 from prunekit.selection.units import choose
 from prunekit.solvers.bias_compensation import add_biases, check_readable, lost_means
 from prunekit.types import Allocation, Kept, Pruned, Scores
@@ -82,22 +84,30 @@ def layerwise(
         precision: `bf16` runs the forwards in bfloat16.
         remove: false zeroes the units and keeps the shapes.
 
-    Counts come from the ratio, once, on the dense model. Raises ConfigError for a criterion that
-    needs the loss, and for units that stand outside the blocks.
+    Counts come from the ratio, once, on the dense model. Experts are cut out before the next block
+    is scored: a router would still send tokens to experts of zeros. Notes say how many tokens
+    reached the experts of each layer. Raises ConfigError for a criterion that needs the loss, and
+    for units that stand outside the blocks.
     """
     model = problem.model
     groups = problem.groups(kinds)
     allocation = _local(problem.allocate(groups))
+    known = discovery(model)
     kept: Kept = {}
     first: Scores = {}
+    seen: dict[str, Any] = {}
+    routed = {g.name for g in groups if g.kind == "experts"} if remove else set()
     for row, run in problem.by_block(groups, allocation.counts, PassOptions(store, precision)):
         scores = problem.score(row, run)
         mask = choose(model, row, scores, allocation)
         lost = lost_means(model, row, mask, run) if compensate == "bias" else {}
-        graph.zero(model, mask)
+        graph.remove(model, {n: m for n, m in mask.items() if n in routed}, known=known)
+        graph.zero(model, {n: m for n, m in mask.items() if n not in routed}, known)
         add_biases(model, lost)
+        seen |= expert_coverage(run)
         kept |= mask
         first |= scores
     if remove:
-        graph.remove(model, kept)
-    return Pruned(model, kept, groups, first, {"counts": allocation.counts})
+        graph.remove(model, {n: m for n, m in kept.items() if n not in routed}, known=known)
+    notes = {"counts": allocation.counts} | ({"experts_seen": seen} if seen else {})
+    return Pruned(model, kept, groups, first, notes)

@@ -24,7 +24,7 @@ from prunekit.architecture.linear import check_read, is_linear, readers, weight_
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
-from prunekit.registry import LearningRate, Natural, Positive, pruners
+from prunekit.registry import Above, LearningRate, Natural, Positive, pruners
 from prunekit.scoring.kronecker import Factors, Place, kronecker_factors
 from prunekit.selection.units import choose
 from prunekit.solvers.bias_compensation import add_biases
@@ -33,7 +33,6 @@ from prunekit.training.between_shots import correct
 from prunekit.types import Allocation, Group, Kept, Pruned, Scores
 
 Kinds = Annotated[list[Literal["heads", "neurons"]], Field(min_length=1)]
-Above = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ loses rows and columns of its own, or elements, and keeps its shape.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,7 +15,7 @@ from prunekit import graph
 from prunekit.architecture.matrices import matrix, module_name, to_out_in
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
-from prunekit.registry import LearningRate, Natural, Positive, pruners
+from prunekit.registry import Above, LearningRate, Natural, Positive, pruners
 from prunekit.scoring.kronecker import Factors, Place, kronecker_factors
 from prunekit.selection.elements import NM, Pattern, check_pattern, everywhere, of_each_run
 from prunekit.selection.lines import Lines, cheapest_lines, no_lines
@@ -31,7 +30,6 @@ from prunekit.training.between_shots import correct
 from prunekit.types import Counts, Group, Kept, Pruned
 
 Structure = Literal["rows_and_columns", "rows", "columns", "elements"]
-Above = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -273,11 +271,12 @@ def shoot_elements(
         cost = element_costs(W, c.A_inverse, c.G_inverse).float().cpu()
         costs[g.name] = cost.masked_fill_(~state.kept[g.name], -1.0)  # they go first again
     nats = 0.0
-    for name, kept in chosen_elements(costs, pool, count, how.pattern).items():
-        [g] = [g for g in pool if g.name == name]
-        W, going = matrix(model, g), state.kept[name] & ~kept
-        nats += float(costs[name][going].sum())
-        state.kept[name] = kept
+    chosen = chosen_elements(costs, pool, count, how.pattern)
+    for g in pool:
+        W, kept = matrix(model, g), chosen[g.name]
+        going = state.kept[g.name] & ~kept
+        nats += float(costs[g.name][going].sum())
+        state.kept[g.name] = kept
         if going.any():
             c = curvature(g, W, factors, state, how)
             new = without_elements(W, c.A_inverse, c.G_inverse, going.to(W.device), how.together)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.activations.gram import grams, warn_of_little_text
 from prunekit.activations.storage import PassOptions
+from prunekit.architecture.mapped import beside
 from prunekit.architecture.matrices import matrix, module_name, to_out_in
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
@@ -71,7 +72,7 @@ def write(model: nn.Module, g: Group, new: Tensor, mask: Tensor) -> Tensor:
     """
     W = matrix(model, g)
     W.copy_(new.to(W).masked_fill_(~mask, 0))
-    return to_out_in(model, g, mask).contiguous().cpu()
+    return beside(to_out_in(model, g, mask).contiguous().cpu(), W)
 
 
 def grams_by_block(

@@ -17,7 +17,6 @@ import torch
 
 from prunekit import graph
 from prunekit.activations.dense_reference import check_readers
-from prunekit.activations.gram import warn_of_little_text
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.problem import Expected, Problem, expect
 from prunekit.pruners.structured_obs import (
@@ -25,6 +24,7 @@ from prunekit.pruners.structured_obs import (
     Tokens,
     check_samples,
     local_allocation,
+    read_groups,
     readers_of,
     refit_blocks,
     regression,
@@ -82,11 +82,7 @@ def obs(
     ridge is to be chosen.
     """
     model = problem.model
-    groups = problem.groups(kinds)
-    readers = readers_of(problem)
-    check_readers(groups, readers)
-    inputs = {r.reader.name: r.reader.weight.shape[1] for row in readers for r in row}
-    warn_of_little_text(problem.tokens, inputs)
+    groups, readers = read_groups(problem, kinds)
     counts = local_allocation(problem, groups, "obs").counts
     if not any(counts.values()):
         return Pruned(model, {}, groups, {}, {"counts": counts})

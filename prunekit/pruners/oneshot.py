@@ -15,6 +15,7 @@ from prunekit import graph
 from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Expected, Problem, expect
 from prunekit.registry import Natural, Positive, pruners
+from prunekit.scoring.experts import expert_coverage
 from prunekit.selection.units import choose, expand_to_all_blocks, remaining_blocks, restrict
 from prunekit.solvers.bias_compensation import add_biases, check_readable, lost_means
 from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Scores
@@ -63,13 +64,14 @@ class Step:
 @dataclass
 class State:
     """Where a run over several steps stands: all groups and those that may lose units, at the
-    start, and what is kept of them by now.
+    start, what is kept of them by now, and how many tokens the experts got at first.
     """
 
     everything: list[Group]
     eligible: list[Group]
     kept: Kept = field(default_factory=dict)
     scores: Scores = field(default_factory=dict)
+    seen: dict[str, Any] = field(default_factory=dict)
 
 
 @pruners.register(
@@ -103,8 +105,8 @@ def oneshot(
         norm: `rescale` corrects RMSNorm for removed residual channels.
         remove: false zeroes instead of removing.
 
-    Raises ConfigError when nothing is left to prune, and with `redraw` for fewer samples than
-    steps.
+    Notes say how many tokens reached the experts of each layer. Raises ConfigError when nothing is
+    left to prune, and with `redraw` for fewer samples than steps.
     """
     everything = problem.units(kinds)
     state = State(everything, problem.groups(kinds))
@@ -119,7 +121,8 @@ def oneshot(
     groups = [g for g in everything if g.name in counts]
     if grouping == "none":
         groups = split(groups, counts)[0]
-    return Pruned(problem.model, state.kept, groups, state.scores, {"counts": counts})
+    notes = {"counts": counts} | ({"experts_seen": state.seen} if state.seen else {})
+    return Pruned(problem.model, state.kept, groups, state.scores, notes)
 
 
 def share_of(problem: Problem, step: int, steps: int) -> Problem:
@@ -164,6 +167,7 @@ def prune_once(problem: Problem, state: State, allocation: Allocation, how: Step
         state.kept = mask
     add_biases(model, lost)
     state.scores = state.scores or scores
+    state.seen = state.seen or expert_coverage(run)
 
 
 def split(groups: list[Group], counts: Counts) -> tuple[list[Group], Counts]:

@@ -4,10 +4,9 @@ feed-forward block again, by turns with what passes between them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit import graph
@@ -23,13 +22,12 @@ from prunekit.graph.replay import Span, record
 from prunekit.problem import Expected, Problem
 from prunekit.pruners.columnwise import Columns, check_columns
 from prunekit.pruners.matrixwise import Ridge, local_counts, warn_by_matrix, write
-from prunekit.registry import Positive, pruners
+from prunekit.registry import Above, Positive, pruners
 from prunekit.selection.elements import NM, Pattern
 from prunekit.solvers.sparsegpt import inverse_factor
 from prunekit.solvers.sparsellm import Ffn, Terms, alternate
 from prunekit.types import Group, Pruned
 
-Weight = Annotated[float, Field(gt=0)]
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By module: the factor of its input's inverse gram matrix, and which inputs are always zero."""
 
@@ -83,11 +81,11 @@ def sparsellm(
     block: Positive = 128,
     ridge: Ridge = 0.01,
     steps: Positive = 4,
-    alpha: Weight = 5.0,
-    beta: Weight = 5.0,
-    gamma: Weight = 5.0,
+    alpha: Above = 5.0,
+    beta: Above = 5.0,
+    gamma: Above = 5.0,
     descents: Positive = 2,
-    rate: Weight = 0.01,
+    rate: Above = 0.01,
     refit_ridge: Ridge = 1e-4,
     targets: list[str] | None = None,
     store: Store = "memory",

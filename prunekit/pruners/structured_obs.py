@@ -5,6 +5,7 @@ choose, zero and refit, each block on what the pruned ones before it put out.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -17,10 +18,11 @@ from prunekit.activations.blockwise import capture_inputs
 from prunekit.activations.dense_reference import (
     PairedStreams,
     UnitReader,
+    check_readers,
     is_residual_sum,
     readers_by_block,
 )
-from prunekit.activations.gram import GramStatistics, added
+from prunekit.activations.gram import GramStatistics, added, warn_of_little_text
 from prunekit.activations.storage import PassOptions
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
@@ -85,6 +87,19 @@ def check_samples(pruner: str, how: Regression, tokens: Tensor) -> None:
 def readers_of(problem: Problem) -> list[list[UnitReader]]:
     """The readers of heads and neurons in each block."""
     return readers_by_block(problem.model, problem.blocks(), problem.everything())
+
+
+def read_groups(
+    problem: Problem, kinds: Sequence[str]
+) -> tuple[list[Group], list[list[UnitReader]]]:
+    """The groups that may lose units, and the readers of all in each block. Warns of readers with
+    more inputs than there are tokens. Raises ConfigError for groups without a reader.
+    """
+    groups, readers = problem.groups(kinds), readers_of(problem)
+    check_readers(groups, readers)
+    inputs = {r.reader.name: r.reader.weight.shape[1] for row in readers for r in row}
+    warn_of_little_text(problem.tokens, inputs)
+    return groups, readers
 
 
 def local_allocation(problem: Problem, groups: list[Group], pruner: str) -> Allocation:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from prunekit.activations.storage import PassOptions, Precision, Store
-from prunekit.architecture.matrices import to_out_in, zero_elements
+from prunekit.architecture.mapped import beside
+from prunekit.architecture.matrices import matrix, to_out_in, zero_elements
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, check_no_loss, expect
 from prunekit.registry import Component, pruners
@@ -171,7 +172,9 @@ def unstructured(
             mask = everywhere(scores, sum(counts.values()))
         zero_elements(model, row, mask)
         # In host memory: the masks of all matrices come to a byte a weight.
-        kept |= {name: stays.cpu() for name, stays in mask.items()}
+        kept |= {
+            g.name: beside(mask[g.name].cpu(), matrix(model, g)) for g in row if g.name in mask
+        }
     emptied = [name for name, mask in kept.items() if not mask.any()]
     if emptied:
         log.warning("%d matrices lost every weight: %s", len(emptied), ", ".join(emptied[:5]))

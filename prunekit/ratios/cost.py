@@ -4,10 +4,9 @@ the hull of each cost curve instead of its dynamic programme).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from prunekit.activations.blockwise import iterate_blocks
@@ -23,7 +22,7 @@ from prunekit.activations.storage import PassOptions, Precision, Store, resolved
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
-from prunekit.registry import InnerRatio, Positive, Share, ratios
+from prunekit.registry import Above, InnerRatio, Positive, Share, ratios
 from prunekit.selection.budget import cheapest
 from prunekit.selection.shares import uniform_counts
 from prunekit.solvers.least_squares import prior_ridge, ridge_problem
@@ -43,7 +42,7 @@ def cost(
     cost_tokens: Positive = 16384,
     bias: bool = True,
     token_weight: Literal["relative", "equal"] = "relative",
-    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto",
+    ridge: Above | Literal["auto"] = "auto",
     store: Store = "memory",
     precision: Precision = "fast",
 ) -> Allocation:

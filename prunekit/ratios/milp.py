@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 
 from prunekit.problem import Problem
-from prunekit.ratios.level_search import Levels, levels_of
+from prunekit.ratios.level_search import levels_of
 from prunekit.registry import Share, ratios
 from prunekit.selection.levels import lowest_error
 from prunekit.selection.prices import REQUEST, Budgeted, Request
@@ -39,16 +39,8 @@ def milp(
     budget and error. Raises ConfigError where the budget cannot be met.
     """
     levels = levels_of(problem, groups, target, of, request)
-    return levels.allocation(lowest_error(levels.menu), front=front(levels))
-
-
-def front(levels: Levels) -> list[list[float]]:
-    """[share saved, summed local error] of the optimum of budgets up to the one that is asked
-    for.
-    """
-    points = []
-    for k in range(1, FRONT + 1):
-        menu = dataclasses.replace(levels.menu, budget=levels.budget * k / FRONT)
-        choice = lowest_error(menu)
-        points.append([menu.saved(choice) / levels.prices.dense, menu.error(choice)])
-    return points
+    menu = levels.menu
+    smaller = (dataclasses.replace(menu, budget=menu.budget * k / FRONT) for k in range(1, FRONT))
+    choices = [lowest_error(m) for m in (*smaller, menu)]
+    front = [[menu.saved(c) / levels.prices.dense, menu.error(c)] for c in choices]
+    return levels.allocation(choices[-1], front=front)

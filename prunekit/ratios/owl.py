@@ -12,7 +12,7 @@ from pydantic import Field
 from prunekit.architecture.matrices import matrices, matrix
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
-from prunekit.registry import Share, ratios
+from prunekit.registry import Above, Share, ratios
 from prunekit.scoring.wanda import input_norms, wanda_score
 from prunekit.selection.elements import floor_share
 from prunekit.types import Allocation, Group
@@ -25,7 +25,7 @@ def owl(
     *,
     target: Share = 0.5,
     lamda: Annotated[float, Field(ge=0, le=0.5)] = 0.08,
-    M: Annotated[float, Field(gt=0)] = 5,
+    M: Above = 5,
 ) -> Allocation:
     """Shares by block, `target` of the units on average: the more outliers among a block's Wanda
     scores, the smaller its share.

@@ -5,7 +5,7 @@ arXiv 1503.02531; of pruned models Minitron, arXiv 2407.14679).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -24,17 +24,13 @@ from prunekit.data.training_examples import (
 )
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
-from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, recoveries
+from prunekit.registry import Above, LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.distillation import Direction, Distillation
-from prunekit.training.low_rank import Updates, train_and_merge
+from prunekit.training.low_rank import Updates, check_updates, train_and_merge
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.training.weights import train_weights
 from prunekit.types import Pruned
 
-if TYPE_CHECKING:
-    pass
-
-Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0, le=1)]
 Source = Literal[Corpus, "generated"]
 
@@ -47,6 +43,7 @@ def check_distill(
     path: str | None,
     samples: int,
     validation_size: int,
+    r: int,
     targets: list[str] | None,
     batch: int,
     micro_batch: int,
@@ -55,7 +52,9 @@ def check_distill(
     """Raises ConfigError for options of `distill` that cannot be, as far as the shapes of `model`
     decide; no data is read.
     """
-    linear_names(model, targets)
+    names = linear_names(model, targets)
+    if r:
+        check_updates(model, names)
     micro_batches(batch, micro_batch)
     if dataset != "generated":
         check_source(dataset, split, path)
@@ -90,19 +89,20 @@ def distill(
     max_length: Length = 256,
     validation_size: Natural = 100,
     weight: Weight = 1.0,
-    temperature: Rate = 1.0,
+    temperature: Above = 1.0,
     direction: Direction = "forward",
     r: Natural = 0,
     alpha: Positive = 16,
     targets: list[str] | None = None,
     lr: LearningRate = 1e-4,
     warmup_steps: Natural = 100,
-    epochs: Rate = 1,
+    epochs: Above = 1,
     max_steps: Positive | None = None,
     batch: Positive = 64,
     micro_batch: Positive = 4,
     eval_every: Positive = 100,
     log_every: Positive = 10,
+    save_every: Positive = 100,
     seed: Seed = 42,
 ) -> nn.Module:
     """Trains the weights, or low-rank updates of them, to give the dense model's distribution of
@@ -127,6 +127,8 @@ def distill(
         micro_batch=micro_batch,
         eval_every=eval_every,
         log_every=log_every,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     names = linear_names(model, targets)

@@ -4,9 +4,8 @@ recipe), merged at the end.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from torch import nn
 
 from prunekit import graph
@@ -19,12 +18,19 @@ from prunekit.data.training_examples import (
     split_validation,
 )
 from prunekit.problem import Problem
-from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, Share, recoveries
-from prunekit.training.low_rank import Updates, train_and_merge
+from prunekit.registry import (
+    Above,
+    LearningRate,
+    Length,
+    Natural,
+    Positive,
+    Seed,
+    Share,
+    recoveries,
+)
+from prunekit.training.low_rank import Updates, check_updates, train_and_merge
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.types import Pruned
-
-Rate = Annotated[float, Field(gt=0)]
 
 
 def check_lora(
@@ -41,7 +47,7 @@ def check_lora(
     """Raises ConfigError for options of `lora` that cannot be, as far as the shapes of `model`
     decide (on any device, meta included); no data is read.
     """
-    linear_names(model, targets)
+    check_updates(model, linear_names(model, targets))
     micro_batches(batch, micro_batch)
     check_source(dataset, split, path)
 
@@ -70,12 +76,13 @@ def lora(
     targets: list[str] | None = None,
     lr: LearningRate = 1e-4,
     warmup_steps: Natural = 100,
-    epochs: Rate = 2,
+    epochs: Above = 2,
     max_steps: Positive | None = None,
     batch: Positive = 64,
     micro_batch: Positive = 4,
     eval_every: Positive = 100,
     log_every: Positive = 10,
+    save_every: Positive = 100,
     seed: Seed = 42,
 ) -> nn.Module:
     """Low-rank updates of all linear layers, trained on instructions or plain text and merged into
@@ -101,6 +108,8 @@ def lora(
         micro_batch=micro_batch,
         eval_every=eval_every,
         log_every=log_every,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     micro_batches(batch, micro_batch)  # said before the data is read

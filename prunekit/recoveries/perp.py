@@ -4,9 +4,8 @@ pruning took.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
 from torch import nn
 
 from prunekit import graph
@@ -15,14 +14,13 @@ from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.training_examples import Corpus, check_source, load_examples, split_validation
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
-from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, recoveries
+from prunekit.registry import Above, LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.masked_low_rank import Form, MaskedUpdates
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.training.weights import is_norm, train_weights
 from prunekit.types import Pruned
 
 Part = Literal["norms", "biases", "head"]
-Rate = Annotated[float, Field(gt=0)]
 
 
 def check_perp(
@@ -76,12 +74,13 @@ def perp(
     targets: list[str] | None = None,
     lr: LearningRate = 5e-4,
     warmup_steps: Natural = 10,
-    epochs: Rate = 1,
+    epochs: Above = 1,
     max_steps: Positive | None = None,
     batch: Positive = 16,
     micro_batch: Positive = 4,
     eval_every: Positive = 100,
     log_every: Positive = 10,
+    save_every: Positive = 100,
     seed: Seed = 42,
 ) -> nn.Module:
     """Trains norms, biases or the output matrix as they are, and low-rank updates of the linear
@@ -111,6 +110,8 @@ def perp(
         micro_batch=micro_batch,
         eval_every=eval_every,
         log_every=log_every,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     names = part_names(model, parts)

@@ -114,7 +114,7 @@ def reconstruct(
     dense = problem.dense().requires_grad_(False).to(next(model.parameters()).device).eval()
     blocks = check_alike(model, dense)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
-    layers = linear_names(model, targets) if updates else ()
+    layers = linear_names(model, targets)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the updates start at random
     options, errors = PassOptions(store, batch=batch), {}
@@ -128,7 +128,7 @@ def reconstruct(
         for own, other in pairs:
             name = blocks[own.block]
             inside = [n for n in layers if n.startswith(f"{name}.")]
-            change = MaskedUpdates(inside, updates or "mask", r, alpha)
+            change = MaskedUpdates(inside, updates, r, alpha) if updates else None
             theirs = [out for _, out in other.outputs()]
             with masked_updates(model, change, keep):
                 trained = trainable(own.module, norms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prunekit.report.fidelity import sentences
 from prunekit.report.load import Found
 from prunekit.report.metrics import Column
 from prunekit.report.table import Cell, ReportTable, Row
@@ -36,8 +37,8 @@ def heads(row: Row) -> tuple[str, str, str]:
     return row.label, ratio, {"dense": "-", "pruned": "no", "recovered": "yes"}[row.stage]
 
 
-def remarks(table: ReportTable) -> list[str]:
-    """What a reader must know about the numbers of one table."""
+def remarks(table: ReportTable, *, with_sentences: bool = True) -> list[str]:
+    """What a reader must know about the numbers of one table, and what each row lost in words."""
     lines = []
     seeds = {c.n for r in table.rows for c in r.cells.values() if c.n and r.stage != "dense"}
     if max(seeds, default=0) > 1:
@@ -68,7 +69,7 @@ def remarks(table: ReportTable) -> list[str]:
                 f"{title} {same} of {pairs}" for title, (same, pairs) in table.orders.items()
             )
             lines.append(f"Pairs of rows in the paper's order: {pairs}.")
-    return lines
+    return [*lines, *sentences(table)] if with_sentences else lines
 
 
 def troubles(found: Found) -> list[str]:

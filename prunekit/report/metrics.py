@@ -28,6 +28,20 @@ SIZES = {
     "prefill_ms": ("prefill (ms)", 1.0, "{:.1f}", -1),
     "decode_ms_per_token": ("decode (ms/token)", 1.0, "{:.2f}", -1),
 }
+SHARES = {
+    "flips_mean": ("flips", -1),
+    "loop_greedy": ("loops", -1),
+    "rouge_l_greedy": ("ROUGE-L to dense", 1),
+}
+"""Shares that a table shows as percentages, beside accuracies."""
+WRITTEN = ("exact_match_", "prompt_level_strict_acc_", "pass@1_", "needle_")
+"""Metrics of tasks whose answers are written, in front of the task's name."""
+MEANS = ("unseen", "in", "out")
+"""Perplexities over several texts, whose ratio to the dense model's is a column; of a single text
+the number is enough.
+"""
+QUALITY = ("ppl_", "kl_", "acc_", *SHARES, *WRITTEN)
+"""How the keys begin of which the best is marked, and that are plotted by cost and ratio."""
 PAPER_UNITS = {"#MACs": "#MACs (G)", "Memory": "Memory (MiB)"}
 """The paper's titles that need a unit here. Its latency is that of an unpublished script: no number
 of ours stands beside it.
@@ -68,26 +82,44 @@ def column(key: str) -> Column | None:
         return None
     if key in SIZES:
         return Column(key, *SIZES[key])
+    if key in SHARES:
+        title, better = SHARES[key]
+        return Column(key, title, 100.0, "{:.2f}", better)
     if key.startswith("ppl_"):
-        dataset, _, window = key[4:].rpartition("_")
-        return Column(key, TEXTS.get(key, f"{dataset}@{window}"), 1.0, "{:.2f}", -1)
+        name, how, _ = key[4:].partition("_to_dense")
+        dataset, _, window = name.rpartition("_")
+        if how and dataset not in MEANS:
+            return None
+        title = f"{dataset}@{window}" + (" / dense" if how else "")
+        return Column(key, TEXTS.get(key, title), 1.0, "{:.2f}", -1)
+    if key.startswith(("kl_in_", "kl_out_")):
+        side, _, window = key[3:].rpartition("_")
+        return Column(key, f"KL {side}@{window}", 1.0, "{:.3f}", -1)
+    if key.startswith(WRITTEN):
+        return Column(key, key.replace("_", " "), 100.0, "{:.2f}", 1)
     if key.startswith("acc_"):
         return Column(key, TASKS.get(key, key[4:].replace("_", " ")), 100.0, "{:.2f}", 1)
     return None
 
 
 def ordered(keys: Iterable[str]) -> list[Column]:
-    """Perplexities, the paper's tasks, other accuracies, the average, then sizes and times."""
+    """Perplexities, distances from the dense model, the paper's tasks, other accuracies, the
+    average, shares, then sizes and times.
+    """
     found = {k: c for k in dict.fromkeys(keys) if (c := column(k))}
     known = [*TEXTS, *TASKS]
 
     def rank(key: str) -> tuple[int, int]:
         if key.startswith("ppl_"):
             return 0, known.index(key) if key in known else 99
+        if key.startswith("kl_"):
+            return 1, 0
         if key == "acc_mean":
-            return 2, 0
+            return 3, 0
         if key.startswith("acc_"):
-            return 1, known.index(key) if key in known else 99
-        return 3, list(SIZES).index(key)
+            return 2, known.index(key) if key in known else 99
+        if key in SIZES:
+            return 5, list(SIZES).index(key)
+        return 4, 0
 
     return [found[k] for k in sorted(found, key=rank)]

@@ -2,6 +2,8 @@
 "use strict";
 const sheets = JSON.parse(document.getElementById("data").textContent);
 const MARKS = { dense: "star", pruned: "circle", recovered: "diamond" };
+const PALETTE = ["#0b6e99", "#d9730d", "#448361", "#c14c8a", "#9065b0", "#cb912f", "#2a9d8f", "#d44c47", "#6b8e23", "#5b7ec9", "#a0522d", "#20b2aa"];
+const NEUTRAL = "#8a8f94"; // the dense model is no method
 const drawn = [];
 const waiting = [];
 
@@ -31,7 +33,7 @@ function sortBy(table, index) {
   table.tBodies[0].append(...rows);
 }
 
-for (const table of document.querySelectorAll("table")) {
+for (const table of document.querySelectorAll(".wide table")) {
   [...table.tHead.rows[0].cells].forEach((th, i) => th.firstChild.addEventListener("click", () => sortBy(table, i)));
 }
 
@@ -66,18 +68,31 @@ function flush() {
   }
 }
 
+// A method has one colour in every plot of its table; once the colours are used up, they begin anew.
+function colourOf(sheet, label) {
+  const labels = [...new Set(sheet.points.filter((p) => p.stage !== "dense").map((p) => p.label))];
+  const place = labels.indexOf(label);
+  return place < 0 ? NEUTRAL : PALETTE[place % PALETTE.length];
+}
+
+function method(label, stage) {
+  return stage === "pruned" || stage === "dense" ? label || stage : `${label || "all"}, ${stage}`;
+}
+
 function quality(sheet, x, y) {
-  const traces = Object.keys(MARKS).map((stage) => {
-    const points = sheet.points.filter((p) => p.stage === stage && p.values[x] != null && p.values[y] != null);
-    return {
-      name: stage, mode: "markers", type: "scatter", marker: { symbol: MARKS[stage], size: 9 },
-      x: points.map((p) => p.values[x]), y: points.map((p) => p.values[y]),
-      error_y: { array: points.map((p) => p.spreads[y] || 0), thickness: 1 },
-      text: points.map((p) => plain(p.label) + (p.target == null ? "" : ` ${Math.round(p.target * 100)} %`)),
-      hovertemplate: "%{text}<br>%{x}, %{y}<extra>%{fullData.name}</extra>",
-    };
-  });
-  return traces.filter((t) => t.x.length);
+  const groups = {};
+  for (const p of sheet.points) {
+    if (p.values[x] == null || p.values[y] == null) continue;
+    (groups[JSON.stringify([p.label, p.stage])] ||= []).push(p);
+  }
+  return Object.values(groups).map((points) => ({
+    name: plain(method(points[0].label, points[0].stage)), mode: "markers", type: "scatter",
+    marker: { symbol: MARKS[points[0].stage], size: 9, color: colourOf(sheet, points[0].stage === "dense" ? null : points[0].label) },
+    x: points.map((p) => p.values[x]), y: points.map((p) => p.values[y]),
+    error_y: { array: points.map((p) => p.spreads[y] || 0), thickness: 1 },
+    text: points.map((p) => plain(p.label) + (p.target == null ? "" : ` ${Math.round(p.target * 100)} %`)),
+    hovertemplate: `%{text}<br>%{x}, %{y}<extra>${points[0].stage}</extra>`,
+  }));
 }
 
 function front(sheet, x, y, better) {
@@ -86,24 +101,29 @@ function front(sheet, x, y, better) {
   points.sort((a, b) => a[0] - b[0] || better * (b[1] - a[1]));
   let best = null;
   const kept = points.filter(([, q]) => (best === null || better * (q - best) > 0 ? ((best = q), true) : false));
-  return { name: "Pareto front", mode: "lines", type: "scatter", x: kept.map((p) => p[0]), y: kept.map((p) => p[1]), line: { dash: "dot", shape: "hv" } };
+  return { name: "Pareto front", mode: "lines", type: "scatter", x: kept.map((p) => p[0]), y: kept.map((p) => p[1]), line: { dash: "dot", shape: "hv", color: NEUTRAL } };
 }
 
 function byRatio(sheet, y) {
   const lines = {};
   for (const p of sheet.points) {
     if (p.stage === "dense" || p.target == null || p.values[y] == null) continue;
-    (lines[`${p.label || "all"}, ${p.stage}`] ||= []).push([p.target, p.values[y], p.spreads[y] || 0]);
+    (lines[JSON.stringify([p.label, p.stage])] ||= []).push(p);
   }
-  return Object.entries(lines).filter(([, v]) => v.length > 1).map(([name, v]) => {
-    v.sort((a, b) => a[0] - b[0]);
-    return { name: plain(name), mode: "lines+markers", type: "scatter", x: v.map((a) => a[0]), y: v.map((a) => a[1]), error_y: { array: v.map((a) => a[2]), thickness: 1 } };
+  return Object.values(lines).filter((points) => points.length > 1).map((points) => {
+    points.sort((a, b) => a.target - b.target);
+    const { label, stage } = points[0];
+    return {
+      name: plain(method(label || "all", stage)), mode: "lines+markers", type: "scatter",
+      x: points.map((p) => p.target), y: points.map((p) => p.values[y]), error_y: { array: points.map((p) => p.spreads[y] || 0), thickness: 1 },
+      line: { color: colourOf(sheet, label), dash: stage === "recovered" ? "dash" : "solid" }, marker: { symbol: MARKS[stage] },
+    };
   });
 }
 
 function scatters(place, sheet, metric) {
   place.replaceChildren();
-  const scale = metric.key.startsWith("ppl_") ? { type: "log" } : {};
+  const scale = metric.key.startsWith("ppl_") && !metric.key.endsWith("_to_dense") ? { type: "log" } : {};
   const y = { title: { text: plain(metric.title) }, ...scale };
   const has = (key) => sheet.points.some((p) => p.values[key] != null && p.values[metric.key] != null);
   for (const [key, name] of [["params", "parameters (billions)"], ["prefill_ms", "prefill (ms)"], ["decode_ms_per_token", "decode (ms/token)"]]) {
@@ -132,7 +152,7 @@ function curves(place, all) {
 
 for (const place of document.querySelectorAll(".plots")) {
   const sheet = sheets[place.dataset.sheet];
-  const metrics = sheet.metrics.filter((m) => m.key.startsWith("ppl_") || m.key.startsWith("acc_"));
+  const metrics = sheet.metrics.filter((m) => m.quality);
   if (metrics.length) {
     const label = document.createElement("label");
     const select = document.createElement("select");

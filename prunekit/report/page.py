@@ -11,9 +11,14 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from prunekit.report.fidelity import Panel, panels
 from prunekit.report.formatting import HEADS, heads, ours, remarks, theirs, troubles
 from prunekit.report.load import STAGES, Found, Result
+from prunekit.report.metrics import QUALITY
 from prunekit.report.table import ReportTable, Row
+
+OPEN = 6
+"""So many panels are shown at once; more are folded away."""
 
 
 def html(tables: Sequence[ReportTable], found: Found) -> str:
@@ -52,12 +57,43 @@ def section(table: ReportTable, index: int) -> str:
         f'<th scope="col"><button type="button">{escape(t)}</button></th>' for t in titles
     )
     rows = "\n".join(table_row(table, row) for row in table.rows)
-    notes = "".join(f"<p>{escape(line)}</p>" for line in remarks(table))
+    notes = "".join(f"<p>{escape(line)}</p>" for line in remarks(table, with_sentences=False))
     return (
         f"<section><h2>{escape(table.title)}</h2>\n"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{rows}</tbody></table></div>\n"
-        f'<div class="notes">{notes}</div><div class="plots" data-sheet="{index}"></div></section>'
+        f'<div class="notes">{notes}</div>{fidelity(table)}'
+        f'<div class="plots" data-sheet="{index}"></div></section>'
+    )
+
+
+def fidelity(table: ReportTable) -> str:
+    """What each row kept of the dense model; empty where none was compared with it."""
+    found = panels(table)
+    if not found:
+        return ""
+    state = " open" if len(found) <= OPEN else ""
+    return (
+        f"<details{state}><summary>What is kept of the dense model</summary>"
+        f'<div class="panels">{"".join(map(panel, found))}</div></details>'
+    )
+
+
+def panel(of: Panel) -> str:
+    """One row's panel: its sentence, and a bar for every number that is a share of the dense
+    model's.
+    """
+    rows = []
+    for line in of.lines:
+        texts = "".join(f"<td>{escape(text)}</td>" for text in (line.dense, line.here, line.change))
+        share = None if line.kept is None else max(0.0, min(1.0, line.kept))
+        bar = "" if share is None else f'<span class="bar" style="width:{share:.0%}"></span>'
+        rows.append(f"<tr><th scope=row>{escape(line.title)}{bar}</th>{texts}</tr>")
+    return (
+        f"<article><h4>{escape(of.label)}</h4><p>{escape(of.sentence)}</p>"
+        '<div class="scroll"><table>'
+        "<tr><td></td><td>dense</td><td>here</td><td>change</td></tr>"
+        f"{''.join(rows)}</table></div></article>"
     )
 
 
@@ -89,7 +125,15 @@ def plots(table: ReportTable) -> dict[str, Any]:
     """
     pruned = [r for r in table.rows if r.stage == "pruned"]
     return {
-        "metrics": [{"key": c.key, "title": c.title, "better": c.better} for c in table.columns],
+        "metrics": [
+            {
+                "key": c.key,
+                "title": c.title,
+                "better": c.better,
+                "quality": c.key.startswith(QUALITY),
+            }
+            for c in table.columns
+        ],
         "points": [point(table, row) for row in table.rows],
         "widths": by_layer(
             pruned,

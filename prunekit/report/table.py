@@ -12,7 +12,7 @@ from typing import Any
 
 from prunekit.report.labels import names
 from prunekit.report.load import STAGES, Found, Result
-from prunekit.report.metrics import Column, ordered
+from prunekit.report.metrics import QUALITY, Column, ordered
 from prunekit.report.paper import Paper, paper, same_model
 
 
@@ -194,7 +194,7 @@ def mark_best(rows: Sequence[Row], column: Column) -> None:
         if (
             len(block) < 2
             or column.key not in {c for r in block for c in r.cells}
-            or not column.key.startswith(("ppl_", "acc_"))
+            or not column.key.startswith(QUALITY)
         ):
             continue
         top = (

@@ -43,7 +43,7 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
     path = Path(cfg["model"]["path"])
     parts = check_again(cfg, path, recover)
     kept = kept_units(path)
-    stored, standing = cache.open_cache(cfg), Finished(folder, cfg, models=False)
+    stored, standing = cache.open_cache(cfg), Finished(folder, cfg, models=bool(cfg["save"]))
     dense = DenseModel(stored, lambda: dense_model(path)()[0])
     job = Job(cfg, folder, parts, Stages(), {}, stored, standing, dense)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
             zeroed = zeros(model)
             start = Pruned(model, zeroed[1], zeroed[0])
             with stage(job, "recover", "recovering"):
-                done.model = parts.recovery(pose(job, model, tokenizer, {}), start)
+                done.model = parts.recovery(pose(job, "recovered", model, tokenizer, {}), start)
                 check_finite(job, done.model, "recover")
             done.notes = start.notes
             measure(job, "recovered", lambda: done.model, tokenizer, tracker)

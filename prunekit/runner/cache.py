@@ -15,7 +15,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from prunekit.activations import processes
 from prunekit.activations.runs import ModelRun
+from prunekit.architecture.mapped import release
 from prunekit.errors import ConfigError
 from prunekit.registry import Component
 from prunekit.runner import provenance, store
@@ -128,8 +130,10 @@ class Cache:
 
 
 def open_cache(cfg: dict[str, Any]) -> Cache:
-    """Raises ConfigError for a `cache` that is neither on nor off."""
-    return Cache(cfg, switched_on(cfg.get("cache", True)))
+    """Raises ConfigError for a `cache` that is neither on nor off. Processes that work together go
+    without: one would wait for the other's entry, and the other for its sums.
+    """
+    return Cache(cfg, switched_on(cfg.get("cache", True)) and processes.count() == 1)
 
 
 def switched_on(value: Any) -> bool:
@@ -177,6 +181,7 @@ def model_print(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device.type}".encode())
         hasher.update(bytes_of(tensor))
+        release([tensor])
     return hasher.hexdigest()
 
 

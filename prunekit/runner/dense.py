@@ -73,6 +73,9 @@ class _Handle:
     def itself(self) -> bool:
         return self.model is not None
 
+    def load(self) -> nn.Module:
+        return self.owner.load() if self.model is None else self.model
+
     def remember(
         self, name: str, compute: Callable[[nn.Module], dict[str, Tensor]]
     ) -> dict[str, Tensor]:

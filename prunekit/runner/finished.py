@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from prunekit import checkpoint
+from prunekit.architecture.mapped import mapped
 from prunekit.errors import ConfigError
 from prunekit.runner import store
 from prunekit.runner.distributed import first_process
@@ -67,14 +69,17 @@ class Finished:
     def entry(self, name: str) -> store.Entry:
         path = self.top / self.key / f"{name.replace('/', '-')}{store.ENDING}"
         key = f"{self.key}-{name}".replace(" ", "-")
-        return store.Entry(key, name, store.decode_numbers, store.encode_numbers, path)
+        codec = (store.decode_numbers, store.encode_numbers)
+        return store.Entry(key, name, *codec, path, most=sys.maxsize)  # it is the job's own
 
     def keep(self, name: str, standing: Standing) -> None:
-        """The model of stage `name`, if models are kept and this one lies on one device: whole, or
-        not at all.
+        """The model of stage `name`, if models are kept and this one lies in the memory of one
+        device: whole, or not at all.
         """
         model = standing.pruned.model
-        if not self.models or not first_process() or getattr(model, "hf_device_map", None):
+        if not self.models or not first_process() or mapped(model):
+            return
+        if getattr(model, "hf_device_map", None):
             return
         folder = self.top / self.key / name
         notes = {k: v for k, v in standing.pruned.notes.items() if is_plain(v)}
@@ -97,6 +102,7 @@ class Finished:
             return
         store.write(self.entry(f"{name}-facts"), facts)
         store.write(self.tensors(name), tensors)
+        self.tensors(f"{name}-training").path.unlink(missing_ok=True)
         size = sum(p.stat().st_size for p in self.top.rglob("*") if p.is_file())
         log.info("stage %s is kept: %d MiB in %s", name, size // 2**20, self.top)
 
@@ -127,6 +133,10 @@ class Finished:
         pruned = Pruned(model, under("kept:"), groups, under("scores:"), facts["notes"])
         return Standing(pruned, tokenizer, under("texts:"), facts["costs"])
 
+    def training(self, name: str) -> Training | None:
+        """Where a training in stage `name` keeps how far it is; None if models are not kept."""
+        return Training(self.tensors(f"{name}-training")) if self.models else None
+
     def drop(self) -> None:
         """All of it, once the result is written."""
         if first_process():
@@ -148,3 +158,24 @@ def restored(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Group:
     )
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return Group(**plain | {"members": members})
+
+
+class Training:
+    """How far a training is, in one entry that is replaced as a whole: see `types.Progress`."""
+
+    def __init__(self, entry: store.Entry):
+        self.entry = entry
+
+    def read(self) -> dict[str, Tensor] | None:
+        try:
+            found: dict[str, Tensor] = store.read(self.entry)
+        except FileNotFoundError:
+            return None
+        except (store.Damaged, OSError) as error:
+            log.warning("%s: training starts anew: %s", self.entry.path, error)
+            return None
+        return found
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        self.entry.path.parent.mkdir(parents=True, exist_ok=True)
+        store.write(self.entry, tensors)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.activations.runs import forward
+from prunekit.architecture.mapped import release
 from prunekit.errors import NotFinite
 from prunekit.registry import Component
 from prunekit.types import Group, Run, Scores
@@ -29,6 +30,7 @@ def check_weights(model: nn.Module, stage: str) -> None:
     by_device: dict[torch.device, list[Tensor]] = {}
     for _, p in named:
         by_device.setdefault(p.device, []).append(p.isfinite().all())
+        release([p])
     if all(bool(torch.stack(flags).all()) for flags in by_device.values()):  # one wait a device
         return
     name, bad = next((n, p) for n, p in named if not bool(p.isfinite().all()))

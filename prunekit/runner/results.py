@@ -31,15 +31,15 @@ def to_dense(
     when: str, numbers: dict[str, float], known: dict[str, float], start: str | None
 ) -> dict[str, float]:
     """The numbers whose keys begin with `start`, divided by the dense model's, under
-    `when/<key>_to_dense`; nothing for the dense model itself, nor for a checkpoint that is measured
-    alone.
+    `when/<key>_to_dense`. Standard errors have none; nor has the dense model itself, nor a
+    checkpoint that is measured alone.
     """
     if when == "dense" or start is None:
         return {}
     return {
         f"{when}/{k}_to_dense": float(v) / known[f"dense/{k}"]
         for k, v in numbers.items()
-        if k.startswith(start) and f"dense/{k}" in known
+        if k.startswith(start) and not k.endswith("_stderr") and f"dense/{k}" in known
     }
 
 

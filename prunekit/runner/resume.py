@@ -54,7 +54,8 @@ def names_in(node: Any) -> Iterator[str]:
 def check_mode(cfg: dict[str, Any]) -> str:
     """`resume` of a configuration. Raises ConfigError for one that there is not."""
     mode = cfg.get("resume", "strict")
-    mode = {False: "off", True: "strict"}.get(mode, mode)  # YAML reads a bare off as false
+    if isinstance(mode, bool):  # YAML reads a bare off as false
+        mode = "strict" if mode else "off"
     if mode not in MODES:
         raise ConfigError(f"resume={mode!r}; possible: {', '.join(MODES)}")
     return str(mode)

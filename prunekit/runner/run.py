@@ -22,7 +22,7 @@ from prunekit.profiling import Stages
 from prunekit.registry import Component, draw
 from prunekit.runner import cache, numerics, progress, provenance, results, tracking
 from prunekit.runner.dense import DenseModel
-from prunekit.runner.distributed import first_process
+from prunekit.runner.distributed import first_process, join_others
 from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.preflight import Components, check
 from prunekit.types import Pruned
@@ -55,6 +55,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     Of several processes (torchrun, accelerate launch) the first one writes.
     """
     path = Path(folder)
+    join_others()
     kept = Finished(path, cfg, models=bool(cfg["save"]))
     parts, stored = check(cfg), cache.open_cache(cfg)
     dense = DenseModel(stored, lambda: parts.model()[0])
@@ -96,7 +97,7 @@ def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
         measure(job, "dense", lambda: model, tokenizer, tracker)
         check_reported(job)
         with stage(job, "prune", "pruning"), offload.in_memory(model):
-            pruned = job.parts.pruner(pose(job, model, tokenizer, texts))
+            pruned = job.parts.pruner(pose(job, "pruned", model, tokenizer, texts))
             check_finite(job, pruned.model, "prune")
         standing = Standing(pruned, tokenizer, texts, job.stages.results)
         job.kept.keep("pruned", standing)
@@ -117,7 +118,7 @@ def recovered(job: Job, start: Standing) -> Standing:
         return standing
     pruned = start.pruned
     with stage(job, "recover", "recovering"):
-        problem = pose(job, pruned.model, start.tokenizer, start.texts)
+        problem = pose(job, "recovered", pruned.model, start.tokenizer, start.texts)
         pruned.model = job.parts.recovery(problem, pruned)
         check_finite(job, pruned.model, "recover")
     standing = Standing(pruned, start.tokenizer, start.texts, job.stages.results)
@@ -125,8 +126,10 @@ def recovered(job: Job, start: Standing) -> Standing:
     return standing
 
 
-def pose(job: Job, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]) -> Problem:
-    """What the pruner and the recovery work on."""
+def pose(
+    job: Job, name: str, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]
+) -> Problem:
+    """What the pruner or the recovery of stage `name` works on."""
     parts = job.parts
     criterion = parts.criterion and job.cache.scores(parts.criterion, job.stages)
     if not job.cfg.get("allow_nonfinite"):
@@ -140,6 +143,7 @@ def pose(job: Job, model: nn.Module, tokenizer: Any, texts: dict[str, Tensor]) -
         parts.exclude,
         load_dense=lambda: parts.model()[0],
         remember=job.cache.keeper(model, texts),
+        training=job.kept.training(name),
     )
 
 

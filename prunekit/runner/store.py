@@ -37,8 +37,8 @@ def folder() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """What something is stored under, what it is called in a result, what its bytes are, and where
-    they lie.
+    """What something is stored under, what it is called in a result, what its bytes are, where they
+    lie, and how many there may be.
     """
 
     key: str
@@ -46,6 +46,7 @@ class Entry:
     decode: Callable[[bytes], Any]
     encode: Callable[[Any], bytes]
     path: Path
+    most: int = LIMIT
 
     @classmethod
     def of_scores(cls, key: str) -> Entry:
@@ -120,7 +121,7 @@ def read(entry: Entry) -> Any:
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise Damaged("it is not a file")
-    if status.st_size > LIMIT:
+    if status.st_size > entry.most:
         raise Damaged(f"it has {status.st_size} bytes")
     with path.open("rb") as file:
         header, content = file.readline(LONGEST_HEADER).split(), file.read()

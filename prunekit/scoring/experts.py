@@ -13,18 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations import processes
 from prunekit.activations.hooks import pass_tokens
 from prunekit.errors import ConfigError
+from prunekit.graph.expert_neurons import expert_numbers, expert_slabs, unit_of_expert
 from prunekit.graph.sample_run import ERRORS
-from prunekit.types import Group, Member, Run, tensor_of
+from prunekit.types import Group, Run
 
 log = logging.getLogger("prunekit")
+ADDED = ("frequency", "weight", "norm", "squared_norm", "weighted_norm")
+"""The statistics that are sums over tokens."""
 
 
 @dataclass
 class ExpertStatistics:
-    """Six numbers an expert, each (U,) float64, over the tokens routed to it; f is its output
-    before the router's weight g.
+    """Six numbers a unit, each (U,) float64, over the tokens routed to its expert (to any of them,
+    where a router picks groups first); f is an expert's output before the router's weight g.
     """
 
     frequency: Tensor
@@ -105,6 +109,16 @@ def output_of(
     return found.reshape(len(one), -1)
 
 
+def output_by(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Routed, expert: int
+) -> Tensor:
+    """(T, C) what one expert would put out for every token, before a weight."""
+    only = torch.zeros_like(call.weight)
+    only[:, 0] = 1
+    picks = torch.full_like(call.picks, expert)
+    return _called(module, args, kwargs, call, picks, only).reshape(len(only), -1)
+
+
 def _called(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -126,13 +140,6 @@ def check_experts(groups: Sequence[Group]) -> None:
         raise ConfigError(f"this scores experts, and {other.name} is of kind {other.kind}")
 
 
-def expert_slabs(model: nn.Module, group: Group) -> list[Member]:
-    """The members that hold weights of the experts themselves; the others are the router's rows and
-    biases.
-    """
-    return [m for m in group.members if tensor_of(model, m.param).dim() > 2 or m.width > 1]
-
-
 def expert_parents(model: nn.Module, group: Group) -> list[str]:
     """The modules around an expert group's weights, the innermost first."""
     slabs = [m.param for m in expert_slabs(model, group)]
@@ -151,6 +158,7 @@ def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
     """
     found: dict[str, ExpertStatistics] = {}
     owner: dict[str, str] = {}
+    units = {g.name: unit_of_expert(expert_numbers(model, g)) for g in groups}
 
     def after(group: Group, path: str) -> Any:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -159,9 +167,14 @@ def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
                 return
             if group.name not in found:
                 found[group.name] = ExpertStatistics.zeros(group.units, call.picks.device)
+            unit = units[group.name].to(call.picks.device)
             for pick in range(call.picks.shape[1]):
                 f = output_of(module, args, kwargs, call, pick)
-                found[group.name].add(call.picks[:, pick], call.weight[:, pick], f)
+                index = call.picks[:, pick]
+                known = unit[index.clamp(max=len(unit) - 1)]
+                # Experts without weights of their own come after the others, and count for none.
+                unit_at = torch.where(index < len(unit), known, group.units)
+                found[group.name].add(unit_at, call.weight[:, pick], f)
 
         return see
 
@@ -191,7 +204,7 @@ def expert_statistics(
     missing = [g for g in groups if ("experts", g.name) not in run.statistics]
     if missing:
         with watch_experts(model, missing) as found:
-            pass_tokens(run, "experts")
+            pass_tokens(processes.own_part(run), "experts")
         for g in missing:
             if g.name not in found:
                 raise ConfigError(
@@ -199,9 +212,27 @@ def expert_statistics(
                     "experts and weights of each token, so their outputs cannot be told apart; "
                     "take criterion=aimer or l2, which read weights alone"
                 )
-            run.statistics["experts", g.name] = found[g.name]
+            sums = found[g.name]
+            processes.add_up([getattr(sums, name) for name in ADDED])
+            processes.add_up([sums.maximum], largest=True)
+            run.statistics["experts", g.name] = sums
         _say_coverage(missing, found)
     return {g.name: run.statistics["experts", g.name] for g in groups}
+
+
+def expert_coverage(run: Run) -> dict[str, dict[str, int]]:
+    """By group what this run's statistics of experts rest on, for a pruner's notes: how many units
+    no token reached (`unseen`), and the fewest tokens of one (`fewest`). Empty where none were
+    taken.
+    """
+    seen = {
+        key[1]: s.frequency
+        for key, s in run.statistics.items()
+        if isinstance(s, ExpertStatistics) and isinstance(key, tuple)
+    }
+    return {
+        name: {"unseen": int((n == 0).sum()), "fewest": int(n.min())} for name, n in seen.items()
+    }
 
 
 def _say_coverage(groups: Sequence[Group], found: Mapping[str, ExpertStatistics]) -> None:

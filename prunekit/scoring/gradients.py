@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.activations import processes
 from prunekit.activations.runs import samples_at_once
 from prunekit.architecture.blocks import block_modules
 from prunekit.architecture.linear import is_linear
+from prunekit.architecture.mapped import release
 from prunekit.errors import ConfigError
 from prunekit.types import Run, tensor_of
 
@@ -84,7 +86,9 @@ def backward(
             the sums over the batches take as much memory as the weights in `names`, with `squares`
             twice as much, in float32. Weights that go sample by sample do so in any case.
 
-    Raises ConfigError where accelerate keeps a weight elsewhere.
+    Of several processes each takes a part of the samples, unless `squares`, and gradients are added
+    up at the end (as much memory as the weights in `names`). Raises ConfigError where accelerate
+    keeps a weight elsewhere.
     """
     wanted = list(dict.fromkeys(names))
     check_in_memory(model, wanted)
@@ -92,6 +96,7 @@ def backward(
     def deliver(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
         with torch.no_grad():
             sink(name, weight, gradient, mean_squared)
+            release([weight])
 
     total = len(run.tokens)
     at_once = batch or samples_at_once(run.tokens, TOKENS)
@@ -166,12 +171,14 @@ def _whole_batch(
     model: nn.Module, names: list[str], run: Run, sink: Sink, batch: int, progress: _Progress
 ) -> None:
     total = len(run.tokens)
-    batches = -(-total // batch)
+    mine = processes.own_part(run)
+    share = len(mine.tokens)
+    batches = -(-share // batch)
     seen = 0
     waiting = dict.fromkeys(names)
 
     def fold(name: str, p: Tensor) -> None:
-        if seen == batches:
+        if seen == batches and processes.count() == 1:
             assert p.grad is not None
             sink(name, p, p.grad, None)
             p.grad = None
@@ -181,18 +188,21 @@ def _whole_batch(
         tensor_of(model, n).register_post_accumulate_grad_hook(partial(fold, n)) for n in names
     ]
     try:
-        for out in run.losses(batch):
+        for out in mine.losses(batch):
             seen += 1
-            size = min(batch, total - (seen - 1) * batch)
+            size = min(batch, share - (seen - 1) * batch)
             # The mean over all N samples, whatever the size of the last batch.
             (out.loss * (size / total)).backward()
             progress.done()
     finally:
         for h in hooks:
             h.remove()
-    for name in list(waiting):  # the last batch did not reach them: experts that had no token
+    # The last batch did not reach them (experts that had no token), or other processes add theirs.
+    for name in list(waiting):
         p = tensor_of(model, name)
-        sink(name, p, torch.zeros_like(p) if p.grad is None else p.grad, None)
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        processes.add_up([gradient])
+        sink(name, p, gradient, None)
         p.grad = None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.architecture.mapped import beside
 from prunekit.architecture.matrices import matrix, module_name, to_out_in
 from prunekit.checkpoint.remote_code.runtime_modules import Gather, insert
 from prunekit.selection.free_channels import FreeChannels, FreeReaders, reorder, reorder_along
@@ -106,7 +107,8 @@ class ChannelOrder:
         W = matrix(self.model, g)
         with torch.device("meta"):
             linear = nn.Linear(W.shape[1], W.shape[0], module.bias is not None)
-        linear.weight = nn.Parameter(W.detach()[:, order].contiguous(), W.requires_grad)
+        new = beside(W.detach()[:, order].contiguous(), W)
+        linear.weight = nn.Parameter(new, W.requires_grad)
         linear.bias = module.bias
         insert(self.model, name, Gather.before(linear.train(module.training), order))
         scores[g.name] = s[:, order].contiguous()

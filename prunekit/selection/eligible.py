@@ -29,6 +29,7 @@ def apply_exclusion(
     if not remaining:
         raise ConfigError(
             f"the exclusion leaves nothing of {len(groups)} groups "
-            f"({groups[0].name} .. {groups[-1].name}); exclude=none leaves nothing alone"
+            f"({groups[0].name} .. {groups[-1].name}): give exclude=none, or leave fewer blocks "
+            "alone (exclude=ends: exclude.first, exclude.last; exclude=range: its ranges)"
         )
     return remaining

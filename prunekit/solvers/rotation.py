@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.architecture.linear import weight_of
+from prunekit.architecture.mapped import beside
 from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps
 from prunekit.graph.discovery import forget
 from prunekit.graph.slicing import update_sizes
@@ -105,6 +106,7 @@ def _insert(model: nn.Module, path: str, module: Any, weight: Tensor) -> None:
     like = next(model.get_submodule(path.rpartition(".")[0]).parameters())
     module = module.to(like.device, like.dtype)
     module.weight.copy_(weight)
+    module.weight.data = beside(module.weight.data, like)
     insert(model, path, module.requires_grad_(like.requires_grad))
 
 
@@ -144,7 +146,8 @@ def put_linear(module: nn.Module, W: Tensor) -> None:
 def put(module: nn.Module, weight: Tensor) -> None:
     """A new weight in the old one's dtype and on its device; the module's sizes follow."""
     old: Tensor = module.weight  # type: ignore[assignment]
-    module.weight = nn.Parameter(weight.to(old).contiguous(), requires_grad=old.requires_grad)
+    new = beside(weight.to(old).contiguous(), old)
+    module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
     update_sizes(module, "weight", old.shape)
 
 

@@ -107,7 +107,11 @@ class Bar(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(
-                total=state.max_steps, desc="training", bar_format=self.FORMAT, dynamic_ncols=True
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                bar_format=self.FORMAT,
+                dynamic_ncols=True,
             )
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from prunekit.data.training_examples import Example
+from prunekit.errors import ConfigError
 from prunekit.training.distillation import Distillation, Teacher
 from prunekit.training.recipe import Recipe
 from prunekit.training.zeros import apply_masks
@@ -63,6 +64,27 @@ def train_and_merge(
         parameter.requires_grad_(flags[name])
     apply_masks(model, keep)
     return history, trained
+
+
+def check_updates(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises ConfigError naming a linear layer that peft puts no updates on in models of this kind
+    (Mamba's `out_proj`, whose kernel reads the weight past the layer).
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    for leaf in leaves:
+        alone: Any = nn.Module()
+        alone.config = getattr(model, "config", None)
+        setattr(alone, leaf, nn.Linear(1, 1, device="meta"))
+        try:
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=[leaf]), alone)
+        except ValueError:
+            others = ", ".join(n for n in leaves if n != leaf)
+            raise ConfigError(
+                f"low-rank updates cannot be on {leaf} of {type(model).__name__}; name others in "
+                f"recovery.targets, of {others}"
+            ) from None
 
 
 def inject(model: nn.Module, updates: Updates) -> None:

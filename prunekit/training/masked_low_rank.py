@@ -33,6 +33,8 @@ class MaskLowRank(nn.Module):
     mask: `M`, stored as the weight is; None is all ones.
     """
 
+    mask: Tensor | None
+
     def __init__(self, weight: Tensor, r: int, scaling: float, mask: Tensor | None):
         super().__init__()
         rows, columns = weight.shape
@@ -40,7 +42,8 @@ class MaskLowRank(nn.Module):
         self.B = nn.Parameter(weight.new_zeros(rows, r))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.scaling = scaling
-        self.mask = None if mask is None else mask.to(weight.device)
+        moved = None if mask is None else mask.to(weight.device)
+        self.register_buffer("mask", moved, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         update = self.scaling * (self.B @ self.A)
@@ -69,13 +72,16 @@ class ScaleLowRank(nn.Module):
 
 @contextmanager
 def masked_updates(
-    model: nn.Module, updates: MaskedUpdates, keep: Mapping[str, Tensor]
+    model: nn.Module, updates: MaskedUpdates | None, keep: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Inside, the layers' weights are frozen and their updates require gradients; afterwards these
-    are part of the weights, which require gradients as before.
+    are part of the weights, which require gradients as before. Nothing happens without updates.
 
     keep: masks of the weights, stored as the weights are.
     """
+    if updates is None:
+        yield
+        return
     before: list[tuple[nn.Module, bool, list[str]]] = []
     for name in updates.names:
         module, weight = model.get_submodule(name), model.get_parameter(f"{name}.weight")

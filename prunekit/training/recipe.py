@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from prunekit.errors import ConfigError
+from prunekit.types import Progress
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Recipe:
     epochs: passes over the examples; `max_steps` ends the training where it is not None.
     micro_batch: examples of one forward on each device.
     eval_every, log_every: steps between looks at the validation loss, and between records.
+    save_every: steps after which `progress` is told how far the training is; a training that is
+        told there how far an earlier one was goes on from there. Not of several processes.
     seed: draws the order of the examples, and dropout.
     """
 
@@ -27,18 +30,25 @@ class Recipe:
     micro_batch: int = 1
     eval_every: int = 100
     log_every: int = 10
+    save_every: int = 100
+    progress: Progress | None = None
     seed: int = 0
+
+
+def processes() -> int:
+    """How many train together (torchrun, accelerate launch)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def micro_batches(batch: int, micro_batch: int) -> int:
     """Micro-batches of one process in one step, so that a step has `batch` examples over all
     processes. Raises ConfigError where they do not divide it.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if batch % (micro_batch * processes):
-        over = f" x {processes} processes" if processes > 1 else ""
+    of = processes()
+    if batch % (micro_batch * of):
+        over = f" x {of} processes" if of > 1 else ""
         raise ConfigError(f"batch={batch} is no multiple of micro_batch={micro_batch}{over}")
-    return batch // (micro_batch * processes)
+    return batch // (micro_batch * of)
 
 
 def linear_decay(step: int, warmup_steps: int, steps: int) -> float:

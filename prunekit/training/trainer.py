@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback
 
 from prunekit.data.training_examples import Example, collate
 from prunekit.errors import ConfigError
+from prunekit.training.arguments import arguments, weights_dtype
 from prunekit.training.callbacks import Bar, Best, Curve, OutsideGradients
 from prunekit.training.distillation import (
     Distillation,
@@ -26,7 +26,15 @@ from prunekit.training.distillation import (
     summed_kl,
     teacher_logits,
 )
-from prunekit.training.recipe import Recipe, linear_decay, micro_batches
+from prunekit.training.recipe import Recipe, linear_decay, processes
+from prunekit.training.resume import Kept, LossesSoFar
+from prunekit.training.sharding import (
+    ShardingTrainer,
+    Shards,
+    on_same_memory,
+    training_device,
+    wants_shards,
+)
 from prunekit.training.zeros import held_at_zero
 
 Penalty = Callable[[nn.Module, int], Tensor]
@@ -87,25 +95,34 @@ def train(
     teacher: gives the logits that the student is drawn to, by the formula of `distillation`.
     distillation: weight, temperature and direction; None takes its defaults.
     penalty: added to the loss once a step; gradients reach it as they reach the loss.
-    parameters: their gradients are not clipped; the model's are, to a norm of 1.
+    parameters: their gradients are not clipped; the model's are, to a norm of 1. Not with FSDP.
 
     Mixed precision follows the weights: bfloat16 or (on an accelerator) float16 where the model is
     loaded in it. The model is left in eval mode on the device where it was, with nothing of the
-    Trainer on it; nothing is written. `loss` in the curve is all that is minimised, `eval_loss` the
-    cross entropy. Raises ConfigError if the batch cannot be made of micro-batches, or nothing is
-    there to train.
+    Trainer on it. With `recipe.progress` the same training, cut off and begun again, goes on from
+    the last step that was kept; else nothing is written. `loss` in the curve is all that is
+    minimised, `eval_loss` the cross entropy. Raises ConfigError if the batch cannot be made of
+    micro-batches, or nothing is there to train.
     """
-    inside = [p for p in model.parameters() if p.requires_grad]
+    student = on_same_memory(model) if wants_shards() else model
+    inside = [p for p in student.parameters() if p.requires_grad]
     outside = [p for group in parameters for p in group["params"]]
     if not inside + outside:
         raise ConfigError("nothing to train: no parameter requires gradients")
+    if outside and student is not model:
+        raise ConfigError(
+            "FSDP: parameters outside of the model cannot be trained with shards of it"
+        )
     if teacher is None and distillation is not None:
         raise ConfigError(f"{distillation} needs a teacher")
     groups: list[dict[str, Any]] = [{"params": inside, "lr": recipe.lr}] if inside else []
     groups += [{k: v for k, v in group.items() if k != "constant"} for group in parameters]
     constant = [False] * bool(inside) + [group.get("constant", False) for group in parameters]
     curve, best = Curve(), Best(inside + outside)
-    device = next(model.parameters()).device
+    alone = processes() == 1
+    kept = Kept(recipe.progress, curve, best) if recipe.progress and alone else None
+    shards = Shards(model, keep or {}, best) if student is not model else None
+    device = training_device(model)
     with (
         tempfile.TemporaryDirectory() as folder,
         restored(model),
@@ -114,18 +131,27 @@ def train(
         trainer = _Trainer(
             _Additions(teacher, distillation or Distillation(), penalty),
             constant,
-            model=model,
+            kept,
+            model=student,
             args=arguments(recipe, folder, weights_dtype(model), device, bool(validation)),
             train_dataset=examples,
             eval_dataset=validation or None,
             data_collator=collate,
-            optimizers=(AdamW(groups, weight_decay=0.0), None),
         )
+        # No argument: with shards the Trainer refuses one, though accelerate moves it to them.
+        trainer.optimizer = AdamW(groups, weight_decay=0.0)
+        trainer.shards = shards
         trainer.remove_callback(ProgressCallback)
         for callback in (curve, Bar(), OutsideGradients(outside), *([best] if validation else [])):
             trainer.add_callback(callback)
-        trainer.train()
+        if shards:
+            trainer.add_callback(shards)
+        if kept:
+            trainer.add_callback(LossesSoFar(kept, trainer))
+        trainer.train(resume_from_checkpoint=kept.folder(folder) if kept else None)
         best.restore()
+        if shards:
+            shards.gather()
     return History(curve.records, best.step)
 
 
@@ -135,13 +161,34 @@ class _Additions(NamedTuple):
     penalty: Penalty | None
 
 
-class _Trainer(Trainer):
+class _Trainer(ShardingTrainer):
     """The Trainer with an objective of our own, and a schedule for each group of parameters."""
 
-    def __init__(self, additions: _Additions, constant: Sequence[bool], **kwargs: Any):
+    def __init__(
+        self, additions: _Additions, constant: Sequence[bool], kept: Kept | None, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.additions = additions
         self.constant = constant
+        self.kept = kept
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.kept and self.state.global_step < self.state.max_steps:
+            self.kept.write(self)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.kept:
+            self.kept.weights()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.kept and checkpoint is not None:
+            self.kept.optimizer(self)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.kept and checkpoint is not None:
+            self.kept.generators()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -182,6 +229,8 @@ class _Trainer(Trainer):
         if teacher is not None:
             learnt = learnt_positions(batch["labels"])
             weight, temperature = distillation.weight, distillation.temperature
+            if self.shards and isinstance(teacher, nn.Module):
+                teacher = self.shards.teacher_of(teacher, self.accelerator)
             target = teacher_logits(teacher, batch)
             kl = summed_kl(outputs.logits, target, learnt, temperature, distillation.direction)
             kl = kl.to(loss.device)
@@ -220,48 +269,3 @@ def restored(model: nn.Module) -> Iterator[None]:
             model.to(device)
         model.zero_grad()
         model.eval()
-
-
-def arguments(
-    recipe: Recipe, folder: str, dtype: torch.dtype, device: torch.device, evaluate: bool
-) -> TrainingArguments:
-    """The recipe in the Trainer's words: nothing is written, nothing reported, one device for each
-    process.
-    """
-    args = TrainingArguments(
-        output_dir=folder,
-        learning_rate=recipe.lr,
-        warmup_steps=recipe.warmup_steps,
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
-        per_device_train_batch_size=recipe.micro_batch,
-        per_device_eval_batch_size=recipe.micro_batch,
-        gradient_accumulation_steps=micro_batches(recipe.batch, recipe.micro_batch),
-        logging_steps=recipe.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=recipe.eval_every,
-        prediction_loss_only=True,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        disable_tqdm=False,
-        dataloader_pin_memory=device.type != "cpu",
-        seed=recipe.seed,
-        use_cpu=device.type == "cpu",
-        bf16=dtype is torch.bfloat16,
-        # The CPU has no mixed float16 and computes in the weights' own.
-        fp16=dtype is torch.float16 and device.type != "cpu",
-    )
-    if args.n_gpu > 1:
-        # DataParallel would multiply the batch by the GPUs that happen to be there; several
-        # processes are the way.
-        args._n_gpu = 1
-    return args
-
-
-def weights_dtype(model: nn.Module) -> torch.dtype:
-    """Of the frozen weights, or of all if none is frozen."""
-    frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
-    return next(frozen, next(model.parameters()).dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def train_weights(
     with in_float32(model):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(names is None or name in names)
-        with masked_updates(model, updates, keep) if updates else nullcontext():
+        with masked_updates(model, updates, keep):
             here = {name for name, _ in model.named_parameters()}
             history = train(
                 model,

@@ -26,13 +26,22 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def held_at_zero(model: nn.Module, keep: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, what the masks do not leave free is zero, and no gradient reaches it.
-
-    An optimizer without momentum from before then leaves it at zero, whatever its rule, and neither
-    the norm that gradients are clipped to nor its running means count elements that cannot move.
+    """Inside, what the masks do not leave free is zero, and no gradient reaches it: it is `held`.
     Raises ValueError for a mask that fits no parameter.
     """
     apply_masks(model, keep)
+    with held(model, keep):
+        yield
+
+
+@contextmanager
+def held(model: nn.Module, keep: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, no gradient reaches what the masks do not leave free.
+
+    An optimizer without momentum from before and without weight decay then leaves it as it is,
+    whatever its rule, and neither the norm that gradients are clipped to nor its running means
+    count elements that cannot move. Raises ValueError for a mask that fits no parameter.
+    """
     hooks = []
     for name, mask in keep.items():
         parameter = _masked(model, name, mask)

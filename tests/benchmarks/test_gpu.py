@@ -19,7 +19,7 @@ ONE_OF_EACH = (
     "device, linear algebra",
     "CPU = GPU, (laser|copal|unstructured, wanda)$",
     "kernels, ",
-    "training, ",
+    "training, (distill|reconstruct)$",
     "checkpoint, ",
     "determinism, ",
     "latency, 1.1B, batch 1",

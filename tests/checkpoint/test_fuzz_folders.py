@@ -52,7 +52,7 @@ def with_modules(model: nn.Module) -> nn.Module:
     insert(model, "model.layers.2.mlp.late_sum", late)
     argument = ArgumentIndices("hidden_states", 2, 48, list(range(48)))
     insert(model, "model.layers.2.mlp.argument", argument)
-    exits = EarlyExit("model.layers", "model.norm", "lm_head", "self_attn.o_proj", 1, 1)
+    exits = EarlyExit("model.layers", "model.norm", "lm_head", "mlp.down_proj", 1, 1)
     torch.nn.init.normal_(exits.weight)
     insert(model, "model.early_exit", exits)
     assert {kind_of(m) for m in model.modules()} == {None, *KINDS}

@@ -13,6 +13,7 @@ from torch import nn
 from prunekit import graph
 from prunekit.checkpoint import load, save
 from prunekit.checkpoint.integrity import CheckpointError
+from prunekit.checkpoint.remote_code.runtime_modules import Bypass, insert
 from prunekit.checkpoint.replay import replay
 from prunekit.errors import ConfigError
 
@@ -89,3 +90,43 @@ def test_damaged_record_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="seal"):
         replay(llama(), file)
+
+
+def without_sublayers(folder: Path) -> nn.Module:
+    """Saved: no attention in the first block, no feed-forward in the last one."""
+    model = llama()
+    groups = graph.discover(model)
+    kept = {"neurons.1": torch.arange(64) >= 9}
+    graph.remove(model, kept)
+    insert(model, "model.layers.0.self_attn", Bypass(2))
+    insert(model, "model.layers.2.mlp", Bypass())
+    gone = {"heads.0": torch.zeros(3, dtype=torch.bool), "neurons.2": torch.arange(64) < 0}
+    save(model, None, folder, kept=kept | gone, groups=groups)
+    return model
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_sublayers_that_went_go_again(tmp_path: Path, tokens: torch.Tensor, zeroed: bool) -> None:
+    model = without_sublayers(tmp_path / "out")
+    again = replay(llama(), tmp_path / "out", zeroed=zeroed)
+    with torch.no_grad():
+        assert torch.allclose(model(tokens).logits, again(tokens).logits, atol=1e-5)
+    names = {n for n, _ in (llama() if zeroed else model).named_parameters()}
+    assert {n for n, _ in again.named_parameters()} == names
+
+
+@pytest.mark.parametrize(
+    ("bypassed", "says"),
+    [
+        (["model.layers.0.mlp"], "must be a mapping"),
+        ({"model.layers.0.nothing": 1}, "no sub-layer"),
+        ({"": 1}, "no sub-layer"),
+        ({"model.layers.0.mlp": 2**62}, "1 to 16"),
+        ({"model.layers.0.mlp": "1"}, "1 to 16"),
+    ],
+)
+def test_other_sublayers_are_refused(tmp_path: Path, bypassed: object, says: str) -> None:
+    without_sublayers(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    with pytest.raises(CheckpointError, match=says):
+        replay(llama(), manifest | {"bypassed": bypassed})

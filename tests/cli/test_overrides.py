@@ -13,7 +13,7 @@ BAD = {
     "criterion=tailor": ("no criterion called 'tailor'; possible: aimer", "mean criterion=taylor?"),
     "pruner=wanda": ("no pruner called 'wanda'; possible: adainfer", "mean criterion=wanda?"),
     "experiment=table6": ("llm_pruner/table6, ", "mean experiment=llm_pruner/table6?"),
-    "eval=[quick,nothing]": ("no eval called 'nothing'", "possible: default"),
+    "eval=[quick,nothing]": ("no eval called 'nothing'", "possible: answers, default"),
     "ratio=0.3": ("ratio=0.3 must be a name; possible: besa, ", "ratio.KEY=0.3"),
     "exclude.heads=[0,4]": ("exclude (ends) has no key 'heads'", "exclude=range has it"),
     "model.path=x": ("model (tiny_llama) has no key 'path'", "model=hf, "),

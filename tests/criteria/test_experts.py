@@ -15,9 +15,13 @@ from tiny_models import tiny_model
 
 from prunekit import graph
 from prunekit.activations.runs import ModelRun
+from prunekit.checkpoint.stock_config import stock_config
 from prunekit.criteria.aimer import aimer
 from prunekit.criteria.experts import experts
 from prunekit.errors import ConfigError
+from prunekit.graph.discovery import discovery
+from prunekit.graph.groups import Cut
+from prunekit.graph.verification import masked_logits
 from prunekit.registry import pruners
 from prunekit.scoring.experts import routed
 from prunekit.types import Group
@@ -142,11 +146,49 @@ def test_blocks_are_scored_on_what_the_pruned_ones_put_out(tokens):
     dense = copy.deepcopy(model)
     asked = problem(model, tokens, criterion={"name": "experts"}, ratio=uniform(0.4))
     pruned = pruners.build({"name": "layerwise", "kinds": ["experts"]})(asked)
-    graph.zero(dense, {"experts.0": pruned.kept["experts.0"]})
+    graph.remove(dense, {"experts.0": pruned.kept["experts.0"]})
     (expected,) = scores(dense, tokens, "reap")
     torch.testing.assert_close(pruned.scores["experts.1"], expected["experts.1"])
     (first,) = scores(tiny_model("mixtral"), tokens, "reap")
     assert not torch.allclose(first["experts.1"], expected["experts.1"])
+
+
+@pytest.mark.parametrize("pruner", ["oneshot", "layerwise"])
+def test_notes_say_how_many_tokens_the_scores_rest_on(pruner, tokens):
+    model = tiny_model("deepseek_v3")
+    model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -100
+    asked = problem(model, tokens, criterion={"name": "experts"}, ratio=uniform(0.2))
+    pruned = pruners.build({"name": pruner, "kinds": ["experts"]})(asked)
+    assert pruned.notes["experts_seen"]["experts.1"] == {"unseen": 1, "fewest": 0}
+    assert not pruned.kept["experts.1"][3]
+
+
+GROUPED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+
+
+def test_a_router_that_picks_groups_first_loses_the_same_number_of_each(tokens):
+    """Removed, scored and loaded as a smaller model of its class; masked is the same as removed."""
+    model = tiny_model("deepseek_v3", **GROUPED)
+    found = discovery(model)
+    [group] = groups_of(model)
+    assert group.units == 4
+    assert found.least[group.name] == 2
+    (frequency,) = scores(model, tokens, "frequency")
+    picks = []
+    gate = model.model.layers[1].mlp.gate
+    hook = gate.register_forward_hook(lambda m, args, out: picks.append(out[2]))
+    with torch.no_grad():
+        model(tokens)
+    hook.remove()
+    expected = torch.bincount(picks[0].flatten(), minlength=8).view(2, 4).sum(0)
+    assert frequency[group.name].tolist() == expected.tolist()
+    kept = {group.name: torch.tensor([True, False, True, True])}
+    cuts = [Cut.everywhere(c, kept[group.name]) for c in found.candidates if c.group is group]
+    masked = masked_logits(model, {"input_ids": tokens}, cuts, found.skip)
+    graph.remove(model, kept)
+    assert model.model.layers[1].mlp.gate.e_score_correction_bias.shape == (6,)
+    torch.testing.assert_close(model(tokens).logits, masked, rtol=1e-4, atol=1e-4)
+    assert stock_config(model).n_routed_experts == 6
 
 
 def test_what_is_no_expert_is_refused(tokens):

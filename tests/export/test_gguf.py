@@ -147,7 +147,7 @@ def test_what_the_engine_would_compute_differently_is_refused(tmp_path: Path) ->
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "'dynamic'" in refusal(tmp_path, llama(rope_parameters=dynamic))
     assert "hidden_act='relu'" in refusal(tmp_path, llama(hidden_act="relu"))
-    assert "possible: f32" in refusal(tmp_path, llama(), type="q4")
+    assert "possible: f32" in refusal(tmp_path, llama(), type="q4_0")
     other = GPTJForCausalLM(GPTJConfig(n_embd=32, n_head=2, n_layer=1, vocab_size=64, rotary_dim=8))
     assert "no row for gptj" in refusal(tmp_path, other)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import ascii_tokenizer, ask, greedy, vllm
+from engines import ascii_tokenizer, completed, greedy, needs
 from safetensors.torch import load_file
 from serving_models import cut, tiny, with_biases, without
 from torch import nn
@@ -108,7 +108,7 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_vllms_own_class_says_what_transformers_says(tmp_path: Path) -> None:
-    python = vllm()
+    needs("vLLM")
     models = {
         "uneven": cut(tiny("llama", **WIDE), neurons=[5, 0, 17]),
         "heads": cut(tiny("llama", **WIDE), heads=[1, 1, 1], neurons=[5, 0, 17]),
@@ -120,7 +120,7 @@ def test_vllms_own_class_says_what_transformers_says(tmp_path: Path) -> None:
     }
     folders = [exported(tmp_path, model, name) for name, model in models.items()]
     asked = [{"folder": str(f), "implementation": "vllm"} for f in folders]
-    for (name, model), answer in zip(models.items(), ask(python, "serve_vllm.py", asked)):
+    for (name, model), answer in zip(models.items(), completed("vLLM", asked)):
         tokens, logs = greedy(model)
         assert answer.get("tokens") == tokens, (name, answer)
         assert torch.tensor(answer["logprobs"]).allclose(torch.tensor(logs), atol=1e-3), name

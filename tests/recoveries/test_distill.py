@@ -36,13 +36,6 @@ def small(arch: str = "llama") -> nn.Module:
     return tiny_model(arch, **SIZES)
 
 
-@pytest.fixture
-def text(tmp_path) -> str:
-    path = tmp_path / "some.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog again and again. " * 40)
-    return str(path)
-
-
 def narrowed(model: nn.Module, remove: bool = True) -> Pruned:
     """Every other neuron gone."""
     groups = [g for g in graph.discover(model, verify=False) if g.kind == "neurons"]

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from problems import problem, uniform
+from problems import half_of_the_weights
 from tiny_models import tiny_model
 
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.problem import Problem
 from prunekit.recoveries.perp import check_perp, part_names, perp
-from prunekit.registry import pruners, recoveries
+from prunekit.registry import recoveries
 
 SHORT = {
     "dataset": "text",
@@ -28,23 +28,9 @@ SHORT = {
 }
 
 
-@pytest.fixture
-def text(tmp_path) -> str:
-    path = tmp_path / "some.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog again and again. " * 40)
-    return str(path)
-
-
 def pruned(arch):
     """Half of the weights zero."""
-    model = tiny_model(arch, vocab_size=259)
-    asked = problem(
-        model,
-        torch.randint(8, 100, (4, 16)),
-        criterion={"name": "weight_magnitude"},
-        ratio=uniform(0.5, "prunable"),
-    )
-    return pruners.build({"name": "unstructured", "schedule": "whole"})(asked)
+    return half_of_the_weights(tiny_model(arch, vocab_size=259))
 
 
 def run(out, text, **over):

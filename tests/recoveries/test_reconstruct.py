@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import problem, uniform
+from problems import half_of_the_weights
 from tiny_models import tiny_model
 
 from prunekit import graph
@@ -17,28 +17,11 @@ from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.problem import Problem
 from prunekit.recoveries.reconstruct import check_reconstruct, reconstruct
-from prunekit.registry import pruners, recoveries
+from prunekit.registry import recoveries
 from prunekit.training.reconstruction import relative_error
 from prunekit.types import Pruned
 
 SHORT = {"dataset": "text", "samples": 8, "length": 32, "steps": 30, "lr": 1e-2, "batch": 4}
-
-
-@pytest.fixture
-def text(tmp_path) -> str:
-    path = tmp_path / "some.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog again and again. " * 40)
-    return str(path)
-
-
-def half_of_the_weights(model) -> Pruned:
-    asked = problem(
-        model,
-        torch.randint(8, 100, (4, 16)),
-        criterion={"name": "weight_magnitude"},
-        ratio=uniform(0.5, "prunable"),
-    )
-    return pruners.build({"name": "unstructured", "schedule": "whole"})(asked)
 
 
 def half_of_the_neurons(model) -> Pruned:

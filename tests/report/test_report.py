@@ -277,9 +277,12 @@ window.addEventListener("load", () => setTimeout(() => {
   const up = click(), down = click();
   document.getElementById("theme").click();
   const plots = document.querySelectorAll(".js-plotly-plot").length;
+  const first = document.querySelector(".js-plotly-plot").data;
+  const colours = Object.fromEntries(first.map((t) => [t.name, t.marker.color]));
   const wide = document.documentElement.scrollWidth > window.innerWidth + 1;
   document.body.innerHTML = "<pre id=probe></pre>";
-  document.getElementById("probe").textContent = JSON.stringify({ up, down, plots, wide, errors });
+  const found = { up, down, plots, colours, wide, errors };
+  document.getElementById("probe").textContent = JSON.stringify(found);
 }, 300));
 </script>
 """
@@ -314,7 +317,7 @@ def test_markup_in_results_is_shown_as_text_by_a_real_browser(tmp_path):
     page = tmp_path / "report.html"
     report.main([str(evil(tmp_path / "in")), "--quiet", "--to", str(page)])
     probe = PROBE[: PROBE.index("const table")] + PROBE[PROBE.index("const plots") :]
-    probe = probe.replace("up, down, plots", "images, plots").replace(
+    probe = probe.replace("up, down, plots, colours", "images, plots").replace(
         "const plots", 'const images = document.querySelectorAll("img").length;\n  const plots'
     )
     page.write_text(page.read_text().replace("<main>", probe + "<main>"))
@@ -334,4 +337,8 @@ def test_the_page_sorts_and_draws_in_a_real_browser_without_an_error(table1, tmp
     assert found["up"] == ["dense", "Element1", "Element1", "Random", "L2"]
     assert found["down"] == found["up"][::-1]
     assert found["plots"] >= 5
+    colours = found["colours"]
+    assert set(colours) == {"dense", "L2", "Random", "Element1", "Element1, recovered"}
+    assert colours.pop("Element1, recovered") == colours["Element1"]  # a colour is a method's
+    assert len(set(colours.values())) == 4
     assert not found["wide"]  # a phone scrolls the table, not the page

@@ -34,6 +34,12 @@ WAYS = {
     "submitit_local": [*SWEEP, "hydra/launcher=submitit_local"],
     "joblib": [*SWEEP, "hydra/launcher=joblib"],
     "basic": SWEEP,
+    "training": [
+        *WORDS,
+        "recovery.max_steps=25",
+        "recovery.save_every=1",
+        "hydra.run.dir=jobs/one",
+    ],
 }
 
 
@@ -142,7 +148,7 @@ def undisturbed(tmp_path_factory):
     done: dict[str, tuple[dict[str, object], float]] = {}
 
     def of(way: str) -> tuple[dict[str, object], float]:
-        way = "run" if way == "run" else "basic"
+        way = way if way in ("run", "training") else "basic"
         if way not in done:
             folder = tmp_path_factory.mktemp(way)
             process = start(folder, way)
@@ -159,7 +165,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(-(-KILLS // EACH)))
 def test_the_same_command_goes_on_to_the_same_bits(number, tmp_path, undisturbed):
-    way = list(WAYS)[number % len(WAYS)]
+    way = list(WAYS)[number % (len(WAYS) - 1)]
     expected, seconds = undisturbed(way)
     draw = random.Random(f"{way}{number}")
     seen = []
@@ -176,3 +182,25 @@ def test_the_same_command_goes_on_to_the_same_bits(number, tmp_path, undisturbed
     assert found.keys() == expected.keys()
     assert not [name for name in found if found[name] != expected[name]]
     assert not [(s.job.name, s.done_again()) for s in seen if s.done_again()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(-(-KILLS // EACH)))
+def test_a_training_goes_on_at_the_step_where_it_was(number, tmp_path, undisturbed):
+    expected, _ = undisturbed("training")
+    process = start(tmp_path, "training")
+    steps, written = random.Random(number).randrange(1, 24), set()
+    while len(written) < steps and process.poll() is None:
+        for file in tmp_path.glob("jobs/one/stages/*/recovered-training*.entry"):
+            with suppress(FileNotFoundError):
+                written.add(file.stat().st_mtime_ns)
+        time.sleep(0.002)
+    process.kill()
+    process.wait(300)
+    assert not finished_run(tmp_path)
+    assert start(tmp_path, "training").wait(300) == 0, (tmp_path / "out.txt").read_text()
+    gone_on = [line for line in logged(tmp_path / "jobs" / "one") if "goes on from step" in line]
+    assert len(gone_on) == 1
+    print(gone_on[0], flush=True)  # noqa: T201
+    assert int(gone_on[0].split()[-1]) >= steps
+    assert bits(tmp_path) == expected

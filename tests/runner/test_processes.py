@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -61,6 +62,31 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
         two["results"]["recovered/ppl_pydocs_32"], rel=1e-3
     )
     assert len(list(tmp_path.rglob("two/**/result.json"))) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_choose_what_one_does(tmp_path):
+    """A method of each family on samples that are shared out: gradients, moments, grams with a
+    refit, block influence, experts. Of single weights a few are so nearly equal that the order of
+    sums decides.
+    """
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "choices.py"), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = torch.load(tmp_path / "alone.pt")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, (kept, tokens) in expected.items():
+            theirs, seen = found[name]
+            for group, mask in kept.items():
+                same = (theirs[group] == mask).float().mean()
+                assert same > 0.999 if mask.dim() > 1 else same == 1, (name, group)
+            if name != "obs":  # which stops its forwards before that layer ends
+                assert 0 < seen < tokens, f"{name}: a process sees a part of the text"
 
 
 @pytest.mark.slow

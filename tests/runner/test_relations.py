@@ -66,6 +66,8 @@ exclude=range exclude.heads=[-1,2]       | heads=\[-1, 2\]
 exclude=range exclude.neurons=[0,99]     | exclude.neurons=\[0, 99\]: the model has 4 blocks
 exclude=range exclude.heads=[0,0] exclude.neurons=[0,0] | leaves nothing
 cache=perhaps                            | cache='perhaps'
+resume=sometimes                         | resume='sometimes'
+resume=[strict]                          | resume=\['strict'\]
 save=perhaps                             | save='perhaps'
 objective=foo                            | objective='foo'
 objective=recovered/ppl_pydocs_32        | objective='recovered/ppl_pydocs_32'; possible: .*dense, pruned

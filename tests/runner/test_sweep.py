@@ -372,6 +372,20 @@ def test_the_slurm_yaml_asks_for_what_a_7b_job_needs(tmp_path, monkeypatch):
         assert f"#SBATCH {line}" in script
 
 
+def test_a_70b_model_gets_one_job_with_eight_gpus():
+    from hydra import compose, initialize_config_dir
+
+    from prunekit.cli.main import conf_dir
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        overrides = ["model=llama2_70b", "hydra/launcher=slurm_70b"]
+        cfg = compose("config", overrides=overrides, return_hydra_config=True)
+    launcher = cfg.hydra.launcher
+    assert launcher._target_.endswith("TolerantSlurm")
+    assert (launcher.gpus_per_node, launcher.tasks_per_node, launcher.nodes) == (8, 1, 1)
+    assert launcher.mem_gb > 2 * 140
+
+
 @pytest.mark.parametrize("name", ["local", "slurm"])
 def test_the_launcher_that_a_yaml_names_is_there(name):
     from hydra.utils import get_class

@@ -1,0 +1,133 @@
+"""What every expert puts out for every token, routed to it or not: how alike experts are.
+
+As much work as all experts of a layer on all of the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunekit.activations.hooks import first_tensor, pass_tokens
+from prunekit.errors import ConfigError
+from prunekit.graph.expert_neurons import expert_numbers, expert_slabs
+from prunekit.scoring.experts import (
+    Routed,
+    expert_parents,
+    output_by,
+    routed,
+)
+from prunekit.types import Group, Run, tensor_of
+
+
+@dataclass
+class ExpertOutputs:
+    """Sums over T tokens, of E experts.
+
+    Attributes:
+        total: (E, C) of the outputs, before the router's weight.
+        cosine: (E, E) of the cosines between two experts' outputs for one token.
+        routing: (E, E) products of the router's softmax: how alike two experts are picked.
+    """
+
+    experts: int
+    tokens: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    cosine: Tensor = field(default_factory=lambda: torch.zeros(()))
+    routing: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, outputs: Tensor, logits: Tensor) -> None:
+        """Take in `outputs (E, T, C)` and router logits `(T, E)`."""
+        direction = F.normalize(outputs.float(), dim=-1)
+        p = logits.float().softmax(-1)
+        self.tokens += outputs.shape[1]
+        self.total = self.total.to(p.device) + outputs.float().sum(1)
+        self.cosine = self.cosine.to(p.device) + torch.einsum("itc,jtc->ij", direction, direction)
+        self.routing = self.routing.to(p.device) + p.T @ p
+
+    @property
+    def mean(self) -> Tensor:
+        """(E, C) float64 on the CPU."""
+        return (self.total / self.tokens).double().cpu()
+
+    def similarity(self) -> Tensor:
+        """(E, E) in [0, 1], float64 on the CPU: the mean of how alike outputs and routing are, as
+        REAM takes it.
+        """
+        outputs = (self.cosine / self.tokens).double().cpu() / 2 + 0.5
+        routing = self.routing.double().cpu()
+        length = routing.diagonal().sqrt()
+        distance = (2 - 2 * routing / length[:, None] / length).clamp(min=0).sqrt()
+        distance.fill_diagonal_(0)
+        alike = 1 - distance / distance.max().clamp(min=1e-12)
+        return (outputs + alike) / 2
+
+
+def router_weight(model: nn.Module, group: Group) -> str:
+    """The name of the matrix `(E, C)` of which each row asks for one expert. Raises ConfigError
+    where there is none.
+    """
+    slabs = expert_slabs(model, group)
+    for m in group.members:
+        if m not in slabs and m.axis == 0 and tensor_of(model, m.param).dim() == 2:
+            return m.param
+    raise ConfigError(f"{group.name} of {type(model).__name__} has no router's matrix")
+
+
+@torch.no_grad()
+def expert_outputs(model: nn.Module, group: Group, run: Run) -> ExpertOutputs:
+    """One pass of the text with all experts of `group` run on all tokens.
+
+    Raises ConfigError where experts are not called with the routing of each token, or the router
+    reads something else than its matrix takes.
+    """
+    name = router_weight(model, group)
+    router = model.get_submodule(name.rpartition(".")[0])
+    found = ExpertOutputs(expert_numbers(model, group).numel())
+    given: list[Tensor] = []
+    owner: list[str] = []
+
+    def ask(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given[:] = [first_tensor(args, kwargs)]
+
+    def see(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            call = routed(args, kwargs)
+            if call is None or (owner and owner[0] != path):
+                return
+            owner[:] = [path]
+            found.add(_all(module, args, kwargs, call, found.experts), _logits(model, name, given))
+
+        return hook
+
+    hooks = [router.register_forward_pre_hook(ask, with_kwargs=True)]
+    hooks += [
+        model.get_submodule(path).register_forward_hook(see(path), with_kwargs=True)
+        for path in expert_parents(model, group)
+    ]
+    try:
+        pass_tokens(run, "all experts")
+    finally:
+        for h in hooks:
+            h.remove()
+    if not found.tokens:
+        raise ConfigError(
+            f"{group.name} of {type(model).__name__}: its experts are not called with the experts "
+            "and weights of each token, so they cannot be run one by one"
+        )
+    return found
+
+
+def _all(module: nn.Module, args: Any, kwargs: Any, call: Routed, experts: int) -> Tensor:
+    return torch.stack([output_by(module, args, kwargs, call, e) for e in range(experts)])
+
+
+def _logits(model: nn.Module, name: str, given: list[Tensor]) -> Tensor:
+    weight = tensor_of(model, name)
+    if not given or given[0].shape[-1] != weight.shape[1]:
+        raise ConfigError(f"{name} does not read what its module is given")
+    return given[0].reshape(-1, weight.shape[1]).float() @ weight.float().T

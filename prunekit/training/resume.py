@@ -1,0 +1,149 @@
+"""How far a training is, as tensors, and back: the same command goes on after it was cut off, to
+the last bit.
+
+The Trainer's own checkpoints are not used: they hold the whole model where updates of 1 % are
+trained, and pickles. Its own way of going on is (the examples that were seen are skipped), with the
+tensors and numbers from here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from prunekit.training.callbacks import Best, Curve
+from prunekit.types import Progress
+
+log = logging.getLogger("prunekit")
+
+FACTS = "facts"
+STATE_FILE = "trainer_state.json"
+
+
+class Kept:
+    """What a training keeps in `progress` after a step, and takes from there before its first."""
+
+    def __init__(self, progress: Progress, curve: Curve, best: Best):
+        self.progress, self.curve, self.best = progress, curve, best
+        self.found = dict(progress.read() or {})
+        self.facts: dict[str, Any] = {}
+        """All that is no tensor."""
+        if self.found:
+            self.facts = json.loads(self.found.pop(FACTS).numpy().tobytes())
+
+    def write(self, trainer: Any) -> None:
+        """After a step of the optimizer."""
+        best, optimizer = self.best, inner(trainer.optimizer)
+        tensors = {f"trained:{i}": p.detach() for i, p in enumerate(best.trained)}
+        tensors |= {f"best:{i}": copy for i, copy in enumerate(best.copies)}
+        state = optimizer.state_dict()
+        for i, values in state["state"].items():
+            tensors |= {f"optimizer:{i}:{k}": torch.as_tensor(v) for k, v in values.items()}
+        tensors |= dict(random_states())
+        tensors["loss"] = trainer._tr_loss.detach()
+        drawn: Any = np.random.get_state()
+        facts = {
+            "trainer": asdict(trainer.state),
+            "groups": [
+                {k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]
+            ],
+            "schedule": trainer.lr_scheduler.state_dict(),
+            "logged": trainer._globalstep_last_logged,
+            "curve": self.curve.records,
+            "best": [best.loss, best.step],
+            "python": random.getstate(),
+            "numpy": [drawn[0], drawn[1].tolist(), *drawn[2:]],
+        }
+        tensors[FACTS] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+        self.progress.write(tensors)
+
+    def folder(self, where: str) -> str | None:
+        """A folder from which the Trainer reads how many steps are done; None where none is."""
+        if not self.found:
+            return None
+        Path(where, STATE_FILE).write_text(json.dumps(self.facts["trainer"]))
+        return where
+
+    @torch.no_grad()
+    def weights(self) -> None:
+        """Trained parameters, and the best ones so far."""
+        best = self.best
+        for i, parameter in enumerate(best.trained):
+            parameter.copy_(self.found[f"trained:{i}"])
+        best.loss, best.step = self.facts["best"]
+        best.copies = [self.found[f"best:{i}"] for i in range(self.count("best:"))]
+        self.curve.records[:] = self.facts["curve"]
+
+    def count(self, prefix: str) -> int:
+        return sum(name.startswith(prefix) for name in self.found)
+
+    def optimizer(self, trainer: Any) -> None:
+        """Moments and rates."""
+        optimizer = inner(trainer.optimizer)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in self.found.items():
+            kind, _, rest = name.partition(":")
+            if kind == "optimizer":
+                index, _, key = rest.partition(":")
+                state.setdefault(int(index), {})[key] = value
+        groups = optimizer.state_dict()["param_groups"]
+        told = [own | kept for own, kept in zip(groups, self.facts["groups"], strict=True)]
+        optimizer.load_state_dict({"state": state, "param_groups": told})
+        trainer.lr_scheduler.load_state_dict(self.facts["schedule"])
+
+    def generators(self) -> None:
+        """Every generator of random numbers as it was. Nothing is asked for after them: the tensors
+        go.
+        """
+        version, keys, gauss = self.facts["python"]
+        random.setstate((version, tuple(keys), gauss))
+        np.random.set_state(tuple(self.facts["numpy"]))
+        torch.set_rng_state(self.found["random:cpu"].cpu())
+        for i in range(self.count("random:cuda:")):
+            torch.cuda.set_rng_state(self.found[f"random:cuda:{i}"].cpu(), i)
+        self.found.clear()
+
+    def losses(self, trainer: Any) -> None:
+        """The losses since they were logged last."""
+        trainer._tr_loss = self.found["loss"].to(trainer.args.device)
+        trainer._globalstep_last_logged = self.facts["logged"]
+
+
+def inner(optimizer: Any) -> Any:
+    """The optimizer that accelerate wraps."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def rates(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer knows of a group beside its parameters."""
+    return {k: v for k, v in group.items() if k != "params"}
+
+
+def random_states() -> Iterator[tuple[str, Tensor]]:
+    """torch's, of every device."""
+    yield "random:cpu", torch.get_rng_state()
+    if torch.cuda.is_available():
+        for i, state in enumerate(torch.cuda.get_rng_state_all()):
+            yield f"random:cuda:{i}", state
+
+
+class LossesSoFar(TrainerCallback):
+    """Losses since the last record, which the Trainer begins anew."""
+
+    def __init__(self, kept: Kept, trainer: Any):
+        self.kept, self.trainer = kept, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.kept.found:
+            log.info("training goes on from step %d", state.global_step)
+            self.kept.losses(self.trainer)
