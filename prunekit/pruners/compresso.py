@@ -7,16 +7,17 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from torch import nn
 
-from prunekit import graph
 from prunekit.architecture.blocks import linear_names
 from prunekit.architecture.sizes import Sizes
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.training_examples import Corpus, Example, check_source, load_examples
+from prunekit.errors import ConfigError
 from prunekit.graph.fold_gates import check_channels
 from prunekit.problem import Expected, Problem, expect
+from prunekit.pruners.learned import take
 from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, Share, pruners
-from prunekit.selection.units import choose
 from prunekit.training.constraints import SizeConstraint
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.low_rank import Updates
@@ -125,10 +126,11 @@ def compresso(
     examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
     if prompt:
         examples = with_prompt(examples, problem.tokenizer)
+    check_positions(model, examples)
     sizes = Sizes(model, groups)
     masks = LearnedMasks(model, groups, seed)
-    removed, prunable = sizes.removed(counts), sizes.prunable()
-    constraint = SizeConstraint(masks, removed, prunable, round(warmup * steps))
+    aim = sizes.removed(counts), sizes.prunable()
+    constraint = SizeConstraint(masks, *aim, round(warmup * steps))
     recipe = Recipe(
         lr=lr,
         warmup_steps=warmup_steps,
@@ -139,25 +141,30 @@ def compresso(
     )
     updates = Updates(linear_names(model, targets), r, alpha, 0.0)
     curve = learn_with_updates(masks, updates, examples, recipe, constraint, mask_lr)
-    expected = float(constraint.sparsity())
-    kept = choose(model, groups, masks.log_alphas(), allocation)
-    masks.hold(kept)
-    masks.fold()
-    if remove:
-        graph.remove(model, kept, norm="rescale")
-    else:
-        graph.zero(model, kept)
+    kept = take(masks, allocation, remove)
     if prompt:
         config: Any = model.config
         config.collaborative_prompt = PROMPT
     notes = {
         "counts": counts,
         "curve": curve,
-        "sparsity": expected,
+        "sparsity": float(constraint.sparsity().detach()),
         "target": constraint.target,
         "prompt": PROMPT if prompt else None,
     }
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
+
+
+def check_positions(model: nn.Module, examples: list[Example]) -> None:
+    """Raises ConfigError for examples longer than the model can read."""
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(e["input_ids"]) for e in examples), default=0)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"compresso: an example has {longest} tokens with the prompt, and the model has "
+            f"{positions} positions; give a smaller pruner.max_length, or prompt=false"
+        )
 
 
 def with_prompt(examples: list[Example], tokenizer: Any) -> list[Example]:

@@ -13,15 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunekit import graph
 from prunekit.architecture.blocks import block_modules, linear_names
 from prunekit.architecture.sizes import Sizes
 from prunekit.data.training_examples import all_learnt
 from prunekit.graph.fold_gates import check_channels
 from prunekit.graph.masks import stream_out
 from prunekit.problem import Expected, Problem, expect
+from prunekit.pruners.learned import take
 from prunekit.registry import LearningRate, Natural, Positive, Seed, Share, pruners
-from prunekit.selection.units import choose
 from prunekit.training.constraints import SizeConstraint
 from prunekit.training.distillation import Distillation
 from prunekit.training.learned_masks import LearnedMasks
@@ -119,8 +118,8 @@ def nuteprune(
         return Pruned(model, {}, groups, {}, {"counts": counts})
     sizes = Sizes(model, groups)
     masks = LearnedMasks(model, groups, seed)
-    removed, prunable = sizes.removed(counts), sizes.prunable()
-    constraint = SizeConstraint(masks, removed, prunable, round(warmup * steps))
+    aim = sizes.removed(counts), sizes.prunable()
+    constraint = SizeConstraint(masks, *aim, round(warmup * steps))
     teachers = Teachers(masks, constraint, steps, gap)
     how = Distillation(1.0, temperature)
 
@@ -145,18 +144,11 @@ def nuteprune(
     low_rank = Updates(linear_names(model, targets), r, alpha, 0.0)
     examples = [all_learnt(row) for row in problem.tokens.tolist()]
     curve = learn_with_updates(masks, low_rank, examples, recipe, constraint, mask_lr, objective)
-    expected = float(constraint.sparsity())
-    kept = choose(model, groups, masks.log_alphas(), allocation)
-    masks.hold(kept)
-    masks.fold()
-    if remove:
-        graph.remove(model, kept, norm="rescale")
-    else:
-        graph.zero(model, kept)
+    kept = take(masks, allocation, remove)
     notes = {
         "counts": counts,
         "curve": curve,
-        "sparsity": expected,
+        "sparsity": float(constraint.sparsity().detach()),
         "target": constraint.target,
         "teachers": teachers.used,
     }
@@ -243,7 +235,7 @@ class Teachers:
 
     def _record(self) -> None:
         """A snapshot for every percent of sparsity that is passed for the first time."""
-        sparsity = float(self.constraint.sparsity())
+        sparsity = float(self.constraint.sparsity().detach())
         ramped = self.step >= self.constraint.warmup
         if self.met is None and ramped and sparsity >= self.constraint.target - NEAR:
             self.met = self.step

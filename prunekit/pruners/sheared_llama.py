@@ -208,7 +208,9 @@ def sheared_llama(
 
 
 def config_follows(model: nn.Module, groups: Sequence[Group], counts: Counts) -> None:
-    """The norms' eps grew with the share of channels that went; stock classes read it here."""
+    """The norms' eps grew with the share of channels that went; stock classes read it here, the
+    same one for norms that span something else (those of queries and keys).
+    """
     config: Any = model.config
     text = config.get_text_config()
     for g in groups:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from problems import check, problem, uniform
 from tiny_models import tiny_model
-from transformers import AutoConfig
 
 from prunekit.architecture.sizes import Sizes
+from prunekit.checkpoint import load, save
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.pruners.compresso import PROMPT, with_prompt
@@ -54,7 +54,7 @@ def test_ratio_zero_changes_nothing(alpaca):
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gpt2"])
-def test_the_budget_is_kept_and_masked_is_exported(arch, alpaca, tokens, monkeypatch, tmp_path):
+def test_the_budget_is_kept_and_masked_is_exported(arch, alpaca, tokens, monkeypatch):
     seen, hold = {}, LearnedMasks.hold
 
     def held(masks, kept):
@@ -67,14 +67,23 @@ def test_the_budget_is_kept_and_masked_is_exported(arch, alpaca, tokens, monkeyp
     kinds += ["hidden"] * (arch != "gpt2")
     prunable = Sizes(model, problem(model).units(kinds)).prunable()
     before = sum(p.numel() for p in model.parameters())
-    out = prune(model, alpaca, kinds=kinds)
+    short = {"prompt": False, "max_length": 64} if arch == "gpt2" else {}  # of 256 positions
+    out = prune(model, alpaca, kinds=kinds, **short)
     removed = before - sum(p.numel() for p in model.parameters())
     assert 0.25 * prunable < removed <= 0.3 * prunable
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, seen["logits"], rtol=1e-4, atol=1e-4)
     assert out.notes["target"] == pytest.approx(0.3, abs=0.01)
-    model.config.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).collaborative_prompt == PROMPT
+
+
+def test_the_prompt_is_saved_with_the_model(alpaca, tokens, tmp_path):
+    model = wide("llama")
+    out = prune(model, alpaca)
+    save(model, byte_tokenizer(), tmp_path / "model", kept=out.kept, groups=out.groups)
+    again, _ = load(tmp_path / "model")
+    assert again.config.collaborative_prompt == PROMPT == out.notes["prompt"]
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
 
 
 def test_masks_close_as_the_constraint_says(alpaca):
@@ -96,6 +105,11 @@ def test_without_the_prompt_none_is_kept(alpaca):
     model = wide("llama")
     prune(model, alpaca, prompt=False)
     assert not hasattr(model.config, "collaborative_prompt")
+
+
+def test_examples_longer_than_the_model_are_refused(alpaca):
+    with pytest.raises(ConfigError, match="256 positions"):
+        prune(wide("gpt2"), alpaca, kinds=["heads", "neurons"])
 
 
 def test_gates_between_0_and_1_need_rmsnorm():

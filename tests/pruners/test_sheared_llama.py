@@ -35,7 +35,7 @@ def test_ratio_zero_changes_nothing(llama, tokens):
     assert all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_the_shape_is_met_and_stock_transformers_loads_it(arch, tokens, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
