@@ -94,12 +94,13 @@ def compresso(
         kinds: of units that compete (ratio=global), each at what it weighs in parameters.
         prompt: puts the collaborative prompt before each instruction. It stays with the model, as
             `collaborative_prompt` in its config, and evaluations put it before their text.
-        dataset, split, path, data_root, max_length: what is learnt, as of recovery=lora; the
-            prompt comes on top of max_length.
+        dataset: what is learnt, with split, path and data_root as of recovery=lora.
+        max_length: tokens of an example, to which the prompt's are added.
         steps: of `batch` examples.
         warmup: share of the steps in which the target grows from nothing.
-        r, alpha, targets: of the updates; null targets are all linear modules (the paper's are
-            q_proj and v_proj).
+        r: rank of the updates.
+        alpha: updates are scaled by alpha / r.
+        targets: of the updates; null is all linear modules (the paper's are q_proj and v_proj).
         lr: of the updates, after `warmup_steps`.
         mask_lr: of masks and multipliers, constant.
         remove: false zeroes instead of removing.

@@ -93,8 +93,9 @@ def nuteprune(
         temperature: of the KL.
         gap: how many percent of sparsity the teacher is behind. Once the target is met, teachers go
             back to the dense model over the steps that are left.
-        r, alpha, targets: of the updates; null targets are all linear modules (the paper's are
-            q_proj and v_proj).
+        r: rank of the updates.
+        alpha: updates are scaled by alpha / r.
+        targets: of the updates; null is all linear modules (the paper's are q_proj and v_proj).
         lr: of the updates, after `warmup_steps`.
         mask_lr: of masks and multipliers, constant.
         remove: false zeroes instead of removing.
