@@ -115,10 +115,11 @@ def distill(
     that the dense model writes. `weight` of the loss is the KL to the dense model at `temperature`,
     the rest is cross entropy. With `r=0` all weights are trained, or those of the linear layers
     that `targets` names; else updates of rank r, merged at the end. With `validation_size` examples
-    set aside, the weights with the lowest cross entropy on them are kept. What pruning set to zero
-    stays zero. A model in half precision is trained in float32 (updates vanish in less) and comes
-    back in its own. Leaves the notes that `recovery=lora` leaves. Raises ConfigError for targets
-    that match nothing, data that holds nothing, or where the dense model cannot be loaded.
+    set aside, the weights with the lowest cross entropy on them are kept, and `patience` ends the
+    training after so many looks in a row that found no lower one. What pruning set to zero stays
+    zero. A model in half precision is trained in float32 (updates vanish in less) and comes back in
+    its own. Leaves the notes that `recovery=lora` leaves. Raises ConfigError for targets that match
+    nothing, data that holds nothing, or where the dense model cannot be loaded.
     """
     model = pruned.model
     recipe = Recipe(
