@@ -118,15 +118,15 @@ def adainfer(
 def places(problem: Problem) -> dict[str, str]:
     """Names of the list of blocks, of what the output is read with, and of the module in a block
     that reads the heads. Raises ConfigError where the output is not read with a norm and a matrix
-    of the last hidden state.
+    of the last hidden state, or blocks put out states of another width (SliceGPT's).
     """
     model, blocks = problem.model, problem.blocks()
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")  # type: ignore[operator]
     norm, agrees = final_norm(model, blocks, head, problem.tokens[:1]) if head else ("", False)
     if not agrees:
         raise ConfigError(
-            f"{type(model).__name__} does not read its output from the last block with a norm and "
-            "a matrix alone: pruner=adainfer cannot tell what a block would predict"
+            f"{type(model).__name__} has no norm and matrix that read the output from what any of "
+            "its blocks puts out: pruner=adainfer cannot tell what a block would predict"
         )
     inside = {
         r.name.removeprefix(f"{block}.")
@@ -154,13 +154,14 @@ def final_norm(
     model: nn.Module, blocks: tuple[str, ...], head: str, ids: Tensor
 ) -> tuple[str, bool]:
     """The module with a vector of weights that runs after the last block, "" where there is none;
-    and whether with it the output matrix gives the model's own predictions.
+    and whether with it the output matrix gives the model's own predictions, and reads states as
+    wide as every block's.
     """
-    last: list[Tensor] = []
+    states: list[Tensor] = []
     after: list[str] = []
 
     def saw(name: str, x: Tensor) -> None:
-        if last:
+        if len(states) == len(blocks):
             after.append(name)
 
     watched: dict[str, Callable[[Tensor], None]] = {
@@ -168,12 +169,12 @@ def final_norm(
         for n, m in model.named_modules()
         if getattr(m, "weight", None) is not None and m.weight.dim() == 1
     }
-    with hook_activations(model, outputs={**watched, blocks[-1]: last.append}):
+    with hook_activations(model, outputs={**watched, **dict.fromkeys(blocks, states.append)}):
         want = forward(model, ids).logits.argmax(-1)
     matrix: Any = model.get_submodule(head)
-    if len(after) > 1 or matrix.weight.shape[1] != last[0].shape[-1]:
+    if len(after) > 1 or {x.shape[-1] for x in states} != {matrix.weight.shape[1]}:
         return "", False
-    x = last[0]
+    x = states[-1]
     for name in (*after, head):
         x = model.get_submodule(name)(x)
     return "".join(after), bool(torch.equal(x.argmax(-1), want))

@@ -94,6 +94,7 @@ def table_csv(tables: Sequence[ReportTable], found: Found) -> str:
             "table",
             "method",
             "removed",
+            "zeros",
             "target",
             "stage",
             "metric",
@@ -112,7 +113,8 @@ def table_csv(tables: Sequence[ReportTable], found: Found) -> str:
                 head = [
                     table.name,
                     row.label,
-                    row.ratio,
+                    0.0 if row.zeros else row.ratio,
+                    row.ratio if row.zeros else 0.0,
                     row.target,
                     row.stage,
                     column.key,
@@ -120,7 +122,7 @@ def table_csv(tables: Sequence[ReportTable], found: Found) -> str:
                 ]
                 writer.writerow([*head, cell.mean, cell.spread, cell.n, cell.paper, ""])
     for folder, why in found.failed.items():
-        writer.writerow(["", str(folder), "", "", "failed", "", "", "", "", "", "", why])
+        writer.writerow(["", str(folder), *[""] * 3, "failed", *[""] * 6, why])
     for folder in found.unfinished:
-        writer.writerow(["", str(folder), "", "", "unfinished", "", "", "", "", "", "", ""])
+        writer.writerow(["", str(folder), *[""] * 3, "unfinished", *[""] * 7])
     return out.getvalue()

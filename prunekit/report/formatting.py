@@ -32,8 +32,8 @@ def theirs(cell: Cell, column: Column, comparable: bool) -> str:
 
 
 def heads(row: Row) -> tuple[str, str, str]:
-    """Label, share of the parameters removed, and whether recovery came after."""
-    ratio = "-" if row.ratio is None else f"{row.ratio:.1%}"
+    """Label, share of the parameters removed or zero, and whether recovery came after."""
+    ratio = "-" if row.ratio is None else f"{row.ratio:.1%}" + " zeros" * row.zeros
     return row.label, ratio, {"dense": "-", "pruned": "no", "recovered": "yes"}[row.stage]
 
 

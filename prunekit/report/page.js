@@ -128,7 +128,7 @@ function scatters(place, sheet, metric) {
   const has = (key) => sheet.points.some((p) => p.values[key] != null && p.values[metric.key] != null);
   for (const [key, name] of [["params", "parameters (billions)"], ["prefill_ms", "prefill (ms)"], ["decode_ms_per_token", "decode (ms/token)"]]) {
     if (!has(key)) continue;
-    const traces = quality(sheet, key, metric.key).concat(key === "params" ? [] : [front(sheet, key, metric.key, metric.better)]);
+    const traces = [...quality(sheet, key, metric.key), front(sheet, key, metric.key, metric.better)];
     draw(place, traces, { title: { text: `${plain(metric.title)} against ${name}` }, xaxis: { title: { text: name } }, yaxis: y });
   }
   const lines = byRatio(sheet, metric.key);

@@ -35,13 +35,14 @@ class Cell:
 
 @dataclass
 class Row:
-    """One line: what was done, how much of the model's parameters went, at which stage it was
-    measured.
+    """One line: what was done, how much of the model's parameters went or (`zeros`) is zero where
+    none did, at which stage it was measured.
     """
 
     label: str
     stage: str
     ratio: float | None
+    zeros: bool
     target: float | None
     cells: dict[str, Cell]
     results: list[Result]
@@ -154,7 +155,7 @@ def row(
         # many.
         cell = summary(list(dict.fromkeys(pairs)) if stage == "dense" else pairs, column)
         cells[column.key] = Cell(cell.mean, cell.spread, cell.n, theirs.get(column.title))
-    return Row(label, stage, removed(results, stage), target, cells, results)
+    return Row(label, stage, *removed(results, stage), target, cells, results)
 
 
 def summary(values: list[tuple[float | None, float | None]], column: Column) -> Cell:
@@ -170,16 +171,21 @@ def summary(values: list[tuple[float | None, float | None]], column: Column) -> 
     return Cell(shown[0], None if error is None else error * column.scale, 1)
 
 
-def removed(results: Sequence[Result], stage: str) -> float | None:
-    """Mean share of parameters that went, as measured."""
-    shares = []
-    for r in results:
-        dense, now = (
-            r.numbers.get("dense", {}).get("params"),
-            r.numbers.get(stage, {}).get("params"),
-        )
-        if dense and now:
-            shares.append(1 - now / dense)
+def removed(results: Sequence[Result], stage: str) -> tuple[float | None, bool]:
+    """Mean share of the parameters that went, as measured; and whether it is one of zeros, which
+    count where nothing else went.
+    """
+    gone = share_gone(results, stage, "params")
+    zeros = share_gone(results, stage, "params_nonzero") or 0.0
+    return (zeros, True) if gone == 0 and zeros > 0 else (gone, False)
+
+
+def share_gone(results: Sequence[Result], stage: str, key: str) -> float | None:
+    """Mean share of the dense model's number under `key` that is there no longer."""
+    pairs = [
+        (r.numbers.get("dense", {}).get(key), r.numbers.get(stage, {}).get(key)) for r in results
+    ]
+    shares = [1 - now / dense for dense, now in pairs if dense and now]
     return statistics.fmean(shares) if shares else None
 
 

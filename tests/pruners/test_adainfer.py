@@ -196,3 +196,10 @@ def test_an_output_that_is_read_in_another_way_is_refused(text):
     projected = tiny_model("opt", word_embed_proj_dim=32)  # a matrix stands before the head
     with pytest.raises(ConfigError, match="cannot tell what a block would predict"):
         leave_early(projected, text)
+
+
+def test_blocks_of_another_width_than_the_last_are_refused(llama, text):
+    asked = problem(llama, text, ratio=uniform(0.2))
+    sliced = pruners.build({"name": "slicegpt", "multiple": 2})(asked).model
+    with pytest.raises(ConfigError, match="cannot tell what a block would predict"):
+        leave_early(sliced, text)

@@ -19,6 +19,7 @@ from fakes import config, result, stages
 from prunekit.errors import ConfigError
 from prunekit.report import command as report
 from prunekit.report import exporters
+from prunekit.report.formatting import heads
 from prunekit.report.load import load
 from prunekit.report.paper import paper
 from prunekit.report.table import report_tables
@@ -66,6 +67,23 @@ def test_seeds_become_a_mean_and_a_deviation(table1):
     dense = rows["dense", "dense"].cells["ppl_wikitext2_128"]
     assert (dense.mean, dense.n) == (12.6, 1)
     assert dense.spread == pytest.approx(12.6 / 50)
+
+
+def test_zeros_are_told_where_nothing_was_cut_out(tmp_path):
+    sizes = {"dense": (200, 190), "pruned": (200, 95), "recovered": (150, 95)}
+    numbers = {"dense/ppl_wikitext2_128": 12.6, "pruned/ppl_wikitext2_128": 19.0}
+    for stage, (params, nonzero) in sizes.items():
+        numbers |= {f"{stage}/params": params, f"{stage}/params_nonzero": nonzero}
+    result(tmp_path / "job", numbers, config())
+    rows = sheet_of(tmp_path).rows
+    assert [heads(r)[1] for r in rows] == ["0.0%", "50.0% zeros", "25.0%"]
+    found = load([tmp_path])
+    told = csv.DictReader(io.StringIO(exporters.table_csv(report_tables(found), found)))
+    assert {(r["stage"], r["removed"], r["zeros"]) for r in told} == {
+        ("dense", "0.0", "0.0"),
+        ("pruned", "0.0", "0.5"),
+        ("recovered", "0.25", "0.0"),
+    }
 
 
 def test_rows_stand_in_the_papers_order_and_beside_its_numbers(table1):
@@ -278,10 +296,12 @@ window.addEventListener("load", () => setTimeout(() => {
   document.getElementById("theme").click();
   const plots = document.querySelectorAll(".js-plotly-plot").length;
   const first = document.querySelector(".js-plotly-plot").data;
-  const colours = Object.fromEntries(first.map((t) => [t.name, t.marker.color]));
+  const marks = first.filter((t) => t.mode === "markers");
+  const colours = Object.fromEntries(marks.map((t) => [t.name, t.marker.color]));
+  const front = first.filter((t) => t.name === "Pareto front").map((t) => [t.x, t.y]);
   const wide = document.documentElement.scrollWidth > window.innerWidth + 1;
   document.body.innerHTML = "<pre id=probe></pre>";
-  const found = { up, down, plots, colours, wide, errors };
+  const found = { up, down, plots, colours, front, wide, errors };
   document.getElementById("probe").textContent = JSON.stringify(found);
 }, 300));
 </script>
@@ -317,7 +337,7 @@ def test_markup_in_results_is_shown_as_text_by_a_real_browser(tmp_path):
     page = tmp_path / "report.html"
     report.main([str(evil(tmp_path / "in")), "--quiet", "--to", str(page)])
     probe = PROBE[: PROBE.index("const table")] + PROBE[PROBE.index("const plots") :]
-    probe = probe.replace("up, down, plots, colours", "images, plots").replace(
+    probe = probe.replace("up, down, plots, colours, front", "images, plots").replace(
         "const plots", 'const images = document.querySelectorAll("img").length;\n  const plots'
     )
     page.write_text(page.read_text().replace("<main>", probe + "<main>"))
@@ -341,4 +361,5 @@ def test_the_page_sorts_and_draws_in_a_real_browser_without_an_error(table1, tmp
     assert set(colours) == {"dense", "L2", "Random", "Element1", "Element1, recovered"}
     assert colours.pop("Element1, recovered") == colours["Element1"]  # a colour is a method's
     assert len(set(colours.values())) == 4
+    assert len(found["front"]) == 1
     assert not found["wide"]  # a phone scrolls the table, not the page
