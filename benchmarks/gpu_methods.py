@@ -43,6 +43,8 @@ OPTIONS: dict[str, Node] = {
     "llm_surgeon": {"shots": 2},
 }
 """Options of pruners whose defaults ask for more than a short check has."""
+LEARNED = ("compresso", "nuteprune", "sheared_llama")
+"""Pruners that draw masks on the device, by its own generator: no two devices choose alike."""
 VARIANTS: tuple[tuple[Node, Node | None, Node | None], ...] = (
     ({"name": "sparsegpt", "pattern": "2:4"}, None, ELEMENTS),
     ({"name": "unstructured", "pattern": "2:4", "permute": True}, {"name": "ria"}, ELEMENTS),
@@ -164,7 +166,7 @@ def methods() -> Iterator[Method]:
 
 def of_pruners() -> Iterator[Method]:
     """Each pruner by what its registration says."""
-    for name in pruners.names():
+    for name in (n for n in pruners.names() if n not in LEARNED):
         meta = pruners.entry(name).meta
         zeros = meta.get("out") == "zeros"
         criterion = {"name": "wanda" if zeros else "wanda_sp"} if meta.get("scored") else None

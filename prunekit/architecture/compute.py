@@ -8,6 +8,7 @@ saved, are the weights as they were loaded. Gradients pass through the conversio
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from prunekit.architecture.blocks import block_modules
 from prunekit.errors import ConfigError
 
 HALF = (torch.bfloat16, torch.float16)
-SWAPPED = "_prunekit_half_weights"
-"""Attribute of a module that runs: whose weights it replaced, by which name, and what they were."""
 
 
 def compute_in_float32(model: nn.Module) -> None:
@@ -32,41 +31,41 @@ def compute_in_float32(model: nn.Module) -> None:
     # Parts of a block too: some methods run them alone. Whatever holds blocks would take them all.
     for module in model.modules():
         if module in blocks or blocks.isdisjoint(module.modules()):
-            module.register_forward_pre_hook(_convert)
-            # First, so that hooks of others see the weights; whatever ends the forward.
-            module.register_forward_hook(_restore, prepend=True, always_call=True)
+            # Not by hooks: a backward that recomputes a block calls its forward alone.
+            module.forward = partial(_forward, module)
 
 
 def compute_as_stored(model: nn.Module) -> None:
     """Take that back."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [n for n, hook in hooks.items() if hook in (_convert, _restore)]:
-                del hooks[number]
-                module._forward_hooks_always_called.pop(number, None)
+        if _is_converted(module):
+            del module.forward
 
 
 def computes_in_float32(model: nn.Module) -> bool:
     """Whether `compute_in_float32` was called on the model."""
-    return any(_convert in m._forward_pre_hooks.values() for m in model.modules())
+    return any(map(_is_converted, model.modules()))
 
 
-def _convert(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    swapped: list[tuple[nn.Module, str, Tensor]] = []
-    known: dict[Tensor, Tensor] = {}
-    for owner in module.modules():
-        for name, weight in owner._parameters.items():
-            if weight is not None and weight.dtype in HALF:
-                swapped.append((owner, name, weight))
-                if weight not in known:
-                    known[weight] = weight.float()
-                owner._parameters[name] = known[weight]  # type: ignore[assignment]
-    module.__dict__[SWAPPED] = swapped
-    # Some models cast states to the dtype of a weight that is not converted yet (Mamba's head).
-    halves = (isinstance(a, Tensor) and a.dtype in HALF for a in args)
-    return tuple(a.float() if half else a for a, half in zip(args, halves, strict=True))
+def _is_converted(module: nn.Module) -> bool:
+    return getattr(module.__dict__.get("forward"), "func", None) is _forward
 
 
-def _restore(module: nn.Module, args: Any, out: Any) -> None:
-    for owner, name, weight in module.__dict__.pop(SWAPPED, ()):
-        owner._parameters[name] = weight
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward, with its weights and arguments in float32."""
+    halves = [
+        (owner, name, weight)
+        for owner in module.modules()
+        for name, weight in owner._parameters.items()
+        if weight is not None and weight.dtype in HALF
+    ]
+    try:
+        wide = {weight: weight.float() for _, _, weight in halves}
+        for owner, name, weight in halves:
+            owner._parameters[name] = wide[weight]  # type: ignore[assignment]
+        # Some models cast states to the dtype of a weight that is not converted yet (Mamba's head).
+        states = [a.float() if isinstance(a, Tensor) and a.dtype in HALF else a for a in args]
+        return type(module).forward(module, *states, **kwargs)
+    finally:
+        for owner, name, weight in halves:
+            owner._parameters[name] = weight

@@ -16,20 +16,15 @@ from rich.table import Table
 from torch import nn
 
 from prunekit import graph
-from prunekit.activations.runs import FORWARD_TOKENS
-from prunekit.architecture.blocks import block_modules, linear_names
-from prunekit.architecture.linear import is_linear, weight_of
 from prunekit.architecture.macs import macs
 from prunekit.checkpoint.construction import initialise_buffers
+from prunekit.cli.peaks import recovery_peak, scoring_peak, weight_bytes
 from prunekit.errors import ConfigError
 from prunekit.export.engines import Engine, engines, lines
 from prunekit.runner import preflight
-from prunekit.scoring.gradients import TOKENS as BACKWARD_TOKENS
 from prunekit.types import Counts, Group, Kept
 
 MIB = 2**20
-ADAM = 16
-"""Bytes for each trained parameter in float32: itself, its gradient, Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ def first_units(groups: Sequence[Group], counts: Counts) -> Kept:
 
 def figures(model: nn.Module) -> Figures:
     """Sizes of a model on the meta device."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = weight_bytes(model)
     params = sum(p.numel() for p in model.parameters())
     return Figures(params, macs(model), weights, 2 * params + rotary_tables(model), kv_bytes(model))
 
@@ -142,81 +137,6 @@ def kv_bytes(model: nn.Module) -> int:
         for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
     ]
     return sum(t.numel() * t.element_size() for t in kept if t is not None)
-
-
-def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, Any]) -> int | None:
-    """Weights, and what the criterion adds: nothing, one layer's activations, or all products of a
-    backward and the largest gradient. None without a criterion.
-    """
-    if parts.criterion is None:
-        return None
-    needs = parts.criterion.meta.get("needs", "-")
-    weights = resident(model, cfg)
-    if needs == "-":
-        return weights
-    item = next(model.parameters()).element_size()
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
-    most = cfg["calib"].get("samples", 10) * cfg["calib"].get("length", 64)
-    if needs == "data":
-        tokens = min(most, FORWARD_TOKENS)
-        return int(weights + tokens * widest(model) * item)
-    samples = parts.criterion.options.get("batch")
-    tokens = min(most, samples * cfg["calib"].get("length", 64) if samples else BACKWARD_TOKENS)
-    products = tokens * outputs(model) * item
-    largest = max(p.numel() for p in model.parameters())
-    split = tokens < most  # gradients of several backwards add up, as large as the weights
-    gradients = weights if split else largest * item
-    return int(weights + products + tokens * vocabulary * (item + 4) + gradients)
-
-
-def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
-    """Pruned weights, adapters with their optimizer, activations of one micro-batch, and its logits
-    in float32 twice.
-    """
-    options = cfg["recovery"]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    rank = options.get("r", 0)
-    adapted = linear_names(model, options.get("targets")) if rank else ()
-    trained = (
-        sum(rank * sum(weight_of(model.get_submodule(n)).shape) for n in adapted)
-        if rank
-        else sum(p.numel() for p in model.parameters())
-    )
-    tokens = options.get("micro_batch", 1) * options.get("max_length", 256)
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
-    # Autograd keeps the input and the output of every product, and about as much again for norms,
-    # rotations and activations.
-    activations = 3 * tokens * outputs(model) * next(model.parameters()).element_size()
-    return int(weights + trained * ADAM + activations + 2 * tokens * vocabulary * 4)
-
-
-def resident(model: nn.Module, cfg: dict[str, Any]) -> int:
-    """Bytes of weights that are in memory at once: all, or with model.weights=disk the largest
-    block or embedding.
-    """
-    if cfg["model"].get("weights") != "disk":
-        return sum(p.numel() * p.element_size() for p in model.parameters())
-    parts = [model.get_input_embeddings(), *block_modules(model)]  # type: ignore[operator]
-    sizes: list[int] = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in parts]
-    return max(sizes)
-
-
-def outputs(model: nn.Module) -> int:
-    """Channels that all linear layers of the blocks put out for one token."""
-    return sum(outputs_by_block(model))
-
-
-def widest(model: nn.Module) -> int:
-    """Channels that the linear layers of the widest block put out for one token."""
-    return max(outputs_by_block(model))
-
-
-def outputs_by_block(model: nn.Module) -> list[int]:
-    """Channels that the linear layers of each block put out for one token."""
-    return [
-        sum(weight_of(m).shape[0] for m in block.modules() if is_linear(m))
-        for block in block_modules(model)
-    ]
 
 
 def show(found: Forecast, heading: str, console: Console | None = None) -> None:

@@ -13,7 +13,7 @@ from prunekit.data.files import DataRoot
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.evals.named_texts import EvaluationText, Texts, check_seen, windows_of
-from prunekit.evals.windows import window_nll
+from prunekit.evals.windows import prompt_ids, window_nll
 from prunekit.registry import Component, Length, Positive, evals
 
 
@@ -61,7 +61,9 @@ def domains(
             source, tokenizer, window=window, limit=limit, bos=bos, data_root=data_root
         )
         with eval_mode(model):
-            nll = float(window_nll(model, windows, batch, name).mean())
+            nll = float(
+                window_nll(model, windows, batch, name, prompt_ids(model, tokenizer)).mean()
+            )
         found[f"ppl_{name}_{window}"] = math.exp(nll)
         if name not in seen:
             logs.append(nll)

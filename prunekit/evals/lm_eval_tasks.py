@@ -25,6 +25,7 @@ from prunekit.data import docs_cloze
 from prunekit.data.files import data_folder
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
+from prunekit.evals.windows import kept_prompt
 
 # the metric that the paper reports of each task, and the folder of lm-eval that defines it
 PAPER = {
@@ -207,8 +208,9 @@ def run_tasks(
     run_code: bool = False,
 ) -> dict[str, Any]:
     """What lm-eval finds: `results` by task and, with `items`, `samples`, a list for each task. The
-    first `limit` items of each are taken; `run_code` lets tasks run what the model writes. Raises
-    ConfigError where a data set is not to be had.
+    first `limit` items of each are taken; a prompt that a pruner left with the model stands before
+    each; `run_code` lets tasks run what the model writes. Raises ConfigError where a data set is
+    not to be had.
     """
     with quietly(), eval_mode(model):
         from lm_eval.evaluator import evaluate
@@ -226,7 +228,12 @@ def run_tasks(
             softmax_dtype="float32",
         )
         found: dict[str, Any] = evaluate(
-            lm, loaded, limit=limit, log_samples=items, confirm_run_unsafe_code=run_code
+            lm,
+            loaded,
+            limit=limit,
+            log_samples=items,
+            system_instruction=kept_prompt(model) or None,
+            confirm_run_unsafe_code=run_code,
         )
     return found
 

@@ -15,7 +15,7 @@ from prunekit.data.datasets import Dataset, check_split, default_split, evaluati
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.evals import eval_mode
 from prunekit.evals.texts_read import splits_read
-from prunekit.evals.windows import check_block, cut, token_ids, window_nll
+from prunekit.evals.windows import check_block, cut, prompt_ids, token_ids, window_nll
 from prunekit.registry import Component, Length, Positive, evals
 
 log = logging.getLogger("prunekit")
@@ -74,13 +74,14 @@ def perplexity(
     The token mean of the cross entropy, exponentiated; the error by the delta method over windows.
     `path` names a text or jsonl file in place of `dataset`, and `label` (default: the file's stem)
     stands for it in the key. The text is cut into blocks of `block` tokens, of which each
-    `every`-th is read, and these into windows. Raises ConfigError.
+    `every`-th is read, and these into windows. A prompt that a pruner left with the model stands
+    before each. Raises ConfigError.
     """
     text = evaluation_text(dataset, split, path, data_root)
     key = key_of(dataset=dataset, path=path, label=label, window=window)
     windows = cut(token_ids(text, tokenizer, bos), window, block, every, limit)
     with eval_mode(model):
-        nll = window_nll(model, windows, batch, key)
+        nll = window_nll(model, windows, batch, key, prompt_ids(model, tokenizer))
     value = float(nll.mean().exp())
     error = value * float(nll.std()) / math.sqrt(len(nll)) if len(nll) > 1 else 0.0
     return {key: value, f"{key}_stderr": error}

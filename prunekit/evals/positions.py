@@ -14,7 +14,7 @@ from prunekit.data.files import DataRoot
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.evals.named_texts import Texts, windows_of
-from prunekit.evals.windows import token_nll
+from prunekit.evals.windows import prompt_ids, token_nll
 from prunekit.registry import Component, Length, Positive, evals
 
 
@@ -58,7 +58,7 @@ def positions(
             source, tokenizer, window=window, limit=limit, bos=bos, data_root=data_root
         )
         with eval_mode(model):
-            losses = token_nll(model, windows, batch, name)
+            losses = token_nll(model, windows, batch, name, prompt_ids(model, tokenizer))
         for start, end in pairwise([1, *edges, window]):
             part = losses[:, start - 1 : end - 1].mean(1)  # the first token has no loss
             key, value = f"ppl_{name}_{start}to{end}", math.exp(float(part.mean()))

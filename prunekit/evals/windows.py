@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,17 +43,36 @@ def check_block(window: int, block: int) -> None:
         raise ConfigError(f"block={block} is no multiple of window={window}")
 
 
+def kept_prompt(model: nn.Module) -> str:
+    """What stands before every text that this model reads: a prompt under which it was pruned, as
+    pruner=compresso leaves it in the config; empty where there is none.
+    """
+    return str(getattr(getattr(model, "config", None), "collaborative_prompt", None) or "")
+
+
+def prompt_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Tokens of `kept_prompt`."""
+    said = kept_prompt(model)
+    return list(tokenizer(said, add_special_tokens=False).input_ids) if said else []
+
+
 @torch.inference_mode()
-def token_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tensor:
+def token_nll(
+    model: nn.Module, windows: Tensor, batch: int, name: str, prompt: Sequence[int] = ()
+) -> Tensor:
     """Negative log-likelihood of every token but the first of each window, `(N, T - 1)` float64 on
     the CPU; the logarithm is taken in float32.
+
+    prompt: tokens before each window, of which none is predicted.
     """
     device = next(model.parameters()).device
     found = []
     with tqdm(total=len(windows), desc=name, unit="window", leave=False) as bar:
         for rows in windows.split(batch):
             rows = rows.to(device)
-            logits = model(input_ids=rows, use_cache=False).logits
+            before = torch.tensor([*prompt], dtype=rows.dtype, device=device).expand(len(rows), -1)
+            whole = torch.cat([before, rows], 1)
+            logits = model(input_ids=whole, use_cache=False).logits[:, len(prompt) :]
             for row, scores in zip(
                 rows, logits, strict=True
             ):  # one at a time: float32 logits of a batch can be gigabytes
@@ -64,6 +84,8 @@ def token_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tenso
     return torch.stack(found)
 
 
-def window_nll(model: nn.Module, windows: Tensor, batch: int, name: str) -> Tensor:
+def window_nll(
+    model: nn.Module, windows: Tensor, batch: int, name: str, prompt: Sequence[int] = ()
+) -> Tensor:
     """Mean negative log-likelihood of each window's predicted tokens. `(N,)` float64."""
-    return token_nll(model, windows, batch, name).mean(1)
+    return token_nll(model, windows, batch, name, prompt).mean(1)

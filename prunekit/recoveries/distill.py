@@ -27,7 +27,7 @@ from prunekit.problem import Problem
 from prunekit.registry import Above, LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.distillation import Direction, Distillation
 from prunekit.training.low_rank import Updates, check_updates, train_and_merge
-from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.training.recipe import Recipe, check_patience, micro_batches
 from prunekit.training.weights import train_weights
 from prunekit.types import Pruned
 
@@ -47,6 +47,7 @@ def check_distill(
     targets: list[str] | None,
     batch: int,
     micro_batch: int,
+    patience: int | None,
     **_: Any,
 ) -> None:
     """Raises ConfigError for options of `distill` that cannot be, as far as the shapes of `model`
@@ -56,6 +57,7 @@ def check_distill(
     if r:
         check_updates(model, names)
     micro_batches(batch, micro_batch)
+    check_patience(patience, validation_size)
     if dataset != "generated":
         check_source(dataset, split, path)
     elif split is not None or path is not None:
@@ -103,6 +105,7 @@ def distill(
     eval_every: Positive = 100,
     log_every: Positive = 10,
     save_every: Positive = 100,
+    patience: Positive | None = None,
     seed: Seed = 42,
 ) -> nn.Module:
     """Trains the weights, or low-rank updates of them, to give the dense model's distribution of
@@ -112,10 +115,11 @@ def distill(
     that the dense model writes. `weight` of the loss is the KL to the dense model at `temperature`,
     the rest is cross entropy. With `r=0` all weights are trained, or those of the linear layers
     that `targets` names; else updates of rank r, merged at the end. With `validation_size` examples
-    set aside, the weights with the lowest cross entropy on them are kept. What pruning set to zero
-    stays zero. A model in half precision is trained in float32 (updates vanish in less) and comes
-    back in its own. Leaves the notes that `recovery=lora` leaves. Raises ConfigError for targets
-    that match nothing, data that holds nothing, or where the dense model cannot be loaded.
+    set aside, the weights with the lowest cross entropy on them are kept, and `patience` ends the
+    training after so many looks in a row that found no lower one. What pruning set to zero stays
+    zero. A model in half precision is trained in float32 (updates vanish in less) and comes back in
+    its own. Leaves the notes that `recovery=lora` leaves. Raises ConfigError for targets that match
+    nothing, data that holds nothing, or where the dense model cannot be loaded.
     """
     model = pruned.model
     recipe = Recipe(
@@ -129,10 +133,12 @@ def distill(
         log_every=log_every,
         save_every=save_every,
         progress=problem.training,
+        patience=patience,
         seed=seed,
     )
     names = linear_names(model, targets)
     micro_batches(batch, micro_batch)  # said before the data is read
+    check_patience(patience, validation_size)
     device = next(model.parameters()).device
     teacher = problem.dense().requires_grad_(False).to(device).eval()
     if dataset == "generated":

@@ -29,7 +29,7 @@ from prunekit.registry import (
     recoveries,
 )
 from prunekit.training.low_rank import Updates, check_updates, train_and_merge
-from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.training.recipe import Recipe, check_patience, micro_batches
 from prunekit.types import Pruned
 
 
@@ -40,8 +40,10 @@ def check_lora(
     split: str | None,
     path: str | None,
     targets: list[str] | None,
+    validation_size: int,
     batch: int,
     micro_batch: int,
+    patience: int | None,
     **_: Any,
 ) -> None:
     """Raises ConfigError for options of `lora` that cannot be, as far as the shapes of `model`
@@ -49,6 +51,7 @@ def check_lora(
     """
     check_updates(model, linear_names(model, targets))
     micro_batches(batch, micro_batch)
+    check_patience(patience, validation_size)
     check_source(dataset, split, path)
 
 
@@ -83,6 +86,7 @@ def lora(
     eval_every: Positive = 100,
     log_every: Positive = 10,
     save_every: Positive = 100,
+    patience: Positive | None = None,
     seed: Seed = 42,
 ) -> nn.Module:
     """Low-rank updates of all linear layers, trained on instructions or plain text and merged into
@@ -90,7 +94,8 @@ def lora(
 
     Linear layers are all those inside of the decoder's blocks; `targets` narrows them to names or
     glob patterns (`q_proj`, `mlp.*`). With `validation_size` examples set aside, the updates with
-    the lowest loss on them are merged, else the last ones. What pruning set to zero is zero
+    the lowest loss on them are merged, else the last ones; `patience` ends the training after so
+    many looks in a row that found no lower one. What pruning set to zero is zero
     afterwards: updates of rows and columns that are zero as a whole are not trained there; what an
     update writes to other zeros (single weights) is lost in the merge. Leaves `recovery_curve`
     (step, loss, learning_rate, grad_norm, eval_loss), `recovery_best_step`, `recovery_examples` and
@@ -110,9 +115,11 @@ def lora(
         log_every=log_every,
         save_every=save_every,
         progress=problem.training,
+        patience=patience,
         seed=seed,
     )
     micro_batches(batch, micro_batch)  # said before the data is read
+    check_patience(patience, validation_size)
     examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)

@@ -16,7 +16,7 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import Above, LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.masked_low_rank import Form, MaskedUpdates
-from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.training.recipe import Recipe, check_patience, micro_batches
 from prunekit.training.weights import is_norm, train_weights
 from prunekit.types import Pruned
 
@@ -32,8 +32,10 @@ def check_perp(
     parts: list[Part],
     updates: Form | None,
     targets: list[str] | None,
+    validation_size: int,
     batch: int,
     micro_batch: int,
+    patience: int | None,
     **_: Any,
 ) -> None:
     """Raises ConfigError for options of `perp` that cannot be, as far as the shapes of `model`
@@ -46,6 +48,7 @@ def check_perp(
         raise ConfigError("recovery.targets are of updates: give recovery.updates=mask or scale")
     linear_names(model, targets)
     micro_batches(batch, micro_batch)
+    check_patience(patience, validation_size)
     check_source(dataset, split, path)
 
 
@@ -81,6 +84,7 @@ def perp(
     eval_every: Positive = 100,
     log_every: Positive = 10,
     save_every: Positive = 100,
+    patience: Positive | None = None,
     seed: Seed = 42,
 ) -> nn.Module:
     """Trains norms, biases or the output matrix as they are, and low-rank updates of the linear
@@ -112,11 +116,13 @@ def perp(
         log_every=log_every,
         save_every=save_every,
         progress=problem.training,
+        patience=patience,
         seed=seed,
     )
     names = part_names(model, parts)
     layers = linear_names(model, targets)
     micro_batches(batch, micro_batch)  # said before the data is read
+    check_patience(patience, validation_size)
     examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)

@@ -65,6 +65,7 @@ def transfer(
     batch: Positive = 16,
     micro_batch: Positive = 4,
     log_every: Positive = 10,
+    save_every: Positive = 100,
     seed: Seed = 42,
 ) -> nn.Module:
     """Trains all weights on a text by cross entropy, in one of Junk DNA's three arms.
@@ -98,6 +99,8 @@ def transfer(
         batch=batch,
         micro_batch=micro_batch,
         log_every=log_every,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     found = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)[:examples]

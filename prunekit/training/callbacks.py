@@ -43,11 +43,12 @@ class Curve(TrainerCallback):
 
 class Best(TrainerCallback):
     """The trained parameters at the lowest validation loss so far, in host memory: nothing has to
-    be written.
+    be written. The training ends after `patience` looks in a row that found no lower one.
     """
 
-    def __init__(self, trained: Sequence[nn.Parameter]):
-        self.trained = trained
+    def __init__(self, trained: Sequence[nn.Parameter], patience: int | None = None):
+        self.trained, self.patience = trained, patience
+        self.waited = 0
         self.loss = math.inf
         self.step: int | None = None
         self.copies: list[Tensor] = []
@@ -61,8 +62,12 @@ class Best(TrainerCallback):
     ) -> None:
         loss = (metrics or {}).get("eval_loss", math.inf)
         if loss < self.loss:
-            self.loss, self.step = loss, state.global_step
+            self.loss, self.step, self.waited = loss, state.global_step, 0
             self.copies = [p.detach().cpu().clone() for p in self.trained]
+        else:
+            self.waited += 1
+        if self.patience is not None and self.waited >= self.patience:
+            control.should_training_stop = True
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -19,6 +19,8 @@ class Recipe:
     eval_every, log_every: steps between looks at the validation loss, and between records.
     save_every: steps after which `progress` is told how far the training is; a training that is
         told there how far an earlier one was goes on from there. Not of several processes.
+    patience: looks in a row at which the validation loss is not below its lowest, after which the
+        training ends; None goes through all steps.
     seed: draws the order of the examples, and dropout.
     """
 
@@ -32,7 +34,17 @@ class Recipe:
     log_every: int = 10
     save_every: int = 100
     progress: Progress | None = None
+    patience: int | None = None
     seed: int = 0
+
+
+def check_patience(patience: int | None, validation_size: int) -> None:
+    """Raises ConfigError for patience with a loss that is not measured."""
+    if patience is not None and not validation_size:
+        raise ConfigError(
+            f"patience={patience} is with the loss on examples set aside, and validation_size=0 "
+            "sets none aside"
+        )
 
 
 def processes() -> int:

@@ -60,7 +60,7 @@ class Kept:
             "schedule": trainer.lr_scheduler.state_dict(),
             "logged": trainer._globalstep_last_logged,
             "curve": self.curve.records,
-            "best": [best.loss, best.step],
+            "best": [best.loss, best.step, best.waited],
             "python": random.getstate(),
             "numpy": [drawn[0], drawn[1].tolist(), *drawn[2:]],
         }
@@ -80,7 +80,7 @@ class Kept:
         best = self.best
         for i, parameter in enumerate(best.trained):
             parameter.copy_(self.found[f"trained:{i}"])
-        best.loss, best.step = self.facts["best"]
+        best.loss, best.step, best.waited = self.facts["best"]
         best.copies = [self.found[f"best:{i}"] for i in range(self.count("best:"))]
         self.curve.records[:] = self.facts["curve"]
 

@@ -26,7 +26,7 @@ from prunekit.training.distillation import (
     summed_kl,
     teacher_logits,
 )
-from prunekit.training.recipe import Recipe, linear_decay, processes
+from prunekit.training.recipe import Recipe, check_patience, linear_decay, processes
 from prunekit.training.resume import Kept, LossesSoFar
 from prunekit.training.sharding import (
     ShardingTrainer,
@@ -89,8 +89,8 @@ def train(
     """Trains in place, by AdamW without weight decay, what requires gradients in `model`, and
     `parameters`.
 
-    validation: examples whose cross entropy picks the step that is kept; without any it is the
-        last one.
+    validation: examples whose cross entropy picks the step that is kept, and with
+        `recipe.patience` ends the training; without any it is the last one.
     keep: parameter name -> bool tensor of its shape, True = free; the rest is zero and stays zero.
     teacher: gives the logits that the student is drawn to, by the formula of `distillation`.
     distillation: weight, temperature and direction; None takes its defaults.
@@ -102,7 +102,7 @@ def train(
     Trainer on it. With `recipe.progress` the same training, cut off and begun again, goes on from
     the last step that was kept; else nothing is written. `loss` in the curve is all that is
     minimised, `eval_loss` the cross entropy. Raises ConfigError if the batch cannot be made of
-    micro-batches, or nothing is there to train.
+    micro-batches, nothing is there to train, or nothing to be patient with.
     """
     student = on_same_memory(model) if wants_shards() else model
     inside = [p for p in student.parameters() if p.requires_grad]
@@ -113,12 +113,13 @@ def train(
         raise ConfigError(
             "FSDP: parameters outside of the model cannot be trained with shards of it"
         )
+    check_patience(recipe.patience, len(validation))
     if teacher is None and distillation is not None:
         raise ConfigError(f"{distillation} needs a teacher")
     groups: list[dict[str, Any]] = [{"params": inside, "lr": recipe.lr}] if inside else []
     groups += [{k: v for k, v in group.items() if k != "constant"} for group in parameters]
     constant = [False] * bool(inside) + [group.get("constant", False) for group in parameters]
-    curve, best = Curve(), Best(inside + outside)
+    curve, best = Curve(), Best(inside + outside, recipe.patience)
     alone = processes() == 1
     kept = Kept(recipe.progress, curve, best) if recipe.progress and alone else None
     shards = Shards(model, keep or {}, best) if student is not model else None
@@ -173,7 +174,8 @@ class _Trainer(ShardingTrainer):
         self.kept = kept
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.kept and self.state.global_step < self.state.max_steps:
+        over = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        if self.kept and not over:
             self.kept.write(self)
 
     def _load_from_checkpoint(

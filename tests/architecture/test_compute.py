@@ -16,11 +16,13 @@ from prunekit.architecture.compute import compute_in_float32, computes_in_float3
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.registry import models, pruners
+from prunekit.runner.cache import model_print
 
 TEXT = torch.randint(8, 100, (6, 16), generator=torch.Generator().manual_seed(0))
 METHODS = {
     "wanda": ({"name": "unstructured"}, {"name": "wanda"}, uniform(0.5, "prunable")),
     "slicegpt": ({"name": "slicegpt"}, None, uniform(0.25)),
+    "taylor": ({"name": "oneshot"}, {"name": "taylor"}, uniform(0.25)),
     "shortgpt": (
         {"name": "oneshot", "kinds": ["blocks"]},
         {"name": "block_influence"},
@@ -74,6 +76,13 @@ def test_gradients_reach_the_weights():
     theirs = dict(whole.named_parameters())
     for name, p in half.named_parameters():
         assert torch.equal(p.grad, theirs[name].grad.to(torch.bfloat16))
+
+
+def test_the_cache_tells_it_from_half_precision():
+    half = tiny_model("llama", 2).to(torch.bfloat16)
+    before = model_print(half)
+    compute_in_float32(half)
+    assert model_print(half) != before
 
 
 def test_a_forward_that_fails_leaves_the_weights_as_they_were():

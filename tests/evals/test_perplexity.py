@@ -114,3 +114,28 @@ def test_the_peers_numbers(shared, smollm2, window, limit, expected):
     }
     found = evals.build(node)(*smollm2)
     assert found[f"ppl_peers_{window}"] == pytest.approx(expected, rel=0.01)
+
+
+def test_a_prompt_that_stays_with_the_model_stands_before_each_window(tiny, tmp_path):
+    model, tokenizer = tiny
+    file = tmp_path / "story.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    measure = evals.build({"name": "perplexity", "path": str(file), "window": 32, "limit": 2})
+    model.config.collaborative_prompt = "You are smaller now. "
+    try:
+        found = measure(model, tokenizer)["ppl_story_32"]
+    finally:
+        del model.config.collaborative_prompt
+    said = tokenizer("You are smaller now. ", add_special_tokens=False).input_ids
+    losses = []
+    for row in torch.tensor(tokenizer(file.read_text()).input_ids)[:64].view(2, 32).tolist():
+        logits = (
+            model(input_ids=torch.tensor([[*said, *row]]))
+            .logits[0]
+            .detach()
+            .double()
+            .log_softmax(-1)
+        )
+        losses += [-float(logits[len(said) + i, row[i + 1]]) for i in range(31)]
+    assert found == pytest.approx(math.exp(sum(losses) / 62), rel=1e-5)
+    assert found != pytest.approx(measure(model, tokenizer)["ppl_story_32"], rel=1e-4)

@@ -98,3 +98,20 @@ def test_without_files_and_hub_the_error_names_both_ways(tiny):
 def test_the_real_model_finds_most_continuations_but_not_all(smollm2):
     found = evals.build({"name": "zeroshot", "tasks": ["docs_cloze"], "limit": 100})(*smollm2)
     assert 0.6 < found["acc_docs_cloze"] < 0.97
+
+
+def test_a_prompt_that_stays_with_the_model_stands_before_each_question(tiny, monkeypatch):
+    model, tokenizer = tiny
+    read, forward = [], model.forward
+
+    def heard(input_ids, **kwargs):
+        read.append(tokenizer.decode(input_ids[0]))
+        return forward(input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", heard)
+    monkeypatch.setattr(
+        model.config, "collaborative_prompt", "You are smaller now. ", raising=False
+    )
+    evals.build({"name": "zeroshot", "tasks": ["docs_cloze"], "limit": 2})(model, tokenizer)
+    assert read
+    assert all("You are smaller now." in text for text in read)

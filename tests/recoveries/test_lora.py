@@ -251,6 +251,7 @@ def test_targets_narrow_what_is_trained(text):
         ({"batch": 5}, "batch=5 is no multiple of micro_batch=2"),
         ({"targets": ["query"]}, r"targets=\['query'\] match no linear.*mlp.down_proj"),
         ({"path": None}, "give path="),
+        ({"patience": 2, "validation_size": 0}, "patience=2 .* sets none aside"),
         ({"dataset": "wikitext2", "split": "tset", "path": None}, "no split 'tset'"),
         ({"validation_size": 10**6}, "validation_size=1000000, but there are"),
         ({"max_length": 10**6}, "lower max_length"),
@@ -272,6 +273,7 @@ def test_what_cannot_be_is_said_before_training(text, over, said):
         ({"batch": 5, "micro_batch": 2}, "batch=5 is no multiple of micro_batch=2"),
         ({"targets": ["query"]}, r"targets=\['query'\] match no linear.*mlp.down_proj"),
         ({"dataset": "text"}, "give path="),
+        ({"patience": 2, "validation_size": 0}, "patience=2 .* sets none aside"),
         ({"split": "tset"}, "alpaca has no split 'tset'; there are: train"),
     ],
 )

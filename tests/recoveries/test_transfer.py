@@ -35,10 +35,15 @@ def sparse(share: float) -> tuple[torch.nn.Module, Pruned]:
     return dense, pruners.build({"name": "unstructured", "schedule": "whole"})(given)
 
 
-def after(arm: str, share: float, path: str, **more):
+def after(arm: str, share: float, path: str, progress=None, **more):
     dense, pruned = sparse(share)
     masks = graph.zero_masks(pruned.model, pruned.groups, pruned.kept)
-    given = Problem(pruned.model, byte_tokenizer(), load_dense=lambda: copy.deepcopy(dense))
+    given = Problem(
+        pruned.model,
+        byte_tokenizer(),
+        load_dense=lambda: copy.deepcopy(dense),
+        training=progress,
+    )
     model = transfer(given, pruned, arm=arm, path=path, **SHORT | more)
     return dense, masks, model, pruned
 
@@ -92,3 +97,26 @@ def test_units_that_were_cut_out_leave_no_zeros_to_keep(text):
     graph.remove(model, kept)
     with pytest.raises(ConfigError, match="units were cut out"):
         transfer(Problem(model, byte_tokenizer()), Pruned(model, kept, groups), path=text, **SHORT)
+
+
+@pytest.mark.parametrize("arm", ["sparse", "frozen"])
+def test_a_training_that_was_cut_off_goes_on(arm, text):
+    class Progress:
+        kept, left = None, 2
+
+        def read(self):
+            return self.kept
+
+        def write(self, tensors):
+            self.kept = {name: t.clone() for name, t in tensors.items()}
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    whole = after(arm, 0.5, text)[2].state_dict()
+    progress = Progress()
+    with pytest.raises(KeyboardInterrupt):
+        after(arm, 0.5, text, save_every=1, progress=progress)
+    resumed = after(arm, 0.5, text, save_every=1, progress=progress)[2].state_dict()
+    assert progress.left == 0  # of three steps the last is not kept
+    assert all(torch.equal(w, resumed[name]) for name, w in whole.items())

@@ -126,3 +126,28 @@ def test_low_rank_updates_with_dropout_go_on():
     resumed, again = run(progress)
     assert again == history
     assert all(torch.equal(w, resumed[n]) for n, w in whole.items())
+
+
+def test_patience_ends_at_the_same_step_after_a_cut():
+    """A rate at which the validation loss soon rises: the looks that were in vain are kept too."""
+
+    def run(progress):
+        model = tiny_model("llama")
+        recipe = replace(
+            RECIPE, lr=0.3, eval_every=1, patience=3, progress=progress, save_every=1, epochs=30
+        )
+        history = train(model, examples(8, 0), recipe, validation=examples(4, 1))
+        return copy.deepcopy(model.state_dict()), history
+
+    whole, history = run(None)
+    losses = {r["step"]: r["eval_loss"] for r in history.curve if "eval_loss" in r}
+    last = max(losses)
+    assert last == history.best_step + 3 < 60
+    assert losses[history.best_step] == min(losses.values())
+    progress = Progress(last - 2)
+    with pytest.raises(CutOff):
+        run(progress)
+    resumed, again = run(progress)
+    assert again == history
+    assert progress.times == last - 1  # the step at which it ends is not kept
+    assert all(torch.equal(w, resumed[n]) for n, w in whole.items())

@@ -50,8 +50,9 @@ class Rotation(RuntimeModule):
         module.register_forward_hook(self.leave)
 
     def forward(self, x: Tensor) -> Tensor:
-        turned = x @ self.weight
-        return -(turned @ self.weight.T) if self.source else turned
+        weight = self.weight.to(x.dtype)  # states may be wider: model.compute=float32
+        turned = x @ weight
+        return -(turned @ weight.T) if self.source else turned
 
     # The hooks call the module, not its weight: so what is hooked onto it (accelerate's offloading)
     # takes part.
@@ -90,7 +91,7 @@ class LateSum(RuntimeModule):
         target.register_forward_pre_hook(self.enter, with_kwargs=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
+        return x @ self.weight.to(x.dtype)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         self.held = out if isinstance(out, Tensor) else out[0]

@@ -1,0 +1,114 @@
+"""The memory that scoring and recovery will need at most, estimated from shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit.activations.runs import FORWARD_TOKENS
+from prunekit.architecture.blocks import block_modules, linear_names
+from prunekit.architecture.linear import is_linear, weight_of
+from prunekit.runner import preflight
+from prunekit.scoring.gradients import TOKENS as BACKWARD_TOKENS
+
+LIBRARIES = 600 * 2**20
+"""Resident memory of a process that has imported torch and transformers and used them once. The
+peaks of a run on a CPU have it; a GPU's allocator does not count it.
+"""
+ADAM = 16
+"""Bytes for each trained parameter in float32: itself, its gradient, Adam's two moments."""
+
+
+def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, Any]) -> int | None:
+    """Weights, and what the criterion adds: nothing, one layer's activations, or what a backward
+    keeps and the largest gradient. None without a criterion.
+    """
+    if parts.criterion is None:
+        return None
+    needs = parts.criterion.meta.get("needs", "-")
+    weights = resident(model, cfg)
+    standing = weights + libraries(cfg)
+    if needs == "-":
+        return standing
+    wide = cfg["model"].get("compute") == "float32"
+    item = 4 if wide else next(model.parameters()).element_size()
+    vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+    most = cfg["calib"].get("samples", 10) * cfg["calib"].get("length", 64)
+    if needs == "data":
+        tokens = min(most, FORWARD_TOKENS)
+        return int(standing + tokens * widest(model) * item)
+    samples = parts.criterion.options.get("batch")
+    tokens = min(most, samples * cfg["calib"].get("length", 64) if samples else BACKWARD_TOKENS)
+    # A backward keeps all products, and of each block what enters it and what attention found.
+    kept = tokens * (outputs(model) + 2 * hidden * len(block_modules(model))) * item
+    size = next(model.parameters()).element_size()
+    largest = max(p.numel() for p in model.parameters())
+    # Gradients of several backwards add up, as large as the weights.
+    gradients = weight_bytes(model) if tokens < most else largest * size
+    return int(standing + kept + tokens * vocabulary * (item + 4) + gradients)
+
+
+def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
+    """Pruned weights, adapters with their optimizer, activations of one micro-batch, and its logits
+    in float32 twice.
+    """
+    options = cfg["recovery"]
+    weights = weight_bytes(model)
+    rank = options.get("r", 0)
+    adapted = linear_names(model, options.get("targets")) if rank else ()
+    trained = (
+        sum(rank * sum(weight_of(model.get_submodule(n)).shape) for n in adapted)
+        if rank
+        else sum(p.numel() for p in model.parameters())
+    )
+    tokens = options.get("micro_batch", 1) * options.get("max_length", 256)
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+    # Autograd keeps the input and the output of every product, and about as much again for norms,
+    # rotations and activations.
+    activations = 3 * tokens * outputs(model) * next(model.parameters()).element_size()
+    logits = 2 * tokens * vocabulary * 4
+    return int(weights + trained * ADAM + activations + logits + libraries(cfg))
+
+
+def libraries(cfg: dict[str, Any]) -> int:
+    """Bytes that a run has before it loads a model, as its peaks are counted."""
+    device = cfg["model"].get("device")
+    on_cpu = device == "cpu" if device else not torch.cuda.is_available()
+    return LIBRARIES if on_cpu else 0
+
+
+def resident(model: nn.Module, cfg: dict[str, Any]) -> int:
+    """Bytes of weights that are in memory at once: all, or with model.weights=disk the largest
+    block or embedding; and with model.compute=float32 a block or embedding converted.
+    """
+    parts = [model.get_input_embeddings(), *block_modules(model)]  # type: ignore[operator]
+    largest = max(sum(p.numel() for p in m.parameters()) for m in parts)
+    size = next(model.parameters()).element_size()
+    whole = cfg["model"].get("weights") != "disk"
+    stored: int = weight_bytes(model) if whole else largest * size
+    return stored + (4 * largest if cfg["model"].get("compute") == "float32" else 0)
+
+
+def outputs(model: nn.Module) -> int:
+    """Channels that all linear layers of the blocks put out for one token."""
+    return sum(outputs_by_block(model))
+
+
+def widest(model: nn.Module) -> int:
+    """Channels that the linear layers of the widest block put out for one token."""
+    return max(outputs_by_block(model))
+
+
+def outputs_by_block(model: nn.Module) -> list[int]:
+    """Channels that the linear layers of each block put out for one token."""
+    return [
+        sum(weight_of(m).shape[0] for m in block.modules() if is_linear(m))
+        for block in block_modules(model)
+    ]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,267 @@
+"""NutePrune (Li et al., 2024, arXiv 2402.09773): masks and low-rank updates learn from numerous
+teachers, which are the model itself at lower sparsities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunekit.architecture.blocks import block_modules, linear_names
+from prunekit.architecture.sizes import Sizes
+from prunekit.data.training_examples import all_learnt
+from prunekit.graph.fold_gates import check_channels
+from prunekit.graph.masks import stream_out
+from prunekit.problem import Expected, Problem, expect
+from prunekit.pruners.learned import take
+from prunekit.registry import LearningRate, Natural, Positive, Seed, Share, pruners
+from prunekit.training.constraints import SizeConstraint
+from prunekit.training.distillation import Distillation
+from prunekit.training.learned_masks import LearnedMasks
+from prunekit.training.low_rank import Updates
+from prunekit.training.masks_and_updates import learn_with_updates
+from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.types import Pruned
+
+Kinds = Annotated[list[Literal["heads", "neurons", "hidden"]], Field(min_length=1)]
+Above = Annotated[float, Field(gt=0)]
+NEAR = 0.005
+"""How near to the target counts as there (the authors' epsilon)."""
+
+
+def check_nuteprune(
+    problem: Problem,
+    *,
+    kinds: list[str],
+    targets: list[str] | None,
+    batch: int,
+    micro_batch: int,
+    remove: bool,
+    **_: Any,
+) -> Expected:
+    """Raises ConfigError where the ratio cannot be met, where gates cannot be folded, and for
+    batches that cannot be.
+    """
+    micro_batches(batch, micro_batch)
+    linear_names(problem.model, targets)
+    expected = expect(problem, problem.groups(kinds), smaller=remove)
+    check_channels(problem.model, expected.groups)
+    return expected
+
+
+@pruners.register(
+    paper="arXiv 2402.09773",
+    year=2024,
+    needs="gradients",
+    out="self-contained",
+    check=check_nuteprune,
+)
+def nuteprune(
+    problem: Problem,
+    *,
+    kinds: Kinds = ["heads", "neurons", "hidden"],  # noqa: B006 (never mutated)
+    steps: Positive = 1000,
+    warmup: Share = 0.5,
+    layer_weight: Share = 0.9,
+    temperature: Above = 2 / 3,
+    gap: Positive = 10,
+    r: Positive = 8,
+    alpha: Positive = 8,
+    targets: list[str] | None = None,
+    lr: LearningRate = 1e-3,
+    warmup_steps: Natural = 100,
+    mask_lr: LearningRate = 0.1,
+    batch: Positive = 16,
+    micro_batch: Positive = 4,
+    seed: Seed = 0,
+    remove: bool = True,
+) -> Pruned:
+    """Learns hard-concrete masks and low-rank updates from teachers that are the same model with
+    less removed: snapshots of masks and updates, on one copy of the weights.
+
+    Args:
+        kinds: of units that compete (ratio=global), each at what it weighs in parameters.
+        steps: of `batch` samples of the calibration text.
+        warmup: share of the steps in which the target grows from nothing.
+        layer_weight: of the hidden states' error, block by block; the rest is the KL.
+        temperature: of the KL.
+        gap: how many percent of sparsity the teacher is behind. Once the target is met, teachers go
+            back to the dense model over the steps that are left.
+        r: rank of the updates.
+        alpha: updates are scaled by alpha / r.
+        targets: of the updates; null is all linear modules (the paper's are q_proj and v_proj).
+        lr: of the updates, after `warmup_steps`.
+        mask_lr: of masks and multipliers, constant.
+        remove: false zeroes instead of removing.
+
+    The masks' order decides what goes, and what stays has its gates folded into the weights. Notes
+    have the sparsity that the masks expected, and the teachers' at each step. Nothing changes where
+    the ratio removes nothing.
+    """
+    model = problem.model
+    groups = check_nuteprune(
+        problem,
+        kinds=list(kinds),
+        targets=targets,
+        batch=batch,
+        micro_batch=micro_batch,
+        remove=remove,
+    ).groups
+    allocation = problem.allocate(groups)
+    counts = allocation.counts
+    if allocation.empty:
+        return Pruned(model, {}, groups, {}, {"counts": counts})
+    sizes = Sizes(model, groups)
+    masks = LearnedMasks(model, groups, seed)
+    aim = sizes.removed(counts), sizes.prunable()
+    constraint = SizeConstraint(masks, *aim, round(warmup * steps))
+    teachers = Teachers(masks, constraint, steps, gap)
+    how = Distillation(1.0, temperature)
+
+    @contextmanager
+    def objective(updates: list[nn.Parameter]) -> Iterator[dict[str, Any]]:
+        def penalty(of: nn.Module, step: int) -> Tensor:
+            teachers.step = step
+            rest = layer_weight * teachers.layer_loss() + constraint(of, step)
+            return rest / (1 - layer_weight)  # beside a KL of weight 1
+
+        with teachers.on_model(updates):
+            yield {"penalty": penalty, "teacher": teachers.logits, "distillation": how}
+
+    recipe = Recipe(
+        lr=lr,
+        warmup_steps=warmup_steps,
+        max_steps=steps,
+        batch=batch,
+        micro_batch=micro_batch,
+        seed=seed,
+    )
+    low_rank = Updates(linear_names(model, targets), r, alpha, 0.0)
+    examples = [all_learnt(row) for row in problem.tokens.tolist()]
+    curve = learn_with_updates(masks, low_rank, examples, recipe, constraint, mask_lr, objective)
+    kept = take(masks, allocation, remove)
+    notes = {
+        "counts": counts,
+        "curve": curve,
+        "sparsity": float(constraint.sparsity().detach()),
+        "target": constraint.target,
+        "teachers": teachers.used,
+    }
+    return Pruned(model, kept, groups, masks.log_alphas(), notes)
+
+
+def teacher_index(recorded: int, gap: int, done: float | None) -> int:
+    """Which of `recorded` snapshots teaches, -1 for the dense model.
+
+    done: share of the steps since the target was met, None before: then teachers go back to the
+        dense model in equal parts.
+    """
+    latest = max(recorded - gap, -1)
+    if done is None:
+        return latest
+    return max(latest - math.floor(done * (latest + 2)), -1)
+
+
+class Teachers:
+    """Snapshots of masks and updates, one for each percent of sparsity; before each forward of the
+    student the teacher's runs, on the same weights.
+    """
+
+    def __init__(self, masks: LearnedMasks, constraint: SizeConstraint, steps: int, gap: int):
+        self.masks, self.constraint, self.steps, self.gap = masks, constraint, steps, gap
+        self.step = 0
+        self.met: int | None = None
+        self.updates: list[nn.Parameter] = []
+        self.snapshots: list[tuple[Tensor, list[Tensor]]] = []
+        self.used: list[int] = []
+        self._teaching = False
+        self._hidden: dict[bool, list[Tensor]] = {True: [], False: []}
+        self._logits: Tensor | None = None
+
+    @contextmanager
+    def on_model(self, updates: list[nn.Parameter]) -> Iterator[None]:
+        """Inside, each forward in train mode is preceded by its teacher's."""
+        self.updates = updates
+        model = self.masks.model
+        hooks = [b.register_forward_hook(self._keep_stream) for b in block_modules(model)]
+        hooks.append(model.register_forward_pre_hook(self._teach, with_kwargs=True, prepend=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """(N, T, V) of the teacher for the student's batch."""
+        assert self._logits is not None
+        return self._logits
+
+    def layer_loss(self) -> Tensor:
+        """Mean square error of the hidden states, summed over the blocks; channels that the student
+        has not are left out.
+        """
+        terms = []
+        for student, teacher in zip(self._hidden[False], self._hidden[True], strict=True):
+            there = student != 0
+            error = (student - teacher.to(student)).square() * there
+            terms.append(error.sum() / there.sum().clamp(min=1))
+        return torch.stack(terms).sum()
+
+    def _keep_stream(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._hidden[self._teaching].append(stream_out(output))
+
+    def _teach(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not model.training or self._teaching:
+            return
+        self._hidden = {True: [], False: []}
+        self._record()
+        done = None
+        if self.met is not None:
+            done = (self.step - self.met) / max(1, self.steps - self.met)
+        index = teacher_index(len(self.snapshots), self.gap, done)
+        self.used.append(index)
+        inputs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
+        self._teaching = True
+        model.eval()
+        with self._snapshot(index), torch.no_grad():
+            self._logits = model(*args, **inputs, use_cache=False).logits
+        model.train()
+        self._teaching = False
+
+    def _record(self) -> None:
+        """A snapshot for every percent of sparsity that is passed for the first time."""
+        sparsity = float(self.constraint.sparsity().detach())
+        ramped = self.step >= self.constraint.warmup
+        if self.met is None and ramped and sparsity >= self.constraint.target - NEAR:
+            self.met = self.step
+        while self.met is None and len(self.snapshots) < math.floor(sparsity * 100):
+            z = torch.cat(list(self.masks.deterministic().values()))
+            self.snapshots.append((z, [p.detach().clone() for p in self.updates]))
+
+    @contextmanager
+    def _snapshot(self, index: int) -> Iterator[None]:
+        """Inside, masks and updates are those of a snapshot; -1 has no masks and no updates."""
+        z, values = self._dense() if index < 0 else self.snapshots[index]
+        own = [p.data for p in self.updates]
+        put(self.updates, values)
+        try:
+            with self.masks.using(z):
+                yield
+        finally:
+            put(self.updates, own)
+
+    def _dense(self) -> tuple[Tensor, list[Tensor]]:
+        ones = torch.ones_like(self.masks.log_alpha)
+        return ones, [torch.zeros_like(p) for p in self.updates]
+
+
+def put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Other tensors in the parameters; what a backward has saved of the former stays valid."""
+    for p, value in zip(parameters, values, strict=True):
+        p.data = value

@@ -1,0 +1,75 @@
+"""What learned masks come to remove: Lagrangians whose multipliers ascend as the masks descend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.training.hard_concrete import ExpectedSize, lagrangian, ramp
+from prunekit.training.learned_masks import LearnedMasks
+
+if TYPE_CHECKING:
+    from prunekit.training.trainer import ParameterGroup
+
+
+class Constraint(ABC):
+    """What the masks should remove, as a penalty of `train`."""
+
+    def __init__(self, masks: LearnedMasks, constraints: int, warmup: int):
+        """warmup: steps in which the target grows from nothing."""
+        self.masks, self.warmup = masks, warmup
+        self.multipliers = nn.Parameter(torch.zeros(constraints, 2, device=masks.log_alpha.device))
+
+    def parameters(self, lr: float) -> list[ParameterGroup]:
+        """What `train` trains beside the model, at a constant rate."""
+        return [
+            {"params": [self.masks.log_alpha], "lr": lr, "constant": True},
+            {"params": [self.multipliers], "lr": lr, "constant": True, "maximize": True},
+        ]
+
+    @abstractmethod
+    def gaps(self, share: float) -> list[Tensor]:
+        """What is removed less `share` of the target, constraint by constraint."""
+
+    def __call__(self, model: nn.Module, step: int) -> Tensor:
+        """The penalty of a step."""
+        return lagrangian(self.multipliers, self.gaps(ramp(step, self.warmup)))
+
+
+class KindConstraint(Constraint):
+    """Of each kind of unit the same share in every group: Sheared LLaMA's target shape."""
+
+    def __init__(self, masks: LearnedMasks, shares: Mapping[str, float], warmup: int):
+        super().__init__(masks, len(shares), warmup)
+        self.shares = shares
+
+    def gaps(self, share: float) -> list[Tensor]:
+        closed: dict[str, list[Tensor]] = {kind: [] for kind in self.shares}
+        for group, opened in zip(self.masks.groups, self.masks.opened(), strict=True):
+            closed[group.kind].append((1 - opened).mean())
+        return [torch.stack(closed[kind]) - share * t for kind, t in self.shares.items()]
+
+    def missed(self) -> dict[str, float]:
+        """By which share of its units each kind is expected to lose too many, on average."""
+        gaps = zip(self.shares, self.gaps(1.0), strict=True)
+        return {kind: float(gap.detach().mean()) for kind, gap in gaps}
+
+
+class SizeConstraint(Constraint):
+    """A share of the parameters that may go, wherever they are (CoFi, NutePrune, Compresso)."""
+
+    def __init__(self, masks: LearnedMasks, removed: int, prunable: int, warmup: int):
+        super().__init__(masks, 1, warmup)
+        self.size = ExpectedSize(masks.model, masks.groups, masks.log_alpha.device)
+        self.target, self.prunable = removed / prunable, prunable
+
+    def sparsity(self) -> Tensor:
+        """Expected share of the prunable parameters that is gone."""
+        return (self.size.total - self.size(self.masks.opened())) / self.prunable
+
+    def gaps(self, share: float) -> list[Tensor]:
+        return [(self.sparsity() - share * self.target)[None].float()]

@@ -1,0 +1,158 @@
+"""Learned masks on a model: drawn anew for every forward of the training, folded into the weights
+at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit import graph
+from prunekit.graph.fold_gates import block_parts, fold
+from prunekit.training.hard_concrete import (
+    LIMITS,
+    START,
+    deterministic,
+    open_probability,
+    sample,
+    slope,
+    soft,
+)
+from prunekit.types import Group, Kept, Scores
+
+NEAR = 1e-6
+"""What noise keeps away from 0 and 1."""
+
+
+class LearnedMasks:
+    """Gates over the units of groups, of which `log_alpha` is trained.
+
+    Each forward in train mode draws z; in eval mode z is `deterministic`, or what `hold` said.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], seed: int):
+        device = next(model.parameters()).device
+        self.model, self.groups = model, list(groups)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.units = [g.units for g in groups]
+        noise = torch.randn(sum(self.units), device=device, generator=self.generator)
+        self.log_alpha = nn.Parameter((START + 0.01 * noise).clamp(*LIMITS))
+        self.parts = [
+            part
+            for g in self.groups
+            for part in (block_parts(model, g) if g.kind == "blocks" else [g])
+        ]
+        self.z = {
+            p.name: torch.ones(p.units, device=device, requires_grad=True) for p in self.parts
+        }
+        self._slopes = torch.zeros_like(self.log_alpha)
+        self._held: Tensor | None = None
+
+    # ---- what is learnt
+
+    def log_alphas(self) -> Scores:
+        """(U,) of each group, as scores: the highest stay."""
+        parts = self.log_alpha.detach().split(self.units)
+        return {g.name: a for g, a in zip(self.groups, parts, strict=True)}
+
+    def opened(self) -> tuple[Tensor, ...]:
+        """(U,) P(z > 0), group by group, to which gradients flow."""
+        parts: tuple[Tensor, ...] = torch.split(open_probability(self.log_alpha), self.units)
+        return parts
+
+    @torch.no_grad()
+    def deterministic(self) -> dict[str, Tensor]:
+        """(U,) z of each group without noise."""
+        return {name: deterministic(a) for name, a in self.log_alphas().items()}
+
+    # ---- on a model
+
+    @contextmanager
+    def on_model(self) -> Iterator[None]:
+        """Inside, every forward of the model is masked."""
+        hooks = [
+            self.z[part.name].register_hook(self._pass_on(start, part.units))
+            for start, part in self._places()
+        ]
+        hooks.append(self.model.register_forward_pre_hook(self._before_forward))
+        try:
+            with graph.gated(self.model, self.parts, self.z):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _places(self) -> Iterator[tuple[int, Group]]:
+        """Where the units of each part begin among all."""
+        start = 0
+        for part in self.parts:
+            yield start, part
+            start += part.units
+
+    def _pass_on(self, start: int, units: int) -> Any:
+        """z is a leaf that stays where it is, as the hooks in the model know it: what it gets of
+        gradients is handed on to log alpha.
+        """
+
+        def hook(gradient: Tensor) -> None:
+            whole = torch.zeros_like(self.log_alpha)
+            whole[start : start + units] = gradient * self._slopes[start : start + units]
+            self.log_alpha.grad = whole + (
+                0 if self.log_alpha.grad is None else self.log_alpha.grad
+            )
+
+        return hook
+
+    @torch.no_grad()
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        if self._held is not None:
+            return
+        if model.training:
+            self.draw()
+        else:
+            self.set(torch.cat(list(self.deterministic().values())))
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """z for the next forward; log alpha is brought back between its limits first."""
+        self.log_alpha.clamp_(*LIMITS)
+        noise = torch.rand(
+            self.log_alpha.shape, device=self.log_alpha.device, generator=self.generator
+        ).clamp(NEAR, 1 - NEAR)
+        self._slopes = slope(self.log_alpha, noise)
+        self.set(sample(self.log_alpha, noise))
+
+    @torch.no_grad()
+    def set(self, z: Tensor) -> None:
+        """z of all units, one after the other."""
+        for start, part in self._places():
+            leaf = self.z[part.name]
+            leaf.grad = None
+            leaf.copy_(z[start : start + part.units])
+
+    # ---- at the end
+
+    @torch.no_grad()
+    def hold(self, kept: Kept) -> None:
+        """From now on z is 0 where `kept` says so, and elsewhere the gate without noise."""
+        left = torch.cat([kept[g.name] for g in self.groups]).to(self.log_alpha.device)
+        self._held = soft(self.log_alpha.clamp(*LIMITS)) * left
+        self.set(self._held)
+
+    @contextmanager
+    def using(self, z: Tensor) -> Iterator[None]:
+        """Inside, forwards take this z of all units."""
+        before, self._held = self._held, z
+        self.set(z)
+        try:
+            yield
+        finally:
+            self._held = before
+
+    def fold(self) -> None:
+        """Multiplies the gates into the weights of the model, which must be free of them."""
+        fold(self.model, self.parts, {name: z.detach() for name, z in self.z.items()})

@@ -1,0 +1,65 @@
+"""Masks learned together with low-rank updates of frozen weights (Compresso, NutePrune)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+from torch import nn
+
+from prunekit.data.training_examples import Example
+from prunekit.training.constraints import Constraint
+from prunekit.training.learned_masks import LearnedMasks
+from prunekit.training.low_rank import Updates, inject, merge
+from prunekit.training.recipe import Recipe
+
+
+def learn_with_updates(
+    masks: LearnedMasks,
+    updates: Updates,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    constraint: Constraint,
+    mask_lr: float,
+    objective: Callable[[list[nn.Parameter]], AbstractContextManager[dict[str, Any]]] | None = None,
+) -> list[dict[str, Any]]:
+    """Trains masks and low-rank updates of frozen weights, and merges the updates. Returns the
+    curve.
+
+    objective: of the updates' parameters, a context in which `train` takes what it gives; without
+        one the loss and the constraint.
+    """
+    from transformers import set_seed
+
+    from prunekit.training.trainer import train
+
+    model = masks.model
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    set_seed(recipe.seed)  # the updates start at random
+    with masks.on_model():
+        inject(model, updates)
+        gates_around_updates(model)
+        learnt = [p for p in model.parameters() if p.requires_grad]
+        given = nullcontext({"penalty": constraint}) if objective is None else objective(learnt)
+        with given as how:
+            history = train(
+                model, examples, recipe, parameters=constraint.parameters(mask_lr), **how
+            )
+    merge(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
+    return history.curve
+
+
+def gates_around_updates(model: nn.Module) -> None:
+    """Gates on a linear module move to the layer that adds the update: they are for both."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            outer, inner = cast(nn.Module, module), module.get_base_layer()
+            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                there, here = getattr(inner, hooks), getattr(outer, hooks)
+                setattr(outer, hooks, there)
+                setattr(inner, hooks, here)

@@ -1,0 +1,76 @@
+"""Learned masks: drawn for each forward of the training, gradients handed on, folded at the end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from prunekit import graph
+from prunekit.training.hard_concrete import LIMITS, deterministic, sample
+from prunekit.training.learned_masks import LearnedMasks
+
+
+@pytest.fixture
+def masks():
+    model = tiny_model("llama")
+    groups = [g for g in graph.discover(model) if g.kind in ("heads", "neurons", "blocks")]
+    found = LearnedMasks(model, groups, seed=0)
+    with torch.no_grad():
+        found.log_alpha.copy_(torch.linspace(-3, 3, len(found.log_alpha)))
+    return found
+
+
+def test_gradients_reach_log_alpha_as_through_the_gates(masks, tokens, monkeypatch):
+    """Of two micro-batches with noise of their own, against gates that are part of the graph."""
+    noises = torch.rand(2, len(masks.log_alpha), generator=torch.Generator().manual_seed(3))
+    drawn = iter(noises)
+    masks.model.train()
+    with masks.on_model(), monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *_, **__: next(drawn))
+        for _ in noises:
+            masks.model(tokens, labels=tokens).loss.backward()
+    plain = masks.log_alpha.detach().clone().requires_grad_()
+    for noise in noises:
+        z = sample(plain, noise).split([p.units for p in masks.parts])
+        named = dict(zip((p.name for p in masks.parts), z, strict=True))
+        with graph.gated(masks.model, masks.parts, named):
+            masks.model(tokens, labels=tokens).loss.backward()
+    torch.testing.assert_close(masks.log_alpha.grad, plain.grad, rtol=1e-4, atol=1e-7)
+    assert plain.grad.abs().max() > 0
+
+
+def test_training_draws_and_evaluation_does_not(masks, tokens):
+    def logits():
+        with torch.no_grad():
+            return masks.model(tokens).logits
+
+    with masks.on_model():
+        masks.model.train()
+        assert not torch.equal(logits(), logits())
+        masks.model.eval()
+        assert torch.equal(logits(), logits())
+        alphas = masks.log_alphas()
+        assert torch.equal(masks.z["neurons.1"], deterministic(alphas["neurons.1"]))
+
+
+def test_log_alpha_stays_between_its_limits(masks):
+    with torch.no_grad():
+        masks.log_alpha.mul_(100)
+    masks.draw()
+    assert masks.log_alpha.min() == LIMITS[0]
+    assert masks.log_alpha.max() == LIMITS[1]
+
+
+def test_what_is_held_is_what_is_exported(masks, tokens):
+    kept = {g.name: torch.arange(g.units) % 3 > 0 for g in masks.groups}
+    kept["blocks"] = torch.tensor([True, False])
+    masks.hold(kept)
+    masks.model.train()
+    with masks.on_model(), torch.no_grad():
+        masked = masks.model(tokens).logits
+    masks.fold()
+    graph.remove(masks.model.eval(), kept)
+    with torch.no_grad():
+        torch.testing.assert_close(masks.model(tokens).logits, masked, rtol=1e-4, atol=1e-4)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in masks.model.modules())
