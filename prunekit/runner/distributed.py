@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
-from torch import distributed
-
 
 def first_process() -> bool:
     """Under torchrun or accelerate launch every process runs the whole job, and only the first one
@@ -17,7 +14,12 @@ def first_process() -> bool:
 
 def join_others() -> None:
     """Lets the processes of torchrun or accelerate launch add up what each of them sees."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    import torch  # not where a sweep's jobs are only listed
+    from torch import distributed
+
+    if not distributed.is_initialized():
         # Statistics may lie in host memory where the model is on a GPU: gloo adds those up.
         both = torch.cuda.is_available()
         distributed.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo")
