@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the tiny models of every architecture
 from tiny_models import tiny_model
 
 from prunekit.problem import Problem, named_sets
+from prunekit.ratios.level_search import Budgeted
 from prunekit.registry import REGISTRIES, Component, criteria, pruners, ratios
 from prunekit.types import Pruned
 
@@ -41,8 +42,11 @@ OPTIONS: dict[str, Node] = {
     "laco": {"merge": 2},
     "laser": {"targets": ["up_proj"], "layers": [0], "shares": [0.2]},
     "llm_surgeon": {"shots": 2},
+    "evolution": {"window": 16, "tokens": [64, 128], "generations": 2},
+    "predictor": {"window": 16, "tokens": 128, "samples": 16},
+    "random": {"window": 16, "tokens": 128, "samples": 4},
 }
-"""Options of pruners whose defaults ask for more than a short check has."""
+"""Options of pruners and ratios whose defaults ask for more than a short check has."""
 LEARNED = ("compresso", "nuteprune", "sheared_llama")
 """Pruners that draw masks on the device, by its own generator: no two devices choose alike."""
 VARIANTS: tuple[tuple[Node, Node | None, Node | None], ...] = (
@@ -171,8 +175,9 @@ def of_pruners() -> Iterator[Method]:
         zeros = meta.get("out") == "zeros"
         criterion = {"name": "wanda" if zeros else "wanda_sp"} if meta.get("scored") else None
         node = {"name": name} | OPTIONS.get(name, {})
-        ratio = ELEMENTS if zeros else UNITS
-        yield Method(node, criterion, None if name in ("adainfer", "laser") else ratio)
+        ratio = None if name in ("adainfer", "laser") else ELEMENTS if zeros else UNITS
+        arch = EXPERTS if meta.get("kinds") == ("experts",) else "llama"
+        yield Method(node, criterion, ratio, arch)
 
 
 def of_criteria() -> Iterator[Method]:
@@ -189,9 +194,12 @@ def of_criteria() -> Iterator[Method]:
 
 
 def of_ratios() -> Iterator[Method]:
-    """Each ratio, dividing the elements of matrices."""
+    """Each ratio, dividing the elements of matrices, or choosing among local solutions."""
     for name in ratios.names():
-        if name not in ("uniform", "cost"):  # uniform is everywhere, cost among the variants
+        if ratios.entry(name).types.get("of") == Budgeted:
+            node = {"name": name, "target": 0.25} | OPTIONS.get(name, {})
+            yield Method({"name": "database"}, None, node)
+        elif name not in ("uniform", "cost"):  # uniform is everywhere, cost among the variants
             node = {"name": name, "target": 0.5}
             yield Method({"name": "unstructured"}, {"name": "wanda"}, node)
 
