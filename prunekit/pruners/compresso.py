@@ -4,28 +4,22 @@ learn together with low-rank updates during instruction tuning, under a prompt t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
 from torch import nn
 
 from prunekit.architecture.blocks import linear_names
-from prunekit.architecture.sizes import Sizes
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.training_examples import Corpus, Example, check_source, load_examples
 from prunekit.errors import ConfigError
-from prunekit.graph.fold_gates import check_channels
-from prunekit.problem import Expected, Problem, expect
-from prunekit.pruners.learned import take
+from prunekit.problem import Expected, Problem
+from prunekit.pruners.learned import Kinds, check_competing, size_constraint, take, told
 from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, Share, pruners
-from prunekit.training.constraints import SizeConstraint
-from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.low_rank import Updates
 from prunekit.training.masks_and_updates import learn_with_updates
-from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.training.recipe import Recipe
 from prunekit.types import Pruned
 
-Kinds = Annotated[list[Literal["heads", "neurons", "hidden"]], Field(min_length=1)]
 PROMPT = (
     "You are a language model of which parts are being taken away: attention heads, neurons and "
     "channels that the answers can do without are switched off one by one. Work with the parts "
@@ -49,12 +43,8 @@ def check_compresso(
     """Raises ConfigError where the ratio cannot be met, where gates cannot be folded, and for data
     and batches that cannot be.
     """
-    micro_batches(batch, micro_batch)
     check_source(dataset, split, path)
-    linear_names(problem.model, targets)
-    expected = expect(problem, problem.groups(kinds), smaller=remove)
-    check_channels(problem.model, expected.groups)
-    return expected
+    return check_competing(problem, kinds, targets, batch, micro_batch, remove)
 
 
 @pruners.register(
@@ -121,17 +111,12 @@ def compresso(
         remove=remove,
     ).groups
     allocation = problem.allocate(groups)
-    counts = allocation.counts
     if allocation.empty:
-        return Pruned(model, {}, groups, {}, {"counts": counts})
+        return Pruned(model, {}, groups, {}, {"counts": allocation.counts})
     examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
     if prompt:
         examples = with_prompt(examples, problem.tokenizer)
     check_positions(model, examples)
-    sizes = Sizes(model, groups)
-    masks = LearnedMasks(model, groups, seed)
-    aim = sizes.removed(counts), sizes.prunable()
-    constraint = SizeConstraint(masks, *aim, round(warmup * steps))
     recipe = Recipe(
         lr=lr,
         warmup_steps=warmup_steps,
@@ -140,19 +125,15 @@ def compresso(
         micro_batch=micro_batch,
         seed=seed,
     )
+    constraint = size_constraint(problem, groups, allocation, seed, round(warmup * steps))
+    masks = constraint.masks
     updates = Updates(linear_names(model, targets), r, alpha, 0.0)
     curve = learn_with_updates(masks, updates, examples, recipe, constraint, mask_lr)
     kept = take(masks, allocation, remove)
     if prompt:
         config: Any = model.config
         config.collaborative_prompt = PROMPT
-    notes = {
-        "counts": counts,
-        "curve": curve,
-        "sparsity": float(constraint.sparsity().detach()),
-        "target": constraint.target,
-        "prompt": PROMPT if prompt else None,
-    }
+    notes = told(allocation, constraint, curve) | {"prompt": PROMPT if prompt else None}
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
 
 

@@ -1,11 +1,52 @@
-"""The end of learned masks whose units compete: shared by Compresso and NutePrune."""
+"""What learned masks whose units compete begin and end with: shared by Compresso and NutePrune."""
 
 from __future__ import annotations
 
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
 from prunekit import graph
+from prunekit.architecture.blocks import linear_names
+from prunekit.architecture.sizes import Sizes
+from prunekit.graph.fold_gates import check_channels
+from prunekit.problem import Expected, Problem, expect
 from prunekit.selection.units import choose
+from prunekit.training.constraints import SizeConstraint
 from prunekit.training.learned_masks import LearnedMasks
-from prunekit.types import Allocation, Kept
+from prunekit.training.recipe import micro_batches
+from prunekit.types import Allocation, Group, Kept
+
+Kinds = Annotated[list[Literal["heads", "neurons", "hidden"]], Field(min_length=1)]
+
+
+def check_competing(
+    problem: Problem,
+    kinds: list[str],
+    targets: list[str] | None,
+    batch: int,
+    micro_batch: int,
+    remove: bool,
+) -> Expected:
+    """Raises ConfigError where the ratio cannot be met, where gates cannot be folded, and for
+    batches that cannot be.
+    """
+    micro_batches(batch, micro_batch)
+    linear_names(problem.model, targets)
+    expected = expect(problem, problem.groups(kinds), smaller=remove)
+    check_channels(problem.model, expected.groups)
+    return expected
+
+
+def size_constraint(
+    problem: Problem, groups: list[Group], allocation: Allocation, seed: int, warmup: int
+) -> SizeConstraint:
+    """New masks over the groups, which are to take what the allocation does; the target grows from
+    nothing over `warmup` steps.
+    """
+    sizes = Sizes(problem.model, groups)
+    masks = LearnedMasks(problem.model, groups, seed)
+    return SizeConstraint(masks, sizes.removed(allocation.counts), sizes.prunable(), warmup)
 
 
 def take(masks: LearnedMasks, allocation: Allocation, remove: bool) -> Kept:
@@ -21,3 +62,15 @@ def take(masks: LearnedMasks, allocation: Allocation, remove: bool) -> Kept:
     else:
         graph.zero(model, kept)
     return kept
+
+
+def told(
+    allocation: Allocation, constraint: SizeConstraint, curve: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Notes of either."""
+    return {
+        "counts": allocation.counts,
+        "curve": curve,
+        "sparsity": float(constraint.sparsity().detach()),
+        "target": constraint.target,
+    }

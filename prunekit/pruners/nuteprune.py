@@ -7,30 +7,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit.architecture.blocks import block_modules, linear_names
-from prunekit.architecture.sizes import Sizes
 from prunekit.data.training_examples import all_learnt
-from prunekit.graph.fold_gates import check_channels
 from prunekit.graph.masks import stream_out
-from prunekit.problem import Expected, Problem, expect
-from prunekit.pruners.learned import take
-from prunekit.registry import LearningRate, Natural, Positive, Seed, Share, pruners
+from prunekit.problem import Expected, Problem
+from prunekit.pruners.learned import Kinds, check_competing, size_constraint, take, told
+from prunekit.registry import Above, LearningRate, Natural, Positive, Seed, Share, pruners
 from prunekit.training.constraints import SizeConstraint
 from prunekit.training.distillation import Distillation
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.low_rank import Updates
 from prunekit.training.masks_and_updates import learn_with_updates
-from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.training.recipe import Recipe
 from prunekit.types import Pruned
 
-Kinds = Annotated[list[Literal["heads", "neurons", "hidden"]], Field(min_length=1)]
-Above = Annotated[float, Field(gt=0)]
 NEAR = 0.005
 """How near to the target counts as there (the authors' epsilon)."""
 
@@ -48,11 +43,7 @@ def check_nuteprune(
     """Raises ConfigError where the ratio cannot be met, where gates cannot be folded, and for
     batches that cannot be.
     """
-    micro_batches(batch, micro_batch)
-    linear_names(problem.model, targets)
-    expected = expect(problem, problem.groups(kinds), smaller=remove)
-    check_channels(problem.model, expected.groups)
-    return expected
+    return check_competing(problem, kinds, targets, batch, micro_batch, remove)
 
 
 @pruners.register(
@@ -114,13 +105,18 @@ def nuteprune(
         remove=remove,
     ).groups
     allocation = problem.allocate(groups)
-    counts = allocation.counts
     if allocation.empty:
-        return Pruned(model, {}, groups, {}, {"counts": counts})
-    sizes = Sizes(model, groups)
-    masks = LearnedMasks(model, groups, seed)
-    aim = sizes.removed(counts), sizes.prunable()
-    constraint = SizeConstraint(masks, *aim, round(warmup * steps))
+        return Pruned(model, {}, groups, {}, {"counts": allocation.counts})
+    recipe = Recipe(
+        lr=lr,
+        warmup_steps=warmup_steps,
+        max_steps=steps,
+        batch=batch,
+        micro_batch=micro_batch,
+        seed=seed,
+    )
+    constraint = size_constraint(problem, groups, allocation, seed, round(warmup * steps))
+    masks = constraint.masks
     teachers = Teachers(masks, constraint, steps, gap)
     how = Distillation(1.0, temperature)
 
@@ -134,25 +130,11 @@ def nuteprune(
         with teachers.on_model(updates):
             yield {"penalty": penalty, "teacher": teachers.logits, "distillation": how}
 
-    recipe = Recipe(
-        lr=lr,
-        warmup_steps=warmup_steps,
-        max_steps=steps,
-        batch=batch,
-        micro_batch=micro_batch,
-        seed=seed,
-    )
     low_rank = Updates(linear_names(model, targets), r, alpha, 0.0)
     examples = [all_learnt(row) for row in problem.tokens.tolist()]
     curve = learn_with_updates(masks, low_rank, examples, recipe, constraint, mask_lr, objective)
     kept = take(masks, allocation, remove)
-    notes = {
-        "counts": counts,
-        "curve": curve,
-        "sparsity": float(constraint.sparsity().detach()),
-        "target": constraint.target,
-        "teachers": teachers.used,
-    }
+    notes = told(allocation, constraint, curve) | {"teachers": teachers.used}
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
 
 
@@ -241,7 +223,7 @@ class Teachers:
         if self.met is None and ramped and sparsity >= self.constraint.target - NEAR:
             self.met = self.step
         while self.met is None and len(self.snapshots) < math.floor(sparsity * 100):
-            z = torch.cat(list(self.masks.deterministic().values()))
+            z = self.masks.deterministic()
             self.snapshots.append((z, [p.detach().clone() for p in self.updates]))
 
     @contextmanager

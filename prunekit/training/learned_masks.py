@@ -65,9 +65,9 @@ class LearnedMasks:
         return parts
 
     @torch.no_grad()
-    def deterministic(self) -> dict[str, Tensor]:
-        """(U,) z of each group without noise."""
-        return {name: deterministic(a) for name, a in self.log_alphas().items()}
+    def deterministic(self) -> Tensor:
+        """z of all units without noise, one group after the other."""
+        return torch.cat([deterministic(a) for a in self.log_alphas().values()])
 
     # ---- on a model
 
@@ -114,7 +114,7 @@ class LearnedMasks:
         if model.training:
             self.draw()
         else:
-            self.set(torch.cat(list(self.deterministic().values())))
+            self.set(self.deterministic())
 
     @torch.no_grad()
     def draw(self) -> None:

@@ -17,7 +17,6 @@ from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.pruners.compresso import PROMPT, with_prompt
 from prunekit.registry import pruners
-from prunekit.training.learned_masks import LearnedMasks
 
 FAST = {"steps": 3, "batch": 2, "micro_batch": 1, "warmup_steps": 0, "r": 2, "max_length": 400}
 
@@ -54,15 +53,7 @@ def test_ratio_zero_changes_nothing(alpaca):
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gpt2"])
-def test_the_budget_is_kept_and_masked_is_exported(arch, alpaca, tokens, monkeypatch):
-    seen, hold = {}, LearnedMasks.hold
-
-    def held(masks, kept):
-        hold(masks, kept)
-        with masks.on_model(), torch.no_grad():
-            seen["logits"] = masks.model(tokens).logits
-
-    monkeypatch.setattr(LearnedMasks, "hold", held)
+def test_the_budget_is_kept_and_masked_is_exported(arch, alpaca, tokens, masked):
     model, kinds = wide(arch), ["heads", "neurons"]
     kinds += ["hidden"] * (arch != "gpt2")
     prunable = Sizes(model, problem(model).units(kinds)).prunable()
@@ -71,7 +62,7 @@ def test_the_budget_is_kept_and_masked_is_exported(arch, alpaca, tokens, monkeyp
     removed = before - sum(p.numel() for p in model.parameters())
     assert 0.2 * prunable < removed <= 0.3 * prunable
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, seen["logits"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(tokens).logits, masked["logits"], rtol=1e-4, atol=1e-4)
     assert out.notes["target"] == pytest.approx(0.3, abs=0.01)
 
 

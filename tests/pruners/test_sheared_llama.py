@@ -13,7 +13,6 @@ from tiny_models import tiny_model
 from prunekit.errors import ConfigError
 from prunekit.pruners import sheared_llama
 from prunekit.registry import pruners
-from prunekit.training.learned_masks import LearnedMasks
 
 SHAPE = {"hidden": 48, "heads": 1, "neurons": 70, "blocks": 2}
 FAST = {"steps": 3, "batch": 2, "micro_batch": 1, "warmup_steps": 0, "mask_lr": 0.1}
@@ -36,17 +35,9 @@ def test_ratio_zero_changes_nothing(llama, tokens):
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_the_shape_is_met_and_stock_transformers_loads_it(arch, tokens, tmp_path, monkeypatch):
+def test_the_shape_is_met_and_stock_transformers_loads_it(arch, tokens, tmp_path, masked):
     from transformers import AutoModelForCausalLM
 
-    seen, hold = {}, LearnedMasks.hold
-
-    def held(masks, kept):
-        hold(masks, kept)
-        with masks.on_model(), torch.no_grad():
-            seen["logits"] = masks.model(tokens).logits
-
-    monkeypatch.setattr(LearnedMasks, "hold", held)
     model = tiny_model(arch, layers=4)
     dense = copy.deepcopy(model.state_dict())
     out = prune(problem(model, tokens), shape=SHAPE, lr=1e-3)
@@ -55,11 +46,11 @@ def test_the_shape_is_met_and_stock_transformers_loads_it(arch, tokens, tmp_path
     assert (config.intermediate_size, config.num_key_value_heads) == (70, 1)
     assert out.notes["counts"]["blocks"] == 2
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, seen["logits"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(tokens).logits, masked["logits"], rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(again(tokens).logits, seen["logits"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again(tokens).logits, masked["logits"], rtol=1e-4, atol=1e-4)
     assert not torch.equal(model.model.embed_tokens.weight, dense["model.embed_tokens.weight"])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
