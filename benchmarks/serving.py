@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch import nn
 
 from prunekit.checkpoint import load, save
 from prunekit.errors import ConfigError
+from prunekit.export.engines import engines
 from prunekit.export.gguf import write_gguf
 from prunekit.export.nemotron_nas import export_nemotron_nas
 
@@ -50,6 +52,20 @@ SAYS = {
     BACKEND: "the checkpoint itself, `--model-impl transformers --trust-remote-code`",
     NAS: "`prunekit export --to nemotron-nas`, the engine's own class `DeciLMForCausalLM`",
 }
+COMMANDS = (
+    "| engine | what to type |",
+    "|---|---|",
+    "| transformers | `AutoModelForCausalLM.from_pretrained(CHECKPOINT, trust_remote_code=True)` |",
+    "| vLLM | `vllm serve CHECKPOINT --model-impl transformers --trust-remote-code`; where the list says"
+    " *its own class*, `vllm serve CHECKPOINT` |",
+    "| vLLM, missing halves of layers too | `prunekit export CHECKPOINT --to nemotron-nas --out FOLDER`,"
+    " `vllm serve FOLDER --trust-remote-code` |",
+    "| llama.cpp | `prunekit export CHECKPOINT --to gguf --type q8_0 --out model.gguf`, `llama-server -m"
+    " model.gguf` |",
+    "",
+    "SGLang, TensorRT-LLM and mlx-lm read the form of the third row by classes of their own; none of",
+    "them was run here.",
+)
 Key = tuple[str, str]
 """Family, shape."""
 
@@ -98,14 +114,26 @@ def asked(engine: str, models: dict[Key, nn.Module], folder: Path) -> dict[Key, 
             else:
                 written[key] = saved
         except ConfigError as error:
-            found[key] = f"no: {error}"[:200]
+            found[key] = f"no: {error}"
     field = "file" if engine == LLAMACPP else "folder"
     requests: list[dict[str, Any]] = [{field: str(path)} for path in written.values()]
     if engine != LLAMACPP:
         how = "vllm" if engine == NAS else "transformers"
         requests = [request | {"implementation": how} for request in requests]
     answers = completed("llama.cpp" if engine == LLAMACPP else "vLLM", requests)
-    return found | {key: judged(models[key], answer) for key, answer in zip(written, answers)}
+    for key, answer in zip(written, answers):
+        found[key] = judged(models[key], answer)
+        if engine == BACKEND and "error" in answer:
+            found[key] = f"no: {missing(models[key]) or found[key]}"
+    return found
+
+
+def missing(model: nn.Module) -> str:
+    """What `prunekit export --to list` says that vLLM's backend lacks; nothing if it says none."""
+    row = next(e for e in engines(model) if e.name == "vLLM")
+    if row.takes and "nemotron-nas" not in row.how:
+        return ""
+    return row.how + (f". Possible: prune with {row.override}" if row.override else " takes it")
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
@@ -117,8 +145,10 @@ def page(found: dict[str, dict[str, str]]) -> str:
         "engine's 12 greedy tokens are those of transformers, with the largest gap between log",
         "probabilities. vLLM 0.32 on a CPU, llama.cpp in the wheel xllamacpp 2026.10. Written by",
         "`make serving`; `prunekit export CHECKPOINT --to list` says the same of one checkpoint.",
+        "",
+        *COMMANDS,
     ]
-    reasons: list[str] = []
+    reasons: dict[str, dict[str, list[str]]] = {}
     for engine in (e for e in ENGINES if e in found):
         lines += ["", f"## {engine}", "", f"By {SAYS[engine]}.", ""]
         lines += ["| | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"]
@@ -127,10 +157,21 @@ def page(found: dict[str, dict[str, str]]) -> str:
             lines.append(f"| {shape} | " + " | ".join(c.partition(":")[0] for c in cells) + " |")
             for kind, cell in zip(FAMILIES, cells):
                 if cell.startswith("no"):
-                    why = cell.removeprefix("no: ")
-                    reasons.append(f"- {engine}; {kind}, {shape}: {why}")
+                    reason = f"{engine}: {in_general(cell.removeprefix('no: '), kind)}."
+                    reasons.setdefault(reason, {}).setdefault(shape, []).append(kind)
     lines += ["", "`-`: the architecture has no such place, or pruning offers no such shape.", ""]
-    return "\n".join([*lines, "## Why not", "", *reasons, ""])
+    why = []
+    for reason, places in reasons.items():
+        why += [f"- {reason}"]
+        why += [f"    - {shape}: {', '.join(kinds)}" for shape, kinds in places.items()]
+    return "\n".join([*lines, "## Why not", "", *why, ""])
+
+
+def in_general(why: str, kind: str) -> str:
+    """A reason without what is special to one model, so that equal ones become one line."""
+    why = re.sub(r" \((?:shapes|modules|full_attention).*?\)", "", why)
+    why = re.sub(r"\b(Layer|layers?\.)\s?\d+", r"\1 N", why)
+    return re.sub(r"\(\d+\)", "(n)", why.replace(f"of a {kind}", "of this family"))
 
 
 def main() -> None:
