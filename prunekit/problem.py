@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import graph
+from prunekit.activations import processes
 from prunekit.activations.blockwise import (
     BlockRun,
     groups_by_block,
     iterate_blocks,
 )
+from prunekit.activations.done_blocks import DoneBlocks
 from prunekit.activations.runs import ModelRun
 from prunekit.activations.storage import PassOptions
 from prunekit.architecture.blocks import block_names
@@ -71,6 +73,7 @@ class Problem:
         remember: keeps on disk what is computed of the dense model and the text.
         solutions: the pruner's local solutions, for the ratios that choose among them.
         training: where a training keeps how far it is; None where nothing is kept.
+        passes: where a pass by blocks keeps the part of a name; likewise.
     """
 
     model: nn.Module
@@ -83,6 +86,7 @@ class Problem:
     remember: Remember = computed
     solutions: LocalSolutions | None = None
     training: Progress | None = None
+    passes: Callable[[str], Progress] | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -154,19 +158,27 @@ class Problem:
                 )
 
     def by_block(
-        self, groups: list[Group], counts: Counts, options: PassOptions
+        self,
+        groups: list[Group],
+        counts: Counts,
+        options: PassOptions,
+        resumable: bool = False,
     ) -> Iterator[tuple[list[Group], BlockRun]]:
         """The blocks of which something goes, one after the other: all groups in the block, with a
         run over it.
 
         What the caller does to a block, the next one sees in its inputs. Nothing runs where
-        nothing is to go. Raises ConfigError for a group that is not inside one block.
+        nothing is to go. A `resumable` pass, of which a pruner has one at most, does all by the
+        run's `once`: cut off, it goes on with the block at which it was. Raises ConfigError for a
+        group that is not inside one block.
         """
         blocks = self.blocks()
         rows = groups_by_block(groups, blocks)
         if not any(counts.values()):
             return
-        for run in iterate_blocks(self.model, blocks, self.tokens, options):
+        alone = processes.count() == 1
+        done = DoneBlocks(self.passes) if resumable and self.passes and alone else None
+        for run in iterate_blocks(self.model, blocks, self.tokens, options, done):
             if any(counts.get(g.name) for g in rows[run.block]):
                 yield rows[run.block], run
 

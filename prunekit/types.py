@@ -143,13 +143,18 @@ class Allocation:
 
 
 class Progress(Protocol):
-    """Where a training keeps how far it is, so that the same command goes on from there."""
+    """Where a training, or a pass by blocks, keeps how far it is, so that the same command goes on
+    from there.
+    """
 
     def read(self) -> dict[str, Tensor] | None:
         """What was written last; None where nothing was, or it is damaged."""
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Put `tensors` in the place of what was written before, whole or not at all."""
+
+    def drop(self) -> None:
+        """Forget what was written."""
 
 
 class Run(Protocol):

@@ -7,7 +7,8 @@ a block with them; `iterate_blocks` goes through the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit.activations import processes
+from prunekit.activations.done_blocks import DoneBlocks, Outcome
 from prunekit.activations.hooks import first_tensor, raise_stop, stop_early
 from prunekit.activations.runs import samples_at_once
 from prunekit.activations.storage import Activations, PassOptions, Precision, autocast, resolved
 from prunekit.errors import ConfigError
 from prunekit.types import Counts, Group
 
+log = logging.getLogger("prunekit")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments after the hidden state, and keyword arguments, of one call of a block."""
 
@@ -176,9 +179,10 @@ class BlockRun:
         feed: BlockInputs,
         block: int,
         inputs: Activations,
+        done: DoneBlocks | None = None,
     ):
         self.model, self.tokens = model, tokens
-        self.feed, self.block, self.inputs = feed, block, inputs
+        self.feed, self.block, self.inputs, self.done = feed, block, inputs, done
         self.batches = range(len(feed.rows))
         self.counts: Counts = {}
         self.statistics: dict[Any, Any] = {}
@@ -193,6 +197,14 @@ class BlockRun:
         for i in self.batches:
             rows = self.feed.rows[i]
             yield rows, self.feed.forward(self.module, self.block, i, self.inputs[rows])
+
+    def once(self, compute: Callable[[], Outcome], changes: Sequence[str] = ()) -> Outcome:
+        """What `compute` gives, which may change no tensor of the model but those called `changes`;
+        where the same pass was cut off after this block, what it gave then.
+        """
+        if self.done is None:
+            return compute()
+        return self.done.once(self.model, self.block, compute, changes)
 
     def part(self, number: int, of: int) -> BlockRun:
         """A run over every batch number `number` of `of`; `tokens` remain those of all."""
@@ -213,18 +225,27 @@ class BlockRun:
 
 @torch.no_grad()
 def iterate_blocks(
-    model: nn.Module, blocks: tuple[str, ...], tokens: Tensor, options: PassOptions
+    model: nn.Module,
+    blocks: tuple[str, ...],
+    tokens: Tensor,
+    options: PassOptions,
+    done: DoneBlocks | None = None,
 ) -> Iterator[BlockRun]:
     """One BlockRun after the other; what the caller does to a block in between, the next block sees
-    in its inputs.
+    in its inputs. `done`: keeps what the caller's `once` gives, and knows what it gave.
     """
     inputs, feed = capture_inputs(model, blocks, tokens, options)
+    start = done.begin(inputs, feed.rows) if done else 0
+    if start:
+        log.info("%d blocks were done: going on with %s", start, blocks[start])
     for b in tqdm(range(len(blocks)), desc="blocks", unit="block", delay=2):
-        run = BlockRun(model, tokens, feed, b, inputs)
+        run = BlockRun(model, tokens, feed, b, inputs, done)
         yield run
-        if b + 1 < len(blocks):
+        if start <= b < len(blocks) - 1:
             for rows, out in run.outputs():
                 inputs[rows] = out
+            if done:
+                done.advance(model, b + 1, inputs, feed.rows)
 
 
 def groups_by_block(groups: list[Group], blocks: tuple[str, ...]) -> list[list[Group]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,6 +53,10 @@ class ModelRun:
     def part(self, number: int, of: int) -> ModelRun:
         """A run over one of `of` parts of the samples."""
         return ModelRun(self.model, self.tokens.tensor_split(of)[number], self._counts)
+
+    def once(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `compute` gives: there are no blocks of which some could be done already."""
+        return compute()
 
     def forward(self) -> Iterator[int]:
         for ids in self.tokens.split(samples_at_once(self.tokens)):

@@ -65,7 +65,7 @@ def mapped(model: nn.Module) -> bool:
 
 def beside(new: Tensor, old: Tensor) -> Tensor:
     """`new`, in a file where `old`, whose place it takes, is in one."""
-    if not is_mapped(old):
+    if not is_mapped(old) or is_mapped(new):
         return new
     release([old])
     return mapped_copy(new)

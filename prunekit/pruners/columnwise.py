@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations.blockwise import BlockRun
+from prunekit.activations.done_blocks import Outcome, packed, unpacked
+from prunekit.activations.gram import grams
+from prunekit.architecture.mapped import beside
 from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
@@ -86,6 +90,32 @@ class Columns:
             if took != self.ridge:
                 self.grown[g.name] = took
         return U, dead
+
+    def prune_block(self, alike: list[Group], run: BlockRun) -> None:
+        """`prune` what is in one block."""
+
+        def solve() -> Outcome:
+            for same_input, gram in grams(self.model, alike, run):
+                self.prune(same_input, gram)
+            return self.outcome(alike)
+
+        self.take(alike, run.once(solve, [g.matrix for g in alike]))
+
+    def outcome(self, groups: list[Group]) -> Outcome:
+        """What came of these matrices beside their weights."""
+        names = {g.name for g in groups}
+        kept, costs, grown = (
+            {n: v for n, v in found.items() if n in names}
+            for found in (self.kept, self.costs, self.grown)
+        )
+        return packed(kept=kept, costs=costs, grown=grown)
+
+    def take(self, groups: list[Group], outcome: Outcome) -> None:
+        """Take in what `outcome` gave, in this run or in one that was cut off."""
+        masks = unpacked(outcome, "kept")
+        self.kept |= {g.name: beside(masks[g.name], matrix(self.model, g)) for g in groups}
+        self.costs |= {n: float(cost) for n, cost in unpacked(outcome, "costs").items()}
+        self.grown |= {n: float(ridge) for n, ridge in unpacked(outcome, "grown").items()}
 
     def notes(self) -> dict[str, Any]:
         """Elements that went, costs and grown ridges by matrix."""

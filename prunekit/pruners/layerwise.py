@@ -8,13 +8,15 @@ block.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from prunekit import graph
-from prunekit.activations.blockwise import groups_by_block
+from prunekit.activations.blockwise import BlockRun, groups_by_block
+from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.errors import ConfigError
 from prunekit.graph.discovery import discovery
@@ -23,7 +25,7 @@ from prunekit.registry import pruners
 from prunekit.scoring.experts import expert_coverage
 from prunekit.selection.units import choose
 from prunekit.solvers.bias_compensation import add_biases, check_readable, lost_means
-from prunekit.types import Allocation, Kept, Pruned, Scores
+from prunekit.types import Allocation, Group, Kept, Pruned, Scores
 
 Kinds = Annotated[list[Literal["neurons", "heads", "experts", "inner"]], Field(min_length=1)]
 
@@ -97,10 +99,17 @@ def layerwise(
     first: Scores = {}
     seen: dict[str, Any] = {}
     routed = {g.name for g in groups if g.kind == "experts"} if remove else set()
-    for row, run in problem.by_block(groups, allocation.counts, PassOptions(store, precision)):
+
+    def chosen(row: list[Group], run: BlockRun) -> Outcome:
         scores = problem.score(row, run)
         mask = choose(model, row, scores, allocation)
         lost = lost_means(model, row, mask, run) if compensate == "bias" else {}
+        return packed(scores=scores, mask=mask, lost=lost)
+
+    options = PassOptions(store, precision)
+    for row, run in problem.by_block(groups, allocation.counts, options, resumable=not routed):
+        found = run.once(partial(chosen, row, run))
+        scores, mask, lost = (unpacked(found, part) for part in ("scores", "mask", "lost"))
         graph.remove(model, {n: m for n, m in mask.items() if n in routed}, known=known)
         graph.zero(model, {n: m for n, m in mask.items() if n not in routed}, known)
         add_biases(model, lost)

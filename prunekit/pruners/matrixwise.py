@@ -4,13 +4,16 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from prunekit.activations.blockwise import BlockRun
+from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.gram import grams, warn_of_little_text
 from prunekit.activations.storage import PassOptions
 from prunekit.architecture.mapped import beside
@@ -75,16 +78,6 @@ def write(model: nn.Module, g: Group, new: Tensor, mask: Tensor) -> Tensor:
     return beside(to_out_in(model, g, mask).contiguous().cpu(), W)
 
 
-def grams_by_block(
-    problem: Problem, groups: list[Group], counts: Counts, options: PassOptions
-) -> Iterator[tuple[list[Group], Tensor]]:
-    """Matrices that lose something and read the same input, with the mean of `x x^T` of that
-    input, block by block: the next block is shown what the ones before it put out as they are then.
-    """
-    for row, run in problem.by_block(groups, counts, options):
-        yield from grams(problem.model, [g for g in row if counts[g.name]], run)
-
-
 def warn_by_matrix(problem: Problem, groups: list[Group]) -> None:
     """Warns of matrices that have more inputs than there are calibration tokens."""
     inputs = {module_name(g): matrix(problem.model, g).shape[1] for g in groups}
@@ -107,14 +100,26 @@ def prune_matrices(
     """
     model = problem.model
     warn_by_matrix(problem, groups)
+
+    def solved(part: list[Group], run: BlockRun) -> Outcome:
+        masks: Kept = {}
+        errors: dict[str, float] = {}
+        for alike, gram in grams(model, part, run):
+            for g in alike:
+                W, count = matrix(model, g).float(), counts[g.name]
+                here = gram.to(W.device)
+                new, mask = solve(W, here, selection(g, count, scope, pattern), count, name=g.name)
+                errors[g.name] = squared_error(W, new, here)
+                masks[g.name] = write(model, g, new, mask)
+        return packed(kept=masks, costs=errors)
+
     kept: Kept = {}
     costs: dict[str, float] = {}
-    for alike, gram in grams_by_block(problem, groups, counts, options):
-        for g in alike:
-            W, count = matrix(model, g).float(), counts[g.name]
-            here = gram.to(W.device)
-            new, mask = solve(W, here, selection(g, count, scope, pattern), count, name=g.name)
-            costs[g.name] = squared_error(W, new, here)
-            kept[g.name] = write(model, g, new, mask)
+    for row, run in problem.by_block(groups, counts, options, resumable=True):
+        part = [g for g in row if counts[g.name]]
+        found = run.once(partial(solved, part, run), [g.matrix for g in part])
+        masks = unpacked(found, "kept")
+        kept |= {g.name: beside(masks[g.name], matrix(model, g)) for g in part}
+        costs |= {name: float(cost) for name, cost in unpacked(found, "costs").items()}
     gone = {name: int((~mask).sum()) for name, mask in kept.items()}
     return Pruned(model, kept, groups, {}, {"counts": gone, "costs": costs})

@@ -11,7 +11,7 @@ import torch
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.problem import Expected, Problem
 from prunekit.pruners.columnwise import Columns, check_columns
-from prunekit.pruners.matrixwise import Ridge, grams_by_block, local_counts, warn_by_matrix
+from prunekit.pruners.matrixwise import Ridge, local_counts, warn_by_matrix
 from prunekit.registry import Positive, pruners
 from prunekit.selection.elements import NM, Pattern
 from prunekit.types import Pruned
@@ -62,6 +62,7 @@ def sparsegpt(
     warn_by_matrix(problem, groups)
     counts = local_counts(problem, groups, pattern, "sparsegpt")
     columns = Columns(problem.model, counts, pattern, block, ridge)
-    for alike, gram in grams_by_block(problem, groups, counts, PassOptions(store, precision)):
-        columns.prune(alike, gram)
+    options = PassOptions(store, precision)
+    for row, run in problem.by_block(groups, counts, options, resumable=True):
+        columns.prune_block([g for g in row if counts[g.name]], run)
     return Pruned(problem.model, columns.kept, groups, {}, columns.notes())

@@ -4,12 +4,15 @@ feed-forward block again, by turns with what passes between them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunekit import graph
+from prunekit.activations.blockwise import BlockRun
+from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.gram import grams
 from prunekit.activations.hooks import hook_activations
 from prunekit.activations.runs import forward
@@ -123,18 +126,27 @@ def sparsellm(
     blocks = studied(problem, part) if steps > 1 and part else []
     columns = Columns(problem.model, counts, pattern, block, ridge)
     terms = Terms(alpha, beta, gamma, descents, rate)
-    errors: dict[str, list[float]] = {}
-    for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
-        by_module = {module_name(g): g for g in row if counts[g.name]}
+
+    def solve(part: list[Group], run: BlockRun) -> Outcome:
+        by_module = {module_name(g): g for g in part}
         inside = [(f, n) for f, n in blocks if f.modules <= by_module.keys()]
         work = [Work(columns, f, n, {m: by_module[m] for m in f.modules}) for f, n in inside]
         with hook_activations(problem.model, inputs={w.first: w.see for w in work}):
-            shown = grams(problem.model, list(by_module.values()), run)
+            shown = grams(problem.model, part, run)
         factors: Factors = {}
         for alike, gram in shown:
             factors |= dict.fromkeys(map(module_name, alike), columns.prune(alike, gram))
-        for w in work:
-            errors[w.block.name] = w.improve(factors, steps, terms, refit_ridge)
+        made = {w.block.name: w.improve(factors, steps, terms, refit_ridge) for w in work}
+        outcome = columns.outcome(part)
+        return outcome | packed(errors={n: torch.tensor(e).double() for n, e in made.items()})
+
+    errors: dict[str, list[float]] = {}
+    options = PassOptions(store, precision)
+    for row, run in problem.by_block(groups, counts, options, resumable=True):
+        here = [g for g in row if counts[g.name]]
+        found = run.once(partial(solve, here, run), [g.matrix for g in here])
+        columns.take(here, found)
+        errors |= {n: e.tolist() for n, e in unpacked(found, "errors").items()}
     notes = columns.notes() | {"feed_forward_errors": errors}
     return Pruned(problem.model, columns.kept, groups, {}, notes)
 

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from prunekit.activations.blockwise import BlockRun
+from prunekit.activations.runs import ModelRun
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.mapped import beside
 from prunekit.architecture.matrices import matrix, to_out_in, zero_elements
@@ -160,16 +163,22 @@ def unstructured(
     kept: Kept = {}
     pruned: dict[str, Group] = {g.name: g for g in groups}
     options = PassOptions(store, precision)
-    for row, run, scores in _scored(problem, groups, counts, schedule, options):
-        check_finite(scores)
+
+    def chosen(row: list[Group], run: Run) -> Kept:
+        scores = _scored(problem, row, run)
+        if allocation.ranking in ("local", "rows"):
+            return _choose(model, row, scores, allocation, scope, pattern, axes)
+        return everywhere(scores, sum(counts.values()))
+
+    for row, run in _passes(problem, groups, counts, schedule, options, resumable=order is None):
         if order and pattern:
+            scores = _scored(problem, row, run)
             keep = {g.name: pattern.kept_of(counts[g.name], g.units, g.name) for g in row}
             row, scores = order.arrange(run, row, scores, keep)
             pruned |= {g.name: g for g in row}
-        if allocation.ranking in ("local", "rows"):
             mask = _choose(model, row, scores, allocation, scope, pattern, axes)
         else:
-            mask = everywhere(scores, sum(counts.values()))
+            mask = run.once(partial(chosen, row, run))
         zero_elements(model, row, mask)
         # In host memory: the masks of all matrices come to a byte a weight.
         kept |= {
@@ -193,19 +202,29 @@ def unstructured(
     return Pruned(model, kept, list(pruned.values()), {}, notes)
 
 
-def _scored(
-    problem: Problem, groups: list[Group], counts: Counts, schedule: Schedule, options: PassOptions
-) -> Iterator[tuple[list[Group], Run, Scores]]:
-    """Groups that lose something, with their scores: block after block, or all at once."""
+def _passes(
+    problem: Problem,
+    groups: list[Group],
+    counts: Counts,
+    schedule: Schedule,
+    options: PassOptions,
+    resumable: bool,
+) -> Iterator[tuple[list[Group], BlockRun | ModelRun]]:
+    """Groups that lose something, with the run that scores them: block after block, or all."""
     if schedule == "whole":
         part = [g for g in groups if counts[g.name]]
         if part:
-            run = problem.run()
-            yield part, run, problem.score(part, run)
+            yield part, problem.run()
         return
-    for row, block in problem.by_block(groups, counts, options):
-        part = [g for g in row if counts[g.name]]
-        yield part, block, problem.score(part, block)
+    for row, block in problem.by_block(groups, counts, options, resumable):
+        yield [g for g in row if counts[g.name]], block
+
+
+def _scored(problem: Problem, groups: list[Group], run: Run) -> Scores:
+    """Raises ConfigError for scores that are not finite."""
+    scores = problem.score(groups, run)
+    check_finite(scores)
+    return scores
 
 
 def _choose(

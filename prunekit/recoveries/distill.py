@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from prunekit import graph
-from prunekit.architecture.blocks import linear_names
+from prunekit.architecture.blocks import block_names, linear_names
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.generation import generate_text
 from prunekit.data.training_examples import (
@@ -23,6 +23,7 @@ from prunekit.data.training_examples import (
     split_validation,
 )
 from prunekit.errors import ConfigError
+from prunekit.graph.edit_record import Remaining
 from prunekit.problem import Problem
 from prunekit.registry import Above, LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.distillation import Direction, Distillation
@@ -32,6 +33,7 @@ from prunekit.training.weights import train_weights
 from prunekit.types import Pruned
 
 Weight = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Source = Literal[Corpus, "generated"]
 
 
@@ -93,6 +95,7 @@ def distill(
     weight: Weight = 1.0,
     temperature: Above = 1.0,
     direction: Direction = "forward",
+    hidden: Factor = 0.0,
     r: Natural = 0,
     alpha: Positive = 16,
     targets: list[str] | None = None,
@@ -113,13 +116,15 @@ def distill(
 
     The text is plain, instructions, or (`dataset=generated`) `samples` texts of `max_length` tokens
     that the dense model writes. `weight` of the loss is the KL to the dense model at `temperature`,
-    the rest is cross entropy. With `r=0` all weights are trained, or those of the linear layers
-    that `targets` names; else updates of rank r, merged at the end. With `validation_size` examples
-    set aside, the weights with the lowest cross entropy on them are kept, and `patience` ends the
-    training after so many looks in a row that found no lower one. What pruning set to zero stays
-    zero. A model in half precision is trained in float32 (updates vanish in less) and comes back in
-    its own. Leaves the notes that `recovery=lora` leaves. Raises ConfigError for targets that match
-    nothing, data that holds nothing, or where the dense model cannot be loaded.
+    the rest is cross entropy; `hidden` times the relative squared distance of the residual stream
+    after each block to the dense model's is added. With `r=0` all weights are trained, or those of
+    the linear layers that `targets` names; else updates of rank r, merged at the end. With
+    `validation_size` examples set aside, the weights with the lowest cross entropy on them are
+    kept, and `patience` ends the training after so many looks in a row that found no lower one.
+    What pruning set to zero stays zero. A model in half precision is trained in float32 (updates
+    vanish in less) and comes back in its own. Leaves the notes that `recovery=lora` leaves. Raises
+    ConfigError for targets that match nothing, data that holds nothing, where the dense model
+    cannot be loaded, or with `hidden` where its residual stream is wider or its blocks are others.
     """
     model = pruned.model
     recipe = Recipe(
@@ -141,6 +146,7 @@ def distill(
     check_patience(patience, validation_size)
     device = next(model.parameters()).device
     teacher = problem.dense().requires_grad_(False).to(device).eval()
+    blocks = same_blocks(model, teacher) if hidden else ()
     if dataset == "generated":
         drawn = {"temperature": 1.0, "seed": seed, "batch": 32}
         examples = written(teacher, problem.tokenizer, samples, max_length, **drawn)
@@ -148,7 +154,7 @@ def distill(
         examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
-    how = Distillation(weight, temperature, direction)
+    how = Distillation(weight, temperature, direction, hidden, blocks)
     if r:
         updates = Updates(names, r, alpha, 0.0)
         history, trained = train_and_merge(
@@ -168,6 +174,29 @@ def distill(
         )
     pruned.notes |= history.notes(len(examples), trained)
     return model
+
+
+def same_blocks(model: nn.Module, teacher: nn.Module) -> tuple[int, ...]:
+    """The teacher's block that each block of a pruned model was. Raises ConfigError where residual
+    channels went, or where the numbers of blocks do not agree.
+    """
+    here, there = (
+        m.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        for m in (model, teacher)
+    )
+    if here != there:
+        raise ConfigError(
+            f"recovery.hidden: the pruned model's residual stream has {here} channels, the dense "
+            f"one's {there}, so their states cannot be compared; possible: 0"
+        )
+    names, number = block_names(model), len(block_names(teacher))
+    whole: Remaining = {"of": len(names), "keep": list(range(len(names)))}
+    left = graph.edits(model)["blocks"].get(names[0].rpartition(".")[0], whole)
+    if left["of"] != number:
+        raise ConfigError(
+            f"recovery.hidden: {left['of']} blocks before pruning, and the dense model has {number}"
+        )
+    return tuple(left["keep"])
 
 
 def written(

@@ -102,7 +102,8 @@ class Finished:
             return
         store.write(self.entry(f"{name}-facts"), facts)
         store.write(self.tensors(name), tensors)
-        self.tensors(f"{name}-training").path.unlink(missing_ok=True)
+        for entry in folder.parent.glob(f"{name}-unfinished-*"):
+            entry.unlink(missing_ok=True)
         size = sum(p.stat().st_size for p in self.top.rglob("*") if p.is_file())
         log.info("stage %s is kept: %d MiB in %s", name, size // 2**20, self.top)
 
@@ -133,9 +134,18 @@ class Finished:
         pruned = Pruned(model, under("kept:"), groups, under("scores:"), facts["notes"])
         return Standing(pruned, tokenizer, under("texts:"), facts["costs"])
 
-    def training(self, name: str) -> Training | None:
+    def training(self, name: str) -> Unfinished | None:
         """Where a training in stage `name` keeps how far it is; None if models are not kept."""
-        return Training(self.tensors(f"{name}-training")) if self.models else None
+        return self.unfinished(name, "training") if self.models else None
+
+    def passes(self, name: str) -> Callable[[str], Unfinished] | None:
+        """Where a pass by blocks in stage `name` keeps its parts; None if models are not kept."""
+        if not self.models or not first_process():
+            return None
+        return lambda part: self.unfinished(name, f"pass-{part}")
+
+    def unfinished(self, name: str, part: str) -> Unfinished:
+        return Unfinished(self.tensors(f"{name}-unfinished-{part}"))
 
     def drop(self) -> None:
         """All of it, once the result is written."""
@@ -160,8 +170,8 @@ def restored(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Group:
     return Group(**plain | {"members": members})
 
 
-class Training:
-    """How far a training is, in one entry that is replaced as a whole: see `types.Progress`."""
+class Unfinished:
+    """How far a stage is, in one entry that is replaced as a whole: see `types.Progress`."""
 
     def __init__(self, entry: store.Entry):
         self.entry = entry
@@ -172,10 +182,13 @@ class Training:
         except FileNotFoundError:
             return None
         except (store.Damaged, OSError) as error:
-            log.warning("%s: training starts anew: %s", self.entry.path, error)
+            log.warning("%s: the stage starts anew: %s", self.entry.path, error)
             return None
         return found
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         self.entry.path.parent.mkdir(parents=True, exist_ok=True)
         store.write(self.entry, tensors)
+
+    def drop(self) -> None:
+        self.entry.path.unlink(missing_ok=True)

@@ -144,6 +144,7 @@ def pose(
         load_dense=lambda: parts.model()[0],
         remember=job.cache.keeper(model, texts),
         training=job.kept.training(name),
+        passes=job.kept.passes(name),
     )
 
 

@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,11 @@ CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Distillation:
-    """`loss = (1 - weight) * CE + weight * temperature^2 * KL`, the KL of both distributions at
-    `temperature`: `KL(teacher || student)` if `direction` is forward, else the reverse.
+    """`loss = (1 - weight) * CE + weight * temperature^2 * KL + hidden * gap`, the KL of both
+    distributions at `temperature`: `KL(teacher || student)` if `direction` is forward, else the
+    reverse; the gap as `summed_gap` says, a token.
+
+    blocks: with `hidden`, the teacher's block that each of the student's was.
 
     Raises ConfigError for a weight outside of 0 to 1, or a temperature that is not positive.
     """
@@ -37,6 +40,8 @@ class Distillation:
     weight: float = 0.5
     temperature: float = 1.0
     direction: Direction = "forward"
+    hidden: float = 0.0
+    blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
@@ -45,14 +50,58 @@ class Distillation:
             raise ConfigError(f"temperature={self.temperature}; possible: above 0")
 
 
+class Said(NamedTuple):
+    """`logits` (N, T, V), and (N, T, C) before the first block and after every block, if asked
+    for.
+    """
+
+    logits: Tensor
+    hidden_states: Sequence[Tensor] | None = None
+
+
 @torch.no_grad()
-def teacher_logits(teacher: Teacher, batch: dict[str, Tensor]) -> Tensor:
-    """(N, T, V) of the teacher for a batch, whose labels it does not see."""
+def said_by(teacher: Teacher, batch: dict[str, Tensor], hidden: bool = False) -> Said:
+    """What the teacher says of a batch, whose labels it does not see. Raises ConfigError for the
+    hidden states of a teacher that is not a model.
+    """
     inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
     if isinstance(teacher, nn.Module):
-        logits: Tensor = teacher(**inputs, use_cache=False).logits
-        return logits
-    return teacher(inputs)
+        asked = {"output_hidden_states": True} if hidden else {}
+        out = teacher(**inputs, **asked, use_cache=False)
+        return Said(out.logits, out.hidden_states if hidden else None)
+    if hidden:
+        raise ConfigError("the teacher is a function: it has no hidden states to learn")
+    return Said(teacher(inputs))
+
+
+def summed_loss(how: Distillation, student: Any, teacher: Said, learnt: Tensor) -> Tensor:
+    """The teacher's part of the loss, summed over the positions `learnt (N, T)`."""
+    kl = summed_kl(student.logits, teacher.logits, learnt, how.temperature, how.direction)
+    loss = how.weight * how.temperature**2 * kl
+    if how.hidden and teacher.hidden_states is not None:
+        gap = summed_gap(student.hidden_states, teacher.hidden_states, how.blocks, learnt)
+        loss = loss + how.hidden * gap.to(loss.device)
+    return loss
+
+
+def summed_gap(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], blocks: Sequence[int], learnt: Tensor
+) -> Tensor:
+    """`|s - t|^2 / |t|^2` of what each block but the last puts out, its mean over the blocks,
+    summed over the positions `learnt (N, T)`, float32 (the intermediate loss of Minitron, arXiv
+    2407.14679, on the residual stream).
+
+    student, teacher: (N, T, C) before the first block and after every one; block i of the student
+    was block `blocks[i]` of the teacher. What the last block puts out is left to the logits: most
+    models give it normalised.
+    """
+    total = torch.zeros((), device=student[0].device)
+    pairs = [(student[i + 1], teacher[b + 1]) for i, b in enumerate(blocks[:-1])]
+    for s, t in pairs:
+        aim = t.to(s.device).float()
+        gap = (s.float() - aim).square().sum(-1) / aim.square().sum(-1)
+        total = total + gap.masked_fill(~learnt.to(s.device), 0).sum().to(total.device)
+    return total / max(1, len(pairs))
 
 
 def learnt_positions(labels: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from prunekit.training.distillation import (
     Distillation,
     Teacher,
     learnt_positions,
-    summed_kl,
-    teacher_logits,
+    said_by,
+    summed_loss,
 )
 from prunekit.training.recipe import Recipe, check_patience, linear_decay, processes
 from prunekit.training.resume import Kept, LossesSoFar
@@ -208,7 +208,8 @@ class _Trainer(ShardingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        asked = {"output_hidden_states": True} if self.additions.distillation.hidden else {}
+        loss, outputs = super().compute_loss(model, inputs | asked, True, num_items_in_batch)
         if model.training:
             loss = self.with_additions(loss, outputs, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -230,17 +231,15 @@ class _Trainer(ShardingTrainer):
         adds_up = bool(self.model_accepts_loss_kwargs) and items is not None
         if teacher is not None:
             learnt = learnt_positions(batch["labels"])
-            weight, temperature = distillation.weight, distillation.temperature
             if self.shards and isinstance(teacher, nn.Module):
                 teacher = self.shards.teacher_of(teacher, self.accelerator)
-            target = teacher_logits(teacher, batch)
-            kl = summed_kl(outputs.logits, target, learnt, temperature, distillation.direction)
-            kl = kl.to(loss.device)
+            target = said_by(teacher, batch, hidden=distillation.hidden > 0)
+            taught = summed_loss(distillation, outputs, target, learnt).to(loss.device)
             if adds_up and items is not None:
-                kl = kl / items * self.accelerator.num_processes
+                taught = taught / items * self.accelerator.num_processes
             else:
-                kl = kl / learnt.sum()
-            loss = (1 - weight) * loss + weight * temperature**2 * kl
+                taught = taught / learnt.sum()
+            loss = (1 - distillation.weight) * loss + taught
         if penalty is not None:
             share = self.current_gradient_accumulation_steps if adds_up else 1
             value = penalty(cast(nn.Module, self.model), self.state.global_step)

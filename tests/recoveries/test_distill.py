@@ -14,7 +14,7 @@ from prunekit.data.training_examples import collate, file_text, packed
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.problem import Problem
-from prunekit.recoveries.distill import check_distill, distill, written
+from prunekit.recoveries.distill import check_distill, distill, same_blocks, written
 from prunekit.registry import recoveries
 from prunekit.types import Pruned
 
@@ -152,3 +152,40 @@ def test_options_are_checked_on_a_model_without_weights(over, said):
 def test_values_out_of_range_are_refused(over):
     with pytest.raises(ConfigError, match="recovery=distill"):
         recoveries.build({"name": "distill", **over})
+
+
+@torch.no_grad()
+def stream_gap(student: nn.Module, dense: nn.Module, text: str) -> float:
+    """Mean relative squared distance of what the first block puts out."""
+    batch = collate(packed(byte_tokenizer(), file_text(text), 32))
+    del batch["labels"]
+    s, t = (m(**batch, output_hidden_states=True).hidden_states[1] for m in (student, dense))
+    return float(((s - t).square().sum(-1) / t.square().sum(-1)).mean())
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("r", [0, 4])
+def test_hidden_draws_the_residual_stream_to_the_dense_ones(text, arch, r):
+    dense = small(arch)
+    gaps = {}
+    for hidden in (0.0, 30.0):
+        pruned = narrowed(small(arch))
+        run_distill(pruned, dense, path=text, max_steps=15, r=r, hidden=hidden)
+        gaps[hidden] = stream_gap(pruned.model, dense, text)
+    assert gaps[30.0] < 0.8 * gaps[0.0]
+
+
+def test_hidden_knows_which_blocks_are_left(text):
+    dense, model = tiny_model("llama", layers=4, **SIZES), tiny_model("llama", layers=4, **SIZES)
+    graph.remove(model, {"blocks": torch.tensor([True, False, True, True])})
+    assert same_blocks(model, dense) == (0, 2, 3)
+    assert same_blocks(small(), small()) == (0, 1)
+    pruned = run_distill(Pruned(model, {}, []), dense, path=text, hidden=1.0)
+    assert pruned.notes["recovery_curve"]
+
+
+def test_hidden_of_other_blocks_or_channels_is_refused():
+    with pytest.raises(ConfigError, match="2 blocks before pruning, and the dense model has 4"):
+        same_blocks(small(), tiny_model("llama", layers=4, **SIZES))
+    with pytest.raises(ConfigError, match="has 24 channels, the dense one's 32"):
+        same_blocks(tiny_model("llama", **(SIZES | {"hidden": 24})), small())

@@ -8,6 +8,8 @@ import pytest
 import torch
 from compositions import config
 
+from prunekit.activations import done_blocks
+from prunekit.activations.done_blocks import DoneBlocks
 from prunekit.runner import run as runner
 from prunekit.runner.finished import Finished, described, restored
 from prunekit.runner.run import run
@@ -133,6 +135,37 @@ def test_without_a_checkpoint_numbers_alone_are_kept(tmp_path, monkeypatch):
     run(cfg, tmp_path)
     assert "dense/ppl" not in ran
     assert "prune" in ran
+
+
+def test_pruning_goes_on_with_the_block_at_which_it_was(tmp_path, monkeypatch, caplog):
+    """As by a kill: nothing is tidied up."""
+    caplog.set_level("INFO", "prunekit")
+    wanda = ("pruner=unstructured", "criterion=wanda", "ratio.of=prunable", "ratio.target=0.5")
+    monkeypatch.setattr(done_blocks, "SECONDS", 0.0)
+    monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
+    expected = run(config(*wanda), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(DoneBlocks, "once", cut_in_block(1))
+        with pytest.raises(Cut):
+            run(config(*wanda), tmp_path / "cut")
+    found = run(config(*wanda), tmp_path / "cut")
+    assert "1 blocks were done: going on with model.layers.1" in caplog.text
+    assert numbers(found) == numbers(expected)
+    whole, again = (weights(tmp_path / name) for name in ("whole", "cut"))
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert not (tmp_path / "cut" / "stages").exists()
+
+
+def cut_in_block(number):
+    real = DoneBlocks.once
+
+    def once(self, model, block, compute, changes):
+        if block == number:
+            raise Cut
+        return real(self, model, block, compute, changes)
+
+    return once
 
 
 def test_groups_come_back_as_they_were():

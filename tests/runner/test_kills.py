@@ -191,7 +191,7 @@ def test_a_training_goes_on_at_the_step_where_it_was(number, tmp_path, undisturb
     process = start(tmp_path, "training")
     steps, written = random.Random(number).randrange(1, 24), set()
     while len(written) < steps and process.poll() is None:
-        for file in tmp_path.glob("jobs/one/stages/*/recovered-training*.entry"):
+        for file in tmp_path.glob("jobs/one/stages/*/recovered-unfinished-*.entry"):
             with suppress(FileNotFoundError):
                 written.add(file.stat().st_mtime_ns)
         time.sleep(0.002)

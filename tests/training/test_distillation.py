@@ -14,8 +14,9 @@ from prunekit.training import distillation
 from prunekit.training.distillation import (
     Distillation,
     learnt_positions,
+    said_by,
+    summed_gap,
     summed_kl,
-    teacher_logits,
 )
 
 N, T, V = 3, 7, 50
@@ -111,7 +112,7 @@ def test_a_teacher_is_a_model_or_a_function_and_sees_no_labels():
     ids = torch.ones(1, 4, requires_grad=True)
     batch = {"input_ids": ids, "attention_mask": torch.ones(1, 4), "labels": torch.ones(1, 4)}
     for teacher in (Model(), lambda inputs: seen.append(sorted(inputs)) or inputs["input_ids"] * 2):
-        found = teacher_logits(teacher, batch)
+        found = said_by(teacher, batch).logits
         assert torch.equal(found, torch.full((1, 4), 2.0))
         assert not found.requires_grad
     assert seen == [["attention_mask", "input_ids", "use_cache"], ["attention_mask", "input_ids"]]
@@ -133,3 +134,22 @@ def test_options_that_mean_nothing_are_refused(options, said):
 def test_vocabularies_must_agree():
     with pytest.raises(ConfigError, match=r"\(3, 7, 49\), the student's \(3, 7, 50\)"):
         summed_kl(logits(0), logits(1)[..., :-1], some_positions(), 1.0)
+
+
+def test_the_gap_of_hidden_states_is_that_of_the_formula():
+    """Blocks 0, 2 and 3 of a teacher of four: the last one is left to the logits."""
+    draw = torch.Generator().manual_seed(1)
+    student = [torch.randn(N, T, 5, generator=draw) for _ in range(4)]
+    teacher = [torch.randn(N, T, 5, generator=draw) for _ in range(5)]
+    learnt, total = some_positions(), 0.0
+    for s, t in ((student[1], teacher[1]), (student[2], teacher[3])):
+        gap = ((s - t).double() ** 2).sum(-1) / (t.double() ** 2).sum(-1)
+        total += float(gap[learnt].sum()) / 2
+    found = summed_gap(student, teacher, (0, 2, 3), learnt)
+    assert float(found) == pytest.approx(total, rel=1e-5)
+    assert float(summed_gap(teacher, teacher, (0, 1, 2, 3), learnt)) == 0
+
+
+def test_a_function_has_no_hidden_states():
+    with pytest.raises(ConfigError, match="a function: it has no hidden states"):
+        said_by(lambda batch: logits(0), {}, hidden=True)
