@@ -56,15 +56,15 @@ COMMANDS = (
     "| engine | what to type |",
     "|---|---|",
     "| transformers | `AutoModelForCausalLM.from_pretrained(CHECKPOINT, trust_remote_code=True)` |",
-    "| vLLM | `vllm serve CHECKPOINT --model-impl transformers --trust-remote-code`; where the list says"
-    " *its own class*, `vllm serve CHECKPOINT` |",
-    "| vLLM, missing halves of layers too | `prunekit export CHECKPOINT --to nemotron-nas --out FOLDER`,"
-    " `vllm serve FOLDER --trust-remote-code` |",
-    "| llama.cpp | `prunekit export CHECKPOINT --to gguf --type q8_0 --out model.gguf`, `llama-server -m"
-    " model.gguf` |",
+    "| vLLM | `vllm serve CHECKPOINT --model-impl transformers --trust-remote-code`; where the list"
+    " says *its own class*, `vllm serve CHECKPOINT` |",
+    "| vLLM, missing halves of layers too | `prunekit export CHECKPOINT --to nemotron-nas"
+    " --out FOLDER`, `vllm serve FOLDER --trust-remote-code` |",
+    "| llama.cpp | `prunekit export CHECKPOINT --to gguf --type q8_0 --out model.gguf`,"
+    " `llama-server -m model.gguf` |",
     "",
-    "SGLang, TensorRT-LLM and mlx-lm read the form of the third row by classes of their own; none of",
-    "them was run here.",
+    "SGLang, TensorRT-LLM and mlx-lm read the form of the third row by classes of their own; none",
+    "of them was run here.",
 )
 Key = tuple[str, str]
 """Family, shape."""
