@@ -32,7 +32,7 @@ WAYS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "wanda": ("wanda", HALF, {"name": "unstructured"}),
     "sparsegpt": (None, HALF, {"name": "sparsegpt"}),
     "obs": (None, FIFTH, {"name": "obs"}),
-    "bonsai": (None, TOGETHER, {"name": "bonsai", "masks": 4, "rounds": 1}),
+    "bonsai": (None, TOGETHER, {"name": "bonsai", "masks": 10, "rounds": 1}),
     "llm_pruner": ("taylor", FIFTH, {"name": "oneshot"}),
 }
 WHOLE = ("bonsai", "llm_pruner")
