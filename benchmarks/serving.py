@@ -26,6 +26,7 @@ from serving_models import cut, tiny, with_biases, without, without_block
 from torch import nn
 
 from prunekit.checkpoint import load, save
+from prunekit.checkpoint.block_configs import LIKE_LLAMA
 from prunekit.errors import ConfigError
 from prunekit.export.engines import engines
 from prunekit.export.gguf import write_gguf
@@ -131,9 +132,10 @@ def asked(engine: str, models: dict[Key, nn.Module], folder: Path) -> dict[Key, 
 def missing(model: nn.Module) -> str:
     """What `prunekit export --to list` says that vLLM's backend lacks; nothing if it says none."""
     row = next(e for e in engines(model) if e.name == "vLLM")
-    if row.takes and "nemotron-nas" not in row.how:
-        return ""
-    return row.how + (f". Possible: prune with {row.override}" if row.override else " takes it")
+    if row.takes:
+        other = f"a layer has no attention. Possible: prunekit {row.how}"
+        return other if "nemotron-nas" in row.how else ""
+    return f"{row.how}. Possible: prune with {row.override}"
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
@@ -145,6 +147,9 @@ def page(found: dict[str, dict[str, str]]) -> str:
         "engine's 12 greedy tokens are those of transformers, with the largest gap between log",
         "probabilities. vLLM 0.32 on a CPU, llama.cpp in the wheel xllamacpp 2026.10. Written by",
         "`make serving`; `prunekit export CHECKPOINT --to list` says the same of one checkpoint.",
+        "SmolLM2-135M itself, with heads and widths that differ by layer, says in vLLM's backend",
+        "what it says in transformers, log probabilities to 0.001: `pytest -m slow",
+        "tests/export/test_vllm.py`.",
         "",
         *COMMANDS,
     ]
@@ -159,7 +164,9 @@ def page(found: dict[str, dict[str, str]]) -> str:
                 if cell.startswith("no"):
                     reason = f"{engine}: {in_general(cell.removeprefix('no: '), kind)}."
                     reasons.setdefault(reason, {}).setdefault(shape, []).append(kind)
-    lines += ["", "`-`: the architecture has no such place, or pruning offers no such shape.", ""]
+    lines += ["", "`-`: the architecture has no such place, pruning offers no such shape, or, as"]
+    like = ", ".join(LIKE_LLAMA)
+    lines += [f"Nemotron-NAS, it was not asked: the form holds models like {like}.", ""]
     why = []
     for reason, places in reasons.items():
         why += [f"- {reason}"]
@@ -169,9 +176,10 @@ def page(found: dict[str, dict[str, str]]) -> str:
 
 def in_general(why: str, kind: str) -> str:
     """A reason without what is special to one model, so that equal ones become one line."""
+    why = why.replace(f"of a {kind}", "of this family").replace(f", not {kind}.", ", not this one.")
     why = re.sub(r" \((?:shapes|modules|full_attention).*?\)", "", why)
     why = re.sub(r"\b(Layer|layers?\.)\s?\d+", r"\1 N", why)
-    return re.sub(r"\(\d+\)", "(n)", why.replace(f"of a {kind}", "of this family"))
+    return re.sub(r"\(\d+\)", "(n)", why)
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def _vllm(model: Any, stock: bool) -> Engine:
         tuple(p.shape[-2:]) for n, p in model.named_parameters() if n.endswith("experts.down_proj")
     }
     if len(widths) > 1 and has_one_expert_width(model.config.get_text_config()):
-        return Engine(name, False, "experts of one width in all layers", "pruner.kinds=[heads]")
+        return Engine(name, False, "experts have one width in all layers", "pruner.kinds=[heads]")
     return Engine(name, True, "--model-impl transformers --trust-remote-code")
 
 
