@@ -22,6 +22,14 @@ def expert_slabs(model: nn.Module, group: Group) -> list[Member]:
     ]
 
 
+def module_around(group: Group) -> str:
+    """The innermost module that holds a router and all of its experts."""
+    names = [m.param.split(".")[:-1] for m in group.members]
+    names += [path.split(".")[:-1] for path in group.modules]
+    same = [parts[0] for parts in zip(*names) if len(set(parts)) == 1]
+    return ".".join(same)
+
+
 def expert_members(model: nn.Module, group: Group) -> list[Member]:
     """Where the experts themselves are, their biases too; not the router's rows."""
     slabs = expert_slabs(model, group)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import Mixtral
+from foreign import ListedMixtral
 from problems import check, problem, uniform
 from tiny_models import tiny_model
 
@@ -20,20 +19,6 @@ from prunekit.graph.expert_neurons import reorder_neurons
 from prunekit.registry import pruners
 from prunekit.scoring.expert_inputs import expert_inputs, fused_experts
 from prunekit.scoring.expert_neurons import neuron_scores
-
-
-class Listed(Mixtral):
-    """Called as models of transformers are."""
-
-    def get_input_embeddings(self):
-        return self.embed_tokens
-
-    def forward(self, input_ids, use_cache=False, labels=None):
-        logits = super().forward(input_ids)
-        if labels is None:
-            return logits
-        return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].mT, labels[:, 1:]))
-
 
 TOKENS = torch.randint(8, 90, (6, 16), generator=torch.Generator().manual_seed(0))
 
@@ -182,7 +167,7 @@ def test_an_expert_without_tokens_is_ordered_by_its_weights(mixtral, caplog):
 @pytest.mark.parametrize("score", ["wanda_sp", "taylor", "magnitude"])
 def test_experts_in_a_list_lose_their_own_neurons_too(score):
     torch.manual_seed(0)
-    model = Listed().eval()
+    model = ListedMixtral().eval()
     pruned = run(model, 0.2, score=score)
     assert len(pruned.kept) == 15
     masks = [pruned.kept[f"neurons.0.e{e}"] for e in range(5)]
