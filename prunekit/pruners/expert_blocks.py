@@ -13,12 +13,8 @@ from prunekit.activations.blockwise import BlockRun, groups_by_block
 from prunekit.activations.storage import PassOptions
 from prunekit.errors import ConfigError
 from prunekit.graph.discovery import Discovery, discovery
-from prunekit.graph.expert_neurons import (
-    expert_members,
-    expert_numbers,
-    expert_slabs,
-    neurons_inside,
-)
+from prunekit.graph.expert_bodies import check_alike, expert_bodies
+from prunekit.graph.expert_neurons import expert_numbers
 from prunekit.problem import Expected, Problem, expect
 from prunekit.solvers.expert_merging import Clusters, merge_cluster
 from prunekit.types import Counts, Group, Kept, Pruned, Run
@@ -44,12 +40,12 @@ def check_experts_by_block(problem: Problem, **_: Any) -> Expected:
 
 def check_merging(problem: Problem, **_: Any) -> Expected:
     """Raises ConfigError where the ratio cannot be met or moves experts between layers, and for
-    experts that cannot be merged: in a list, or of a router that picks groups of them first.
+    experts that cannot be merged: of other shapes in one list, or of a router that picks groups of
+    them first.
     """
     expected = check_experts_by_block(problem)
     for g in expected.groups:
-        if g.modules or not expert_slabs(problem.model, g):
-            raise ConfigError(f"{g.name}: experts in a list of modules cannot be merged")
+        check_alike(problem.model, g)
         if expert_numbers(problem.model, g).shape[1] > 1:
             raise ConfigError(
                 f"{g.name}: its router picks groups of experts first, and merging would take "
@@ -88,13 +84,13 @@ def merge_by_block(problem: Problem, plan: Plan, options: PassOptions, align: bo
     merged: dict[str, Clusters] = {}
 
     def merge(g: Group, run: BlockRun, known: Discovery) -> Tensor:
-        neurons = neurons_inside(known.groups, expert_members(model, g)) if align else None
-        if align and neurons is None:
+        bodies = expert_bodies(model, g, known.groups)
+        if align and any(body.neurons is None for body in bodies):
             raise ConfigError(f"{g.name}: the neurons of its experts are not known")
         clusters, weight = plan(g, run, g.units - counts[g.name])
         merged[g.name] = [c for c in clusters if len(c) > 1]
         for cluster in merged[g.name]:
-            merge_cluster(model, g, cluster, weight.cpu(), neurons)
+            merge_cluster(model, bodies, cluster, weight.cpu(), align)
         mask = torch.zeros(g.units, dtype=torch.bool)
         mask[[c[0] for c in clusters]] = True
         return mask
