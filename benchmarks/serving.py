@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,7 +26,9 @@ from serving_models import cut, tiny, with_biases, without, without_block
 from torch import nn
 
 from prunekit.checkpoint import load, save
+from prunekit.checkpoint.block_configs import LIKE_LLAMA
 from prunekit.errors import ConfigError
+from prunekit.export.engines import engines
 from prunekit.export.gguf import write_gguf
 from prunekit.export.nemotron_nas import export_nemotron_nas
 
@@ -50,6 +53,20 @@ SAYS = {
     BACKEND: "the checkpoint itself, `--model-impl transformers --trust-remote-code`",
     NAS: "`prunekit export --to nemotron-nas`, the engine's own class `DeciLMForCausalLM`",
 }
+COMMANDS = (
+    "| engine | what to type |",
+    "|---|---|",
+    "| transformers | `AutoModelForCausalLM.from_pretrained(CHECKPOINT, trust_remote_code=True)` |",
+    "| vLLM | `vllm serve CHECKPOINT --model-impl transformers --trust-remote-code`; where the list"
+    " says *its own class*, `vllm serve CHECKPOINT` |",
+    "| vLLM, missing halves of layers too | `prunekit export CHECKPOINT --to nemotron-nas"
+    " --out FOLDER`, `vllm serve FOLDER --trust-remote-code` |",
+    "| llama.cpp | `prunekit export CHECKPOINT --to gguf --type q8_0 --out model.gguf`,"
+    " `llama-server -m model.gguf` |",
+    "",
+    "SGLang, TensorRT-LLM and mlx-lm read the form of the third row by classes of their own; none",
+    "of them was run here.",
+)
 Key = tuple[str, str]
 """Family, shape."""
 
@@ -98,14 +115,27 @@ def asked(engine: str, models: dict[Key, nn.Module], folder: Path) -> dict[Key, 
             else:
                 written[key] = saved
         except ConfigError as error:
-            found[key] = f"no: {error}"[:200]
+            found[key] = f"no: {error}"
     field = "file" if engine == LLAMACPP else "folder"
     requests: list[dict[str, Any]] = [{field: str(path)} for path in written.values()]
     if engine != LLAMACPP:
         how = "vllm" if engine == NAS else "transformers"
         requests = [request | {"implementation": how} for request in requests]
     answers = completed("llama.cpp" if engine == LLAMACPP else "vLLM", requests)
-    return found | {key: judged(models[key], answer) for key, answer in zip(written, answers)}
+    for key, answer in zip(written, answers):
+        found[key] = judged(models[key], answer)
+        if engine == BACKEND and "error" in answer:
+            found[key] = f"no: {missing(models[key]) or found[key]}"
+    return found
+
+
+def missing(model: nn.Module) -> str:
+    """What `prunekit export --to list` says that vLLM's backend lacks; nothing if it says none."""
+    row = next(e for e in engines(model) if e.name == "vLLM")
+    if row.takes:
+        other = f"a layer has no attention. Possible: prunekit {row.how}"
+        return other if "nemotron-nas" in row.how else ""
+    return f"{row.how}. Possible: prune with {row.override}"
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
@@ -117,8 +147,13 @@ def page(found: dict[str, dict[str, str]]) -> str:
         "engine's 12 greedy tokens are those of transformers, with the largest gap between log",
         "probabilities. vLLM 0.32 on a CPU, llama.cpp in the wheel xllamacpp 2026.10. Written by",
         "`make serving`; `prunekit export CHECKPOINT --to list` says the same of one checkpoint.",
+        "SmolLM2-135M itself, with heads and widths that differ by layer, says in vLLM's backend",
+        "what it says in transformers, log probabilities to 0.001: `pytest -m slow",
+        "tests/export/test_vllm.py`.",
+        "",
+        *COMMANDS,
     ]
-    reasons: list[str] = []
+    reasons: dict[str, dict[str, list[str]]] = {}
     for engine in (e for e in ENGINES if e in found):
         lines += ["", f"## {engine}", "", f"By {SAYS[engine]}.", ""]
         lines += ["| | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"]
@@ -127,10 +162,24 @@ def page(found: dict[str, dict[str, str]]) -> str:
             lines.append(f"| {shape} | " + " | ".join(c.partition(":")[0] for c in cells) + " |")
             for kind, cell in zip(FAMILIES, cells):
                 if cell.startswith("no"):
-                    why = cell.removeprefix("no: ")
-                    reasons.append(f"- {engine}; {kind}, {shape}: {why}")
-    lines += ["", "`-`: the architecture has no such place, or pruning offers no such shape.", ""]
-    return "\n".join([*lines, "## Why not", "", *reasons, ""])
+                    reason = f"{engine}: {in_general(cell.removeprefix('no: '), kind)}."
+                    reasons.setdefault(reason, {}).setdefault(shape, []).append(kind)
+    lines += ["", "`-`: the architecture has no such place, pruning offers no such shape, or, as"]
+    like = ", ".join(LIKE_LLAMA)
+    lines += [f"Nemotron-NAS, it was not asked: the form holds models like {like}.", ""]
+    why = []
+    for reason, places in reasons.items():
+        why += [f"- {reason}"]
+        why += [f"    - {shape}: {', '.join(kinds)}" for shape, kinds in places.items()]
+    return "\n".join([*lines, "## Why not", "", *why, ""])
+
+
+def in_general(why: str, kind: str) -> str:
+    """A reason without what is special to one model, so that equal ones become one line."""
+    why = why.replace(f"of a {kind}", "of this family").replace(f", not {kind}.", ", not this one.")
+    why = re.sub(r" \((?:shapes|modules|full_attention).*?\)", "", why)
+    why = re.sub(r"\b(Layer|layers?\.)\s?\d+", r"\1 N", why)
+    return re.sub(r"\(\d+\)", "(n)", why)
 
 
 def main() -> None:

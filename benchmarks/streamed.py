@@ -1,7 +1,8 @@
 """Peak memory and seconds of pruning a model that stays on the disk (`model.weights=disk`).
 
     python benchmarks/streamed.py write 7b FOLDER         # random weights, shard by shard, bfloat16
-    python benchmarks/streamed.py run FOLDER [METHOD ..]  # wanda flap taylor shortgpt
+    python benchmarks/streamed.py write moe FOLDER        # 24 blocks of 48 experts: 20 GB
+    python benchmarks/streamed.py run FOLDER [METHOD ..]  # wanda flap taylor shortgpt; reap (mixtures)
     python benchmarks/streamed.py equal FOLDER [METHOD ..]  # also in memory: the same files?
 
 Each method has a process of its own, which may not take more than 6 GiB of memory of its own once
@@ -30,11 +31,14 @@ import torch
 from torch import Tensor
 
 LIMIT = 6 * 2**30
-SIZES = {  # hidden, neurons, heads, key/value heads, blocks, vocabulary
+SIZES = {  # hidden, neurons, heads, key/value heads, blocks, vocabulary, experts of a mixture
     "tiny": (64, 176, 4, 2, 4, 512),
     "1b": (2048, 5632, 32, 4, 22, 32000),
     "7b": (4096, 11008, 32, 32, 32, 32000),
+    "tiny_moe": (64, 96, 4, 2, 4, 512, 8),
+    "moe": (2048, 1408, 32, 4, 24, 32000, 48),
 }
+DENSE = ("wanda", "flap", "shortgpt")
 Part = dict[str, Any]
 METHODS: dict[str, tuple[Part, Part, Part]] = {
     "wanda": (
@@ -57,18 +61,24 @@ METHODS: dict[str, tuple[Part, Part, Part]] = {
         {"name": "block_influence"},
         {"name": "uniform", "target": 0.25, "of": "units"},
     ),
+    "reap": (
+        {"name": "layerwise", "kinds": ["experts"]},
+        {"name": "experts"},
+        {"name": "uniform", "target": 0.25, "of": "units"},
+    ),
 }
 
 
 def write(size: str, folder: Path) -> None:
-    """A Llama of random bfloat16 weights, one shard a block."""
+    """A Llama, or a Mixtral, of random bfloat16 weights, one shard a block."""
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, MixtralConfig
 
     from prunekit.models.tiny import byte_tokenizer
 
-    hidden, ffn, heads, kv, layers, vocabulary = SIZES[size]
-    config = LlamaConfig(
+    hidden, ffn, heads, kv, layers, vocabulary, *experts = SIZES[size]
+    more: dict[str, Any] = {"num_local_experts": experts[0]} if experts else {}
+    config: Any = (MixtralConfig if experts else LlamaConfig)(
         vocab_size=vocabulary,
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -76,7 +86,8 @@ def write(size: str, folder: Path) -> None:
         num_attention_heads=heads,
         num_key_value_heads=kv,
         dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
+        architectures=["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
+        **more,
     )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
@@ -95,10 +106,28 @@ def shards(config: Any) -> Iterator[dict[str, Tensor]]:
     draw = torch.Generator().manual_seed(0)
     C, F = config.hidden_size, config.intermediate_size
     kv = C // config.num_attention_heads * config.num_key_value_heads
+    experts: int = getattr(config, "num_local_experts", 0)
+    pool = torch.randn(2**26 if experts else 0, generator=draw)
+    pools = {n: (pool * n**-0.5).to(torch.bfloat16) for n in (C, F)}
 
     def normal(rows: int, columns: int) -> Tensor:
+        if experts and rows * columns < len(pool) and columns in pools:  # drawn once: no two alike
+            start = int(torch.randint(len(pool) - rows * columns, (), generator=draw))
+            return pools[columns][start : start + rows * columns].view(rows, columns).clone()
         drawn = torch.randn(rows, columns, generator=draw) * columns**-0.5
         return drawn.to(torch.bfloat16)
+
+    def feed_forward(at: str) -> dict[str, Tensor]:
+        if not experts:
+            found = {f"{at}mlp.{n}_proj.weight": normal(F, C) for n in ("gate", "up")}
+            return found | {f"{at}mlp.down_proj.weight": normal(C, F)}
+        # Stacked, as they are computed: no room is needed on the disk to stack them anew.
+        both = [torch.cat([normal(F, C), normal(F, C)]) for _ in range(experts)]
+        return {
+            f"{at}mlp.gate.weight": normal(experts, C),
+            f"{at}mlp.experts.gate_up_proj": torch.stack(both),
+            f"{at}mlp.experts.down_proj": torch.stack([normal(C, F) for _ in range(experts)]),
+        }
 
     ones = torch.ones(C, dtype=torch.bfloat16)
     shapes = {"q": (C, C), "k": (kv, C), "v": (kv, C), "o": (C, C)}
@@ -106,8 +135,7 @@ def shards(config: Any) -> Iterator[dict[str, Tensor]]:
         at = f"model.layers.{b}."
         yield (
             {f"{at}self_attn.{n}_proj.weight": normal(*s) for n, s in shapes.items()}
-            | {f"{at}mlp.{n}_proj.weight": normal(F, C) for n in ("gate", "up")}
-            | {f"{at}mlp.down_proj.weight": normal(C, F)}
+            | feed_forward(at)
             | {f"{at}{n}_layernorm.weight": ones.clone() for n in ("input", "post_attention")}
         )
     ends = ("model.embed_tokens.weight", "lm_head.weight")
@@ -194,7 +222,7 @@ def main(what: str, *words: str) -> None:
         folder, method, weights, out = words
         print(json.dumps(prune(Path(folder), method, weights, Path(out))))
     else:
-        table(Path(words[0]).resolve(), list(words[1:]) or list(METHODS), what == "equal")
+        table(Path(words[0]).resolve(), list(words[1:]) or list(DENSE), what == "equal")
 
 
 if __name__ == "__main__":

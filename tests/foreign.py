@@ -339,6 +339,21 @@ class Mixtral(Baichuan):
     layer = MixtralLayer
 
 
+class ListedMixtral(Mixtral):
+    """Called as models of transformers are."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(
+        self, input_ids: Tensor, use_cache: bool = False, labels: Tensor | None = None
+    ) -> Tensor | SimpleNamespace:
+        logits = super().forward(input_ids)
+        if labels is None:
+            return logits
+        return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].mT, labels[:, 1:]))
+
+
 FOREIGN = {
     "nanogpt": NanoGPT,
     "chatglm": ChatGLM,

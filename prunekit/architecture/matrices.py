@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prunekit.architecture.blocks import block_modules, block_names, linear_names
 from prunekit.architecture.linear import weight_of
-from prunekit.types import Group, Kept, tensor_of
+from prunekit.architecture.mapped import release
+from prunekit.types import Counts, Group, Kept, tensor_of
 
 log = logging.getLogger("prunekit")
 
@@ -89,3 +90,12 @@ def zero_elements(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None
         if g.name in kept:
             weight = tensor_of(model, g.matrix)
             weight.masked_fill_(~kept[g.name].to(weight.device), 0)
+
+
+def elements_gone(kept: Kept) -> Counts:
+    """Elements that are not kept, by matrix. Masks that lie in files leave memory again."""
+    gone = {}
+    for name, mask in kept.items():
+        gone[name] = mask.numel() - int(mask.sum())
+        release([mask])
+    return gone

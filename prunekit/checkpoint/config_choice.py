@@ -105,7 +105,31 @@ def _heterogeneous(
             yield native
     made = with_layers(kind, config, layers) if layers else edited(config)
     if rows_of_config(kind, made) is not None:
-        yield with_cache_shapes(model, kind, made)
+        yield with_expert_widths(model, with_cache_shapes(model, kind, made))
+
+
+def with_expert_widths(model: nn.Module, config: Any) -> Any:
+    """The config with the width of each layer's fused experts as a list, which is how vLLM reads
+    what differs by layer; not where its class has one number for all under that name.
+    """
+    text, layers = config.get_text_config(), layers_of_config(config)
+    listed = all(p.dim() < 3 for p in model.parameters())
+    if (
+        listed
+        or has_one_expert_width(text)
+        or not any("intermediate_size" in one for one in layers.values())
+    ):
+        return config
+    widths = [
+        layers.get(i, {}).get("intermediate_size", text.intermediate_size)
+        for i in range(text.num_hidden_layers)
+    ]
+    return edited(config, moe_intermediate_size=widths)
+
+
+def has_one_expert_width(text: Any) -> bool:
+    """Whether the class has a field `moe_intermediate_size`, which is one number for all layers."""
+    return isinstance(getattr(text, "moe_intermediate_size", None), int)
 
 
 def bypassed(layer: nn.Module) -> list[str]:

@@ -63,16 +63,20 @@ def block_taylor(
     read waits in `store`.
     """
     owner = {n: b for g in groups for b in g.modules for n in weights_of(model, b)}
-    parts: dict[str, list[Tensor]] = {b: [] for g in groups for b in g.modules}
+    parts: dict[str, Tensor] = {}
 
     def fold(name: str, weight: Tensor, gradient: Tensor, _squares: Tensor | None) -> None:
-        parts[owner[name]].append((weight.float() * gradient.float()).abs().sum())
+        parts[name] = (weight.float() * gradient.float()).abs().sum()
 
     with lean_activations(model.get_submodule(b) for g in groups for b in g.modules):
         gradients(
             model, owner, run, fold, squares=False, batch=batch, by_block=by_block, store=store
         )
-    totals = {b: torch.stack(found).sum().cpu() for b, found in parts.items()}
+    # In one order, whatever that in which gradients come.
+    found: dict[str, list[Tensor]] = {}
+    for name, block in owner.items():
+        found.setdefault(block, []).append(parts[name])
+    totals = {block: torch.stack(sums).sum().cpu() for block, sums in found.items()}
     return {g.name: torch.stack([totals[b] for b in g.modules]) for g in groups}
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from prunekit.architecture.blocks import block_modules
 from prunekit.checkpoint.block_configs import LIKE_LLAMA
-from prunekit.checkpoint.config_choice import bypassed
+from prunekit.checkpoint.config_choice import bypassed, has_one_expert_width
 from prunekit.checkpoint.layout import describe_runtime_modules
 from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
@@ -60,8 +60,8 @@ def _vllm(model: Any, stock: bool) -> Engine:
     widths = {
         tuple(p.shape[-2:]) for n, p in model.named_parameters() if n.endswith("experts.down_proj")
     }
-    if len(widths) > 1:
-        return Engine(name, False, "experts of one width in all layers", "pruner.kinds=[heads]")
+    if len(widths) > 1 and has_one_expert_width(model.config.get_text_config()):
+        return Engine(name, False, "experts have one width in all layers", "pruner.kinds=[heads]")
     return Engine(name, True, "--model-impl transformers --trust-remote-code")
 
 

@@ -5,6 +5,7 @@ slices, its neurons as rows, and another order of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,36 @@ def expert_slabs(model: nn.Module, group: Group) -> list[Member]:
     """
     return [
         m for m in group.members if tensor_of(model, m.param).dim() > 2 or m.width > group.width
+    ]
+
+
+def module_around(group: Group) -> str:
+    """The innermost module that holds a router and all of its experts."""
+    names = [m.param.split(".")[:-1] for m in group.members]
+    names += [path.split(".")[:-1] for path in group.modules]
+    same = [parts[0] for parts in zip(*names) if len(set(parts)) == 1]
+    return ".".join(same)
+
+
+def expert_members(model: nn.Module, group: Group) -> list[Member]:
+    """Where the experts themselves are, their biases too; not the router's rows."""
+    slabs = expert_slabs(model, group)
+    owners = {m.param.rpartition(".")[0] for m in slabs}
+    router = next(m for m in group.members if m not in slabs)
+    return [
+        m
+        for m in group.members
+        if m in slabs or (m is not router and m.param.rpartition(".")[0] in owners)
+    ]
+
+
+def single_experts(model: nn.Module, group: Group) -> list[Member]:
+    """`expert_members` with an expert a row of their `index`, whatever a unit is."""
+    numbers = expert_numbers(model, group)
+    order = numbers.flatten().argsort()
+    return [
+        replace(m, index=m.index.reshape(numbers.numel(), -1)[order])
+        for m in expert_members(model, group)
     ]
 
 
@@ -88,3 +119,16 @@ def reordered(part: Tensor, axis: int, at: Tensor, order: Tensor) -> Tensor:
     """A slice of an expert with its neurons in another order: neuron `order[i]` where i was."""
     to, fro = at.flatten().to(part.device), at[order.to(at.device)].flatten().to(part.device)
     return part.index_copy(axis, to, part.index_select(axis, fro))
+
+
+def reorder_neurons(
+    model: nn.Module, slabs: Sequence[Member], neurons: Group, expert: int, order: Tensor
+) -> None:
+    """Put neuron `order[i]` of one expert where its neuron i is, which changes nothing of what the
+    expert computes. `order` is (F,), `slabs` are those of `single_experts`.
+    """
+    for slab, m in neuron_members(slabs, neurons):
+        part = expert_slice(model, slab, expert)
+        put_slice(
+            model, slab, expert, reordered(part, m.axis, places(slab, m, expert), order.cpu())
+        )

@@ -12,7 +12,7 @@ from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.gram import grams
 from prunekit.architecture.mapped import beside
-from prunekit.architecture.matrices import matrix
+from prunekit.architecture.matrices import elements_gone, matrix
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
 from prunekit.pruners.matrixwise import check_matrices, write
@@ -119,5 +119,5 @@ class Columns:
 
     def notes(self) -> dict[str, Any]:
         """Elements that went, costs and grown ridges by matrix."""
-        gone = {name: int((~mask).sum()) for name, mask in self.kept.items()}
+        gone = elements_gone(self.kept)
         return {"counts": gone, "costs": self.costs, "larger_ridge": self.grown}

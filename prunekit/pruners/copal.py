@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunekit.activations.gram import grams
 from prunekit.activations.runs import ModelRun, samples_at_once
 from prunekit.activations.storage import PassOptions, Precision, Store
-from prunekit.architecture.matrices import matrix, to_out_in, zero_elements
+from prunekit.architecture.matrices import elements_gone, matrix, to_out_in, zero_elements
 from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Expected, Problem
 from prunekit.pruners.matrixwise import check_matrices, local_counts
@@ -97,7 +97,7 @@ def copal(
         turns.restore(dense)
     scorer = _Accumulated(problem.model)
     notes["copal"], kept = turns.prune(scorer, lambda: turns.restore(dense))
-    gone = {n: int((~mask).sum()) for n, mask in kept.items()}
+    gone = elements_gone(kept)
     return Pruned(problem.model, kept, groups, {}, {"counts": gone, "continual": notes})
 
 

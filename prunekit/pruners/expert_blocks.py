@@ -13,9 +13,14 @@ from prunekit.activations.blockwise import BlockRun, groups_by_block
 from prunekit.activations.storage import PassOptions
 from prunekit.errors import ConfigError
 from prunekit.graph.discovery import Discovery, discovery
-from prunekit.graph.expert_neurons import expert_numbers, expert_slabs, neurons_inside
+from prunekit.graph.expert_neurons import (
+    expert_members,
+    expert_numbers,
+    expert_slabs,
+    neurons_inside,
+)
 from prunekit.problem import Expected, Problem, expect
-from prunekit.solvers.expert_merging import Clusters, merge_cluster, merged_members
+from prunekit.solvers.expert_merging import Clusters, merge_cluster
 from prunekit.types import Counts, Group, Kept, Pruned, Run
 
 Plan = Callable[[Group, Run, int], tuple[Clusters, Tensor]]
@@ -83,7 +88,7 @@ def merge_by_block(problem: Problem, plan: Plan, options: PassOptions, align: bo
     merged: dict[str, Clusters] = {}
 
     def merge(g: Group, run: BlockRun, known: Discovery) -> Tensor:
-        neurons = neurons_inside(known.groups, merged_members(model, g)) if align else None
+        neurons = neurons_inside(known.groups, expert_members(model, g)) if align else None
         if align and neurons is None:
             raise ConfigError(f"{g.name}: the neurons of its experts are not known")
         clusters, weight = plan(g, run, g.units - counts[g.name])

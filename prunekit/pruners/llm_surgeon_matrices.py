@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit import graph
-from prunekit.architecture.matrices import matrix, module_name, to_out_in
+from prunekit.architecture.matrices import elements_gone, matrix, module_name, to_out_in
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Above, LearningRate, Natural, Positive, pruners
@@ -167,7 +167,7 @@ def llm_surgeon_matrices(
             correct(model, problem.tokens, names, keep, correction_steps, correction_lr)
     kept = masks(model, groups, state)
     notes: dict[str, Any] = {
-        "counts": {name: int((~mask).sum()) for name, mask in kept.items()},
+        "counts": elements_gone(kept),
         "expected": increases,
     }
     if state.lines:

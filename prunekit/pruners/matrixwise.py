@@ -17,7 +17,7 @@ from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.gram import grams, warn_of_little_text
 from prunekit.activations.storage import PassOptions
 from prunekit.architecture.mapped import beside
-from prunekit.architecture.matrices import matrix, module_name, to_out_in
+from prunekit.architecture.matrices import elements_gone, matrix, module_name, to_out_in
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.selection.elements import SCOPES, Pattern, Scope, check_pattern
@@ -121,5 +121,4 @@ def prune_matrices(
         masks = unpacked(found, "kept")
         kept |= {g.name: beside(masks[g.name], matrix(model, g)) for g in part}
         costs |= {name: float(cost) for name, cost in unpacked(found, "costs").items()}
-    gone = {name: int((~mask).sum()) for name, mask in kept.items()}
-    return Pruned(model, kept, groups, {}, {"counts": gone, "costs": costs})
+    return Pruned(model, kept, groups, {}, {"counts": elements_gone(kept), "costs": costs})

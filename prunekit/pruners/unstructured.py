@@ -16,7 +16,7 @@ from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.runs import ModelRun
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.mapped import beside
-from prunekit.architecture.matrices import matrix, to_out_in, zero_elements
+from prunekit.architecture.matrices import elements_gone, matrix, to_out_in, zero_elements
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, check_no_loss, expect
 from prunekit.registry import Component, pruners
@@ -184,10 +184,10 @@ def unstructured(
         kept |= {
             g.name: beside(mask[g.name].cpu(), matrix(model, g)) for g in row if g.name in mask
         }
-    emptied = [name for name, mask in kept.items() if not mask.any()]
+    gone = elements_gone(kept)
+    emptied = [name for name, mask in kept.items() if gone[name] == mask.numel()]
     if emptied:
         log.warning("%d matrices lost every weight: %s", len(emptied), ", ".join(emptied[:5]))
-    gone = {name: int((~mask).sum()) for name, mask in kept.items()}
     notes: dict[str, Any] = {"counts": gone, **allocation.notes}
     along_outputs = [name for name in kept if not axes.get(name, 1)]
     if along_outputs:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from prunekit.architecture.matrices import elements_gone
 from prunekit.errors import ConfigError
 from prunekit.types import Pruned
 
@@ -45,7 +46,8 @@ def to_dense(
 
 def widths(pruned: Pruned) -> dict[str, list[int]]:
     """group name -> [units kept, units there were]."""
-    return {name: [int(mask.sum()), mask.numel()] for name, mask in pruned.kept.items()}
+    gone = elements_gone(pruned.kept)
+    return {name: [m.numel() - gone[name], m.numel()] for name, m in pruned.kept.items()}
 
 
 def record(

@@ -8,8 +8,7 @@ At work are one block, its gradients, and the activations of one batch in it. Th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit.activations import processes
-from prunekit.activations.blockwise import BlockInputs, capture_inputs
+from prunekit.activations.blockwise import capture_inputs
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.runs import forward, samples_at_once
 from prunekit.activations.storage import Activations, PassOptions, Store
@@ -26,6 +25,7 @@ from prunekit.architecture.blocks import block_names
 from prunekit.architecture.mapped import mapped, release
 from prunekit.errors import ConfigError
 from prunekit.scoring.gradients import TOKENS, Sink, backward, check_in_memory, only_these_train
+from prunekit.scoring.left_out import check_alone, left_out, like, tensors_in, without_first
 from prunekit.types import Run, tensor_of
 
 
@@ -141,10 +141,10 @@ class _ByBlock:
                 out = module(self.inputs[b][rows], *args, **kwargs)
                 following[rows] = first_tensor(out)
                 if b == len(self.forms):
-                    self.forms.append(_without_first(out))
+                    self.forms.append(without_first(out))
             self.inputs[b].release()
             self.inputs.append(following)
-        _check_alone(self.blocks, self.forms, self.feed, self.rows[0][0])
+        check_alone(self.blocks, self.forms, self.feed, self.rows[0][0])
 
     def loss(self) -> None:
         """The loss of each batch, and its gradient in the place of what the last block put out."""
@@ -247,66 +247,5 @@ class _Squares:
         return self.sums.pop(name)
 
 
-@contextmanager
-def left_out(
-    blocks: Sequence[nn.Module], answer: Callable[[int, Tensor, Any], Any]
-) -> Iterator[None]:
-    """Inside, block number `i` is not run: `answer(i, x, rest)` stands for what it puts out, with
-    the hidden state and the other arguments that it was called with.
-    """
-
-    def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
-        rest = [*args[1:], *(v for k, v in kwargs.items() if args or k != "hidden_states")]
-        return answer(number, first_tensor(args, kwargs), rest)
-
-    own = [block.__dict__.get("forward") for block in blocks]
-    for number, block in enumerate(blocks):
-        block.forward = partial(stand_in, number)
-    try:
-        yield
-    finally:
-        for block, before in zip(blocks, own, strict=True):
-            del block.forward  # the instance attribute; the class's method shows again
-            if before is not None:
-                block.forward = before
-
-
-def like(form: Any, x: Tensor) -> Any:
-    """`x` as a block hands it on: alone where `form` is None, else in the place of its first."""
-    return x if form is None else type(form)([x, *form[1:]])
-
-
-def _without_first(out: Any) -> Any:
-    return None if isinstance(out, Tensor) else type(out)([None, *out[1:]])
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from tensors_in(one)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-
-
 def _gradient(x: Tensor) -> Tensor:
     return torch.zeros_like(x) if x.grad is None else x.grad
-
-
-def _check_alone(
-    blocks: Sequence[str], forms: Sequence[Any], feed: BlockInputs, batch: int
-) -> None:
-    """Raises ConfigError where a block reads what an earlier one put out beside its first tensor:
-    gradients pass there too.
-    """
-    for b, form in enumerate(forms):
-        beside = list(tensors_in(form))
-        for later in range(b + 1, len(blocks) if beside else 0):
-            for read in tensors_in(list(feed.calls[later][batch])):
-                if any(read.shape == t.shape and torch.equal(read, t) for t in beside):
-                    raise ConfigError(
-                        f"{blocks[later]} reads more of {blocks[b]} than the residual stream: "
-                        "gradients cannot be taken block by block; give criterion.by_block=false"
-                    )

@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from prunekit.activations import processes
 from prunekit.activations.hooks import pass_tokens
 from prunekit.errors import ConfigError
-from prunekit.graph.expert_neurons import expert_numbers, expert_slabs, unit_of_expert
+from prunekit.graph.expert_neurons import (
+    expert_numbers,
+    expert_slabs,
+    module_around,
+    unit_of_expert,
+)
 from prunekit.graph.sample_run import ERRORS
+from prunekit.scoring.listed_experts import listed_calls
 from prunekit.types import Group, Run
 
 log = logging.getLogger("prunekit")
@@ -151,7 +157,7 @@ def expert_parents(model: nn.Module, group: Group) -> list[str]:
 @contextmanager
 def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
     """Inside, every call of the groups' experts adds to their statistics, which come out by name;
-    a group whose experts are not called with a routing gets none.
+    a group whose experts are neither called with a routing nor modules of a list gets none.
 
     An expert's output is had by calling the experts again with one pick a token and a weight of
     one: as much work as the call itself.
@@ -178,10 +184,23 @@ def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
 
         return see
 
+    def after_all(group: Group) -> Any:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if owner.get(group.name, "a list") != "a list":
+                return
+            for expert, f, g in listed_calls(model, group, module, args, kwargs):
+                owner[group.name] = "a list"
+                if group.name not in found:
+                    found[group.name] = ExpertStatistics.zeros(group.units, f.device)
+                found[group.name].add(torch.full_like(g, expert, dtype=torch.int64), g, f)
+
+        return see
+
+    watched = [(path, after(g, path)) for g in groups for path in expert_parents(model, g)]
+    watched += [(module_around(g), after_all(g)) for g in groups if g.modules]
     hooks = [
-        model.get_submodule(path).register_forward_hook(after(g, path), with_kwargs=True)
-        for g in groups
-        for path in expert_parents(model, g)
+        model.get_submodule(path).register_forward_hook(see, with_kwargs=True)
+        for path, see in watched
     ]
     try:
         yield found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
 from prunekit.graph.expert_neurons import (
-    expert_slabs,
+    expert_members,
     expert_slice,
     neuron_members,
     neuron_rows,
@@ -61,18 +61,6 @@ def around_centroids(scores: Tensor, similarity: Tensor, clusters: int, size: in
     return found
 
 
-def merged_members(model: nn.Module, group: Group) -> list[Member]:
-    """Where the experts themselves are, their biases too; not the router's rows."""
-    slabs = expert_slabs(model, group)
-    owners = {m.param.rpartition(".")[0] for m in slabs}
-    router = next(m for m in group.members if m not in slabs)
-    return [
-        m
-        for m in group.members
-        if m in slabs or (m is not router and m.param.rpartition(".")[0] in owners)
-    ]
-
-
 def aligned(
     model: nn.Module, slabs: Sequence[Member], neurons: Group, cluster: list[int]
 ) -> dict[int, Tensor]:
@@ -105,7 +93,7 @@ def merge_cluster(
     """Write the weighted mean of a cluster's experts over its first one; `neurons` are put in the
     first one's order before.
     """
-    members = merged_members(model, group)
+    members = expert_members(model, group)
     orders: dict[int, Tensor] = {}
     inside: dict[str, Member] = {}
     if neurons is not None:

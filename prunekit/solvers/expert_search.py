@@ -16,6 +16,7 @@ from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.storage import autocast
 from prunekit.graph.discovery import Discovery
+from prunekit.graph.expert_neurons import module_around
 from prunekit.graph.gated import gated
 from prunekit.types import Group
 
@@ -26,14 +27,6 @@ class Found(NamedTuple):
     mask: Tensor
     loss: float
     tried: int
-
-
-def module_around(group: Group) -> str:
-    """The innermost module that holds a router and all of its experts."""
-    names = [m.param.split(".")[:-1] for m in group.members]
-    names += [path.split(".")[:-1] for path in group.modules]
-    same = [parts[0] for parts in zip(*names) if len(set(parts)) == 1]
-    return ".".join(same)
 
 
 class ExpertLayer:

@@ -18,6 +18,7 @@ from prunekit.cli.compose import composed
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.registry import models, pruners
+from prunekit.runner.results import widths
 from prunekit.runner.run import run
 
 TEXT = torch.randint(8, 100, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -105,17 +106,27 @@ def test_a_forward_leaves_no_more_than_a_block_resident():
     block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
     seen = []
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda *_: seen.append(resident(model)))
+        layer.mlp.register_forward_hook(lambda *_: seen.append(resident(model.parameters())))
     with torch.no_grad():
         model(TEXT)
     assert 0.5 * block < min(seen)
     assert max(seen) < 1.5 * block
-    assert resident(copy.deepcopy(model)) == 0  # in memory of the process, not in files
+    copied = copy.deepcopy(model)
+    assert resident(copied.parameters()) == 0  # in memory of the process, not in files
 
 
-def resident(model):
-    """Bytes of the mapped files that are in this process's memory."""
-    starts = {p.untyped_storage().data_ptr() for p in model.parameters() if is_mapped(p)}
+def test_masks_are_not_resident_once_they_are_counted():
+    model = tiny_model("llama", 2, hidden=256, ffn=1024, heads=4, kv=4)
+    map_weights(model)
+    pruned = prune("wanda", model)
+    assert resident(pruned.kept.values()) == 0
+    assert [2**17, 2**18] in widths(pruned).values()
+    assert resident(pruned.kept.values()) == 0
+
+
+def resident(tensors):
+    """Bytes of those of them in files that are in this process's memory."""
+    starts = {t.untyped_storage().data_ptr() for t in tensors if is_mapped(t)}
     total, ours = 0, False
     with open("/proc/self/smaps") as lines:
         for line in lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tiny_models import tiny_model
 from transformers import AutoConfig
 
 from prunekit import graph
-from prunekit.checkpoint import save
+from prunekit.checkpoint import load, save
 from prunekit.checkpoint.remote_code import runtime_modules
 from prunekit.checkpoint.remote_code.runtime_modules import Bypass, LowRank, insert
 
@@ -102,6 +103,21 @@ def test_per_layer_config_tells_every_layers_heads(tmp_path: Path, kind: str) ->
         assert getattr(of_layer, "num_key_value_heads", None) == units[layer] - gone
         width = of_layer.hidden_size // of_layer.num_attention_heads
         assert getattr(of_layer, "head_dim", width) == 16
+
+
+def test_widths_of_fused_experts_stand_in_a_list_too(tmp_path: Path) -> None:
+    """As vLLM reads them; of a model that is pruned again, its own."""
+    model = tiny_model("mixtral", layers=2, ffn=40)
+    for lost, left in (((3, 0), [37, 40]), ((1, 9), [36, 31])):
+        kept = {
+            g.name: torch.arange(g.units) >= lost[g.layer]
+            for g in graph.discover(model)
+            if g.kind == "neurons"
+        }
+        folder = save(graph.remove(model, kept), None, tmp_path / str(left[0]))
+        told = json.loads((folder / "config.json").read_text())
+        assert told["moe_intermediate_size"] == left
+        model = load(folder)[0]
 
 
 def test_carried_files_import_nothing_of_prunekit() -> None:

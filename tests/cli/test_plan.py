@@ -95,6 +95,18 @@ def test_what_only_weights_can_tell_is_said():
         forecast(*words)
 
 
+def test_who_serves_the_result_is_said_before_a_weight_is_read():
+    """Heads that differ by layer keep a Llama from engines that have one number of them; counts as
+    block configs hold them do not.
+    """
+    uneven = forecast("model=smollm2_135m", *BLOCK, "ratio.target=0.5")
+    assert [e.name for e in uneven.served if e.takes] == ["transformers", "vLLM", "llama.cpp"]
+    words = ("model=smollm2_135m", "exclude=none", "ratio.target=0.2", "ratio.loadable=deci")
+    held = forecast(*words)
+    assert all(e.takes for e in held.served)
+    assert {width[0] % 256 for group, width in held.widths if group.kind == "neurons"} == {0}
+
+
 def test_stretches_of_equal_layers_are_one_entry():
     widths = [(Group(f"heads.{i}", "heads", i, 4), (kept, 4)) for i, kept in enumerate((3, 3, 4))]
     widths.append((Group("hidden", "hidden", None, 20), (10, 20)))

@@ -10,6 +10,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign import ListedMixtral
 from problems import problem, uniform
 from tiny_models import tiny_model
 
@@ -100,6 +101,34 @@ def test_scores_of_one_pass_agree_with_each_other(name, tokens):
         for mean, total in (("reap", "weighted_ean_sum"), ("ean_mean", "ean_sum")):
             torch.testing.assert_close(by[mean][g.name] * n, by[total][g.name])
         assert (by["msan"][g.name] >= by["ean_mean"][g.name] ** 2 * (1 - 1e-5)).all()
+
+
+def test_experts_in_a_list_are_scored_without_being_told_their_routing():
+    """Mixtral as first released: its experts are called one by one with tokens alone."""
+    torch.manual_seed(0)
+    model = ListedMixtral().eval()
+    tokens = torch.randint(8, 90, (4, 16), generator=torch.Generator().manual_seed(0))
+    before = model(tokens)
+    seen, layer = [], model.layers[1]
+    hook = layer.post_attention_layernorm.register_forward_hook(
+        lambda m, args, out: seen.append(out.detach().flatten(0, 1))
+    )
+    found = scores(model, tokens, *NAMES)
+    hook.remove()
+    x = seen[-1]
+    value, index = F.linear(x, layer.gate.weight).softmax(-1).topk(2, dim=-1)
+    value = value / value.sum(-1, keepdim=True)
+    by = dict(zip(NAMES, found, strict=True))
+    with torch.no_grad():
+        for e, expert in enumerate(layer.experts):
+            token, place = (index == e).nonzero(as_tuple=True)
+            norm = expert(x[token]).norm(dim=-1)
+            assert by["frequency"]["experts.1"][e] == len(token)
+            torch.testing.assert_close(
+                by["weighted_ean_sum"]["experts.1"][e].float(), (value[token, place] * norm).sum()
+            )
+            torch.testing.assert_close(by["ean_sum"]["experts.1"][e].float(), norm.sum())
+    assert torch.equal(model(tokens), before)
 
 
 def test_an_expert_that_puts_out_more_scores_that_much_more(tokens):

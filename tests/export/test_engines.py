@@ -40,7 +40,8 @@ def test_what_is_missing_is_named_with_what_would_meet_it() -> None:
     assert "no attention" in row(without(tiny("qwen3"), (1, "self_attn")), "vLLM").how
     assert "nemotron-nas" in row(without(tiny("llama"), (1, "self_attn")), "vLLM").how
     assert row(without(tiny("llama"), (1, "mlp")), "vLLM").takes
-    assert "experts" in row(cut(tiny("mixtral"), neurons=[5, 0, 17]), "vLLM").how
+    assert "experts" in row(cut(tiny("qwen3_moe"), neurons=[5, 0, 17]), "vLLM").how
+    assert row(cut(tiny("mixtral"), neurons=[5, 0, 17]), "vLLM").takes
 
 
 def test_the_command_reads_no_weights(

@@ -38,7 +38,7 @@ def test_families_whose_layers_differ_in_heads_and_widths(tmp_path: Path) -> Non
         kind: cut(tiny(kind, **WIDE, **asked.get(kind, {})), heads=[1, 0, 2], neurons=[5, 0, 17])
         for kind in kinds
     }
-    models["mixtral"] = cut(tiny("mixtral", **WIDE), heads=[1, 0, 2])
+    models["mixtral"] = cut(tiny("mixtral", **WIDE), heads=[1, 0, 2], neurons=[5, 0, 17])
     check(tmp_path, models)
 
 

@@ -126,6 +126,7 @@ def test_neurons_in_another_order_are_put_back_before_the_mean_is_taken(mixtral)
 def test_biases_and_flat_weights_are_aligned_as_well(arch):
     """Twins with other orders give the same model whichever of them stays."""
     from prunekit.graph.expert_neurons import (
+        expert_members,
         expert_slice,
         neuron_members,
         neurons_inside,
@@ -133,12 +134,12 @@ def test_biases_and_flat_weights_are_aligned_as_well(arch):
         put_slice,
         reordered,
     )
-    from prunekit.solvers.expert_merging import merge_cluster, merged_members
+    from prunekit.solvers.expert_merging import merge_cluster
 
     model = tiny_model(arch)
     groups = graph.discover(model)
     group = next(g for g in groups if g.name == "experts.0")
-    members = merged_members(model, group)
+    members = expert_members(model, group)
     neurons = neurons_inside(groups, members)
     order = torch.randperm(neurons.units, generator=torch.Generator().manual_seed(1))
     inside = {s.param: m for s, m in neuron_members(members, neurons)}

@@ -1,0 +1,174 @@
+"""MoE-Pruner (Xie et al., 2024, arXiv 2410.12013): Wanda inside experts, where what a weight reads
+counts times the router's weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.activations.storage import PassOptions, Precision, Store
+from prunekit.architecture.mapped import beside
+from prunekit.errors import ConfigError
+from prunekit.graph.expert_neurons import expert_slice, places
+from prunekit.problem import Expected, Problem, expect
+from prunekit.registry import pruners
+from prunekit.scoring.expert_inputs import (
+    ExpertInputs,
+    FusedExperts,
+    expert_inputs,
+    fused_experts,
+)
+from prunekit.selection.elements import NM, Pattern, Scope, element_mask
+from prunekit.selection.eligible import apply_exclusion
+from prunekit.types import Group, Kept, Member, Pruned, tensor_of
+
+log = logging.getLogger("prunekit")
+
+
+class Stack(NamedTuple):
+    """A tensor that holds one matrix of every expert: its slices by expert and by neuron."""
+
+    experts: FusedExperts
+    slab: Member
+    neurons: Member
+
+    @property
+    def inputs(self) -> int:
+        """The axis along which a matrix reads."""
+        return self.neurons.axis if self.neurons.reads else self.other
+
+    @property
+    def other(self) -> int:
+        """The axis of the residual channels."""
+        rank = 3 if self.slab.axis != self.neurons.axis else 2
+        return next(i for i in range(rank) if i not in (self.slab.axis, self.neurons.axis))
+
+
+def stacks(problem: Problem) -> tuple[list[Group], dict[str, Stack]]:
+    """The stacked matrices that are not excluded, as groups of single weights. Raises ConfigError
+    where there are none.
+    """
+    found: dict[str, Stack] = {}
+    groups = []
+    for f in fused_experts(problem.model, problem.everything()):
+        for slab, m in f.pairs:
+            shape = tuple(tensor_of(problem.model, slab.param).shape)
+            if len(shape) < 2 or "bias" in slab.param.rpartition(".")[2]:
+                continue
+            name = f"weights.{f.group.layer}.{'.'.join(slab.param.split('.')[-2:])}"
+            found[name] = Stack(f, slab, m)
+            numel = tensor_of(problem.model, slab.param).numel()
+            groups.append(Group(name, "weights", f.group.layer, numel, (), (), shape, slab.param))
+    if not groups:
+        raise ConfigError(
+            f"{type(problem.model).__name__} has no experts that lie in one tensor: take "
+            "pruner=unstructured criterion=wanda, which prunes linear modules, experts in a list "
+            "among them"
+        )
+    return apply_exclusion(groups, problem.exclude), found
+
+
+def check_moe_pruner(problem: Problem, *, pattern: Pattern | None, **_: Any) -> Expected:
+    """Raises ConfigError where there are no stacked experts, the ratio cannot be met or lets
+    matrices exchange elements, and where the pattern does not divide a matrix.
+    """
+    groups, found = stacks(problem)
+    expected = expect(problem, groups, smaller=False)
+    if expected.counts is not None and problem.allocate(groups).ranking != "local":
+        raise ConfigError("pruner=moe_pruner sees one block at a time: give ratio.ranking=local")
+    for g in groups if pattern else ():
+        size = g.shape[found[g.name].inputs]
+        if pattern and size % pattern.m:
+            raise ConfigError(
+                f"{g.name} has {size} inputs, which the {pattern.m} of pruner.pattern do not divide"
+            )
+    return expected
+
+
+@pruners.register(
+    paper="arXiv 2410.12013",
+    year=2024,
+    needs="data",
+    out="zeros",
+    kinds=("weights",),
+    check=check_moe_pruner,
+)
+@torch.no_grad()
+def moe_pruner(
+    problem: Problem,
+    *,
+    scope: Scope = "row",
+    pattern: NM = None,
+    weighted: bool = True,
+    store: Store = "memory",
+    precision: Precision = "model",
+) -> Pruned:
+    """Zeroes the lowest weights of each expert by their size times the norm of what they read on
+    the tokens routed to the expert, each times the router's weight; shapes stay.
+
+    Args:
+        scope: `row` takes the same number from every output of an expert, `matrix` so many of each
+            matrix of an expert, `alpha` from every row the lowest up to the same share of its sum.
+        pattern: "2:4" keeps 2 of every 4 consecutive inputs; the ratio must agree.
+        weighted: false leaves the router's weight out: Wanda, on experts.
+        store: where activations between blocks wait.
+        precision: of the forwards.
+
+    Weights outside of experts stay. A block is scored on what the pruned ones before it put out. Of
+    an expert that no token reached the smallest weights go. The paper's distillation is
+    recovery=distill. Raises ConfigError for experts in a list, and for a pattern that fits no
+    matrix or ratio.
+    """
+    model = problem.model
+    groups, found = stacks(problem)
+    counts = problem.allocate(groups).counts
+    kept: Kept = {}
+    for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
+        for g in [g for g in row if counts[g.name]]:
+            stack = found[g.name]
+            seen = expert_inputs(model, [stack.experts], run, weighted)[stack.experts.group.name]
+            mask = stack_mask(model, stack, seen, counts[g.name], scope, pattern)
+            tensor = tensor_of(model, g.matrix)
+            tensor.masked_fill_(~mask, 0)
+            kept[g.name] = beside(mask.cpu(), tensor)
+    gone = {name: int((~mask).sum()) for name, mask in kept.items()}
+    return Pruned(model, kept, groups, {}, {"counts": gone})
+
+
+def stack_mask(
+    model: nn.Module,
+    stack: Stack,
+    seen: ExpertInputs,
+    count: int,
+    scope: Scope,
+    pattern: Pattern | None,
+) -> Tensor:
+    """What stays when `count` elements of a tensor go, as many from every expert."""
+    experts, slab = stack.experts.experts, stack.slab
+    mask = torch.ones_like(tensor_of(model, slab.param), dtype=torch.bool)
+    outputs = stack.other if stack.neurons.reads else stack.neurons.axis
+    for e in range(experts):
+        part = expert_slice(model, slab, e).float().abs()
+        norm = _norms(stack, seen, e, part)
+        moved = part.movedim((outputs, stack.inputs), (-2, -1))
+        scores = (moved * norm).reshape(moved.shape[-2:])
+        own = element_mask(scores, count // experts, scope, pattern, slab.param)
+        own = own.view(moved.shape).movedim((-2, -1), (outputs, stack.inputs))
+        mask.index_copy_(slab.axis, slab.index[e].to(mask.device), own)
+    return mask
+
+
+def _norms(stack: Stack, seen: ExpertInputs, expert: int, part: Tensor) -> Tensor:
+    """(inputs,) of one expert."""
+    size = part.shape[stack.inputs]
+    if not seen.tokens[expert]:
+        log.warning("no token reached expert %d of %s", expert, stack.experts.group.name)
+        return part.new_ones(size)
+    if not stack.neurons.reads:
+        return seen.entering[expert].sqrt().to(part.device)
+    at = places(stack.slab, stack.neurons, expert)[:, 0].to(part.device)
+    return part.new_zeros(size).index_copy_(0, at, seen.inside[expert].sqrt().to(part.device))

@@ -1,0 +1,94 @@
+"""Wanda inside experts with the router's weight: a plain loop, counts, patterns, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import check, problem, uniform
+from tiny_models import tiny_model
+
+from prunekit.errors import ConfigError
+from prunekit.registry import pruners
+
+TOKENS = torch.randint(8, 100, (6, 16), generator=torch.Generator().manual_seed(0))
+HALF = uniform(0.5, "prunable")
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    return tiny_model("mixtral")
+
+
+def run(model, ratio=HALF, **options):
+    pruned = copy.deepcopy(model)
+    return pruners.build({"name": "moe_pruner", **options})(problem(pruned, TOKENS, ratio=ratio))
+
+
+def lowest_gone(weight, norm):
+    """(outputs, inputs) without half of each row."""
+    score = weight.abs() * norm
+    order = score.argsort(dim=1, stable=True)[:, : weight.shape[1] // 2]
+    return weight.scatter(1, order, 0)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@torch.no_grad()
+def test_the_first_block_is_that_of_a_plain_loop(mixtral, weighted):
+    seen, mlp = [], mixtral.model.layers[0].mlp
+    hook = mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 64)))
+    mixtral(TOKENS)
+    hook.remove()
+    x, held = seen[0], mlp.experts
+    value, index = F.linear(x, mlp.gate.weight).softmax(-1).topk(2, dim=-1)
+    value = value / value.sum(-1, keepdim=True)
+    pruned = run(mixtral, weighted=weighted).model.model.layers[0].mlp.experts
+    for e in range(5):
+        token, place = (index == e).nonzero(as_tuple=True)
+        g = value[token, place, None] if weighted else 1
+        gate, up = F.linear(x[token], held.gate_up_proj[e]).chunk(2, -1)
+        first, second = (
+            lowest_gone(w, (g * a).norm(dim=0))
+            for w, a in (
+                (held.gate_up_proj[e], x[token]),
+                (held.down_proj[e], F.silu(gate) * up),
+            )
+        )
+        torch.testing.assert_close(pruned.gate_up_proj[e], first, rtol=0, atol=0)
+        torch.testing.assert_close(pruned.down_proj[e], second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "dbrx"])
+def test_every_output_of_every_expert_loses_half(name):
+    """Matrices that are transposed, and such as are stacked in two axes."""
+    model = tiny_model(name)
+    pruned = run(model)
+    assert pruned.kept
+    for g in pruned.groups:
+        t = pruned.model.get_parameter(g.matrix)
+        assert int((t == 0).sum()) == g.units // 2
+        assert torch.equal(t != 0, pruned.kept[g.name])
+        assert torch.equal(t[t != 0], model.get_parameter(g.matrix)[t != 0])
+    others = {n for n, _ in model.named_parameters()} - {g.matrix for g in pruned.groups}
+    for n in others:
+        assert torch.equal(model.get_parameter(n), pruned.model.get_parameter(n))
+
+
+def test_two_of_four_consecutive_inputs_stay(mixtral):
+    down = run(mixtral, pattern="2:4").model.model.layers[1].mlp.experts.down_proj
+    assert ((down != 0).view(5, 64, -1, 4).sum(-1) == 2).all()
+
+
+def test_nothing_goes_at_ratio_zero(mixtral):
+    pruned = run(mixtral, uniform(0.0, "prunable"))
+    for a, b in zip(mixtral.parameters(), pruned.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_cannot_be_is_refused_before_anything_runs(mixtral):
+    with pytest.raises(ConfigError, match="no experts that lie in one tensor"):
+        check("moe_pruner", problem(tiny_model("llama"), ratio=HALF))
+    with pytest.raises(ConfigError, match="do not divide"):
+        check("moe_pruner", problem(mixtral, ratio=HALF), pattern="2:5")
