@@ -43,10 +43,13 @@ OPTIONS: dict[str, Node] = {
     "laser": {"targets": ["up_proj"], "layers": [0], "shares": [0.2]},
     "llm_surgeon": {"shots": 2},
     "evolution": {"window": 16, "tokens": [64, 128], "generations": 2},
+    "expert_evolution": {"window": 16, "tokens": 128, "population": 4, "generations": 2},
     "predictor": {"window": 16, "tokens": 128, "samples": 16},
     "random": {"window": 16, "tokens": 128, "samples": 4},
 }
 """Options of pruners and ratios whose defaults ask for more than a short check has."""
+OF_EXPERTS = ("expert_neurons", "moe_pruner")
+"""Pruners of neurons or weights that only experts have."""
 LEARNED = ("compresso", "nuteprune", "sheared_llama")
 """Pruners that draw masks on the device, by its own generator: no two devices choose alike."""
 VARIANTS: tuple[tuple[Node, Node | None, Node | None], ...] = (
@@ -176,8 +179,8 @@ def of_pruners() -> Iterator[Method]:
         criterion = {"name": "wanda" if zeros else "wanda_sp"} if meta.get("scored") else None
         node = {"name": name} | OPTIONS.get(name, {})
         ratio = None if name in ("adainfer", "laser") else ELEMENTS if zeros else UNITS
-        arch = EXPERTS if meta.get("kinds") == ("experts",) else "llama"
-        yield Method(node, criterion, ratio, arch)
+        experts = meta.get("kinds") == ("experts",) or name in OF_EXPERTS
+        yield Method(node, criterion, ratio, EXPERTS if experts else "llama")
 
 
 def of_criteria() -> Iterator[Method]:
@@ -194,11 +197,18 @@ def of_criteria() -> Iterator[Method]:
 
 
 def of_ratios() -> Iterator[Method]:
-    """Each ratio, dividing the elements of matrices, or choosing among local solutions."""
+    """Each ratio, dividing experts or the elements of matrices, or choosing among local
+    solutions.
+    """
     for name in ratios.names():
         if ratios.entry(name).types.get("of") == Budgeted:
             node = {"name": name, "target": 0.25} | OPTIONS.get(name, {})
             yield Method({"name": "database"}, None, node)
+        elif name == "expert_evolution":
+            node = {"name": name, "target": 0.25} | OPTIONS[name]
+            yield Method(
+                {"name": "oneshot", "kinds": ["experts"]}, {"name": "experts"}, node, EXPERTS
+            )
         elif name not in ("uniform", "cost"):  # uniform is everywhere, cost among the variants
             node = {"name": name, "target": 0.5}
             yield Method({"name": "unstructured"}, {"name": "wanda"}, node)
