@@ -81,8 +81,8 @@ def asked(method: str, seed: int, statistics: Any) -> tuple[Any, Any]:
     return options | ({"align": False} if "not aligned" in method else {}), None
 
 
-def rows(router: str, data_root: str | None) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each row's key and how it is measured, draw after draw."""
+def loaded(router: str, data_root: str | None) -> tuple[Any, nn.Module, dict[str, Tensor]]:
+    """The tokenizer, the mixture, and its tests by domain."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(OUT / router)
@@ -92,6 +92,12 @@ def rows(router: str, data_root: str | None) -> Iterator[tuple[str, Callable[[],
         held_out = rows_of(tokenizer, split_text(d, data_root, held_out=True))
         every = torch.linspace(0, len(held_out) - 1, TEST_ROWS).long()
         tests[d] = held_out[every]
+    return tokenizer, model, tests
+
+
+def rows(router: str, data_root: str | None) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Each row's key and how it is measured, draw after draw."""
+    tokenizer, model, tests = loaded(router, data_root)
     dense = {name: log_p(model, ids) for name, ids in tests.items()}
     text = rows_of(tokenizer, split_text(SEEN, data_root, held_out=False))
     groups = [g for g in graph.discover(model) if g.kind == "experts"]

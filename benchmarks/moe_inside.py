@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from kept_results import KeptResults
-from moe import DRAWS, RATIOS, ROOT, SAMPLES, SEEN, TEST_ROWS, cells, log_p, measured
-from trained_moe import DOMAINS, OUT, rows_of, split_text
+from moe import DRAWS, RATIOS, ROOT, SAMPLES, SEEN, cells, loaded, log_p, measured
+from trained_moe import rows_of, split_text
 
 from prunekit.problem import CALIBRATION, Problem
 from prunekit.registry import criteria, pruners, ratios
@@ -83,20 +83,13 @@ def page(results: Any) -> str:
 
 
 def main() -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root")
     data_root = parser.parse_args().data_root
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     results = KeptResults(RESULTS)
-    tokenizer = AutoTokenizer.from_pretrained(OUT / ROUTER)
-    model = AutoModelForCausalLM.from_pretrained(OUT / ROUTER).float().eval()
-    tests = {}
-    for d in DOMAINS:
-        held_out = rows_of(tokenizer, split_text(d, data_root, held_out=True))
-        tests[d] = held_out[torch.linspace(0, len(held_out) - 1, TEST_ROWS).long()]
+    tokenizer, model, tests = loaded(ROUTER, data_root)
     judge = partial(
         measured, tests=tests, dense={name: log_p(model, ids) for name, ids in tests.items()}
     )

@@ -58,6 +58,7 @@ class DoneBlocks:
             return 0
         first, done = int(position["first"]), position["done"].tolist()
         needed = [f"block-{b}" for b in done] + [f"inputs-{first}-{i}" for i in range(len(rows))]
+        # All of them before one is used: a pass half put back could not begin anew.
         if any(self.part(name).read() is None for name in needed):
             return 0
         for i, samples in enumerate(rows):

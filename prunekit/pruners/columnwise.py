@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.activations.blockwise import BlockRun
-from prunekit.activations.done_blocks import Outcome, packed, unpacked
+from prunekit.activations.done_blocks import Outcome, packed
 from prunekit.activations.gram import grams
-from prunekit.architecture.mapped import beside
 from prunekit.architecture.matrices import elements_gone, matrix
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
-from prunekit.pruners.matrixwise import check_matrices, write
+from prunekit.pruners.matrixwise import check_matrices, masks_of, numbers_of, write
 from prunekit.selection.elements import Pattern
 from prunekit.solvers.sparsegpt import (
     MaskRule,
@@ -112,10 +111,9 @@ class Columns:
 
     def take(self, groups: list[Group], outcome: Outcome) -> None:
         """Take in what `outcome` gave, in this run or in one that was cut off."""
-        masks = unpacked(outcome, "kept")
-        self.kept |= {g.name: beside(masks[g.name], matrix(self.model, g)) for g in groups}
-        self.costs |= {n: float(cost) for n, cost in unpacked(outcome, "costs").items()}
-        self.grown |= {n: float(ridge) for n, ridge in unpacked(outcome, "grown").items()}
+        self.kept |= masks_of(self.model, groups, outcome)
+        self.costs |= numbers_of(outcome, "costs")
+        self.grown |= numbers_of(outcome, "grown")
 
     def notes(self) -> dict[str, Any]:
         """Elements that went, costs and grown ridges by matrix."""

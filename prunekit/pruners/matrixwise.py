@@ -78,6 +78,17 @@ def write(model: nn.Module, g: Group, new: Tensor, mask: Tensor) -> Tensor:
     return beside(to_out_in(model, g, mask).contiguous().cpu(), W)
 
 
+def masks_of(model: nn.Module, groups: list[Group], outcome: Outcome) -> Kept:
+    """The masks of a block's outcome, in files where the matrices are."""
+    masks = unpacked(outcome, "kept")
+    return {g.name: beside(masks[g.name], matrix(model, g)) for g in groups}
+
+
+def numbers_of(outcome: Outcome, part: str) -> dict[str, float]:
+    """Numbers of a block's outcome, by matrix."""
+    return {name: float(number) for name, number in unpacked(outcome, part).items()}
+
+
 def warn_by_matrix(problem: Problem, groups: list[Group]) -> None:
     """Warns of matrices that have more inputs than there are calibration tokens."""
     inputs = {module_name(g): matrix(problem.model, g).shape[1] for g in groups}
@@ -118,7 +129,6 @@ def prune_matrices(
     for row, run in problem.by_block(groups, counts, options, resumable=True):
         part = [g for g in row if counts[g.name]]
         found = run.once(partial(solved, part, run), [g.matrix for g in part])
-        masks = unpacked(found, "kept")
-        kept |= {g.name: beside(masks[g.name], matrix(model, g)) for g in part}
-        costs |= {name: float(cost) for name, cost in unpacked(found, "costs").items()}
+        kept |= masks_of(model, part, found)
+        costs |= numbers_of(found, "costs")
     return Pruned(model, kept, groups, {}, {"counts": elements_gone(kept), "costs": costs})
