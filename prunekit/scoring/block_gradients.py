@@ -80,7 +80,8 @@ def backward_by_block(
     with only_these_train(model, set(wanted)):
         work.forward()
         work.loss()
-        for b in tqdm(reversed(range(work.lowest, len(work.blocks))), **work.bar("gradients")):
+        last_first = range(len(work.blocks) - 1, work.lowest - 1, -1)
+        for b in tqdm(last_first, desc="gradients", unit="block", leave=False):
             work.block(b)
         if work.outside:
             work.embedding()
@@ -120,9 +121,6 @@ class _ByBlock:
         self.forms: list[Any] = []
         """What each block puts out beside the hidden state: see `like`."""
 
-    def bar(self, says: str) -> dict[str, Any]:
-        return {"desc": says, "unit": "block", "total": len(self.blocks), "leave": False}
-
     @torch.no_grad()
     def forward(self) -> None:
         """Fills `inputs`: what each block reads, and what the last one puts out."""
@@ -134,7 +132,9 @@ class _ByBlock:
         self.rows = numbered if self.squares else processes.own(numbered)
         self.inputs = [first]
         like = first[slice(0, 1)]
-        for b, module in enumerate(tqdm(self.modules, **self.bar("activations"))):
+        for b, module in enumerate(
+            tqdm(self.modules, desc="activations", unit="block", leave=False)
+        ):
             following = Activations(len(self.tokens), like, self.store)
             for i, rows in self.rows:
                 args, kwargs = self.feed.calls[b][i]
