@@ -5,11 +5,14 @@ counts times the router's weight.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations.blockwise import BlockRun
+from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.mapped import beside
 from prunekit.errors import ConfigError
@@ -127,14 +130,24 @@ def moe_pruner(
     groups, found = stacks(problem)
     counts = problem.allocate(groups).counts
     kept: Kept = {}
-    for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
-        for g in [g for g in row if counts[g.name]]:
+
+    def zeroed(row: list[Group], run: BlockRun) -> Outcome:
+        masks: Kept = {}
+        for g in row:
             stack = found[g.name]
             seen = expert_inputs(model, [stack.experts], run, weighted)[stack.experts.group.name]
             mask = stack_mask(model, stack, seen, counts[g.name], scope, pattern)
-            tensor = tensor_of(model, g.matrix)
-            tensor.masked_fill_(~mask, 0)
-            kept[g.name] = beside(mask.cpu(), tensor)
+            tensor_of(model, g.matrix).masked_fill_(~mask, 0)
+            masks[g.name] = mask.cpu()
+        return packed(kept=masks)
+
+    options = PassOptions(store, precision)
+    for row, run in problem.by_block(groups, counts, options, resumable=True):
+        part = [g for g in row if counts[g.name]]
+        outcome = run.once(partial(zeroed, part, run), [g.matrix for g in part])
+        for g in part:
+            mask = unpacked(outcome, "kept")[g.name]
+            kept[g.name] = beside(mask, tensor_of(model, g.matrix))
     gone = {name: int((~mask).sum()) for name, mask in kept.items()}
     return Pruned(model, kept, groups, {}, {"counts": gone})
 
