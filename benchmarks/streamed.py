@@ -2,7 +2,7 @@
 
     python benchmarks/streamed.py write 7b FOLDER         # random weights, shard by shard, bfloat16
     python benchmarks/streamed.py write moe FOLDER        # 24 blocks of 48 experts: 20 GB
-    python benchmarks/streamed.py run FOLDER [METHOD ..]  # wanda flap shortgpt; reap of a mixture
+    python benchmarks/streamed.py run FOLDER [METHOD ..]  # wanda flap taylor shortgpt; MoE: reap
     python benchmarks/streamed.py equal FOLDER [METHOD ..]  # also in memory: the same files?
 
 Each method has a process of its own, which may not take more than 6 GiB of memory of its own once
@@ -49,6 +49,11 @@ METHODS: dict[str, tuple[Part, Part, Part]] = {
     "flap": (
         {"name": "layerwise", "compensate": "bias"},
         {"name": "flap"},
+        {"name": "uniform", "target": 0.2, "of": "units"},
+    ),
+    "taylor": (
+        {"name": "oneshot", "kinds": ["neurons"]},
+        {"name": "taylor"},
         {"name": "uniform", "target": 0.2, "of": "units"},
     ),
     "shortgpt": (

@@ -176,11 +176,19 @@ class Problem:
         rows = groups_by_block(groups, blocks)
         if not any(counts.values()):
             return
-        alone = processes.count() == 1
-        done = DoneBlocks(self.passes) if resumable and self.passes and alone else None
+        done = self.done_blocks() if resumable else None
         for run in iterate_blocks(self.model, blocks, self.tokens, options, done):
             if any(counts.get(g.name) for g in rows[run.block]):
                 yield rows[run.block], run
+
+    def done_blocks(self, name: str = "") -> DoneBlocks | None:
+        """What a pass by blocks has done so far; `name` for a second pass beside the pruner's own.
+        None where nothing is kept, and in several processes.
+        """
+        passes = self.passes
+        if passes is None or processes.count() > 1:
+            return None
+        return DoneBlocks(lambda part: passes(f"{name}{part}"))
 
     def dense(self) -> nn.Module:
         """The model before pruning, loaded anew. Raises ConfigError where it cannot be."""

@@ -235,9 +235,7 @@ def iterate_blocks(
     in its inputs. `done`: keeps what the caller's `once` gives, and knows what it gave.
     """
     inputs, feed = capture_inputs(model, blocks, tokens, options)
-    start = done.begin(inputs, feed.rows) if done else 0
-    if start:
-        log.info("%d blocks were done: going on with %s", start, blocks[start])
+    start = done.begin(feed.rows, inputs) if done else 0
     for b in tqdm(range(len(blocks)), desc="blocks", unit="block", delay=2):
         run = BlockRun(model, tokens, feed, b, inputs, done)
         yield run
@@ -245,7 +243,7 @@ def iterate_blocks(
             for rows, out in run.outputs():
                 inputs[rows] = out
             if done:
-                done.advance(model, b + 1, inputs, feed.rows)
+                done.advance(model, b + 1, feed.rows, inputs)
 
 
 def groups_by_block(groups: list[Group], blocks: tuple[str, ...]) -> list[list[Group]]:

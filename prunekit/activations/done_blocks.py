@@ -6,6 +6,7 @@ Kept are what came of each block, the tensors that changed in it, and the inputs
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,6 +17,7 @@ from prunekit.activations.storage import Activations
 from prunekit.errors import ConfigError
 from prunekit.types import Progress, tensor_of
 
+log = logging.getLogger("prunekit")
 SECONDS = 60.0
 """Between two times of writing: a short pass writes nothing, a long one loses no more than this."""
 Outcome = dict[str, Tensor]
@@ -40,7 +42,9 @@ def unpacked(outcome: Outcome, part: str) -> dict[str, Tensor]:
 
 
 class DoneBlocks:
-    """`part(name)` says where the part of that name is kept."""
+    """`part(name)` says where the part of that name is kept. The inputs of a block are one stream
+    of activations or several.
+    """
 
     def __init__(self, part: Callable[[str], Progress]):
         self.part = part
@@ -49,9 +53,9 @@ class DoneBlocks:
         self.waiting: dict[int, tuple[Sequence[str], Outcome]] = {}
         self.written = time.monotonic()
 
-    def begin(self, inputs: Activations, rows: Sequence[slice]) -> int:
-        """The block to go on with, with its inputs put into `inputs`; 0 where nothing is kept, or a
-        part of it is damaged.
+    def begin(self, rows: Sequence[slice], *streams: Activations) -> int:
+        """The block to go on with, with its inputs put into `streams`; 0 where nothing is kept, or
+        a part of it is damaged.
         """
         position = self.part("position").read()
         if position is None:
@@ -62,8 +66,11 @@ class DoneBlocks:
         if any(self.part(name).read() is None for name in needed):
             return 0
         for i, samples in enumerate(rows):
-            inputs[samples] = self._read(f"inputs-{first}-{i}")["x"]
+            kept = self._read(f"inputs-{first}-{i}")
+            for number, inputs in enumerate(streams):
+                inputs[samples] = kept[str(number)]
         self.first, self.done = first, done
+        log.info("%d blocks were done: going on with block %d", first, first)
         return first
 
     def once(
@@ -76,22 +83,27 @@ class DoneBlocks:
             outcome = compute()
             self.waiting[block] = (changes, outcome)
             return outcome
+        return self.again(model, block)
+
+    def again(self, model: nn.Module, block: int) -> Outcome:
+        """What came of a block before `first`, whose tensors get the values that they had then."""
         found = self._read(f"block-{block}")
         for name, value in unpacked(found, "tensor").items():
             tensor_of(model, name).copy_(value)
         return unpacked(found, "outcome")
 
     def advance(
-        self, model: nn.Module, block: int, inputs: Activations, rows: Sequence[slice]
+        self, model: nn.Module, block: int, rows: Sequence[slice], *streams: Activations
     ) -> None:
-        """Takes note that `inputs` are those of block number `block`."""
+        """Takes note that `streams` are the inputs of block number `block`."""
         if block <= self.first or time.monotonic() - self.written < SECONDS:
             return
         for number, (changes, outcome) in self.waiting.items():
             tensors = {name: tensor_of(model, name) for name in changes}
             self.part(f"block-{number}").write(packed(outcome=outcome, tensor=tensors))
         for i, samples in enumerate(rows):
-            self.part(f"inputs-{block}-{i}").write({"x": inputs[samples]})
+            kept = {str(number): inputs[samples] for number, inputs in enumerate(streams)}
+            self.part(f"inputs-{block}-{i}").write(kept)
         self.done += self.waiting
         self.part("position").write(
             {"first": torch.tensor(block), "done": torch.tensor(self.done, dtype=torch.int64)}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prunekit.architecture.hardware import quick_in_bfloat16
+from prunekit.architecture.mapped import release
 
 Store = Literal["memory", "bfloat16", "disk"]
 """Where activations between two blocks wait: as they are, in bfloat16 in host memory, or in a file
@@ -82,6 +83,10 @@ class Activations:
         other = Activations(len(self._data), self[slice(0, 1)], self._store)
         other._data.copy_(self._data)
         return other
+
+    def release(self) -> None:
+        """Take what lies in a file out of memory; it stays in the file."""
+        release([self._data])
 
     def __getitem__(self, rows: slice) -> Tensor:
         # Converted where it is read: half as much goes over the bus.

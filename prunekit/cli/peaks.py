@@ -41,6 +41,10 @@ def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, A
         return int(standing + tokens * widest(model) * item)
     samples = parts.criterion.options.get("batch")
     tokens = min(most, samples * cfg["calib"].get("length", 64) if samples else BACKWARD_TOKENS)
+    asked = parts.criterion.options
+    disk = cfg["model"].get("weights") == "disk"
+    if "by_block" in asked and (disk if asked["by_block"] is None else asked["by_block"]):
+        return int(standing + by_block(model, asked, tokens, most, item))
     # A backward keeps all products, and of each block what enters it and what attention found.
     kept = tokens * (outputs(model) + 2 * hidden * len(block_modules(model))) * item
     size = next(model.parameters()).element_size()
@@ -48,6 +52,20 @@ def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, A
     # Gradients of several backwards add up, as large as the weights.
     gradients = weight_bytes(model) if tokens < most else largest * size
     return int(standing + kept + tokens * vocabulary * (item + 4) + gradients)
+
+
+def by_block(model: nn.Module, options: dict[str, Any], tokens: int, most: int, item: int) -> int:
+    """What gradients block by block add to the weights: the inputs of all blocks for `most` tokens,
+    unless they wait in files, and the larger of what the loss and one block need for `tokens`.
+    """
+    vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+    blocks = block_modules(model)
+    size = next(model.parameters()).element_size()
+    number = {"memory": item, "bfloat16": 2, "disk": 0}[options["store"]]
+    waiting: int = (len(blocks) + 1) * most * hidden * number
+    gradients = max(sum(p.numel() for p in b.parameters()) for b in blocks) * size
+    at_work = tokens * (widest(model) + 2 * hidden) * item + gradients
+    return int(waiting + max(at_work, tokens * vocabulary * (item + 4)))
 
 
 def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:

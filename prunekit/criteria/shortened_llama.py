@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations.storage import Store
 from prunekit.registry import Positive, criteria
 from prunekit.scoring.block_ablation import losses_without
-from prunekit.scoring.gradients import backward
+from prunekit.scoring.block_gradients import gradients
 from prunekit.scoring.lean_backward import lean_activations
 from prunekit.types import Group, Run, Scores, tensor_of
 
@@ -45,23 +46,37 @@ def block_magnitude(
 
 @criteria.register(paper="arXiv 2402.02834", year=2024, needs="gradients", kinds=("blocks",))
 def block_taylor(
-    model: nn.Module, groups: list[Group], run: Run, *, batch: Positive | None = None
+    model: nn.Module,
+    groups: list[Group],
+    run: Run,
+    *,
+    batch: Positive | None = None,
+    by_block: bool | None = None,
+    store: Store = "memory",
 ) -> Scores:
     """Sum of |w dL/dw| over all weights of a block, from the gradient of the mean loss over the
     calibration text.
 
     `batch` samples go at a time (default: what makes up 2,048 tokens); gradients are summed before
-    the absolute value is taken, so it changes memory, not scores.
+    the absolute value is taken, so it changes memory, not scores. `by_block` differentiates one
+    block at a time, with the memory of one (default: where `model.weights=disk`); what the blocks
+    read waits in `store`.
     """
     owner = {n: b for g in groups for b in g.modules for n in weights_of(model, b)}
-    parts: dict[str, list[Tensor]] = {b: [] for g in groups for b in g.modules}
+    parts: dict[str, Tensor] = {}
 
     def fold(name: str, weight: Tensor, gradient: Tensor, _squares: Tensor | None) -> None:
-        parts[owner[name]].append((weight.float() * gradient.float()).abs().sum())
+        parts[name] = (weight.float() * gradient.float()).abs().sum()
 
     with lean_activations(model.get_submodule(b) for g in groups for b in g.modules):
-        backward(model, owner, run, fold, squares=False, batch=batch)
-    totals = {b: torch.stack(found).sum().cpu() for b, found in parts.items()}
+        gradients(
+            model, owner, run, fold, squares=False, batch=batch, by_block=by_block, store=store
+        )
+    # In one order, whatever that in which gradients come.
+    found: dict[str, list[Tensor]] = {}
+    for name, block in owner.items():
+        found.setdefault(block, []).append(parts[name])
+    totals = {block: torch.stack(sums).sum().cpu() for block, sums in found.items()}
     return {g.name: torch.stack([totals[b] for b in g.modules]) for g in groups}
 
 

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations.storage import Store
 from prunekit.architecture.blocks import block_modules
 from prunekit.registry import Positive, criteria
 from prunekit.scoring.aggregate import Reduce, channel_sum, scored, unit_scores
-from prunekit.scoring.gradients import backward
+from prunekit.scoring.block_gradients import gradients
 from prunekit.scoring.lean_backward import lean_activations, lean_loss
 from prunekit.types import STRUCTURES, Group, Run, Scores
 
@@ -34,6 +35,8 @@ def taylor(
     mode: Mode = "param_first",
     reduce: Reduce = "sum",
     batch: Positive | None = None,
+    by_block: bool | None = None,
+    store: Store = "memory",
 ) -> Scores:
     """Change of the loss when a unit goes, to first or second order, from gradients on the
     calibration text.
@@ -44,6 +47,9 @@ def taylor(
     Gradients are folded as backward produces them. `batch` samples go at a time (default: what
     makes up 2,048 tokens); more batches than one take as much memory again as the weights in
     question, and no score depends on it.
+
+    `by_block` differentiates one block at a time, with the memory of one (default: where
+    `model.weights=disk`); what the blocks read waits in `store`.
     """
     axes: dict[str, list[int]] = {}
     for g in groups:
@@ -61,8 +67,9 @@ def taylor(
     trained = {n for n, _ in model.named_parameters()}
     names = [n for n in axes if n in trained]  # buffers have no gradient
     with lean_activations(block_modules(model)), lean_loss(model):
-        backward(
-            model, names, run, fold, squares=mode in ("param_second", "param_mix"), batch=batch
+        second = mode in ("param_second", "param_mix")
+        gradients(
+            model, names, run, fold, squares=second, batch=batch, by_block=by_block, store=store
         )
     for name, used in axes.items():
         if name not in trained:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from prunekit import graph
 from prunekit.activations.blockwise import BlockRun, groups_by_block
+from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.storage import PassOptions
 from prunekit.errors import ConfigError
 from prunekit.graph.discovery import Discovery, discovery
@@ -59,16 +61,27 @@ def remove_by_block(
     groups: list[Group],
     counts: Counts,
     options: PassOptions,
-    choose: Callable[[Group, BlockRun, Discovery], Tensor],
+    choose: Callable[[Group, BlockRun, Discovery], Outcome],
+    apply: Callable[[Group, Outcome], None],
 ) -> Kept:
-    """Removes the experts that `choose` does not let stay, block after block, each on what the
-    pruned ones before it put out. Returns the masks (U,) of the groups that lose some.
+    """Removes the experts that `choose` does not let stay (`stays`, a mask), once `apply` has done
+    with a group what else `choose` found; block after block, each on what the pruned ones before it
+    put out. Cut off, it goes on with the block at which it was. Returns the masks (U,) of the
+    groups that lose some.
     """
     known = discovery(problem.model)
     kept: Kept = {}
-    for row, run in problem.by_block(groups, counts, options):
-        for g in [g for g in row if counts.get(g.name)]:
-            kept[g.name] = choose(g, run, known)
+
+    def chosen(part: list[Group], run: BlockRun) -> Outcome:
+        return packed(**{g.name: choose(g, run, known) for g in part})
+
+    for row, run in problem.by_block(groups, counts, options, resumable=True):
+        part = [g for g in row if counts.get(g.name)]
+        outcome = run.once(partial(chosen, part, run))
+        for g in part:
+            found = unpacked(outcome, g.name)
+            apply(g, found)
+            kept[g.name] = found["stays"]
             graph.remove(problem.model, {g.name: kept[g.name]}, known=known)
     return kept
 
@@ -82,18 +95,30 @@ def merge_by_block(problem: Problem, plan: Plan, options: PassOptions, align: bo
     groups = check_merging(problem).groups
     counts = problem.allocate(groups).counts
     merged: dict[str, Clusters] = {}
-
-    def merge(g: Group, run: BlockRun, known: Discovery) -> Tensor:
-        bodies = expert_bodies(model, g, known.groups)
-        if align and any(body.neurons is None for body in bodies):
+    everything = discovery(model).groups
+    losing = [g for g in groups if counts.get(g.name)]
+    bodies = {g.name: expert_bodies(model, g, everything) for g in losing}
+    for g in losing:
+        if align and any(body.neurons is None for body in bodies[g.name]):
             raise ConfigError(f"{g.name}: the neurons of its experts are not known")
+
+    def choose(g: Group, run: BlockRun, known: Discovery) -> Outcome:
         clusters, weight = plan(g, run, g.units - counts[g.name])
+        stays = torch.zeros(g.units, dtype=torch.bool)
+        stays[[c[0] for c in clusters]] = True
+        members, sizes = [e for c in clusters for e in c], [len(c) for c in clusters]
+        return {
+            "stays": stays,
+            "members": torch.tensor(members),
+            "sizes": torch.tensor(sizes),
+            "weight": weight.cpu(),
+        }
+
+    def merge(g: Group, found: Outcome) -> None:
+        clusters = [c.tolist() for c in found["members"].split(found["sizes"].tolist())]
         merged[g.name] = [c for c in clusters if len(c) > 1]
         for cluster in merged[g.name]:
-            merge_cluster(model, bodies, cluster, weight.cpu(), align)
-        mask = torch.zeros(g.units, dtype=torch.bool)
-        mask[[c[0] for c in clusters]] = True
-        return mask
+            merge_cluster(model, bodies[g.name], cluster, found["weight"], align)
 
-    kept = remove_by_block(problem, groups, counts, options, merge)
+    kept = remove_by_block(problem, groups, counts, options, choose, merge)
     return Pruned(model, kept, groups, notes={"counts": counts, "merged_experts": merged})

@@ -97,26 +97,29 @@ def layerwise(
     known = discovery(model)
     kept: Kept = {}
     first: Scores = {}
-    seen: dict[str, Any] = {}
+    seen: dict[str, dict[str, int]] = {}
     routed = {g.name for g in groups if g.kind == "experts"} if remove else set()
 
     def chosen(row: list[Group], run: BlockRun) -> Outcome:
         scores = problem.score(row, run)
         mask = choose(model, row, scores, allocation)
         lost = lost_means(model, row, mask, run) if compensate == "bias" else {}
-        return packed(scores=scores, mask=mask, lost=lost)
+        covered = {f"{n}:{k}": v for n, of in expert_coverage(run).items() for k, v in of.items()}
+        return packed(scores=scores, mask=mask, lost=lost, seen=covered)
 
     options = PassOptions(store, precision)
-    for row, run in problem.by_block(groups, allocation.counts, options, resumable=not routed):
+    for row, run in problem.by_block(groups, allocation.counts, options, resumable=True):
         found = run.once(partial(chosen, row, run))
         scores, mask, lost = (unpacked(found, part) for part in ("scores", "mask", "lost"))
         graph.remove(model, {n: m for n, m in mask.items() if n in routed}, known=known)
         graph.zero(model, {n: m for n, m in mask.items() if n not in routed}, known)
         add_biases(model, lost)
-        seen |= expert_coverage(run)
+        for name, number in unpacked(found, "seen").items():
+            group, _, what = name.rpartition(":")
+            seen.setdefault(group, {})[what] = int(number)
         kept |= mask
         first |= scores
     if remove:
         graph.remove(model, {n: m for n, m in kept.items() if n not in routed}, known=known)
-    notes = {"counts": allocation.counts} | ({"experts_seen": seen} if seen else {})
+    notes: dict[str, Any] = {"counts": allocation.counts} | ({"experts_seen": seen} if seen else {})
     return Pruned(model, kept, groups, first, notes)

@@ -5,11 +5,14 @@ counts times the router's weight.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations.blockwise import BlockRun
+from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.mapped import beside
@@ -149,20 +152,29 @@ def moe_pruner(
     groups, found = expert_matrices(problem)
     counts = problem.allocate(groups).counts
     kept: Kept = {}
-    for row, run in problem.by_block(groups, counts, PassOptions(store, precision)):
-        mine = {g.name: found[g.name] for g in row if counts[g.name]}
-        lone = {of.module: of.experts for of in mine.values() if isinstance(of, Single)}
+
+    def zeroed(row: list[Group], run: BlockRun) -> Outcome:
+        mine = [found[g.name] for g in row]
+        lone = {of.module: of.experts for of in mine if isinstance(of, Single)}
         squares = linear_squares(model, lone, run, weighted) if lone else {}
-        for g in [g for g in row if g.name in mine]:
-            of = mine[g.name]
+        masks: Kept = {}
+        for g, of in zip(row, mine, strict=True):
             if isinstance(of, Stack):
                 seen = expert_inputs(model, [of.experts], run, weighted)[of.experts.group.name]
                 mask = stack_mask(model, of, seen, counts[g.name], scope, pattern)
             else:
                 mask = single_mask(model, of, squares[of.module], counts[g.name], scope, pattern)
-            tensor = tensor_of(model, g.matrix)
-            tensor.masked_fill_(~mask, 0)
-            kept[g.name] = beside(mask.cpu(), tensor)
+            tensor_of(model, g.matrix).masked_fill_(~mask, 0)
+            masks[g.name] = mask.cpu()
+        return packed(kept=masks)
+
+    options = PassOptions(store, precision)
+    for row, run in problem.by_block(groups, counts, options, resumable=True):
+        part = [g for g in row if counts[g.name]]
+        outcome = run.once(partial(zeroed, part, run), [g.matrix for g in part])
+        for g in part:
+            mask = unpacked(outcome, "kept")[g.name]
+            kept[g.name] = beside(mask, tensor_of(model, g.matrix))
     gone = {name: int((~mask).sum()) for name, mask in kept.items()}
     return Pruned(model, kept, groups, {}, {"counts": gone})
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prunekit.activations.blockwise import BlockRun
+from prunekit.activations.done_blocks import Outcome
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.graph.discovery import Discovery
 from prunekit.problem import Problem
@@ -54,10 +54,13 @@ def naee(
     counts = problem.allocate(groups).counts
     notes: dict[str, Any] = {}
 
-    def choose(g: Group, run: BlockRun, known: Discovery) -> Tensor:
+    def choose(g: Group, run: BlockRun, known: Discovery) -> Outcome:
         found = search(ExpertLayer(model, g, run, known), counts[g.name], limit)
-        notes[g.name] = {"loss": found.loss, "sets": found.tried}
-        return found.mask
+        loss, tried = torch.tensor(found.loss, dtype=torch.float64), torch.tensor(found.tried)
+        return {"stays": found.mask, "loss": loss, "sets": tried}
 
-    kept = remove_by_block(problem, groups, counts, PassOptions(store, precision), choose)
+    def note(g: Group, found: Outcome) -> None:
+        notes[g.name] = {"loss": float(found["loss"]), "sets": int(found["sets"])}
+
+    kept = remove_by_block(problem, groups, counts, PassOptions(store, precision), choose, note)
     return Pruned(model, kept, groups, notes={"counts": counts, "naee": notes})

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.activations.blockwise import capture_inputs
+from prunekit.activations.blockwise import BlockRun, capture_inputs
 from prunekit.activations.dense_reference import (
     PairedStreams,
     UnitReader,
@@ -22,11 +23,12 @@ from prunekit.activations.dense_reference import (
     is_residual_sum,
     readers_by_block,
 )
+from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.gram import GramStatistics, added, warn_of_little_text
 from prunekit.activations.storage import PassOptions
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
-from prunekit.solvers.bias_compensation import add_biases
+from prunekit.solvers.bias_compensation import add_biases, set_bias
 from prunekit.solvers.least_squares import prior_ridge, ridge_problem
 from prunekit.solvers.obs import columns_left, greedy_removal
 from prunekit.solvers.validated_ridge import FOLDS, Ridges, refitted
@@ -121,39 +123,82 @@ def refit_blocks(
     options: PassOptions,
 ) -> tuple[Kept, dict[str, Any]]:
     """Choose, zero and refit block by block; the units are cut out afterwards, all at once. A group
-    that loses all its units gives nothing from then on.
+    that loses all its units gives nothing from then on. Cut off, the pass goes on with the block at
+    which it was.
 
     Returns the choice and notes.
     """
     model, blocks = problem.model, problem.blocks()
     own, feed = capture_inputs(model, blocks, problem.tokens, options)
     dense = own.clone() if how.target == "dense" else None
-    kept: Kept = {}
-    apart: list[str] = []
-    ridges: dict[str, list[float]] = {}
-    folds = FOLDS if how.chosen else 1
-    for b, row in enumerate(tqdm(readers, desc="structured OBS", unit="block")):
-        module = model.get_submodule(blocks[b])
-        before = copy.deepcopy(module) if dense is not None else module
+    flows = [own] if dense is None else [own, dense]
+    done = problem.done_blocks()
+    start = done.begin(feed.rows, *flows) if done else 0
+    found = [put_back(row, done.again(model, b)) for b, row in enumerate(readers[:start]) if done]
+    bar = tqdm(readers[start:], "structured OBS", len(blocks), initial=start, unit="block")
+    for b, row in enumerate(bar, start):
+        run = BlockRun(model, problem.tokens, feed, b, own, done)
+        before = copy.deepcopy(run.module) if dense is not None else run.module
         names = [r.inside for r in row]
         sums = is_residual_sum(feed, b, before, dense or own, names)
         streams = PairedStreams(feed, b, names, before, dense, own, sums)
-        if not streams.adds:
-            apart.append(blocks[b])
-        for r in row:
-            count = counts.get(r.group.name)
-            if count == r.group.units:
-                kept[r.group.name] = torch.zeros(r.group.units, dtype=torch.bool)
-                silence(r)
-            elif count:
-                stats = streams.regression(module, r, how.relative, folds)
-                mask, used = prune_reader(model, r, stats, count, how)
-                kept[r.group.name] = mask
-                ridges[r.reader.name] = [used.ridge]
-                if dense is not None:
-                    ridges[r.reader.name].append(used.dense_ridge)
+        gone = [r for r in row if counts.get(r.group.name)]
+        refit = partial(refit_block, model, streams, gone, counts, how)
+        found.append(run.once(refit, [r.reader.member.param for r in gone]))
         if b + 1 < len(blocks):
-            streams.advance(module)
+            streams.advance(run.module)
+            if done:
+                done.advance(model, b + 1, feed.rows, *flows)
+    return collected(found)
+
+
+def refit_block(
+    model: nn.Module, streams: PairedStreams, row: list[UnitReader], counts: Counts, how: Regression
+) -> Outcome:
+    """Choose, zero and refit what `row` reads, one after the other, in place. What came of it:
+    masks of units, the readers' biases and ridges, and whether the block is no residual sum.
+    """
+    block = streams.feed.blocks[streams.block]
+    kept, ridges = {}, {}
+    for r in row:
+        if counts[r.group.name] == r.group.units:
+            kept[r.group.name] = torch.zeros(r.group.units, dtype=torch.bool)
+            silence(r)
+            continue
+        folds = FOLDS if how.chosen else 1
+        stats = streams.regression(model.get_submodule(block), r, how.relative, folds)
+        kept[r.group.name], used = prune_reader(model, r, stats, counts[r.group.name], how)
+        both = [used.ridge] if streams.dense is None else [used.ridge, used.dense_ridge]
+        ridges[r.reader.name] = torch.tensor(both, dtype=torch.float64)
+    biases: dict[str, Any] = {r.reader.name: r.reader.module.bias for r in row}
+    return packed(
+        mask=kept,
+        bias={name: b.detach().clone() for name, b in biases.items() if b is not None},
+        ridges=ridges,
+        apart={} if streams.adds else {block: True},
+    )
+
+
+def put_back(row: list[UnitReader], outcome: Outcome) -> Outcome:
+    """The outcome, once the readers have their biases; their weights are in place, and units that
+    do not stay are about to be cut out.
+    """
+    for r in row:
+        bias = unpacked(outcome, "bias").get(r.reader.name)
+        if bias is not None:
+            set_bias(r.reader.module, bias)
+    return outcome
+
+
+def collected(outcomes: list[Outcome]) -> tuple[Kept, dict[str, Any]]:
+    """The masks of all blocks, and the notes."""
+    kept: Kept = {}
+    ridges: dict[str, list[float]] = {}
+    apart: list[str] = []
+    for outcome in outcomes:
+        kept |= unpacked(outcome, "mask")
+        ridges |= {name: both.tolist() for name, both in unpacked(outcome, "ridges").items()}
+        apart += unpacked(outcome, "apart")
     return kept, {"apart": apart, "ridges": ridges}
 
 

@@ -4,12 +4,14 @@ the hull of each cost curve instead of its dynamic programme).
 
 from __future__ import annotations
 
+import hashlib
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from prunekit.activations.blockwise import iterate_blocks
+from prunekit.activations.blockwise import BlockRun, iterate_blocks
 from prunekit.activations.dense_reference import (
     UnitReader,
     check_readers,
@@ -17,8 +19,9 @@ from prunekit.activations.dense_reference import (
     readers_by_block,
     token_weights,
 )
+from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.gram import GramStatistics
-from prunekit.activations.storage import PassOptions, Precision, Store, resolved
+from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
@@ -76,30 +79,44 @@ def cost(
     if not any(counts.values()):
         return Allocation(counts)
     first = tokens[: max(1, cost_tokens // tokens.shape[1])]
-    costs = {}
-    relative = token_weight == "relative"
-    passes = iterate_blocks(model, problem.blocks(), first, PassOptions(store, precision))
+    costs: dict[str, Tensor] = {}
+    relative, options = token_weight == "relative", PassOptions(store, precision)
+    # An inner ratio may have a pass of this kind too.
+    which = (cost_tokens, relative, ridge, bias, sorted(counts))
+    done = problem.done_blocks(f"costs-{hashlib.sha256(repr(which).encode()).hexdigest()[:8]}-")
+    passes = iterate_blocks(model, problem.blocks(), first, options, done)
     for row, run in zip(readers, passes, strict=True):
-        inside = [r.inside for r in row]
-        stats = {
-            r.inside: GramStatistics(
-                r.reader.weight.shape[1],
-                0,
-                r.reader.weight.device,
-                resolved(precision, r.reader.weight.device) == "bf16",
-            )
-            for r in row
-        }
-        for i, rows in enumerate(run.feed.rows):
-            seen = forward_until(run.feed, run.module, run.block, i, run.inputs[rows], inside)
-            for r in row:
-                weights = token_weights(seen.after[r.inside], relative)
-                stats[r.inside].add(seen.x[r.inside], None, weights)
-        for r in row:
-            if r.group.name in counts:
-                costs[r.group.name] = removal_costs(r, stats[r.inside], ridge, bias)
+        mine = [r for r in row if r.group.name in counts]
+        names = [r.inside for r in row]
+        found = run.once(partial(block_costs, run, mine, names, relative, ridge, bias))
+        costs |= unpacked(found, "costs")
     per_unit = {g.name: sizes.removed({g.name: 1}) for g in groups}
     return Allocation(cheapest(costs, per_unit, sizes.removed(counts)))
+
+
+def block_costs(
+    run: BlockRun,
+    row: list[UnitReader],
+    names: list[str],
+    relative: bool,
+    ridge: float | Literal["auto"],
+    bias: bool,
+) -> Outcome:
+    """`removal_costs` of the groups that `row` reads; `names` are those of all readers in the
+    block.
+    """
+    stats = {}
+    for r in row:
+        inputs, device = r.reader.weight.shape[1], r.reader.weight.device
+        bf16 = run.feed.precision == "bf16"
+        stats[r.inside] = GramStatistics(inputs, 0, device, bf16)
+    for i, rows in enumerate(run.feed.rows):
+        seen = forward_until(run.feed, run.module, run.block, i, run.inputs[rows], names)
+        for r in row:
+            weights = token_weights(seen.after[r.inside], relative)
+            stats[r.inside].add(seen.x[r.inside], None, weights)
+    costs = {r.group.name: removal_costs(r, stats[r.inside], ridge, bias) for r in row}
+    return packed(costs=costs)
 
 
 def removal_costs(

@@ -14,7 +14,15 @@ from prunekit.checkpoint.replay import kept_masks
 from prunekit.errors import ConfigError
 from prunekit.profiling import Stages
 from prunekit.registry import Component, models
-from prunekit.runner import cache, preflight, progress, provenance, results, tracking
+from prunekit.runner import (
+    cache,
+    determinism,
+    preflight,
+    progress,
+    provenance,
+    results,
+    tracking,
+)
 from prunekit.runner.dense import DenseModel, compares
 from prunekit.runner.distributed import first_process
 from prunekit.runner.finished import Finished
@@ -47,7 +55,8 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
     dense = DenseModel(stored, lambda: dense_model(path)()[0])
     job = Job(cfg, folder, parts, Stages(), {}, stored, standing, dense)
     folder.mkdir(parents=True, exist_ok=True)
-    with tracking.open_track(config=cfg, folder=folder, **cfg["track"]) as tracker:
+    track = tracking.open_track(config=cfg, folder=folder, **cfg["track"])
+    with determinism.repeatable(cfg), track as tracker:
         with stage(job, "load", "loading the checkpoint"):
             model, tokenizer = parts.model()
             check_finite(job, model, "load")

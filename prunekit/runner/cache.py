@@ -146,7 +146,7 @@ def switched_on(value: Any) -> bool:
 
 def digest(modules: list[str], *parts: Any) -> str:
     """128 bits over the parts, the code of `modules` and of all that they import, and what the bits
-    of a result hang on: torch, devices, threads.
+    of a result hang on: torch, devices, threads, precision, determinism.
     """
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -159,6 +159,7 @@ def digest(modules: list[str], *parts: Any) -> str:
         gpus,
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
     ]
     text = json.dumps([*where, *parts], sort_keys=True, default=str)
     return xxhash.xxh3_128_hexdigest(text.encode())

@@ -40,6 +40,7 @@ TOP: dict[str, Any] = {
     "out": str,
     "keep_stages": bool,
     "allow_nonfinite": bool,
+    "deterministic": bool,
     "table": str | None,
     "row": str | None,
     "scale": str,

@@ -20,7 +20,15 @@ from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Problem, named_sets
 from prunekit.profiling import Stages
 from prunekit.registry import Component, draw
-from prunekit.runner import cache, numerics, progress, provenance, results, tracking
+from prunekit.runner import (
+    cache,
+    determinism,
+    numerics,
+    progress,
+    provenance,
+    results,
+    tracking,
+)
 from prunekit.runner.dense import DenseModel
 from prunekit.runner.distributed import first_process, join_others
 from prunekit.runner.finished import Finished, Standing
@@ -61,7 +69,8 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     dense = DenseModel(stored, lambda: parts.model()[0])
     job = Job(cfg, path, parts, Stages(), {}, stored, kept, dense)
     job.folder.mkdir(parents=True, exist_ok=True)
-    with tracking.open_track(config=cfg, folder=job.folder, **cfg["track"]) as tracker:
+    track = tracking.open_track(config=cfg, folder=job.folder, **cfg["track"])
+    with determinism.repeatable(cfg), track as tracker:
         standing = pruned_and_measured(job, tracker)
         if job.parts.recovery:
             standing = recovered(job, standing)

@@ -9,6 +9,7 @@ squared error of the output.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +72,17 @@ def add_biases(model: nn.Module, lost: Biases) -> None:
     """Add to the bias of each module, in the dtype of its weight; a module without one gets it."""
     for name, values in lost.items():
         module = model.get_submodule(name)
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        if module.bias is None:
-            module.register_parameter(
-                "bias", nn.Parameter(values.to(weight), requires_grad=weight.requires_grad)
-            )
-        else:
-            module.bias += values.to(weight)  # type: ignore[operator]
+        before: Any = module.bias
+        new = values.to(module.weight)  # type: ignore[arg-type]
+        set_bias(module, new if before is None else before + new)
+
+
+@torch.no_grad()
+def set_bias(module: nn.Module, values: Tensor) -> None:
+    """`values` are the bias of a linear module from now on, in the dtype of its weight."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if module.bias is None:
+        parameter = nn.Parameter(values.to(weight), requires_grad=weight.requires_grad)
+        module.register_parameter("bias", parameter)
+    else:
+        module.bias.copy_(values)  # type: ignore[operator]

@@ -16,11 +16,21 @@ from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.done_blocks import packed, unpacked
 from prunekit.registry import pruners
 from prunekit.runner.finished import Finished
+from prunekit.types import Allocation, Group
 
 TOKENS = torch.randint(3, 100, (6, 16), generator=torch.Generator().manual_seed(0))
 WANDA = {"name": "wanda"}
 WEIGHTS = uniform(0.5, "prunable")
-METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = {
+
+
+def some(problem: Any, groups: list[Group]) -> Allocation:
+    """All units of the second block go, none of the third."""
+    first, second, third, *others = groups
+    counts = {first.name: 1, second.name: second.units, third.name: 0}
+    return Allocation(counts | {g.name: 1 for g in others})
+
+
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, Any]] = {
     "wanda": ({"name": "unstructured"}, WANDA, WEIGHTS),
     "sparsegpt": ({"name": "sparsegpt", "block": 16}, None, WEIGHTS),
     "admm": ({"name": "admm", "iterations": 4, "reselect": 2}, None, WEIGHTS),
@@ -31,22 +41,38 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]]
         {"name": "flap", "skip": 0},
         uniform(0.3),
     ),
+    "obs": ({"name": "obs"}, None, uniform(0.3)),
+    "obs_dense": ({"name": "obs", "target": "dense"}, None, uniform(0.3)),
+    "database": ({"name": "database", "kinds": ["heads"], "levels": 2}, None, some),
 }
+EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, Any]] = {
+    "reap": ({"name": "layerwise", "kinds": ["experts"]}, {"name": "experts"}, uniform(0.4)),
+    "naee": ({"name": "naee"}, None, uniform(0.4)),
+    "hc_smoe": ({"name": "hc_smoe"}, None, uniform(0.4)),
+    "ream": ({"name": "ream"}, None, uniform(0.4)),
+    "moe_pruner": ({"name": "moe_pruner"}, None, WEIGHTS),
+}
+COSTS = {"obs_cost": ({"name": "obs", "target": "dense"}, None, {"name": "cost", "target": 0.1})}
 
 
 class CutOffError(Exception):
     """What a SIGKILL stands for here."""
 
 
-def pruned(method: str, arch: str, store: str, folder: Any, cut: int | None = None) -> Any:
-    """A model of five blocks after `method`, which ends before block `cut`; and the blocks at which
-    something was computed.
+def pruned(
+    method: str, arch: str, store: str, folder: Any, cut: int | None = None, number: int = 0
+) -> Any:
+    """A model of five blocks after `method`, which ends before block `cut` of its pass `number`;
+    and the blocks at which something was computed.
     """
-    pruner, criterion, ratio = METHODS[method]
+    pruner, criterion, ratio = (METHODS | EXPERTS | COSTS)[method]
     computed: list[int] = []
+    passes: list[Any] = []
 
     def once(run: BlockRun, compute: Any, changes: Any = ()) -> Any:
-        if run.block == cut:
+        if run.inputs not in passes:
+            passes.append(run.inputs)
+        if (run.block, len(passes) - 1) == (cut, number):
             raise CutOffError
 
         def noted() -> Any:
@@ -79,8 +105,11 @@ def assert_same(found: Any, expected: Any) -> None:
     assert found.notes == expected.notes
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "arch"),
+    [(m, arch) for m in METHODS for arch in ("llama", "opt")]
+    + [(m, arch) for m in EXPERTS for arch in ("mixtral", "qwen3_moe")],
+)
 def test_a_pass_that_was_cut_off_goes_on_to_the_same_bits(method, arch, tmp_path):
     expected, all_blocks = pruned(method, arch, "memory", None)
     assert all_blocks == [0, 1, 2, 3, 4]
@@ -88,6 +117,16 @@ def test_a_pass_that_was_cut_off_goes_on_to_the_same_bits(method, arch, tmp_path
     assert pruned(method, arch, "memory", tmp_path, cut=4) == (None, [2, 3])
     found, computed = pruned(method, arch, "memory", tmp_path)
     assert computed == [4]
+    assert_same(found, expected)
+
+
+def test_the_costs_of_units_and_the_choice_by_them_go_on_each_where_it_was(tmp_path):
+    expected, _ = pruned("obs_cost", "llama", "memory", None)
+    assert pruned("obs_cost", "llama", "memory", tmp_path, cut=2) == (None, [0, 1])
+    cut_in_choice = pruned("obs_cost", "llama", "memory", tmp_path, cut=3, number=1)
+    assert cut_in_choice == (None, [2, 3, 4, 0, 1, 2])
+    found, computed = pruned("obs_cost", "llama", "memory", tmp_path)
+    assert computed == [4, 3, 4]
     assert_same(found, expected)
 
 

@@ -85,3 +85,12 @@ def test_several_experiments_are_several_tables():
         ["experiment=b", "scale=small"],
     ]
     assert one_experiment_each(["-m", "seed=0,1"]) == [["-m", "seed=0,1"]]
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "experiment" / "peers").glob("*.yaml")))
+def test_the_peers_experiments_read_text_that_was_not_calibrated_on_and_tasks(path):
+    (cfg,) = composed([f"experiment=peers/{path.stem}", "data_root=/data"])
+    domains, tasks = cfg["eval"]["domains"], cfg["eval"]["zeroshot"]["tasks"]
+    assert {"ptb", "c4", "dialogue"} <= set(domains["texts"])
+    assert set(domains["seen"]) == ({"ptb", "c4"} if path.stem == "copal" else set())
+    assert tasks == ["docs_cloze", "arc_easy", "piqa"]

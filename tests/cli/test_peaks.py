@@ -43,3 +43,23 @@ def test_weights_on_the_disk_are_planned_by_the_block():
     assert peaks.resident(model, cfg) == 2 * block < whole
     cfg["model"] |= {"compute": "float32"}
     assert peaks.resident(model, cfg) == 6 * block
+
+
+def test_gradients_block_by_block_are_planned_so():
+    """Where weights lie on the disk or it is asked for; what waits in files is not counted."""
+    words = ["model=tiny_llama", "model.device=cpu", "exclude=none", "eval=quick"]
+    words += ["calib.samples=64", "calib.length=64", "criterion.batch=2"]
+    model = tiny_model("llama", 4)
+
+    def peak(*more, **fields):
+        (cfg,) = composed([*words, *more])
+        parts = preflight.build_components(cfg)
+        cfg["model"] |= fields
+        return peaks.scoring_peak(model, parts, cfg) - peaks.resident(model, cfg)
+
+    asked = peak("criterion.by_block=true")
+    assert asked != peak()
+    assert peak(weights="disk") == asked
+    waiting = (4 + 1) * 64 * 64 * 64 * 4
+    assert asked - peak("criterion.by_block=true", "criterion.store=disk") == waiting
+    assert asked - peak("criterion.by_block=true", "criterion.store=bfloat16") == waiting // 2
