@@ -13,8 +13,11 @@ from tqdm import tqdm
 
 from prunekit.errors import ConfigError
 
-ROWS = 256
-"""Positions that are turned into log-probabilities at a time: 50 MB at 50,000 tokens."""
+ROWS = 64
+"""Positions that are turned into log-probabilities at a time: 12 MB at 50,000 tokens, which an
+allocator hands out again; larger ones come fresh from the system each time, and cost more than the
+arithmetic does.
+"""
 
 
 def condense(log_p: Tensor, top: int) -> dict[str, Tensor]:
@@ -22,18 +25,27 @@ def condense(log_p: Tensor, top: int) -> dict[str, Tensor]:
     most likely first; `log_tail (T,)`, log of the others' mass; `tail (T,)`, their sum of p log p.
     """
     found = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
-    rest = log_p.scatter(-1, found.indices, -torch.inf)
-    tail = torch.where(rest.isinf(), 0.0, rest.exp() * rest).sum(-1)
-    return {
-        "ids": found.indices.int(),
-        "log_p": found.values,
-        "log_tail": rest.logsumexp(-1),
-        "tail": tail,
-    }
+    shares = log_p.clone()
+    log_tail, highest = _left(shares, found.indices)
+    rest = log_p.scatter(-1, found.indices, 0.0).clamp_(min=torch.finfo(log_p.dtype).min)
+    tail = highest.exp() * shares.mul_(rest).sum(-1)
+    return {"ids": found.indices.int(), "log_p": found.values, "log_tail": log_tail, "tail": tail}
+
+
+def _left(log_q: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the mass of all tokens but `ids (T, K)`, and the largest log-probability among them,
+    both `(T,)`. `log_q (T, V)` becomes each one's probability divided by that largest one, 0 at
+    `ids`.
+    """
+    log_q.scatter_(-1, ids, -torch.inf)
+    highest = log_q.amax(-1).clamp(min=torch.finfo(log_q.dtype).min)
+    log_q.sub_(highest[:, None]).exp_()
+    return log_q.sum(-1).log() + highest, highest
 
 
 def compare(reference: dict[str, Tensor], log_q: Tensor) -> dict[str, Tensor]:
-    """How far `log_q (T, V)` is from the condensed `reference`; `(T,)` each, in nats where a log.
+    """How far `log_q (T, V)`, which is overwritten, is from the condensed `reference`; `(T,)` each,
+    in nats where a log.
 
     `kl`: of the distributions whose tail is one outcome. That is at most KL(p || q), by the log sum
     inequality, and short of it by at most `kl_gap` = sum of p log p over the tail - t log(min q) -
@@ -43,25 +55,29 @@ def compare(reference: dict[str, Tensor], log_q: Tensor) -> dict[str, Tensor]:
     """
     ids = reference["ids"].to(log_q.device).long()
     log_p, log_t, tail = (reference[k].to(log_q.device) for k in ("log_p", "log_tail", "tail"))
-    if int(ids.max()) >= log_q.shape[-1]:
-        raise ConfigError(
-            f"the dense model's vocabulary is not this one's: token {int(ids.max())} of "
-            f"{log_q.shape[-1]}"
-        )
-    chosen = log_q.gather(-1, ids)
-    log_u = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1)
-    t, u = log_t.exp(), log_u.exp()
     smallest = torch.finfo(log_q.dtype).min
+    chosen = log_q.gather(-1, ids)
+    lowest, likely = log_q.amin(-1).clamp(min=smallest), log_q.amax(-1)
+    log_u = _left(log_q, ids)[0]
+    t, u = log_t.exp(), log_u.exp()
     of_tail = torch.where(t > 0, t * (log_t - log_u.clamp(min=smallest)), 0.0)
-    lowest = log_q.amin(-1).clamp(min=smallest)
     p = log_p.exp()
     return {
         "kl": (p * (log_p - chosen.clamp(min=smallest))).sum(-1) + of_tail,
         "kl_gap": torch.where(t > 0, tail - t * lowest - of_tail, 0.0).clamp(min=0),
-        "top1": (chosen[:, 0] >= log_q.amax(-1)).to(log_q.dtype),
+        "top1": (chosen[:, 0] >= likely).to(log_q.dtype),
         "acceptance": torch.minimum(p, chosen.exp()).sum(-1) + torch.minimum(t, u),
         "acceptance_gap": torch.minimum(t, u),
     }
+
+
+def check_vocabulary(reference: dict[str, Tensor], size: int) -> None:
+    """Raises ConfigError for a reference with tokens that a vocabulary of this size lacks."""
+    largest = int(reference["ids"].max())
+    if largest >= size:
+        raise ConfigError(
+            f"the dense model's vocabulary is not this one's: token {largest} of {size}"
+        )
 
 
 def measure(
@@ -82,6 +98,8 @@ def measure(
     made: list[dict[str, Tensor]] = []
     means: list[dict[str, Tensor]] = []
     for i, (row, logits) in enumerate(_logits(model, windows, batch, name)):
+        if reference is not None and i == 0:
+            check_vocabulary(reference, logits.shape[-1])
         parts, sums = [], []
         for start in range(0, len(logits), ROWS):
             log_q = logits[start : start + ROWS].float().log_softmax(-1)
