@@ -226,17 +226,36 @@ def _facts(groups: list[Group]) -> list[Any]:
 
 def whole_run(bench: Bench) -> str:
     """`prunekit model=tiny_llama` by the runner: checked, pruned, measured, recovered, saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = _run(bench, folder)
+    key = next(k for k in found if k.startswith("pruned/ppl") and not k.endswith("stderr"))
+    return f"{key} {found[key]:.1f}"
+
+
+def repeated(bench: Bench) -> str:
+    """The same run with `deterministic=true` comes to the same bits again."""
+    weights = []
+    for _ in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            _run(bench, folder, "deterministic=true")
+            (file,) = Path(folder).glob("checkpoint/*.safetensors")
+            weights.append(file.read_bytes())
+    if weights[0] != weights[1]:
+        raise Disagree("the two checkpoints differ")
+    return f"{len(weights[0]):,} bytes, the same"
+
+
+def _run(bench: Bench, folder: str, *more: str) -> dict[str, float]:
     from prunekit.cli.compose import composed
     from prunekit.runner.run import run
 
     words = ["model=tiny_llama", f"model.device={bench.device}", "calib.samples=4"]
     words += ["calib.length=16", "exclude=none", "track=silent", "eval=quick", "cache=false"]
     words += ["recovery=none"]
-    with tempfile.TemporaryDirectory() as folder:
-        record = run(next(composed([*words, f"out={folder}"])), folder)
-    found = record["results"]
-    key = next(k for k in found if k.startswith("pruned/ppl") and not k.endswith("stderr"))
-    return f"{key} {found[key]:.1f}"
+    found: dict[str, float] = run(next(composed([*words, *more, f"out={folder}"])), folder)[
+        "results"
+    ]
+    return found
 
 
 def real(method: Method, bench: Bench) -> str:

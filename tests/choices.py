@@ -18,6 +18,11 @@ from prunekit.runner.distributed import join_others
 TEXT = torch.randint(8, 100, (6, 16), generator=torch.Generator().manual_seed(0))
 METHODS = {
     "taylor": ({"name": "oneshot"}, {"name": "taylor"}, uniform(0.25)),
+    "taylor_by_block": (
+        {"name": "oneshot"},
+        {"name": "taylor", "by_block": True},
+        uniform(0.25),
+    ),
     "wanda": ({"name": "unstructured"}, {"name": "wanda"}, uniform(0.5, "prunable")),
     "sparsegpt": ({"name": "sparsegpt"}, None, uniform(0.5, "prunable")),
     "flap": ({"name": "layerwise", "compensate": "bias"}, {"name": "flap"}, uniform(0.25)),

@@ -58,7 +58,8 @@ def rows(folder: Path, only: str) -> dict[str, str]:
 
 def test_one_row_of_each_sort_passes_on_a_cpu(folder):
     found = rows(folder, "|".join(f"^{one}" for one in ONE_OF_EACH))
-    assert len(found) == 16
+    assert len(found) == 17
+    assert found["determinism, a run twice"].endswith(" bytes, the same")
     assert found["CPU = GPU, unstructured, wanda"].startswith("100.00% of ")
     assert found["kernels, 2:4, semi-structured"].startswith("0 of 29 converted, logits 0e+00")
     zeros = found["training, distill"].partition("; zeros ")[2].split(" -> ")
