@@ -76,8 +76,9 @@ class ExpertBody:
     def reordered(self, model: nn.Module, order: Tensor | None) -> dict[str, Tensor]:
         """All parts in float32, with neuron `order[i]` where neuron i was."""
         values = {name: self.read(model, name).float() for name in self.parts}
-        for name, axis, at in self.along() if order is not None else ():
-            values[name] = reordered(values[name], axis, at, order)
+        if order is not None:
+            for name, axis, at in self.along():
+                values[name] = reordered(values[name], axis, at, order)
         return values
 
 
