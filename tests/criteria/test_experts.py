@@ -229,12 +229,6 @@ def test_what_is_no_expert_is_refused(tokens):
         aimer(model, other, ModelRun(model, tokens))
 
 
-def test_experts_that_see_no_routing_are_refused_with_what_to_do(tokens):
-    model = tiny_model("jetmoe")
-    with pytest.raises(ConfigError, match="take criterion=aimer or l2"):
-        experts(model, groups_of(model), ModelRun(model, tokens))
-
-
 def test_the_routing_is_told_by_types_and_shapes():
     index, weight = torch.zeros(6, 2, dtype=torch.int64), torch.ones(6, 2)
     x = torch.ones(6, 8)
