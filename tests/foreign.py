@@ -354,6 +354,33 @@ class ListedMixtral(Mixtral):
         return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].mT, labels[:, 1:]))
 
 
+class SigmoidLayer(MixtralLayer):
+    """As DeepSeek-V3's own code has it: sigmoids weigh, a bias chooses, only the experts that got
+    tokens are called, and a shared expert adds to them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("correction", torch.linspace(0, 0.2, self.num_experts))
+        self.shared = Expert()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.input_layernorm(x))
+        flat = self.post_attention_layernorm(x).flatten(0, 1)
+        scores = self.gate(flat).sigmoid()
+        chosen = torch.topk(scores + self.correction, self.top_k, dim=-1)[1]
+        weights = 1.5 * scores.gather(1, chosen)
+        out = self.shared(flat)
+        for e in chosen.unique().tolist():
+            token, slot = torch.where(chosen == e)
+            out = out.index_add(0, token, self.experts[e](flat[token]) * weights[token, slot, None])
+        return x + out.view_as(x)
+
+
+class ListedSigmoid(ListedMixtral):
+    layer = SigmoidLayer
+
+
 FOREIGN = {
     "nanogpt": NanoGPT,
     "chatglm": ChatGLM,

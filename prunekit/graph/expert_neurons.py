@@ -105,16 +105,6 @@ def neuron_members(slabs: Sequence[Member], neurons: Group) -> Iterator[tuple[Me
                 yield slab, m
 
 
-def neuron_rows(model: nn.Module, slabs: Sequence[Member], neurons: Group, unit: int) -> Tensor:
-    """(F, D) float32: all weights of each neuron of one expert, side by side."""
-    rows = []
-    for slab, m in neuron_members(slabs, neurons):
-        part, at = expert_slice(model, slab, unit), places(slab, m, unit)
-        taken = part.index_select(m.axis, at.flatten().to(part.device)).movedim(m.axis, 0)
-        rows.append(taken.reshape(len(at), -1).float())
-    return torch.cat(rows, 1)
-
-
 def reordered(part: Tensor, axis: int, at: Tensor, order: Tensor) -> Tensor:
     """A slice of an expert with its neurons in another order: neuron `order[i]` where i was."""
     to, fro = at.flatten().to(part.device), at[order.to(at.device)].flatten().to(part.device)

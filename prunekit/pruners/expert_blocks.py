@@ -15,12 +15,8 @@ from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.storage import PassOptions
 from prunekit.errors import ConfigError
 from prunekit.graph.discovery import Discovery, discovery
-from prunekit.graph.expert_neurons import (
-    expert_members,
-    expert_numbers,
-    expert_slabs,
-    neurons_inside,
-)
+from prunekit.graph.expert_bodies import check_alike, expert_bodies
+from prunekit.graph.expert_neurons import expert_numbers
 from prunekit.problem import Expected, Problem, expect
 from prunekit.solvers.expert_merging import Clusters, merge_cluster
 from prunekit.types import Counts, Group, Kept, Pruned, Run
@@ -46,12 +42,12 @@ def check_experts_by_block(problem: Problem, **_: Any) -> Expected:
 
 def check_merging(problem: Problem, **_: Any) -> Expected:
     """Raises ConfigError where the ratio cannot be met or moves experts between layers, and for
-    experts that cannot be merged: in a list, or of a router that picks groups of them first.
+    experts that cannot be merged: of other shapes in one list, or of a router that picks groups of
+    them first.
     """
     expected = check_experts_by_block(problem)
     for g in expected.groups:
-        if g.modules or not expert_slabs(problem.model, g):
-            raise ConfigError(f"{g.name}: experts in a list of modules cannot be merged")
+        check_alike(problem.model, g)
         if expert_numbers(problem.model, g).shape[1] > 1:
             raise ConfigError(
                 f"{g.name}: its router picks groups of experts first, and merging would take "
@@ -99,11 +95,11 @@ def merge_by_block(problem: Problem, plan: Plan, options: PassOptions, align: bo
     groups = check_merging(problem).groups
     counts = problem.allocate(groups).counts
     merged: dict[str, Clusters] = {}
-    neurons: dict[str, Group | None] = {}
-    everything = discovery(model).groups if align else []
-    for g in [g for g in groups if align and counts.get(g.name)]:
-        neurons[g.name] = neurons_inside(everything, expert_members(model, g))
-        if neurons[g.name] is None:
+    everything = discovery(model).groups
+    losing = [g for g in groups if counts.get(g.name)]
+    bodies = {g.name: expert_bodies(model, g, everything) for g in losing}
+    for g in losing:
+        if align and any(body.neurons is None for body in bodies[g.name]):
             raise ConfigError(f"{g.name}: the neurons of its experts are not known")
 
     def choose(g: Group, run: BlockRun, known: Discovery) -> Outcome:
@@ -122,7 +118,7 @@ def merge_by_block(problem: Problem, plan: Plan, options: PassOptions, align: bo
         clusters = [c.tolist() for c in found["members"].split(found["sizes"].tolist())]
         merged[g.name] = [c for c in clusters if len(c) > 1]
         for cluster in merged[g.name]:
-            merge_cluster(model, g, cluster, found["weight"], neurons.get(g.name))
+            merge_cluster(model, bodies[g.name], cluster, found["weight"], align)
 
     kept = remove_by_block(problem, groups, counts, options, choose, merge)
     return Pruned(model, kept, groups, notes={"counts": counts, "merged_experts": merged})

@@ -4,35 +4,40 @@ keep the same number, so that a layer stays one tensor and loads without code of
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from prunekit import graph
+from prunekit.activations.blockwise import groups_by_block
+from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.errors import ConfigError
 from prunekit.graph.expert_neurons import reorder_neurons
 from prunekit.problem import Expected, Problem, expect
-from prunekit.registry import pruners
+from prunekit.pruners.expert_refit import Refit, prune_by_block
+from prunekit.registry import Positive, pruners
 from prunekit.scoring.expert_inputs import FusedExperts, fused_experts
 from prunekit.scoring.expert_neurons import NeuronScore, neuron_scores
+from prunekit.scoring.listed_experts import LoneNeurons, lone_neurons, lone_reader
 from prunekit.selection.units import check_finite, keep_local
 from prunekit.types import Group, Pruned
 
 
-def neuron_groups(problem: Problem) -> tuple[list[Group], list[FusedExperts], list[Group]]:
+def neuron_groups(
+    problem: Problem, shared: bool
+) -> tuple[list[Group], list[FusedExperts], list[LoneNeurons]]:
     """The groups of neurons inside experts that are not excluded: all, those of experts that lie in
-    one tensor, and those that belong to one expert of a list. Raises ConfigError where there are
-    none.
+    one tensor, and those that belong to one expert of a list, or to a shared one where `shared`.
+    Raises ConfigError where there are none.
     """
     everything = problem.everything()
-    listed = [f"{path}." for g in everything if g.kind == "experts" for path in g.modules]
     groups = problem.groups(["neurons"])
     names = {g.name for g in groups}
     fused = [f for f in fused_experts(problem.model, everything) if f.neurons.name in names]
-    lone = [g for g in groups if any(g.members[0].param.startswith(path) for path in listed)]
-    inside = [*(f.neurons.name for f in fused), *(g.name for g in lone)]
-    if not inside:
+    lone = [one for one in lone_neurons(everything, shared) if one.neurons.name in names]
+    inside = [*(f.neurons.name for f in fused), *(one.neurons.name for one in lone)]
+    if not fused and not any(one.experts for one in lone):
         raise ConfigError(
             f"{type(problem.model).__name__} has no experts whose neurons are known, or all are "
             "excluded: take pruner=oneshot for neurons outside of experts"
@@ -40,11 +45,18 @@ def neuron_groups(problem: Problem) -> tuple[list[Group], list[FusedExperts], li
     return [g for g in groups if g.name in inside], fused, lone
 
 
-def check_expert_neurons(problem: Problem, **_: Any) -> Expected:
+def check_expert_neurons(
+    problem: Problem, *, score: str, refit: bool, shared: bool, **_: Any
+) -> Expected:
     """Raises ConfigError where there are no experts, the ratio cannot be met, or experts would
     exchange neurons.
     """
-    groups, _fused, _lone = neuron_groups(problem)
+    groups, _fused, lone = neuron_groups(problem, shared)
+    if score in ("obs", "wanda_sp") or refit:
+        for one in lone:
+            lone_reader(problem.model, one)
+    if score == "obs" or refit:
+        groups_by_block(groups, problem.blocks())
     expected = expect(problem, groups)
     if expected.counts is not None and problem.allocate(groups).ranking != "local":
         raise ConfigError(
@@ -63,7 +75,15 @@ def check_expert_neurons(problem: Problem, **_: Any) -> Expected:
     check=check_expert_neurons,
 )
 def expert_neurons(
-    problem: Problem, *, score: NeuronScore = "wanda_sp", weighted: bool = True
+    problem: Problem,
+    *,
+    score: NeuronScore | Literal["obs"] = "wanda_sp",
+    weighted: bool = True,
+    refit: bool = False,
+    min_tokens: Positive = 32,
+    shared: bool = False,
+    store: Store = "memory",
+    precision: Precision = "model",
 ) -> Pruned:
     """Removes from each expert the neurons that matter least to that expert; every expert of a
     layer keeps the same number.
@@ -71,32 +91,46 @@ def expert_neurons(
     Args:
         score: `wanda_sp` the weights that read a neuron times the norm of its output on the tokens
             routed to the expert, `taylor` the change of the loss to first order, `magnitude` the
-            weights alone.
-        weighted: with wanda_sp, outputs count times the router's weight (experts that lie in one
-            tensor).
+            weights alone, `obs` structured OBS: one neuron at a time, the one that the others can
+            best make up for.
+        weighted: with wanda_sp, obs and refit, tokens count by the router's weight.
+        refit: what reads the neurons (`down_proj`) becomes the least squares map from those that
+            stay, in closed form, each expert on its own tokens and block by block; a ridge is
+            chosen for each expert on the half of its tokens that it is not fitted to.
+        min_tokens: with obs and refit, an expert that got fewer keeps its weights, and loses
+            neurons by wanda_sp.
+        shared: neurons of shared experts go as well, as units of their own.
+        store: with obs and refit, where activations between blocks wait.
+        precision: likewise, of the forwards.
 
     An expert's neurons are put in the order of their scores, which changes nothing of what it
-    computes; then the last ones of all experts are cut off together. Neurons of shared experts and
-    of dense blocks stay. Experts that no token reached are ordered by their weights. Raises
-    ConfigError where there are no experts, and for ratios that let layers exchange neurons.
+    computes; then the last ones of all experts are cut off together. Neurons of dense blocks stay.
+    Experts that no token reached are ordered by their weights. Notes have the ridges, and the
+    tokens of the experts that got too few. Raises ConfigError where there are no experts, and for
+    ratios that let layers exchange neurons.
     """
     model = problem.model
-    groups, fused, lone = neuron_groups(problem)
-    counts = check_expert_neurons(problem).counts or problem.allocate(groups).counts
+    groups, fused, lone = neuron_groups(problem, shared)
+    counts = problem.allocate(groups).counts
     changed = {name for name, n in counts.items() if n}
     fused = [f for f in fused if f.neurons.name in changed]
-    lone = [g for g in lone if g.name in changed]
-    notes = {"counts": counts}
+    lone = [one for one in lone if one.neurons.name in changed]
+    how = Refit(weighted, refit, min_tokens)
     if not changed:
-        return Pruned(model, {}, groups, notes=notes)
-    scores = neuron_scores(model, fused, lone, problem.run(), score, weighted)
-    check_finite(scores)
+        return Pruned(model, {}, groups, notes={"counts": counts})
+    scores: dict[str, Tensor] = {}
+    if score != "obs":
+        scores = neuron_scores(model, fused, lone, problem.run(), score, weighted)
+        check_finite(scores)
+    if score == "obs" or refit:
+        options = PassOptions(store, precision)
+        scores = prune_by_block(problem, fused, lone, scores, counts, how, options)
     ranked = {f.neurons.name: put_in_order(problem, f, scores[f.neurons.name]) for f in fused}
-    ranked |= {g.name: scores[g.name][0] for g in lone}
+    ranked |= {one.neurons.name: scores[one.neurons.name][0] for one in lone}
     kept = keep_local(ranked, counts)
     kept |= {f.neurons.name: first(f.neurons, counts) for f in fused}
     graph.remove(model, kept)
-    return Pruned(model, kept, groups, ranked, notes)
+    return Pruned(model, kept, groups, ranked, {"counts": counts, **how.notes()})
 
 
 def first(neurons: Group, counts: dict[str, int]) -> Tensor:

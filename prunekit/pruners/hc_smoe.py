@@ -37,7 +37,8 @@ def hc_smoe(problem: Problem, *, store: Store = "memory", precision: Precision =
     The most frequent member's row of the router stays, so that the result loads as a smaller model
     of its class; the paper lets the rows of all members point to the merged expert. Blocks are
     merged one after the other, each on what the merged ones before it put out. Notes have the
-    clusters. Raises ConfigError for experts in a list and for routers that pick groups first.
+    clusters. Raises ConfigError for experts of other shapes in one list, and for routers that pick
+    groups first.
     """
 
     def plan(group: Group, run: Run, left: int) -> tuple[Clusters, Tensor]:

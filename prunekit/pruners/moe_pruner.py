@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.storage import PassOptions, Precision, Store
+from prunekit.architecture.linear import weight_of
 from prunekit.architecture.mapped import beside
+from prunekit.architecture.matrices import matrices, module_name
 from prunekit.errors import ConfigError
 from prunekit.graph.expert_neurons import expert_slice, places
 from prunekit.problem import Expected, Problem, expect
@@ -25,6 +27,7 @@ from prunekit.scoring.expert_inputs import (
     expert_inputs,
     fused_experts,
 )
+from prunekit.scoring.listed_experts import linear_squares
 from prunekit.selection.elements import NM, Pattern, Scope, element_mask
 from prunekit.selection.eligible import apply_exclusion
 from prunekit.types import Group, Kept, Member, Pruned, tensor_of
@@ -51,40 +54,59 @@ class Stack(NamedTuple):
         return next(i for i in range(rank) if i not in (self.slab.axis, self.neurons.axis))
 
 
-def stacks(problem: Problem) -> tuple[list[Group], dict[str, Stack]]:
-    """The stacked matrices that are not excluded, as groups of single weights. Raises ConfigError
+class Single(NamedTuple):
+    """The matrix of a linear module inside one of a list of experts."""
+
+    module: str
+    experts: Group
+
+
+def expert_matrices(problem: Problem) -> tuple[list[Group], dict[str, Stack | Single]]:
+    """The experts' matrices that are not excluded, as groups of single weights. Raises ConfigError
     where there are none.
     """
-    found: dict[str, Stack] = {}
+    model, everything = problem.model, problem.everything()
+    found: dict[str, Stack | Single] = {}
     groups = []
-    for f in fused_experts(problem.model, problem.everything()):
+    for f in fused_experts(model, everything):
         for slab, m in f.pairs:
-            shape = tuple(tensor_of(problem.model, slab.param).shape)
+            shape = tuple(tensor_of(model, slab.param).shape)
             if len(shape) < 2 or "bias" in slab.param.rpartition(".")[2]:
                 continue
             name = f"weights.{f.group.layer}.{'.'.join(slab.param.split('.')[-2:])}"
             found[name] = Stack(f, slab, m)
-            numel = tensor_of(problem.model, slab.param).numel()
+            numel = tensor_of(model, slab.param).numel()
             groups.append(Group(name, "weights", f.group.layer, numel, (), (), shape, slab.param))
+    lists = [g for g in everything if g.kind == "experts" and g.modules]
+    for g in matrices(model) if lists else ():
+        name = module_name(g)
+        home = [e for e in lists if any(name.startswith(f"{path}.") for path in e.modules)]
+        if home:
+            found[g.name] = Single(name, home[0])
+            groups.append(g)
     if not groups:
         raise ConfigError(
-            f"{type(problem.model).__name__} has no experts that lie in one tensor: take "
-            "pruner=unstructured criterion=wanda, which prunes linear modules, experts in a list "
-            "among them"
+            f"{type(model).__name__} has no experts: take pruner=unstructured criterion=wanda, "
+            "which prunes linear modules"
         )
     return apply_exclusion(groups, problem.exclude), found
 
 
 def check_moe_pruner(problem: Problem, *, pattern: Pattern | None, **_: Any) -> Expected:
-    """Raises ConfigError where there are no stacked experts, the ratio cannot be met or lets
-    matrices exchange elements, and where the pattern does not divide a matrix.
+    """Raises ConfigError where there are no experts, the ratio cannot be met or lets matrices
+    exchange elements, and where the pattern does not divide a matrix.
     """
-    groups, found = stacks(problem)
+    groups, found = expert_matrices(problem)
     expected = expect(problem, groups, smaller=False)
     if expected.counts is not None and problem.allocate(groups).ranking != "local":
         raise ConfigError("pruner=moe_pruner sees one block at a time: give ratio.ranking=local")
     for g in groups if pattern else ():
-        size = g.shape[found[g.name].inputs]
+        of = found[g.name]
+        size = (
+            g.shape[of.inputs]
+            if isinstance(of, Stack)
+            else weight_of(problem.model.get_submodule(of.module)).shape[1]
+        )
         if pattern and size % pattern.m:
             raise ConfigError(
                 f"{g.name} has {size} inputs, which the {pattern.m} of pruner.pattern do not divide"
@@ -123,20 +145,25 @@ def moe_pruner(
 
     Weights outside of experts stay. A block is scored on what the pruned ones before it put out. Of
     an expert that no token reached the smallest weights go. The paper's distillation is
-    recovery=distill. Raises ConfigError for experts in a list, and for a pattern that fits no
+    recovery=distill. Raises ConfigError for a model without experts, and for a pattern that fits no
     matrix or ratio.
     """
     model = problem.model
-    groups, found = stacks(problem)
+    groups, found = expert_matrices(problem)
     counts = problem.allocate(groups).counts
     kept: Kept = {}
 
     def zeroed(row: list[Group], run: BlockRun) -> Outcome:
+        mine = [found[g.name] for g in row]
+        lone = {of.module: of.experts for of in mine if isinstance(of, Single)}
+        squares = linear_squares(model, lone, run, weighted) if lone else {}
         masks: Kept = {}
-        for g in row:
-            stack = found[g.name]
-            seen = expert_inputs(model, [stack.experts], run, weighted)[stack.experts.group.name]
-            mask = stack_mask(model, stack, seen, counts[g.name], scope, pattern)
+        for g, of in zip(row, mine, strict=True):
+            if isinstance(of, Stack):
+                seen = expert_inputs(model, [of.experts], run, weighted)[of.experts.group.name]
+                mask = stack_mask(model, of, seen, counts[g.name], scope, pattern)
+            else:
+                mask = single_mask(model, of, squares[of.module], counts[g.name], scope, pattern)
             tensor_of(model, g.matrix).masked_fill_(~mask, 0)
             masks[g.name] = mask.cpu()
         return packed(kept=masks)
@@ -173,6 +200,27 @@ def stack_mask(
         own = own.view(moved.shape).movedim((-2, -1), (outputs, stack.inputs))
         mask.index_copy_(slab.axis, slab.index[e].to(mask.device), own)
     return mask
+
+
+def single_mask(
+    model: nn.Module,
+    single: Single,
+    square: Tensor,
+    count: int,
+    scope: Scope,
+    pattern: Pattern | None,
+) -> Tensor:
+    """What stays when `count` elements of one expert's matrix go, in the shape in which its module
+    stores it; `square (inputs,)` is of what it reads.
+    """
+    module = model.get_submodule(single.module)
+    norm = square.sqrt()
+    if not square.any():
+        log.warning("no token reached %s", single.module)
+        norm = torch.ones_like(square)
+    scores = weight_of(module).float().abs() * norm.to(weight_of(module).device)
+    mask = element_mask(scores, count, scope, pattern, single.module)
+    return mask if isinstance(module, nn.Linear) else mask.T
 
 
 def _norms(stack: Stack, seen: ExpertInputs, expert: int, part: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ def ream(
     Similarity is the mean of how alike outputs and routing are, over all tokens. The authors' code
     adds the neurons' activations to what they are matched by. An expert that no token reached has
     no weight, and its neurons go. Blocks are merged one after the other. Notes have the groups.
-    Raises ConfigError for experts in a list, for routers that pick groups first, and for groups
-    that are too small to hold all experts.
+    Raises ConfigError for experts of other shapes in one list, for routers that pick groups first,
+    and for groups that are too small to hold all experts.
     """
 
     def plan(group: Group, run: Run, left: int) -> tuple[Clusters, Tensor]:

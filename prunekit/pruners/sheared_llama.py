@@ -52,7 +52,7 @@ def check_sheared(
     if shape is not None and problem.ratio is not None:
         raise ConfigError("pruner.shape says what stays: give ratio=none with it")
     groups = problem.groups(list(shape or kinds))
-    every_layer(problem.model, groups)
+    every_layer(problem.model, groups, "stock")
     check_channels(problem.model, groups)
     if shape is None:
         expected = expect(problem, groups)

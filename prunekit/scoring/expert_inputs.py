@@ -1,10 +1,10 @@
 """What each expert reads and what its neurons put out on the tokens that are routed to it, of
-experts that lie together in one tensor and of experts in a list.
+experts that lie together in one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,11 @@ class ExpertInputs:
         self.inside.index_add_(0, where, a.float().square() * scale)
 
 
+Sees = Callable[[FusedExperts, Tensor, Tensor, Tensor, Tensor], None]
+"""(experts, the expert of each token `(T,)`, its router's weight `(T,)`, what it reads `(T, C)`,
+what its neurons put out `(T, F)`)."""
+
+
 @torch.no_grad()
 def expert_inputs(
     model: nn.Module, fused: Sequence[FusedExperts], run: Run, weighted: bool
@@ -102,52 +107,50 @@ def expert_inputs(
     weighted: what an expert reads and puts out counts times the router's weight (MoE-Pruner), the
         one that the module multiplies with.
 
-    A neuron's output is had by calling the experts again with ones in the place of `down_proj`.
     Raises ConfigError where experts are not called with the routing of each token.
     """
+    found: dict[str, ExpertInputs] = {}
+
+    def see(f: FusedExperts, index: Tensor, g: Tensor, x: Tensor, a: Tensor) -> None:
+        if f.group.name not in found:
+            sizes = [(), (x.shape[1],), (f.neurons.units,)]
+            zeros = (torch.zeros(f.experts, *s, device=x.device) for s in sizes)
+            found[f.group.name] = ExpertInputs(*zeros)
+        square = g.float().square() if weighted else (g != 0).float()
+        found[f.group.name].add(index, square, x, a)
+
     missing = [f for f in fused if ("expert inputs", f.group.name, weighted) not in run.statistics]
     if missing:
-        with _watched(model, missing, weighted) as found:
+        with watch_fused(model, missing, see):
             pass_tokens(processes.own_part(run), "inside experts")
         for f in missing:
-            name = f.group.name
-            if name not in found:
-                raise ConfigError(
-                    f"{name} of {type(model).__name__}: its experts are not called with the "
-                    "experts and weights of each token, so what they read cannot be told apart"
-                )
-            sums = found[name]
+            sums = found[f.group.name]
             processes.add_up([sums.tokens, sums.entering, sums.inside])
-            run.statistics["expert inputs", name, weighted] = sums
+            run.statistics["expert inputs", f.group.name, weighted] = sums
     return {f.group.name: run.statistics["expert inputs", f.group.name, weighted] for f in fused}
 
 
 @contextmanager
-def _watched(
-    model: nn.Module, fused: Sequence[FusedExperts], weighted: bool
-) -> Iterator[dict[str, ExpertInputs]]:
-    found: dict[str, ExpertInputs] = {}
+def watch_fused(model: nn.Module, fused: Sequence[FusedExperts], see: Sees) -> Iterator[None]:
+    """Inside, every call of the experts is shown to `see`, once for each pick of a token.
+
+    A neuron's output is had by calling the experts again with ones in the place of `down_proj`.
+    Raises ConfigError at the end for experts that were not called with the routing of each token.
+    """
     owner: dict[str, str] = {}
 
     def after(f: FusedExperts, path: str) -> Any:
-        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def shown(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call, name = routed(args, kwargs), f.group.name
             if call is None or owner.setdefault(name, path) != path:
                 return
             x = first_tensor(args, kwargs)
             x = x.reshape(-1, x.shape[-1])
-            if name not in found:
-                sizes = [(), (x.shape[1],), (f.neurons.units,)]
-                found[name] = ExpertInputs(
-                    *(torch.zeros(f.experts, *s, device=x.device) for s in sizes)
-                )
             for pick in range(call.picks.shape[1]):
                 a = neuron_outputs(model, f, module, args, kwargs, call, pick)
-                g = call.weight[:, pick]
-                square = g.float().square() if weighted else (g != 0).float()
-                found[name].add(call.picks[:, pick], square, x, a)
+                see(f, call.picks[:, pick], call.weight[:, pick], x, a)
 
-        return see
+        return shown
 
     hooks = [
         model.get_submodule(path).register_forward_hook(after(f, path), with_kwargs=True)
@@ -155,10 +158,16 @@ def _watched(
         for path in expert_parents(model, f.group)
     ]
     try:
-        yield found
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+    lost = next((f.group.name for f in fused if f.group.name not in owner), None)
+    if lost is not None:
+        raise ConfigError(
+            f"{lost} of {type(model).__name__}: its experts are not called with the experts and "
+            "weights of each token, so what they read cannot be told apart"
+        )
 
 
 def neuron_outputs(

@@ -11,13 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from prunekit.activations.moments import moments
-from prunekit.architecture.linear import readers
-from prunekit.errors import ConfigError
 from prunekit.graph.expert_neurons import expert_slice, places
 from prunekit.scoring.aggregate import channel_sum, scored, unit_scores
 from prunekit.scoring.expert_inputs import FusedExperts, expert_inputs
 from prunekit.scoring.gradients import backward
+from prunekit.scoring.listed_experts import LoneNeurons, linear_squares, lone_reader
 from prunekit.types import Group, Member, Run, tensor_of
 
 log = logging.getLogger("prunekit")
@@ -27,27 +25,28 @@ NeuronScore = Literal["wanda_sp", "taylor", "magnitude"]
 def neuron_scores(
     model: nn.Module,
     fused: Sequence[FusedExperts],
-    lone: Sequence[Group],
+    lone: Sequence[LoneNeurons],
     run: Run,
     score: NeuronScore,
     weighted: bool,
 ) -> dict[str, Tensor]:
-    """By the neurons' group (E, F) float32, higher stays: of `fused` experts, and of groups of
-    neurons that belong to one expert alone (E = 1).
+    """By the neurons' group (E, F) float32, higher stays: of `fused` experts, and of neurons that
+    belong to one expert alone (E = 1).
 
     `wanda_sp`: the sum over outputs of |w| of `down_proj`, times the norm of what it reads over the
-    tokens routed to the expert, each times the router's weight where `weighted` (not of `lone`).
-    `taylor`: sum over the neuron's weights of |w g|. `magnitude`: sum of their squares.
+    tokens routed to the expert, each times the router's weight where `weighted`. `taylor`: sum over
+    the neuron's weights of |w g|. `magnitude`: sum of their squares.
     """
+    own = [one.neurons for one in lone]
     match score:
         case "wanda_sp":
-            found = _wanda(model, fused, run, weighted) | _wanda_of_one(model, lone, run)
+            found = _wanda(model, fused, run, weighted) | _wanda_of_one(model, lone, run, weighted)
         case "taylor":
-            found = _taylor(model, fused, lone, run)
+            found = _taylor(model, fused, own, run)
         case "magnitude":
-            names = _scored_tensors(fused, lone)
+            names = _scored_tensors(fused, own)
             squares = {n: tensor_of(model, n).detach().float().square() for n in names}
-            found = _summed(fused, lone, squares)
+            found = _summed(fused, own, squares)
     return _idle_by_weights(model, fused, found)
 
 
@@ -68,17 +67,15 @@ def _wanda(
     return found
 
 
-def _wanda_of_one(model: nn.Module, lone: Sequence[Group], run: Run) -> dict[str, Tensor]:
-    found = {g.name: readers(model, g) for g in lone}
-    for name, rs in found.items():
-        if len(rs) != 1:
-            raise ConfigError(f"no single linear module reads {name}: take score=taylor")
-    seen = moments(model, [r.name for rs in found.values() for r in rs], run) if found else {}
+def _wanda_of_one(
+    model: nn.Module, lone: Sequence[LoneNeurons], run: Run, weighted: bool
+) -> dict[str, Tensor]:
+    read = {one.neurons.name: (one, lone_reader(model, one)) for one in lone}
+    names = {r.name: one.experts for one, r in read.values()}
+    seen = linear_squares(model, names, run, weighted) if names else {}
     scores = {}
-    for name, (r,) in found.items():
-        m = seen[r.name]
-        norm = (m.square * m.count).sqrt() if m.count else torch.zeros(r.weight.shape[1])
-        values = r.weight.detach().float().abs().sum(0) * norm.to(r.weight.device)
+    for name, (_, r) in read.items():
+        values = r.weight.detach().float().abs().sum(0) * seen[r.name].sqrt().to(r.weight.device)
         scores[name] = values[r.member.index.to(values.device)].sum(1)[None]
     return scores
 

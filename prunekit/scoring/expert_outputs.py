@@ -6,6 +6,7 @@ As much work as all experts of a layer on all of the text.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,8 +83,9 @@ def router_weight(model: nn.Module, group: Group) -> str:
 def expert_outputs(model: nn.Module, group: Group, run: Run) -> ExpertOutputs:
     """One pass of the text with all experts of `group` run on all tokens.
 
-    Raises ConfigError where experts are not called with the routing of each token, or the router
-    reads something else than its matrix takes.
+    Experts of a list are run on what the router reads. Raises ConfigError where experts in one
+    tensor are not called with the routing of each token, where the router reads something else than
+    its matrix takes, and for experts of a list that read something else than the router.
     """
     name = router_weight(model, group)
     router = model.get_submodule(name.rpartition(".")[0])
@@ -105,6 +107,8 @@ def expert_outputs(model: nn.Module, group: Group, run: Run) -> ExpertOutputs:
         return hook
 
     hooks = [router.register_forward_pre_hook(ask, with_kwargs=True)]
+    if group.modules:
+        hooks += _watch_list(model, group, router, name, found)
     hooks += [
         model.get_submodule(path).register_forward_hook(see(path), with_kwargs=True)
         for path in expert_parents(model, group)
@@ -120,6 +124,37 @@ def expert_outputs(model: nn.Module, group: Group, run: Run) -> ExpertOutputs:
             "and weights of each token, so they cannot be run one by one"
         )
     return found
+
+
+def _watch_list(
+    model: nn.Module, group: Group, router: nn.Module, name: str, found: ExpertOutputs
+) -> list[Any]:
+    """Hooks by which all experts of a list are run on what the router is given."""
+    given: list[Tensor] = []
+
+    def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        x = first_tensor(args, kwargs)
+        given[:] = [x.reshape(-1, x.shape[-1])]
+        experts = [model.get_submodule(path) for path in group.modules]
+        outputs = [first_tensor(e.forward(given[0])).reshape(len(given[0]), -1) for e in experts]
+        found.add(torch.stack(outputs), _logits(model, name, given))
+
+    hooks: list[Any] = [router.register_forward_hook(see, with_kwargs=True)]
+    for path in group.modules:
+        check = partial(_check_read, path, given)
+        hooks.append(model.get_submodule(path).register_forward_pre_hook(check, with_kwargs=True))
+    return hooks
+
+
+def _check_read(path: str, given: list[Tensor], module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Raises ConfigError where the first token of an expert is none of those that the router
+    read.
+    """
+    x = first_tensor(args, kwargs)
+    first = x.reshape(-1, x.shape[-1])[:1]
+    same = given and given[0].shape[1] == first.shape[1]
+    if len(first) and not (same and bool((given[0] == first).all(1).any())):
+        raise ConfigError(f"{path} reads something else than its router: it cannot be merged")
 
 
 def _all(module: nn.Module, args: Any, kwargs: Any, call: Routed, experts: int) -> Tensor:

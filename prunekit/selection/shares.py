@@ -12,7 +12,7 @@ from torch import nn
 
 from prunekit.architecture.sizes import Sizes
 from prunekit.checkpoint.block_configs import MULTIPLE, check_groups
-from prunekit.checkpoint.stock_counts import every_layer, same_in_every_layer
+from prunekit.checkpoint.stock_counts import alike, same_in_every_layer
 from prunekit.errors import ConfigError
 from prunekit.selection.elements import floor_share
 from prunekit.types import Counts, Group, Of
@@ -57,7 +57,7 @@ def uniform_counts(
     check_kinds(groups, multiples, per_kind or {})
     stock = loadable == "stock" and not all(g.kind in ("blocks", "weights") for g in groups)
     if stock:
-        every_layer(model, groups)  # says what to do before anything is solved
+        alike(model, groups)  # says what to do before anything is solved
     if of == "units":
         wanted = {
             g.name: units_removed(g, (per_kind or {}).get(g.kind, target), floor) for g in groups

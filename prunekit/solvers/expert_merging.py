@@ -10,16 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
-from prunekit.graph.expert_neurons import (
-    expert_members,
-    expert_slice,
-    neuron_members,
-    neuron_rows,
-    places,
-    put_slice,
-    reordered,
-)
-from prunekit.types import Group, Member
+from prunekit.graph.expert_bodies import ExpertBody
 
 Clusters = list[list[int]]
 """Experts that become one; the first of each is the one whose row of the router stays."""
@@ -61,15 +52,14 @@ def around_centroids(scores: Tensor, similarity: Tensor, clusters: int, size: in
     return found
 
 
-def aligned(
-    model: nn.Module, slabs: Sequence[Member], neurons: Group, cluster: list[int]
-) -> dict[int, Tensor]:
-    """By expert of a cluster the order (F,) in which its neurons are nearest to those of the first,
-    as one assignment of all: by the distance of their weights' directions, along `PCA` main ones.
+def aligned(model: nn.Module, bodies: Sequence[ExpertBody]) -> list[Tensor]:
+    """Of each expert of a cluster the order (F,) in which its neurons are nearest to those of the
+    first, as one assignment of all: by the distance of their weights' directions, along `PCA` main
+    ones.
     """
     from scipy.optimize import linear_sum_assignment
 
-    rows = [nn.functional.normalize(neuron_rows(model, slabs, neurons, e), dim=1) for e in cluster]
+    rows = [nn.functional.normalize(body.rows(model), dim=1) for body in bodies]
     together = torch.cat(rows)
     together = together - together.mean(0)
     _, size, basis = torch.linalg.svd(together, full_matrices=False)
@@ -79,37 +69,29 @@ def aligned(
     for other in others:
         cost = torch.cdist(first, other).cpu().numpy()
         orders.append(torch.from_numpy(linear_sum_assignment(cost)[1]))
-    return dict(zip(cluster, orders, strict=True))
+    return orders
 
 
 @torch.no_grad()
 def merge_cluster(
     model: nn.Module,
-    group: Group,
+    bodies: Sequence[ExpertBody],
     cluster: list[int],
     weight: Tensor,
-    neurons: Group | None = None,
+    align: bool = False,
 ) -> None:
-    """Write the weighted mean of a cluster's experts over its first one; `neurons` are put in the
-    first one's order before.
+    """Write the weighted mean of a cluster's experts over its first one; with `align` neurons are
+    put in the first one's order before. `bodies` are of all experts, `weight (E,)` too.
     """
-    members = expert_members(model, group)
-    orders: dict[int, Tensor] = {}
-    inside: dict[str, Member] = {}
-    if neurons is not None:
-        orders = aligned(model, members, neurons, cluster)
-        inside = {s.param: m for s, m in neuron_members(members, neurons)}
+    mine = [bodies[e] for e in cluster]
+    orders = aligned(model, mine) if align else [None] * len(mine)
     share = weight[cluster].double()
     if not float(share.sum()) > 0:
         share = torch.ones_like(share)
     share = share / share.sum()
-    for m in members:
-        total: Tensor | None = None
-        for e, s in zip(cluster, share.tolist(), strict=True):
-            part = expert_slice(model, m, e).float()
-            if m.param in inside:
-                at = places(m, inside[m.param], e)
-                part = reordered(part, inside[m.param].axis, at, orders[e])
-            total = part * s if total is None else total + part * s
-        assert total is not None
-        put_slice(model, m, cluster[0], total)
+    total: dict[str, Tensor] = {}
+    for body, order, s in zip(mine, orders, share.tolist(), strict=True):
+        for name, value in body.reordered(model, order).items():
+            total[name] = total[name] + value * s if name in total else value * s
+    for name, value in total.items():
+        mine[0].write(model, name, value)

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import problem
+from problems import check, problem
 from reference import tiny_llama
+from tiny_models import tiny_model
 
 from prunekit import graph
 from prunekit.architecture.sizes import Sizes
@@ -62,3 +63,50 @@ def test_multiples_hold():
     groups = groups_of(model, "neurons")
     counts = counted(model, groups, target=0.2, of="units", multiple=4, loadable="stock")
     assert all((g.units - counts[g.name]) % 4 == 0 for g in groups)
+
+
+def inside(model, target, of="units", **options):
+    node = {"name": "uniform", "target": target, "of": of, "loadable": "stock"}
+    asked = problem(model, ratio=node)
+    return check("expert_neurons", asked, **options).counts
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("qwen2_moe", {}, {"neurons.0": 8, "neurons.1": 8}),
+        ("deepseek_v3", {"shared": True}, {"neurons.1": 8, "neurons.1.1": 8}),
+        ("jamba", {}, None),
+    ],
+)
+def test_neurons_inside_experts_need_not_be_those_of_every_block(name, options, expected):
+    """Shared experts with a size of their own, or one that follows; a dense first block."""
+    model = tiny_model(name)
+    if expected is None:  # one field for dense blocks and experts
+        with pytest.raises(ConfigError, match=r"cannot be built .* loadable=any"):
+            inside(model, 0.25, **options)
+        return
+    counts = inside(model, 0.25, **options)
+    assert counts == expected
+    kept = keep_local({n: torch.arange(32.0) for n in counts}, counts)
+    config = stock_config(graph.remove(model, kept))
+    assert config.moe_intermediate_size == 24
+    assert config.intermediate_size == 96
+
+
+def test_shared_experts_that_follow_the_routed_ones_are_named():
+    same = (
+        r"possible: the same share of neurons \(model.layers.mlp.shared_experts[^,]*, or loadable"
+    )
+    with pytest.raises(ConfigError, match=same):
+        inside(tiny_model("deepseek_v3"), 0.25)
+
+
+def test_all_neurons_of_a_mixture_lose_the_same_share():
+    """Dense blocks of 96, experts and shared experts of 32."""
+    model = tiny_model("deepseek_v3")
+    counts = counted(
+        model, groups_of(model, "neurons"), target=0.2, of="prunable", loadable="stock"
+    )
+    assert counts["neurons.1"] == counts["neurons.1.1"] > 0
+    assert abs(counts["neurons.0"] - 3 * counts["neurons.1"]) <= 1

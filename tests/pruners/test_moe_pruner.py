@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign import ListedMixtral, ListedSigmoid
 from problems import check, problem, uniform
 from tiny_models import tiny_model
 
@@ -60,6 +61,40 @@ def test_the_first_block_is_that_of_a_plain_loop(mixtral, weighted):
         torch.testing.assert_close(pruned.down_proj[e], second, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [ListedMixtral, ListedSigmoid])
+@torch.no_grad()
+def test_experts_in_a_list_are_those_of_a_plain_loop(kind):
+    """The shared expert stays."""
+    torch.manual_seed(0)
+    model = kind().eval()
+    seen, layer = [], model.layers[0]
+    hook = layer.post_attention_layernorm.register_forward_hook(
+        lambda m, args, out: seen.append(out.flatten(0, 1))
+    )
+    model(TOKENS % 97)
+    hook.remove()
+    logits = layer.gate(seen[0])
+    if kind is ListedMixtral:
+        value, index = logits.softmax(-1).topk(2, dim=-1)
+        value = value / value.sum(-1, keepdim=True)
+    else:
+        index = (logits.sigmoid() + layer.correction).topk(2, dim=-1)[1]
+        value = 1.5 * logits.sigmoid().gather(1, index)
+    asked = problem(copy.deepcopy(model), TOKENS % 97, ratio=HALF)
+    pruned = pruners.build({"name": "moe_pruner"})(asked)
+    assert len(pruned.kept) == 3 * 5 * 3
+    for e, (old, new) in enumerate(zip(layer.experts, pruned.model.layers[0].experts, strict=True)):
+        token, place = (index == e).nonzero(as_tuple=True)
+        x, g = seen[0][token], value[token, place, None]
+        a = F.silu(old.w1(x)) * old.w3(x)
+        for before, after, read in ((old.w1, new.w1, x), (old.w3, new.w3, x), (old.w2, new.w2, a)):
+            expected = lowest_gone(before.weight, (g * read).norm(dim=0))
+            torch.testing.assert_close(after.weight, expected, rtol=0, atol=0)
+    if kind is ListedSigmoid:
+        shared = (m.layers[0].shared.w1.weight for m in (model, pruned.model))
+        assert torch.equal(*shared)
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "dbrx"])
 def test_every_output_of_every_expert_loses_half(name):
     """Matrices that are transposed, and such as are stacked in two axes."""
@@ -88,7 +123,7 @@ def test_nothing_goes_at_ratio_zero(mixtral):
 
 
 def test_what_cannot_be_is_refused_before_anything_runs(mixtral):
-    with pytest.raises(ConfigError, match="no experts that lie in one tensor"):
+    with pytest.raises(ConfigError, match="has no experts"):
         check("moe_pruner", problem(tiny_model("llama"), ratio=HALF))
     with pytest.raises(ConfigError, match="do not divide"):
         check("moe_pruner", problem(mixtral, ratio=HALF), pattern="2:5")
