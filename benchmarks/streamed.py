@@ -143,7 +143,9 @@ def shards(config: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def prune(folder: Path, method: str, weights: str, out: Path) -> dict[str, float]:
-    """Load, prune and write once in this process; seconds of each, and the peak in MiB."""
+    """Load, prune and write once in this process; seconds of each, and the peak in MiB, also of
+    pruning alone.
+    """
     from prunekit import checkpoint
     from prunekit.problem import CALIBRATION, Problem
     from prunekit.profiling import Peak
@@ -168,13 +170,14 @@ def prune(folder: Path, method: str, weights: str, out: Path) -> dict[str, float
             criteria.build(criterion),
             ratios.build(ratio),
         )
-        pruned = pruners.build(pruner)(problem)
+        with Peak() as at_work:
+            pruned = pruners.build(pruner)(problem)
         clock.append(time.perf_counter())
         pruned.kept.clear()  # Wanda's masks: half as large as the model, and in the way on the disk
         checkpoint.save(pruned.model, tokenizer, out, max_shard_size="1GB")
         clock.append(time.perf_counter())
     load, work, save = (b - a for a, b in itertools.pairwise(clock))
-    return {"load": load, "prune": work, "save": save, "peak": peak.mib}
+    return {"load": load, "prune": work, "save": save, "peak": peak.mib, "at_work": at_work.mib}
 
 
 def started(folder: Path, method: str, weights: str, out: Path) -> dict[str, float]:
@@ -189,8 +192,9 @@ def table(folder: Path, methods: list[str], compare: bool) -> None:
     """A row a method; with `compare` also whether a run in memory writes the same files."""
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     print(f"{size / 2**30:.1f} GiB of weights", flush=True)
-    print("| method | copy to the disk, s | prune, s | write, s | peak, GiB | equal |")
-    print("|---|---|---|---|---|---|", flush=True)
+    titles = ["method", "copy to the disk, s", "prune, s", "write, s", "peak, GiB"]
+    titles += ["peak while pruning, MiB", "equal"]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}", flush=True)
     for method in methods:
         with tempfile.TemporaryDirectory(dir=folder.parent) as top:
             there, here = Path(top) / "disk", Path(top) / "memory"
@@ -199,7 +203,8 @@ def table(folder: Path, methods: list[str], compare: bool) -> None:
                 whole = started(folder, method, "memory", here)
                 same = f"{'yes' if alike(there, here) else 'NO'} ({whole['peak'] / 1024:.1f} GiB)"
             row = [f"{r[k]:.0f}" for k in ("load", "prune", "save")]
-            print(f"| {method} | {' | '.join(row)} | {r['peak'] / 1024:.1f} | {same} |", flush=True)
+            row += [f"{r['peak'] / 1024:.1f}", f"{r['at_work']:,.0f}", same]
+            print(f"| {method} | {' | '.join(row)} |", flush=True)
 
 
 def alike(a: Path, b: Path) -> bool:

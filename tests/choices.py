@@ -33,12 +33,20 @@ METHODS = {
         uniform(0.25),
     ),
     "reap": ({"name": "layerwise", "kinds": ["experts"]}, {"name": "experts"}, uniform(0.25)),
+    "database": ({"name": "database", "levels": 4, "ridge": 64}, None, {"name": "milp"}),
+    "admm": ({"name": "admm"}, None, uniform(0.5, "prunable")),
+    "slicegpt": ({"name": "slicegpt"}, None, uniform(0.25)),
+    "bonsai": ({"name": "bonsai", "masks": 12, "rounds": 1}, None, uniform(0.25)),
+    "llm_surgeon": ({"name": "llm_surgeon", "shots": 1}, None, uniform(0.25)),
+    "shortened": ({"name": "oneshot", "kinds": ["blocks"]}, {"name": "block_ppl"}, uniform(0.25)),
 }
+WHOLE = ("llm_surgeon", "shortened")
+"""Not written for several processes: each of them sees the whole text."""
 
 
 def choices() -> dict[str, tuple[dict[str, torch.Tensor], int]]:
-    """By method what it keeps, and how many samples the last block's feed-forward saw in the whole
-    pruning.
+    """By method what it keeps (where it removes no units, the tokens that are likeliest then), and
+    how many samples the last block's feed-forward saw in the whole pruning.
     """
     found = {}
     for name, (pruner, criterion, ratio) in METHODS.items():
@@ -47,7 +55,10 @@ def choices() -> dict[str, tuple[dict[str, torch.Tensor], int]]:
         layer = model.model.layers[-1].mlp
         layer.register_forward_hook(lambda module, args, out, n=seen: n.append(len(args[0])))
         asked = problem(model, TEXT, criterion=criterion, ratio=ratio)
-        found[name] = (pruners.build(pruner)(asked).kept, sum(seen))
+        pruned = pruners.build(pruner)(asked)
+        count = sum(seen)
+        likeliest = {"tokens": pruned.model(TEXT).logits.argmax(-1)}
+        found[name] = (pruned.kept or likeliest, count)
     return found
 
 

@@ -52,7 +52,7 @@ TABLE = {
 """Package or module at prunekit's top -> what its files may import of prunekit, at their top or in
 a function. Each stands above all that it may import.
 """
-HEAVY = {"transformers", "peft", "datasets", "lm_eval", "wandb", "gguf", "accelerate"}
+HEAVY = {"transformers", "peft", "datasets", "lm_eval", "wandb", "gguf", "accelerate", "torchao"}
 FILES = sorted((ROOT / "prunekit").rglob("*.py"))
 
 

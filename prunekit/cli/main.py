@@ -49,6 +49,9 @@ COMMANDS = {
     ),
 }
 """command -> (module with `main(argv) -> int`, help line)."""
+WITH_FLAGS = ("export", "groups", "report")
+"""Commands whose own parser says more of them."""
+HELP = ("-h", "--help")
 
 USAGE = """prunekit [OVERRIDE ...]            one experiment: e.g. criterion=l2 ratio.target=0.3 recovery=lora
 prunekit -m [OVERRIDE ...]         a sweep: e.g. ratio.target=0.1,0.2,0.3 criterion=taylor,random
@@ -60,11 +63,14 @@ prunekit --cfg job [OVERRIDE ...]  the composed configuration, nothing run
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 fine, 1 a job failed, 2 what was asked for cannot be."""
     args = sys.argv[1:] if argv is None else argv
-    if args and args[0] in ("-h", "--help", "help"):
+    if args and args[0] in (*HELP, "help"):
         print(USAGE + "\n".join(f"prunekit {line}" for _, line in COMMANDS.values()))
         return 0
     try:
         if args and args[0] in COMMANDS:
+            if args[0] not in WITH_FLAGS and any(word in HELP for word in args[1:]):
+                print(f"prunekit {COMMANDS[args[0]][1]}")
+                return 0
             hush_libraries()
             status: int = importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
             return status

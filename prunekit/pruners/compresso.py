@@ -74,6 +74,7 @@ def compresso(
     mask_lr: LearningRate = 0.1,
     batch: Positive = 8,
     micro_batch: Positive = 4,
+    save_every: Positive = 100,
     seed: Seed = 0,
     remove: bool = True,
 ) -> Pruned:
@@ -93,6 +94,7 @@ def compresso(
         targets: of the updates; null is all linear modules (the paper's are q_proj and v_proj).
         lr: of the updates, after `warmup_steps`.
         mask_lr: of masks and multipliers, constant.
+        save_every: steps after which the training keeps how far it is.
         remove: false zeroes instead of removing.
 
     The masks' order decides what goes, and what stays has its gates folded into the weights. Notes
@@ -123,6 +125,8 @@ def compresso(
         max_steps=steps,
         batch=batch,
         micro_batch=micro_batch,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     constraint = size_constraint(problem, groups, allocation, seed, round(warmup * steps))

@@ -5,7 +5,7 @@ teachers, which are the model itself at lower sparsities.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +70,7 @@ def nuteprune(
     mask_lr: LearningRate = 0.1,
     batch: Positive = 16,
     micro_batch: Positive = 4,
+    save_every: Positive = 100,
     seed: Seed = 0,
     remove: bool = True,
 ) -> Pruned:
@@ -89,6 +90,7 @@ def nuteprune(
         targets: of the updates; null is all linear modules (the paper's are q_proj and v_proj).
         lr: of the updates, after `warmup_steps`.
         mask_lr: of masks and multipliers, constant.
+        save_every: steps after which the training keeps how far it is.
         remove: false zeroes instead of removing.
 
     The masks' order decides what goes, and what stays has its gates folded into the weights. Notes
@@ -113,6 +115,8 @@ def nuteprune(
         max_steps=steps,
         batch=batch,
         micro_batch=micro_batch,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     constraint = size_constraint(problem, groups, allocation, seed, round(warmup * steps))
@@ -128,7 +132,12 @@ def nuteprune(
             return rest / (1 - layer_weight)  # beside a KL of weight 1
 
         with teachers.on_model(updates):
-            yield {"penalty": penalty, "teacher": teachers.logits, "distillation": how}
+            yield {
+                "penalty": penalty,
+                "teacher": teachers.logits,
+                "distillation": how,
+                "beside": [teachers],
+            }
 
     low_rank = Updates(linear_names(model, targets), r, alpha, 0.0)
     examples = [all_learnt(row) for row in problem.tokens.tolist()]
@@ -178,6 +187,25 @@ class Teachers:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def state(self) -> dict[str, Tensor]:
+        """Snapshots, and where the teachers are."""
+        tensors = {"step": torch.tensor(self.step), "used": torch.tensor(self.used)}
+        if self.met is not None:
+            tensors["met"] = torch.tensor(self.met)
+        for i, (z, values) in enumerate(self.snapshots):
+            tensors |= {f"{i}:z": z} | {f"{i}:{j}": v for j, v in enumerate(values)}
+        return tensors
+
+    def go_on(self, state: Mapping[str, Tensor], examples: int) -> None:
+        self.step, self.used = int(state["step"]), state["used"].tolist()
+        self.met = int(state["met"]) if "met" in state else None
+        device = self.masks.log_alpha.device
+        self.snapshots = []
+        while (z := state.get(f"{len(self.snapshots)}:z")) is not None:
+            start = f"{len(self.snapshots)}:"
+            values = [state[f"{start}{j}"].to(device) for j in range(len(self.updates))]
+            self.snapshots.append((z.to(device), values))
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """(N, T, V) of the teacher for the student's batch."""

@@ -23,6 +23,7 @@ from prunekit.selection.units import expand_to_all_blocks, keep_local
 from prunekit.training.constraints import KindConstraint
 from prunekit.training.domains import DomainExamples
 from prunekit.training.learned_masks import LearnedMasks
+from prunekit.training.masks_and_updates import learn
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.training.weights import in_float32
 from prunekit.types import Counts, Group, Pruned
@@ -131,6 +132,7 @@ def sheared_llama(
     mask_lr: LearningRate = 1.0,
     batch: Positive = 32,
     micro_batch: Positive = 4,
+    save_every: Positive = 100,
     reference: Literal["dense"] | Losses = "dense",
     update_every: Positive = 50,
     seed: Seed = 0,
@@ -149,14 +151,13 @@ def sheared_llama(
         mask_lr: of masks and multipliers, constant.
         reference: a domain's loss that should be reached: measured on the `dense` model, or given
             by name. Domains are the texts of calib=sequence.
+        save_every: steps after which the training keeps how far it is.
         update_every: steps between two measurements of the domains' losses, on a tenth of each.
 
     Weights are trained in float32. What stays has its gates folded into them. Notes have by how
     much the masks expected to miss the shape at the end, and the domains' weights. Nothing changes
     where nothing is to go.
     """
-    from prunekit.training.trainer import train
-
     model = problem.model
     expected = check_sheared(
         problem,
@@ -166,11 +167,7 @@ def sheared_llama(
         batch=batch,
         micro_batch=micro_batch,
     )
-    groups = expected.groups
-    counts = expected.counts
-    if counts is None:
-        counts = problem.allocate(groups).counts
-        check_uniform(model, groups, counts)
+    groups, counts = expected.groups, counts_of(problem, expected)
     if not any(counts.values()):
         return Pruned(model, {}, groups, {}, {"counts": counts})
     pruned = [g for g in groups if counts[g.name]]
@@ -184,13 +181,14 @@ def sheared_llama(
         max_steps=steps,
         batch=batch,
         micro_batch=micro_batch,
+        save_every=save_every,
+        progress=problem.training,
         seed=seed,
     )
     with in_float32(model):
         model.requires_grad_(True)
         with masks.on_model():
-            learnt = constraint.parameters(mask_lr)
-            history = train(model, examples, recipe, penalty=constraint, parameters=learnt)
+            history = learn(masks, examples, recipe, constraint, mask_lr, beside=[examples])
         kept = keep_local(masks.log_alphas(), counts)
         masks.hold(kept)
         masks.fold()
@@ -205,6 +203,15 @@ def sheared_llama(
         "domain_reference": dict(examples.reference),
     }
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
+
+
+def counts_of(problem: Problem, expected: Expected) -> Counts:
+    """Of the shape, or where none is given as `ratio` says: the same for all groups of a kind."""
+    if expected.counts is not None:
+        return expected.counts
+    counts = problem.allocate(expected.groups).counts
+    check_uniform(problem.model, expected.groups, counts)
+    return counts
 
 
 def config_follows(model: nn.Module, groups: Sequence[Group], counts: Counts) -> None:

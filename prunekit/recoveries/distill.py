@@ -27,6 +27,7 @@ from prunekit.graph.edit_record import Remaining
 from prunekit.problem import Problem
 from prunekit.registry import Above, LearningRate, Length, Natural, Positive, Seed, recoveries
 from prunekit.training.distillation import Direction, Distillation
+from prunekit.training.int8 import check_int8, to_int8
 from prunekit.training.low_rank import Updates, check_updates, train_and_merge
 from prunekit.training.recipe import Recipe, check_patience, micro_batches
 from prunekit.training.weights import train_weights
@@ -45,6 +46,7 @@ def check_distill(
     path: str | None,
     samples: int,
     validation_size: int,
+    teacher_bits: int | None,
     r: int,
     targets: list[str] | None,
     batch: int,
@@ -60,6 +62,8 @@ def check_distill(
         check_updates(model, names)
     micro_batches(batch, micro_batch)
     check_patience(patience, validation_size)
+    if teacher_bits:
+        check_int8("recovery.teacher_bits")
     if dataset != "generated":
         check_source(dataset, split, path)
     elif split is not None or path is not None:
@@ -96,6 +100,7 @@ def distill(
     temperature: Above = 1.0,
     direction: Direction = "forward",
     hidden: Factor = 0.0,
+    teacher_bits: Literal[8] | None = None,
     r: Natural = 0,
     alpha: Positive = 16,
     targets: list[str] | None = None,
@@ -117,7 +122,8 @@ def distill(
     The text is plain, instructions, or (`dataset=generated`) `samples` texts of `max_length` tokens
     that the dense model writes. `weight` of the loss is the KL to the dense model at `temperature`,
     the rest is cross entropy; `hidden` times the relative squared distance of the residual stream
-    after each block to the dense model's is added. With `r=0` all weights are trained, or those of
+    after each block to the dense model's is added. With `teacher_bits=8` the dense model's linear
+    weights are kept in int8. With `r=0` all weights are trained, or those of
     the linear layers that `targets` names; else updates of rank r, merged at the end. With
     `validation_size` examples set aside, the weights with the lowest cross entropy on them are
     kept, and `patience` ends the training after so many looks in a row that found no lower one.
@@ -146,6 +152,8 @@ def distill(
     check_patience(patience, validation_size)
     device = next(model.parameters()).device
     teacher = problem.dense().requires_grad_(False).to(device).eval()
+    if teacher_bits:
+        to_int8(teacher)
     blocks = same_blocks(model, teacher) if hidden else ()
     if dataset == "generated":
         drawn = {"temperature": 1.0, "seed": seed, "batch": 32}

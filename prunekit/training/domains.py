@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from prunekit.data.training_examples import Example
 
@@ -38,11 +39,13 @@ class DomainExamples(Sequence[Example]):
         seed: int,
     ):
         self.domains = {name: list(of) for name, of in domains.items()}
-        self.losses, self.reference, self.every = losses, reference, every
-        self.generator = torch.Generator().manual_seed(seed)
+        self.losses, self.reference, self.every, self.seed = losses, reference, every, seed
         total = len(self)
-        self.weights = {name: len(of) / total for name, of in self.domains.items()}
-        self.history = [self.weights]
+        self.history = [{name: len(of) / total for name, of in self.domains.items()}]
+        self._begin()
+
+    def _begin(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
         self.drawn = 0
         self._order: dict[str, list[int]] = {name: [] for name in self.domains}
 
@@ -50,17 +53,33 @@ class DomainExamples(Sequence[Example]):
         return sum(len(of) for of in self.domains.values())
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
-        if self.drawn and self.drawn % self.every == 0 and len(self.domains) > 1:
+        names, times = list(self.domains), self.drawn // self.every
+        if len(names) == 1:
+            times = 0
+        elif times == len(self.history):
             found = self.losses()
-            excess = {name: found[name] - self.reference[name] for name in self.domains}
-            self.weights = updated(self.weights, excess)
-            self.history.append(self.weights)
+            excess = {name: found[name] - self.reference[name] for name in names}
+            self.history.append(updated(self.history[-1], excess))
         self.drawn += 1
-        names = list(self.domains)
-        chances = torch.tensor([self.weights[name] for name in names])
+        chances = torch.tensor([self.history[times][name] for name in names])
         name = names[int(torch.multinomial(chances, 1, generator=self.generator))]
         if not self._order[name]:
             self._order[name] = torch.randperm(
                 len(self.domains[name]), generator=self.generator
             ).tolist()
         return self.domains[name][self._order[name].pop()]
+
+    def state(self) -> dict[str, Tensor]:
+        """All weights so far, from which the draws follow."""
+        rows = [[weights[name] for name in self.domains] for weights in self.history]
+        return {"history": torch.tensor(rows, dtype=torch.float64)}
+
+    def go_on(self, state: Mapping[str, Tensor], examples: int) -> None:
+        """Draws anew what had been learnt from. More may have been drawn ahead, and weights may be
+        known by which nothing was drawn yet: they are taken when it is their turn.
+        """
+        rows = state["history"].tolist()
+        self.history = [dict(zip(self.domains, row, strict=True)) for row in rows]
+        self._begin()
+        for _ in range(examples):
+            self[0]

@@ -4,7 +4,7 @@ at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,13 @@ class LearnedMasks:
     def deterministic(self) -> Tensor:
         """z of all units without noise, one group after the other."""
         return torch.cat([deterministic(a) for a in self.log_alphas().values()])
+
+    def state(self) -> dict[str, Tensor]:
+        """Of the noise: log alpha is kept as all that is trained."""
+        return {"noise": self.generator.get_state()}
+
+    def go_on(self, state: Mapping[str, Tensor], examples: int) -> None:
+        self.generator.set_state(state["noise"].cpu())
 
     # ---- on a model
 

@@ -1,10 +1,12 @@
-"""Masks learned together with low-rank updates of frozen weights (Compresso, NutePrune)."""
+"""Masks learned together with weights (Sheared LLaMA) or with low-rank updates of frozen weights
+(Compresso, NutePrune).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -13,6 +15,37 @@ from prunekit.training.constraints import Constraint
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.low_rank import Updates, inject, merge
 from prunekit.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from prunekit.training.resume import Stateful
+    from prunekit.training.trainer import History
+
+
+def learn(
+    masks: LearnedMasks,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    constraint: Constraint,
+    mask_lr: float,
+    *,
+    beside: Sequence[Stateful] = (),
+    **objective: Any,
+) -> History:
+    """Trains masks, on their model already, and what requires gradients in it.
+
+    beside: what else must be as it was for a training that goes on.
+    objective: of `train`, instead of the loss and the constraint.
+    """
+    from prunekit.training.trainer import train
+
+    return train(
+        masks.model,
+        examples,
+        recipe,
+        parameters=constraint.parameters(mask_lr),
+        beside=[masks, *beside],
+        **({"penalty": constraint} | objective),
+    )
 
 
 def learn_with_updates(
@@ -27,12 +60,9 @@ def learn_with_updates(
     """Trains masks and low-rank updates of frozen weights, and merges the updates. Returns the
     curve.
 
-    objective: of the updates' parameters, a context in which `train` takes what it gives; without
-        one the loss and the constraint.
+    objective: of the updates' parameters, a context in which `learn` takes what it gives.
     """
     from transformers import set_seed
-
-    from prunekit.training.trainer import train
 
     model = masks.model
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -41,11 +71,9 @@ def learn_with_updates(
         inject(model, updates)
         gates_around_updates(model)
         learnt = [p for p in model.parameters() if p.requires_grad]
-        given = nullcontext({"penalty": constraint}) if objective is None else objective(learnt)
+        given = nullcontext({}) if objective is None else objective(learnt)
         with given as how:
-            history = train(
-                model, examples, recipe, parameters=constraint.parameters(mask_lr), **how
-            )
+            history = learn(masks, examples, recipe, constraint, mask_lr, **how)
     merge(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -61,6 +62,14 @@ def micro_batches(batch: int, micro_batch: int) -> int:
         over = f" x {of} processes" if of > 1 else ""
         raise ConfigError(f"batch={batch} is no multiple of micro_batch={micro_batch}{over}")
     return batch // (micro_batch * of)
+
+
+def learnt_from(step: int, examples: int, batch: int) -> int:
+    """How many examples a training has had after `step` steps: the last step of each pass over
+    `examples` has what is left of them.
+    """
+    passes, rest = divmod(step, math.ceil(examples / batch))
+    return passes * examples + rest * batch
 
 
 def linear_decay(step: int, warmup_steps: int, steps: int) -> float:

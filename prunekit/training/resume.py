@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from prunekit.training.callbacks import Best, Curve
-from prunekit.types import Progress
+from prunekit.training.recipe import Recipe, learnt_from
 
 log = logging.getLogger("prunekit")
 
@@ -30,12 +30,26 @@ FACTS = "facts"
 STATE_FILE = "trainer_state.json"
 
 
-class Kept:
-    """What a training keeps in `progress` after a step, and takes from there before its first."""
+class Stateful(Protocol):
+    """What changes as a training goes on, beside the parameters that it trains."""
 
-    def __init__(self, progress: Progress, curve: Curve, best: Best):
-        self.progress, self.curve, self.best = progress, curve, best
-        self.found = dict(progress.read() or {})
+    def state(self) -> dict[str, Tensor]:
+        """After a step of the optimizer."""
+
+    def go_on(self, state: Mapping[str, Tensor], examples: int) -> None:
+        """As it was at `state`, when so many examples had been learnt from."""
+
+
+class Kept:
+    """What a training keeps in `recipe.progress` after a step, `beside` with it, and takes from
+    there before its first.
+    """
+
+    def __init__(self, recipe: Recipe, curve: Curve, best: Best, beside: Sequence[Stateful]):
+        assert recipe.progress is not None
+        self.progress, self.batch = recipe.progress, recipe.batch
+        self.curve, self.best, self.beside = curve, best, beside
+        self.found = dict(self.progress.read() or {})
         self.facts: dict[str, Any] = {}
         """All that is no tensor."""
         if self.found:
@@ -50,6 +64,8 @@ class Kept:
         for i, values in state["state"].items():
             tensors |= {f"optimizer:{i}:{k}": torch.as_tensor(v) for k, v in values.items()}
         tensors |= dict(random_states())
+        for i, of in enumerate(self.beside):
+            tensors |= {f"beside:{i}:{k}": v for k, v in of.state().items()}
         tensors["loss"] = trainer._tr_loss.detach()
         drawn: Any = np.random.get_state()
         facts = {
@@ -84,6 +100,9 @@ class Kept:
         best.copies = [self.found[f"best:{i}"] for i in range(self.count("best:"))]
         self.curve.records[:] = self.facts["curve"]
 
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in self.found.items() if k.startswith(prefix)}
+
     def count(self, prefix: str) -> int:
         return sum(name.startswith(prefix) for name in self.found)
 
@@ -113,10 +132,14 @@ class Kept:
             torch.cuda.set_rng_state(self.found[f"random:cuda:{i}"].cpu(), i)
         self.found.clear()
 
-    def losses(self, trainer: Any) -> None:
-        """The losses since they were logged last."""
+    def beginning(self, trainer: Any, examples: int) -> None:
+        """Before the first examples are read: the losses since they were logged last, and what is
+        `beside`, when so many examples had been learnt from.
+        """
         trainer._tr_loss = self.found["loss"].to(trainer.args.device)
         trainer._globalstep_last_logged = self.facts["logged"]
+        for i, of in enumerate(self.beside):
+            of.go_on(self.under(f"beside:{i}:"), examples)
 
 
 def inner(optimizer: Any) -> Any:
@@ -137,8 +160,8 @@ def random_states() -> Iterator[tuple[str, Tensor]]:
             yield f"random:cuda:{i}", state
 
 
-class LossesSoFar(TrainerCallback):
-    """Losses since the last record, which the Trainer begins anew."""
+class Beginning(TrainerCallback):
+    """What the Trainer itself begins anew."""
 
     def __init__(self, kept: Kept, trainer: Any):
         self.kept, self.trainer = kept, trainer
@@ -146,4 +169,6 @@ class LossesSoFar(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.kept.found:
             log.info("training goes on from step %d", state.global_step)
-            self.kept.losses(self.trainer)
+            of = len(self.trainer.train_dataset)
+            learnt = learnt_from(state.global_step, of, self.kept.batch)
+            self.kept.beginning(self.trainer, learnt)

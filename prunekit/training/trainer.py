@@ -27,7 +27,7 @@ from prunekit.training.distillation import (
     summed_loss,
 )
 from prunekit.training.recipe import Recipe, check_patience, linear_decay, processes
-from prunekit.training.resume import Kept, LossesSoFar
+from prunekit.training.resume import Beginning, Kept, Stateful
 from prunekit.training.sharding import (
     ShardingTrainer,
     Shards,
@@ -85,6 +85,7 @@ def train(
     distillation: Distillation | None = None,
     penalty: Penalty | None = None,
     parameters: Sequence[ParameterGroup] = (),
+    beside: Sequence[Stateful] = (),
 ) -> History:
     """Trains in place, by AdamW without weight decay, what requires gradients in `model`, and
     `parameters`.
@@ -96,6 +97,7 @@ def train(
     distillation: weight, temperature and direction; None takes its defaults.
     penalty: added to the loss once a step; gradients reach it as they reach the loss.
     parameters: their gradients are not clipped; the model's are, to a norm of 1. Not with FSDP.
+    beside: what else must be as it was for a training that goes on.
 
     Mixed precision follows the weights: bfloat16 or (on an accelerator) float16 where the model is
     loaded in it. The model is left in eval mode on the device where it was, with nothing of the
@@ -121,7 +123,7 @@ def train(
     constant = [False] * bool(inside) + [group.get("constant", False) for group in parameters]
     curve, best = Curve(), Best(inside + outside, recipe.patience)
     alone = processes() == 1
-    kept = Kept(recipe.progress, curve, best) if recipe.progress and alone else None
+    kept = Kept(recipe, curve, best, beside) if recipe.progress and alone else None
     shards = Shards(model, keep or {}, best) if student is not model else None
     device = training_device(model)
     with (
@@ -148,7 +150,7 @@ def train(
         if shards:
             trainer.add_callback(shards)
         if kept:
-            trainer.add_callback(LossesSoFar(kept, trainer))
+            trainer.add_callback(Beginning(kept, trainer))
         trainer.train(resume_from_checkpoint=kept.folder(folder) if kept else None)
         best.restore()
         if shards:

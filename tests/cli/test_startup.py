@@ -8,6 +8,8 @@ import sys
 import pytest
 from paths import ROOT
 
+from prunekit.cli.main import COMMANDS, WITH_FLAGS
+
 PROBE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -22,6 +24,7 @@ sys.exit(status)
     ("words", "status", "says"),
     [
         (["--help"], 0, "prunekit list"),
+        *[([c, "--help"], 0, f"prunekit {c}") for c in COMMANDS if c not in WITH_FLAGS],
         (["list"], 0, "block_influence"),
         (["list", "criterion"], 0, "param_first"),
         (["ratio.taget=0.2"], 2, "possible: target"),

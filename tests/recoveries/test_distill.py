@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -114,6 +115,37 @@ def test_the_dense_model_can_write_the_text():
     rows = written(dense, byte_tokenizer(), 3, 9, temperature=1.0, seed=1, batch=2)
     assert [len(row["input_ids"]) for row in rows] == [9] * 3
     assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in rows)
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+def test_a_teacher_in_eight_bits_teaches_nearly_the_same(text, arch):
+    dense, teacher = small(arch), small(arch)
+    pruned = narrowed(small(arch))
+    start = divergence(pruned.model, dense, text)
+    losses = {}
+    for bits in (None, 8):
+        again = Pruned(copy.deepcopy(pruned.model), pruned.kept, pruned.groups)
+        run_distill(again, teacher, path=text, teacher_bits=bits)
+        losses[bits] = divergence(again.model, dense, text)
+    weights = [m.weight for m in teacher.modules() if isinstance(m, nn.Linear)]
+    assert all(type(w).__name__ != "Parameter" and w.qdata.dtype == torch.int8 for w in weights)
+    assert losses[8] < start
+    assert losses[8] == pytest.approx(losses[None], rel=0.02)
+
+
+def test_without_torchao_eight_bits_are_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr("prunekit.training.int8.find_spec", lambda name: None)
+    entry, model = recoveries.entry("distill"), tiny_model("llama", meta=True, **SIZES)
+    with pytest.raises(ConfigError, match="teacher_bits=8 needs torchao.*prunekit\\[int8\\]"):
+        entry.meta["check"](model, **entry.defaults | {"teacher_bits": 8})
+
+
+def test_eight_bits_are_not_put_into_shards(monkeypatch):
+    monkeypatch.setattr("prunekit.training.sharding.wants_shards", lambda: True)
+    entry, model = recoveries.entry("distill"), tiny_model("llama", meta=True, **SIZES)
+    with pytest.raises(ConfigError, match="teacher_bits=8: FSDP"):
+        entry.meta["check"](model, **entry.defaults | {"teacher_bits": 8})
 
 
 def test_without_the_dense_model_nothing_starts(text):

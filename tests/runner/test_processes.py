@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from choices import WHOLE
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -67,9 +68,9 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
 @pytest.mark.slow
 def test_two_processes_choose_what_one_does(tmp_path):
     """A method of each family on samples that are shared out: gradients (of the whole model, and
-    block by block), moments, grams with a
-    refit, block influence, experts. Of single weights a few are so nearly equal that the order of
-    sums decides.
+    block by block), moments, grams with a refit, levels of a database, block influence, experts.
+    Others see the whole text in each process. Of single weights a few are so nearly equal that the
+    order of sums decides.
     """
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
@@ -86,7 +87,9 @@ def test_two_processes_choose_what_one_does(tmp_path):
             for group, mask in kept.items():
                 same = (theirs[group] == mask).float().mean()
                 assert same > 0.999 if mask.dim() > 1 else same == 1, (name, group)
-            if name != "obs":  # which stops its forwards before that layer ends
+            if name in WHOLE:
+                assert seen == tokens > 0, f"{name}: each process sees the whole text"
+            elif name != "obs":  # which stops its forwards before that layer ends
                 assert 0 < seen < tokens, f"{name}: a process sees a part of the text"
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cut_off import CutOff, Progress
 from tiny_models import tiny_model
 from torch import nn
 
@@ -20,26 +21,6 @@ RECIPE = Recipe(
     lr=1e-2, warmup_steps=2, epochs=3, batch=4, micro_batch=2, eval_every=3, log_every=4, seed=0
 )
 """12 steps: three epochs of four, the last one of each short of examples."""
-
-
-class CutOff(Exception):
-    """The process was killed."""
-
-
-class Progress:
-    """Keeps what is written; `after` so many times the training is cut off."""
-
-    def __init__(self, after: int | None = None):
-        self.after, self.kept, self.times = after, None, 0
-
-    def read(self):
-        return self.kept
-
-    def write(self, tensors):
-        self.kept = {name: t.clone() for name, t in tensors.items()}
-        self.times += 1
-        if self.times == self.after:
-            raise CutOff
 
 
 def examples(count, seed):
