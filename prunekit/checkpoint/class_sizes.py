@@ -62,7 +62,7 @@ def rows_of_config(kind: type, config: Any | None) -> Rows | None:
 
 def edited(config: Any, **edits: Any) -> Any | None:
     """The config with some fields changed, as reading it from a file would give it; None where its
-    class refuses the values.
+    class refuses the values. A field of a part of the config is `part.field`.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -74,7 +74,9 @@ def edited(config: Any, **edits: Any) -> Any | None:
         else None
     )
     target = fields if inner is None else fields[inner]
-    target.update({text.attribute_map.get(k, k): v for k, v in edits.items()})
+    for name, value in edits.items():
+        part, _, field = name.rpartition(".")
+        (target[part] if part else target)[text.attribute_map.get(field, field)] = value
     try:
         made = type(config).from_dict(fields)
     except (*REFUSALS, StrictDataclassError):
@@ -82,6 +84,23 @@ def edited(config: Any, **edits: Any) -> Any | None:
     made._attn_implementation = config._attn_implementation
     made._experts_implementation = config._experts_implementation
     return made
+
+
+def integers(config: Any, parts: bool) -> dict[str, int]:
+    """Fields of a config that may be sizes, and where `parts` those of its parts (DBRX's
+    `ffn_config`) as `edited` takes them.
+    """
+    from transformers import PreTrainedConfig
+
+    found = {
+        k: v
+        for k, v in vars(config).items()
+        if type(v) is int and v > 0 and not k.startswith("_") and not k.endswith("token_id")
+    }
+    for name, part in vars(config).items() if parts else ():
+        if isinstance(part, PreTrainedConfig):
+            found |= {f"{name}.{k}": v for k, v in integers(part, False).items()}
+    return found
 
 
 def nearest_accepted(kind: type, config: Any, reach: int = 256) -> Any:

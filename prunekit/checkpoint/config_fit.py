@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from prunekit.checkpoint.class_sizes import Rows, edited, rows_of_config
+from prunekit.checkpoint.class_sizes import Rows, edited, integers, rows_of_config
 
 
 class Fit:
@@ -68,11 +68,7 @@ class Fit:
         text = (config or self.config).get_text_config()
         if ratios is None:
             ratios = self.ratios(self.rows, self.target)
-        fields = {
-            k: v
-            for k, v in vars(text).items()
-            if type(v) is int and v > 0 and not k.startswith("_") and not k.endswith("token_id")
-        }
+        fields = integers(text, parts=not self.prefix)
         sizes = {v for (_, k), v in self.target.items() if k == ".head_dim"}
         if "head_dim" not in fields and sizes:
             fields["head_dim"] = 0  # many classes read it where their config does not declare it

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.checkpoint.class_sizes import edited, rows, rows_of_config
+from prunekit.checkpoint.class_sizes import edited, integers, rows, rows_of_config
 from prunekit.checkpoint.config_fit import fit
 from prunekit.checkpoint.construction import build_on_meta, clean_config, stock_class
 from prunekit.checkpoint.layout import difference
@@ -67,10 +67,7 @@ def _follows_a_field(kind: type, config: Any, row: tuple[str, str], stock: int, 
     """Whether some field of the config that has the value `stock` gives the number `row` the value
     `mine` when it is set to that.
     """
-    fields = [
-        k
-        for k, v in vars(config.get_text_config()).items()
-        if type(v) is int and v == stock and not k.startswith("_")
-    ]
+    sizes = integers(config.get_text_config(), parts=True)
+    fields = [k for k, v in sizes.items() if v == stock]
     tries = (rows_of_config(kind, edited(config, **{field: mine})) or {} for field in fields)
     return any(found.get(row) == mine for found in tries)

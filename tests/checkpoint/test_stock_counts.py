@@ -126,3 +126,26 @@ def test_all_neurons_of_a_mixture_lose_the_same_share():
     )
     assert counts["neurons.1"] == counts["neurons.1.1"] > 0
     assert abs(counts["neurons.0"] - 3 * counts["neurons.1"]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "field", "size"),
+    [
+        ("experts", "ffn_config", "moe_num_experts", 4),
+        ("neurons", "ffn_config", "ffn_hidden_size", 72),
+    ],
+)
+def test_sizes_in_a_part_of_the_config_are_found(kind, part, field, size):
+    model = tiny_model("dbrx")
+    kept = {}
+    for g in groups_of(model, kind):
+        gone = 1 if kind == "experts" else g.units // 4
+        kept[g.name] = torch.arange(g.units) >= gone
+    pruned = graph.remove(model, kept)
+    config = stock_config(pruned)
+    assert getattr(getattr(config, part), field) == size
+    stock = type(model)(config).eval()
+    stock.load_state_dict(pruned.state_dict())
+    ids = torch.arange(8, 24)[None]
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, pruned(ids).logits)
