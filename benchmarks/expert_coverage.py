@@ -27,15 +27,17 @@ from coverage import NotBuilt, build, tools
 from kept_results import KeptResults
 
 from prunekit import graph
+from prunekit.activations.hooks import first_tensor
 from prunekit.activations.runs import ModelRun
 from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
 from prunekit.graph.discovery import discovery
+from prunekit.graph.expert_neurons import module_around
 from prunekit.graph.gate_places import writers_of
 from prunekit.graph.groups import Cut
 from prunekit.graph.sample_run import ERRORS, logits_of
 from prunekit.graph.verification import masked_logits
-from prunekit.scoring.experts import expert_parents, expert_statistics, routed
+from prunekit.scoring.experts import around, expert_parents, expert_statistics, routed
 from prunekit.types import tensor_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,14 +51,20 @@ def scores_off(model: Any, ids: Any, found: Any, groups: Any) -> float:
     seen: dict[str, Any] = {}
     hooks = []
     for g in groups:
-        for path in expert_parents(model, g):
 
-            def keep(m: Any, args: Any, kwargs: Any, out: Any, name: str = g.name) -> None:
-                if routed(args, kwargs) is not None:
-                    seen.setdefault(name, (m, args, kwargs))
+        def keep(m: Any, args: Any, kwargs: Any, out: Any, name: str = g.name) -> None:
+            seen.setdefault(name, (m, args, kwargs))
 
+        def keep_routed(m: Any, args: Any, kwargs: Any, out: Any, name: str = g.name) -> None:
+            if routed(args, kwargs) is not None:
+                seen.setdefault(name, (m, args, kwargs))
+
+        # Where no experts are called with a routing, the innermost module around them.
+        watched = [(path, keep_routed) for path in expert_parents(model, g)]
+        watched += [(path, keep) for path in around(module_around(g))]
+        for path, see in watched:
             module = model.get_submodule(path)
-            hooks.append(module.register_forward_hook(keep, with_kwargs=True))
+            hooks.append(module.register_forward_hook(see, with_kwargs=True))
     with torch.no_grad():
         model(input_ids=ids)
     for hook in hooks:
@@ -75,7 +83,8 @@ def scores_off(model: Any, ids: Any, found: Any, groups: Any) -> float:
                     t.copy_(own[m.param])  # noqa: B023
                     gone = [u for u in range(g.units) if u != left]  # noqa: B023
                     t.index_fill_(m.axis, m.index[gone].reshape(-1), 0)
-                return module.forward(*args, **kwargs).reshape(-1, model.config.hidden_size)  # noqa: B023
+                out = first_tensor(module.forward(*args, **kwargs))  # noqa: B023
+                return out.reshape(-1, model.config.hidden_size)
 
         none = output(None)
         one = torch.stack([(output(u) - none).norm(dim=1).sum() for u in range(g.units)]).double()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -52,18 +52,22 @@ class Fit:
         )
         return len(far) - leftover + sum(k not in self.target for k in found), leftover
 
-    def ratios(self) -> list[Fraction]:
-        """Wanted size over the size now, the most frequent ratios first."""
+    def ratios(self, rows: Rows, keys: Iterable[tuple[str, int | str]]) -> list[Fraction]:
+        """Wanted size over that in `rows`, of some of them, the most frequent ratios first."""
         pairs: Counter[Fraction] = Counter()
-        for key, want in self.target.items():
-            have = self.rows.get(key)
+        for key in keys:
+            want, have = self.target[key], rows.get(key)
             if type(want) is int and type(have) is int and want > 0 and have > 0 and want != have:
                 pairs[Fraction(want, have)] += 1
         return [ratio for ratio, _ in pairs.most_common(4)]
 
-    def proposals(self) -> Iterator[tuple[str, int]]:
-        """Fields and values worth asking for."""
-        text = self.config.get_text_config()
+    def proposals(
+        self, config: Any = None, ratios: Sequence[Fraction] | None = None
+    ) -> Iterator[tuple[str, int]]:
+        """Fields and values worth asking for, of the config and the ratios now or of others."""
+        text = (config or self.config).get_text_config()
+        if ratios is None:
+            ratios = self.ratios(self.rows, self.target)
         fields = {
             k: v
             for k, v in vars(text).items()
@@ -78,7 +82,7 @@ class Fit:
             wanted = (
                 sizes
                 if field == "head_dim"
-                else {int(value * r) for r in self.ratios() if (value * r).denominator == 1}
+                else {int(value * r) for r in ratios if (value * r).denominator == 1}
             )
             yield from ((field, v) for v in sorted(wanted, reverse=True) if v != value)
 
@@ -108,16 +112,35 @@ class Fit:
         self.edits |= taken
         return True
 
+    def followed(self) -> Iterator[dict[str, int]]:
+        """A field that makes rows right with a second one that rights what the first makes wrong:
+        where a size is the product of both (shared experts as multiples of a routed one).
+        """
+        right = {k for k, v in self.target.items() if self.rows.get(k) == v}
+        for field, value in list(self.proposals()):
+            result = self.attempt({field: value})
+            if result is None:
+                continue
+            _, config, found = result
+            now = {k for k, v in self.target.items() if found.get(k) == v}
+            if now <= right:
+                continue
+            for other, v in self.proposals(config, self.ratios(found, right - now)):
+                if other != field:
+                    yield {field: value, other: v}
+
     def run(self) -> Fit:
         """Edit one field at a time while that helps, then two at a time where only both together
-        are accepted.
+        are accepted, or where the second takes back what the first has done elsewhere.
         """
         while self.wrong != (0, 0):
             if self.take_best({f: v} for f, v in self.proposals()):
                 continue
             live = [{f: v} for f, v in self.proposals()][:12]
             pairs = itertools.combinations(live, 2)
-            if not self.take_best(a | b for a, b in pairs if a.keys() != b.keys()):
+            if self.take_best(a | b for a, b in pairs if a.keys() != b.keys()):
+                continue
+            if not self.take_best(self.followed()):
                 break
         return self
 

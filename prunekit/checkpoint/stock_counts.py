@@ -25,6 +25,8 @@ PerPlace = dict[str, int]
 """place -> units to remove from each of its groups."""
 TRIES = 64
 """How many neighbouring counts are offered to the class before giving up."""
+FAR = 1 / 8
+"""The share of its neurons by which a group may lose more or fewer than were asked for."""
 
 
 def same_in_every_layer(
@@ -52,7 +54,10 @@ def same_in_every_layer(
             wanted = units_for(Sizes(model, groups), places, chosen, mine, budget)
         else:
             wanted = round(share[kind] * first.units)
-        for count in nearest(multiple(first, wanted), first.units):
+        asked = multiple(first, wanted)
+        for count in nearest(asked, first.units):
+            if kind == "neurons" and abs(count - asked) > FAR * first.units:
+                raise ConfigError(refusal(model, mine, first, wanted, accepts))
             tried = together(mine, first, count)
             whole = all(multiple(g, tried[place]) == tried[place] for place, g in mine.items())
             if whole and accepts(chosen | tried):
@@ -77,8 +82,8 @@ def refusal(
     model: nn.Module, mine: dict[str, Group], first: Group, wanted: int, accepts: StockClass
 ) -> str:
     """What is possible where the class builds no model with about `wanted` neurons less."""
-    counts = list(nearest(wanted, first.units))
-    near = next((n for n in counts if n and accepts(together(mine, first, n))), None)
+    counts = [n for n in nearest(wanted, first.units) if n and multiples(first.units - n, first)]
+    near = next((n for n in counts if accepts(together(mine, first, n))), None)
     everything = by_place(g for g in graph.discover(model) if g.kind == first.kind)
     more = {place: of[0] for place, of in everything.items() if place not in mine}
     names = {place: [g.name for g in of] for place, of in everything.items()}
@@ -93,6 +98,13 @@ def refusal(
         f"{first.units} neurons less of {', '.join(mine)}; possible: "
         f"{', or '.join([*possible, 'loadable=any for a self-contained checkpoint'])}"
     )
+
+
+def multiples(kept: int, group: Group) -> bool:
+    """Whether a few times the units of a group, such as shared experts have, are so many times what
+    is kept.
+    """
+    return any(group.units * times % kept == 0 for times in range(1, 5))
 
 
 def by_place(groups: Iterable[Group]) -> dict[str, list[Group]]:

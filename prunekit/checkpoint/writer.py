@@ -17,6 +17,7 @@ from prunekit.architecture.offload import lend_weights, offloaded, stored_value
 from prunekit.checkpoint import bitmask
 from prunekit.checkpoint.config_choice import describe
 from prunekit.checkpoint.construction import stock_class
+from prunekit.checkpoint.draft_layers import without_draft_layers
 from prunekit.checkpoint.integrity import read_json
 from prunekit.checkpoint.layout import describe_runtime_modules
 from prunekit.checkpoint.manifest import MANIFEST, build_manifest, write_manifest
@@ -73,6 +74,7 @@ def save(
             _note(part / "config.json", experts_implementation="eager")
         if layout:
             _note_base_model(part / "config.json", copy)
+        without_draft_layers(part / "config.json", copy)
         if packed:
             bitmask.pack(part)
         if tokenizer is not None:

@@ -38,8 +38,10 @@ def experts(model: nn.Module, groups: list[Group], run: Run, *, score: Score = "
     token reached scores 0, and the log says so. With pruner=layerwise a block is scored on what
     the pruned ones before it put out; with pruner=oneshot on the dense model, as REAP's authors do.
 
-    Raises ConfigError for units that are no experts, and where an architecture does not call its
-    experts with the picks of each token.
+    Where the weight is multiplied with what an expert reads (Llama 4), f holds it and g is 1.
+
+    Raises ConfigError for units that are no experts, and where an architecture's code cannot be
+    followed from the experts' weights to the output.
     """
     found = expert_statistics(model, groups, run)
     return {name: expert_scores(s, score).float() for name, s in found.items()}

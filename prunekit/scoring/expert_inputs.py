@@ -166,7 +166,8 @@ def watch_fused(model: nn.Module, fused: Sequence[FusedExperts], see: Sees) -> I
     if lost is not None:
         raise ConfigError(
             f"{lost} of {type(model).__name__}: its experts are not called with the experts and "
-            "weights of each token, so what they read cannot be told apart"
+            "weights of each token, so what they read cannot be told apart; take score=taylor or "
+            "magnitude of pruner=expert_neurons, without refit"
         )
 
 

@@ -17,13 +17,15 @@ from prunekit.activations import processes
 from prunekit.activations.hooks import pass_tokens
 from prunekit.errors import ConfigError
 from prunekit.graph.expert_neurons import (
+    expert_members,
     expert_numbers,
     expert_slabs,
     module_around,
     unit_of_expert,
 )
 from prunekit.graph.sample_run import ERRORS
-from prunekit.scoring.listed_experts import listed_calls
+from prunekit.scoring.listed_experts import ListedCall, listed_calls
+from prunekit.scoring.traced_experts import traced_calls
 from prunekit.types import Group, Run
 
 log = logging.getLogger("prunekit")
@@ -150,26 +152,46 @@ def expert_parents(model: nn.Module, group: Group) -> list[str]:
     """The modules around an expert group's weights, the innermost first."""
     slabs = [m.param for m in expert_slabs(model, group)]
     names = [n.rpartition(".")[0] for n in slabs or [m.param for m in group.members]]
-    first = names[-1].split(".")
+    return around(names[-1])
+
+
+def around(path: str) -> list[str]:
+    """A module and those around it, the innermost first."""
+    first = path.split(".")
     return [".".join(first[:i]) for i in range(len(first), 0, -1)]
+
+
+def _calls_inside(
+    model: nn.Module, group: Group, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+) -> list[ListedCall]:
+    """The calls of a group's experts inside `module`, with the unit of each in the expert's
+    place.
+    """
+    if group.modules:
+        return listed_calls(model, group, module, args, kwargs)
+    unit = unit_of_expert(expert_numbers(model, group)).tolist()
+    calls = traced_calls(model, expert_members(model, group), module, args, kwargs)
+    return [c._replace(expert=unit[c.expert]) for c in calls]
 
 
 @contextmanager
 def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
     """Inside, every call of the groups' experts adds to their statistics, which come out by name;
-    a group whose experts are neither called with a routing nor modules of a list gets none.
+    a group whose experts' outputs and weights cannot be had gets none.
 
     An expert's output is had by calling the experts again with one pick a token and a weight of
-    one: as much work as the call itself.
+    one: as much work as the call itself. Experts that are not called with a routing are watched
+    inside the innermost module around them and their router, which is called again.
     """
     found: dict[str, ExpertStatistics] = {}
     owner: dict[str, str] = {}
+    again: list[str] = []  # the module that is being called again
     units = {g.name: unit_of_expert(expert_numbers(model, g)) for g in groups}
 
     def after(group: Group, path: str) -> Any:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = routed(args, kwargs)
-            if call is None or owner.setdefault(group.name, path) != path:
+            if call is None or again or owner.setdefault(group.name, path) != path:
                 return
             if group.name not in found:
                 found[group.name] = ExpertStatistics.zeros(group.units, call.picks.device)
@@ -184,20 +206,22 @@ def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
 
         return see
 
-    def after_all(group: Group) -> Any:
+    def after_all(group: Group, path: str) -> Any:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if owner.get(group.name, "a list") != "a list":
+            if again or owner.setdefault(group.name, path) != path:
                 return
-            for expert, f, g in listed_calls(model, group, module, args, kwargs):
-                owner[group.name] = "a list"
+            again.append(path)
+            calls = _calls_inside(model, group, module, args, kwargs)
+            again.clear()
+            for unit, f, g in calls:
                 if group.name not in found:
                     found[group.name] = ExpertStatistics.zeros(group.units, f.device)
-                found[group.name].add(torch.full_like(g, expert, dtype=torch.int64), g, f)
+                found[group.name].add(torch.full_like(g, unit, dtype=torch.int64), g, f)
 
         return see
 
     watched = [(path, after(g, path)) for g in groups for path in expert_parents(model, g)]
-    watched += [(module_around(g), after_all(g)) for g in groups if g.modules]
+    watched += [(p, after_all(g, f"around {p}")) for g in groups for p in around(module_around(g))]
     hooks = [
         model.get_submodule(path).register_forward_hook(see, with_kwargs=True)
         for path, see in watched
@@ -216,8 +240,8 @@ def expert_statistics(
     """By group the statistics of its experts over the calibration text: one pass, none for what
     this run has seen. Says how many experts no token reached.
 
-    Raises ConfigError for groups of other kinds, and for experts whose routing is not among the
-    arguments that they are called with.
+    Raises ConfigError for groups of other kinds, and for experts that are neither called with their
+    routing nor followed in the code around them.
     """
     check_experts(groups)
     missing = [g for g in groups if ("experts", g.name) not in run.statistics]
@@ -228,8 +252,8 @@ def expert_statistics(
             if g.name not in found:
                 raise ConfigError(
                     f"{g.name} of {type(model).__name__}: its experts are not called with the "
-                    "experts and weights of each token, so their outputs cannot be told apart; "
-                    "take criterion=aimer or l2, which read weights alone"
+                    "experts and weights of each token, nor can its code be followed from their "
+                    "weights to the output; take criterion=aimer or l2, which read weights alone"
                 )
             sums = found[g.name]
             processes.add_up([getattr(sums, name) for name in ADDED])

@@ -176,14 +176,21 @@ def listed_calls(
     try:
         with torch.enable_grad():
             total = first_tensor(module.forward(*args, **kwargs)).float().sum()
-            if not total.requires_grad or not outputs:
-                return []
-            slopes = torch.autograd.grad(total, list(outputs.values()), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
+    return weighed(total, list(outputs.items()))
+
+
+def weighed(total: Tensor, outputs: Sequence[tuple[int, Tensor]]) -> list[ListedCall]:
+    """The outputs of experts with their weights in a sum over tokens and channels. Empty where the
+    channels of a token have not all the same.
+    """
+    if not total.requires_grad or not outputs:
+        return []
+    slopes = torch.autograd.grad(total, [f for _, f in outputs], allow_unused=True)
     found = []
-    for (expert, f), slope in zip(outputs.items(), slopes, strict=True):
+    for (expert, f), slope in zip(outputs, slopes, strict=True):
         if slope is None or not slope.numel():
             continue
         slope = slope.reshape(-1, slope.shape[-1]).float()

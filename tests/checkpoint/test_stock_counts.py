@@ -76,16 +76,11 @@ def inside(model, target, of="units", **options):
     [
         ("qwen2_moe", {}, {"neurons.0": 8, "neurons.1": 8}),
         ("deepseek_v3", {"shared": True}, {"neurons.1": 8, "neurons.1.1": 8}),
-        ("jamba", {}, None),
     ],
 )
 def test_neurons_inside_experts_need_not_be_those_of_every_block(name, options, expected):
     """Shared experts with a size of their own, or one that follows; a dense first block."""
     model = tiny_model(name)
-    if expected is None:  # one field for dense blocks and experts
-        with pytest.raises(ConfigError, match=r"cannot be built .* loadable=any"):
-            inside(model, 0.25, **options)
-        return
     counts = inside(model, 0.25, **options)
     assert counts == expected
     kept = keep_local({n: torch.arange(32.0) for n in counts}, counts)
@@ -94,12 +89,33 @@ def test_neurons_inside_experts_need_not_be_those_of_every_block(name, options, 
     assert config.intermediate_size == 96
 
 
+def test_one_field_for_dense_blocks_and_experts_is_refused():
+    with pytest.raises(ConfigError, match=r"cannot be built .* loadable=any"):
+        inside(tiny_model("jamba", intermediate_size=32), 0.25)
+
+
 def test_shared_experts_that_follow_the_routed_ones_are_named():
-    same = (
-        r"possible: the same share of neurons \(model.layers.mlp.shared_experts[^,]*, or loadable"
-    )
+    same = r"or the same share of neurons \(model.layers.mlp.shared_experts.*, or loadable"
     with pytest.raises(ConfigError, match=same):
         inside(tiny_model("deepseek_v3"), 0.25)
+
+
+def test_half_of_the_neurons_of_routed_experts_make_a_shared_one_two():
+    """Its size is so many times that of a routed one; what comes of fewer is no multiple."""
+    model = tiny_model("deepseek_v3")
+    counts = inside(model, 0.5)
+    assert counts == {"neurons.1": 16}
+    pruned = graph.remove(model, keep_local({"neurons.1": torch.arange(32.0)}, counts))
+    config = stock_config(pruned)
+    assert (config.moe_intermediate_size, config.n_shared_experts) == (16, 2)
+    assert config.intermediate_size == 96
+    stock = type(model)(config).eval()
+    stock.load_state_dict(pruned.state_dict())
+    ids = torch.arange(8, 24)[None]
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, pruned(ids).logits)
+    with pytest.raises(ConfigError, match="possible: a ratio that removes 16 of 32, or the same"):
+        inside(tiny_model("deepseek_v3"), 0.3)
 
 
 def test_all_neurons_of_a_mixture_lose_the_same_share():
