@@ -32,12 +32,12 @@ from prunekit.activations.runs import ModelRun
 from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
 from prunekit.graph.discovery import discovery
-from prunekit.graph.expert_neurons import module_around
+from prunekit.graph.expert_neurons import around, module_around
 from prunekit.graph.gate_places import writers_of
 from prunekit.graph.groups import Cut
 from prunekit.graph.sample_run import ERRORS, logits_of
 from prunekit.graph.verification import masked_logits
-from prunekit.scoring.experts import around, expert_parents, expert_statistics, routed
+from prunekit.scoring.experts import expert_parents, expert_statistics, routed
 from prunekit.types import tensor_of
 
 ROOT = Path(__file__).resolve().parent.parent

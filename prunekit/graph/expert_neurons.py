@@ -30,6 +30,12 @@ def module_around(group: Group) -> str:
     return ".".join(same)
 
 
+def around(path: str) -> list[str]:
+    """A module and those around it, the innermost first."""
+    first = path.split(".")
+    return [".".join(first[:i]) for i in range(len(first), 0, -1)]
+
+
 def expert_members(model: nn.Module, group: Group) -> list[Member]:
     """Where the experts themselves are, their biases too; not the router's rows."""
     slabs = expert_slabs(model, group)

@@ -17,6 +17,7 @@ from prunekit.activations import processes
 from prunekit.activations.hooks import pass_tokens
 from prunekit.errors import ConfigError
 from prunekit.graph.expert_neurons import (
+    around,
     expert_members,
     expert_numbers,
     expert_slabs,
@@ -153,12 +154,6 @@ def expert_parents(model: nn.Module, group: Group) -> list[str]:
     slabs = [m.param for m in expert_slabs(model, group)]
     names = [n.rpartition(".")[0] for n in slabs or [m.param for m in group.members]]
     return around(names[-1])
-
-
-def around(path: str) -> list[str]:
-    """A module and those around it, the innermost first."""
-    first = path.split(".")
-    return [".".join(first[:i]) for i in range(len(first), 0, -1)]
 
 
 def _calls_inside(

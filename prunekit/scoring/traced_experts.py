@@ -78,9 +78,11 @@ def traced_calls(
     A row of zeros is a token that the code leaves out, and gets the weight 0. Where the weight is
     multiplied with what the experts read (Llama 4), the output holds it already and g is 1.
     """
-    if any(m.axis != 0 for m in members):
+    tensors = [tensor_of(model, m.param) for m in members]
+    # Of a model that accelerate spread, weights come when their own module is called.
+    if any(m.axis != 0 or t.is_meta for m, t in zip(members, tensors, strict=True)):
         return []
-    mode = CutAtExperts([tensor_of(model, m.param) for m in members])
+    mode = CutAtExperts(tensors)
     with torch.enable_grad(), mode:
         total = first_tensor(module.forward(*args, **kwargs)).float().sum()
     calls = weighed(total, mode.outputs)

@@ -16,9 +16,9 @@ from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.storage import autocast
 from prunekit.graph.discovery import Discovery
-from prunekit.graph.expert_neurons import module_around
+from prunekit.graph.expert_neurons import around, module_around
 from prunekit.graph.gated import gated
-from prunekit.types import Group
+from prunekit.types import Group, tensor_of
 
 
 class Found(NamedTuple):
@@ -30,7 +30,8 @@ class Found(NamedTuple):
 
 
 class ExpertLayer:
-    """One router with its experts, and what it is given and puts out on the text of a block.
+    """One router with its experts, and what the innermost module around them that is called gets
+    and puts out on the text of a block.
 
     Attributes:
         calls: the arguments of each batch.
@@ -40,19 +41,27 @@ class ExpertLayer:
 
     def __init__(self, model: nn.Module, group: Group, run: BlockRun, known: Discovery):
         self.model, self.group, self.run, self.known = model, group, run, known
-        self.module = model.get_submodule(module_around(group))
-        self.device = next(self.module.parameters()).device
+        self.module: nn.Module | None = None
+        self.device = tensor_of(model, group.members[0].param).device
         self.calls: list[tuple[Any, Any]] = []
         self.outputs: list[Tensor] = []
         self.z = torch.ones(group.units, device=self.device)
-        hook = self.module.register_forward_hook(self._keep, with_kwargs=True)
+        hooks = [
+            model.get_submodule(path).register_forward_hook(self._keep, with_kwargs=True)
+            for path in around(module_around(group))
+        ]
         try:
             for _ in run.forward():
                 pass
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.module is None:
+            self.module = module
+        if module is not self.module:
+            return
         self.calls.append((args, kwargs))
         self.outputs.append(first_tensor(output))
 
@@ -64,6 +73,7 @@ class ExpertLayer:
         """Sum over samples of the norm of what the output changes by without these experts."""
         self.z.fill_(1)
         self.z[list(gone)] = 0
+        assert self.module is not None
         total = torch.zeros((), device=self.device)
         rows = self.run.feed.rows
         with autocast(self.run.feed.precision, self.device):

@@ -96,3 +96,26 @@ def test_fewer_experts_than_a_token_picks_are_refused_before_anything_runs(mixtr
         check("naee", asked)
     with pytest.raises(ConfigError, match="ranking=local"):
         check("naee", problem(mixtral, ratio=uniform(0.4, ranking="global")))
+
+
+def test_the_router_and_experts_need_not_be_a_module_that_is_called():
+    """JetMoE's experts of attention: the loss is that of the attention around them."""
+    model = tiny_model("jetmoe")
+    pruned = run(model, share=0.2)
+
+    def attended(m):
+        seen = []
+        part = m.model.layers[0].self_attention
+        hook = part.register_forward_hook(lambda _, args, out: seen.append(out[0]))
+        with torch.no_grad():
+            m(TOKENS)
+        hook.remove()
+        return seen[0].reshape(len(TOKENS), -1)
+
+    dense, losses = attended(model), []
+    for e in range(5):
+        without = graph.remove(copy.deepcopy(model), {"experts.0.1": torch.arange(5) != e})
+        losses.append(float((attended(without) - dense).norm(dim=1).sum()))
+    assert int(pruned.kept["experts.0.1"].int().argmin()) == losses.index(min(losses))
+    assert pruned.notes["naee"]["experts.0.1"]["loss"] == pytest.approx(min(losses), rel=1e-4)
+    assert pruned.model.model.layers[0].self_attention.experts.router.layer.out_features == 4
