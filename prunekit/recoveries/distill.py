@@ -81,6 +81,7 @@ def check_distill(
     paper="arXiv 1503.02531, 2407.14679",
     year=2024,
     needs="data",
+    dense=True,
     out="self-contained",
     check=check_distill,
     context=("max_length",),

@@ -55,6 +55,7 @@ def check_reconstruct(
     paper="arXiv 2312.15230",
     year=2023,
     needs="data",
+    dense=True,
     out="self-contained",
     check=check_reconstruct,
     context=("length",),

@@ -43,6 +43,7 @@ def check_transfer(
     paper="arXiv 2310.02277, 2306.03805",
     year=2023,
     needs="data",
+    dense=True,
     out="self-contained",
     check=check_transfer,
     context=("max_length",),

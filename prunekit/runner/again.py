@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
                 check_finite(job, done.model, "recover")
             done.notes = start.notes
             measure(job, "recovered", lambda: done.model, tokenizer, tracker)
-            saved = save(job, done, tokenizer, tracker)
+            saved = save(replace(job, cfg=cfg | made_of(path)), done, tokenizer, tracker)
         record = results.record(
             cfg, job.found, job.stages.results, done, saved, provenance.collect(cfg, None)
         )
@@ -91,7 +92,7 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
         raise ConfigError("recover needs a recovery, for example recovery=lora_text")
     if not recover and not parts.evals:
         raise ConfigError("eval needs an eval, for example eval=quick")
-    if any(map(compares, parts.evals.values())):
+    if any(map(compares, parts.evals.values())) or (recover and learns_from_dense(parts.recovery)):
         dense_model(path)
     model = checkpoint.outline(path)
     check_lengths(model, *parts.evals.values(), parts.recovery if recover else None)
@@ -100,14 +101,28 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
     return parts
 
 
+def learns_from_dense(recovery: Component | None) -> bool:
+    """Whether a recovery asks for the model as it was before anything was pruned."""
+    return recovery is not None and bool(recovery.meta.get("dense"))
+
+
+def made_of(path: Path) -> dict[str, Any]:
+    """`{"model": node}` of the model that was pruned, which the checkpoint of a checkpoint says
+    too; empty where `path` does not say it.
+    """
+    node = (check_manifest(path).get("config") or {}).get("model")
+    return {} if node is None else {"model": node}
+
+
 def dense_model(path: Path) -> Component:
     """The model that the checkpoint was made of. Raises ConfigError where it does not say that."""
-    node = (check_manifest(path).get("config") or {}).get("model")
-    if node is None:
+    node = made_of(path)
+    if not node:
         raise ConfigError(
-            f"{path} does not say which model it was made of: nothing to compare with"
+            f"{path} does not say which model it was made of: there is no dense model to compare "
+            "with or to learn from"
         )
-    return models.build(node)
+    return models.build(node["model"])
 
 
 def kept_units(path: Path) -> Kept:

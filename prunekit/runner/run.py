@@ -150,7 +150,7 @@ def pose(
         criterion,
         parts.ratio,
         parts.exclude,
-        load_dense=lambda: parts.model()[0],
+        load_dense=job.dense.load,
         remember=job.cache.keeper(model, texts),
         training=job.kept.training(name),
         passes=job.kept.passes(name),

@@ -51,6 +51,28 @@ def test_a_checkpoint_is_recovered_as_the_run_would_have(pruned, tmp_path):
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
+@pytest.mark.parametrize("recovery", ["distill", "reconstruct"])
+def test_what_learns_from_the_dense_model_learns_from_the_one_that_was_pruned(
+    pruned, recovery, tmp_path
+):
+    given = {
+        "distill": ["max_steps=2", "max_length=32", "validation_size=0", "lr=1e-2"],
+        "reconstruct": ["samples=4", "length=32"],
+    }
+    words = [f"recovery={recovery}", "recovery.dataset=pydocs"]
+    words += [f"recovery.{word}" for word in given[recovery]]
+    assert main(["recover", str(pruned[1]), *QUICK, *words, "--to", str(tmp_path / "out")]) == 0
+    whole = run(config(*words), tmp_path / "whole")
+    found = result(tmp_path / "out")["results"]
+    assert {k: v for k, v in whole["results"].items() if not k.startswith("dense/")} == found
+    assert found["recovered/ppl_pydocs_32"] != found["pruned/ppl_pydocs_32"]
+    kept = [
+        json.loads((folder / "pruning.json").read_text())["config"]["model"]
+        for folder in (pruned[1], tmp_path / "out" / "checkpoint")
+    ]
+    assert kept[0] == kept[1]
+
+
 def test_zeros_of_a_checkpoint_stay_zero(tmp_path):
     words = ["pruner=unstructured", "criterion=weight_magnitude", "ratio.of=prunable"]
     run(config(*words), tmp_path / "pruned")
