@@ -135,7 +135,9 @@ def refit_blocks(
     done = problem.done_blocks()
     start = done.begin(feed.rows, *flows) if done else 0
     found = [put_back(row, done.again(model, b)) for b, row in enumerate(readers[:start]) if done]
-    bar = tqdm(readers[start:], "structured OBS", len(blocks), initial=start, unit="block")
+    bar = tqdm(
+        readers[start:], desc="structured OBS", total=len(blocks), initial=start, unit="block"
+    )
     for b, row in enumerate(bar, start):
         run = BlockRun(model, problem.tokens, feed, b, own, done)
         before = copy.deepcopy(run.module) if dense is not None else run.module
