@@ -42,6 +42,7 @@ OPTIONS: dict[str, Node] = {
     "laco": {"merge": 2},
     "laser": {"targets": ["up_proj"], "layers": [0], "shares": [0.2]},
     "llm_surgeon": {"shots": 2},
+    "nas": {"steps": 1, "batch": 3, "micro_batch": 1, "warmup_steps": 0, "samples": 4},
     "evolution": {"window": 16, "tokens": [64, 128], "generations": 2},
     "expert_evolution": {"window": 16, "tokens": 128, "population": 4, "generations": 2},
     "predictor": {"window": 16, "tokens": 128, "samples": 16},

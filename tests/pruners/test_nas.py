@@ -1,0 +1,142 @@
+"""Sub-networks on shared weights: what is cut out is what was measured, and what was searched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cut_off import CutOff, Progress
+from problems import problem, uniform
+from tiny_models import tiny_model
+
+from prunekit.activations.runs import ModelRun
+from prunekit.errors import ConfigError
+from prunekit.pruners.nas import held_out, loss
+from prunekit.registry import pruners
+
+TEXT = torch.randint(8, 100, (12, 16), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+"""The second half of each sample is its first half again."""
+FAST = {"steps": 2, "batch": 4, "micro_batch": 1, "warmup_steps": 0, "lr": 1e-3, "samples": 12}
+
+
+def ask(arch="llama", ratio=0.3):
+    uniformly = uniform(ratio, "units")
+    return problem(tiny_model(arch, layers=3), TEXT, ratio=uniformly, criterion={"name": "random"})
+
+
+def run(of, **over):
+    return pruners.build({"name": "nas", **FAST, **over})(of)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"space": "small", "r": 2},
+        {"space": "medium", "r": 0},
+        {"space": "large", "kinds": ["neurons"], "steps": 0},
+        {"space": "small", "depth": True, "r": 2},
+        {"space": "large", "kinds": ["blocks"], "r": 2},
+    ],
+    ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()),
+)
+def test_what_is_cut_out_is_the_sub_network_that_was_measured(arch, over):
+    of = ask(arch)
+    dense = sum(p.numel() for p in of.model.parameters())
+    pruned = run(of, **over)
+    found = next(p for p in pruned.notes["front"] if p["params"] == pruned.notes["params"])
+    aside = held_out(TEXT, 0.25)
+    with torch.no_grad():
+        assert loss(ModelRun(pruned.model, TEXT[-aside:])) == pytest.approx(found["loss"], abs=1e-4)
+    assert sum(p.numel() for p in pruned.model.parameters()) == found["params"]
+    assert found["params"] <= pruned.notes["budget"] < dense
+    losses = [p["loss"] for p in pruned.notes["front"]]
+    assert losses == sorted(losses, reverse=True)  # the smallest first
+
+
+def test_nothing_changes_where_the_ratio_removes_nothing():
+    of = ask(ratio=0.0)
+    before = {n: t.clone() for n, t in of.model.state_dict().items()}
+    pruned = run(of)
+    assert all(torch.equal(before[n], t) for n, t in pruned.model.state_dict().items())
+
+
+def chain(rows, length):
+    """Each token follows from the one before."""
+    found = [torch.randint(92, (rows,), generator=torch.Generator().manual_seed(1))]
+    for _ in range(length - 1):
+        found.append((3 * found[-1] + 7) % 92)
+    return torch.stack(found, 1) + 8
+
+
+def smallest_after():
+    of = problem(
+        tiny_model("llama", layers=3),
+        chain(40, 16),
+        ratio=uniform(0.3),
+        criterion={"name": "random"},
+    )
+    more = {"steps": 40, "r": 0, "lr": 1e-2, "space": "small", "weight": 0.0}
+    return run(of, **more).notes["front"][0]["loss"]
+
+
+def test_the_sandwich_trains_the_smallest_network_better_than_the_whole_one_alone_does(monkeypatch):
+    together = smallest_after()
+    monkeypatch.setattr(
+        "prunekit.pruners.nas.sandwich",
+        lambda subnets, per_step, seed: lambda number: subnets.kept(subnets.whole),
+    )
+    alone = smallest_after()
+    assert together < 0.8 * alone
+
+
+@pytest.mark.parametrize("r", [0, 2])
+def test_a_sweep_trains_and_searches_once(r, monkeypatch):
+    kept = {}
+
+    def remember(module, name, parts, compute):
+        key = f"{name} {parts}"
+        if key not in kept:
+            kept[key] = compute()
+        return kept[key]
+
+    def pruned(ratio):
+        of = dataclasses.replace(ask(ratio=ratio), remember=remember)
+        return run(of, r=r, samples=40)
+
+    first = pruned(0.2)
+    monkeypatch.setattr("prunekit.pruners.nas.train_supernet", None)
+    again, smaller = pruned(0.2), pruned(0.5)
+    assert len(kept) == 2
+    assert smaller.notes["front"] == first.notes["front"]
+    assert smaller.notes["params"] <= smaller.notes["budget"] < first.notes["budget"]
+    state = first.model.state_dict()
+    assert all(torch.equal(state[n], t) for n, t in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("r", [0, 2])
+def test_cut_off_it_goes_on_to_the_same_bits(r):
+    how = {"steps": 5, "r": r, "save_every": 1}
+    whole = run(ask(), **how)
+    progress = Progress(2)
+    with pytest.raises(CutOff):
+        run(dataclasses.replace(ask(), training=progress), **how)
+    again = run(dataclasses.replace(ask(), training=progress), **how)
+    state = whole.model.state_dict()
+    assert whole.notes == again.notes
+    assert all(torch.equal(state[n], t) for n, t in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"batch": 4, "micro_batch": 2}, "at least three micro-batches"),
+        ({"validation": 0.99}, "none is left to train on"),
+        ({"targets": ["query"]}, r"targets=\['query'\] match no linear"),
+    ],
+)
+def test_what_cannot_be_is_said(over, says):
+    entry = pruners.entry("nas")
+    with pytest.raises(ConfigError, match=says):
+        entry.meta["check"](ask(), **entry.defaults | over)
