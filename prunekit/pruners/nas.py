@@ -121,7 +121,8 @@ def nas(
         lr: after `warmup_steps`, then linear to 0.
         weight: of the KL to the whole network in the loss, the rest is the text's.
         validation: share of the samples, the last ones, on which sub-networks are compared.
-        search: random, local (neighbours of what nothing dominates), or nsga2 (optuna).
+        search: random; from networks that lost the same share everywhere, local (neighbours of
+            what nothing dominates) or nsga2 (optuna).
         samples: sub-networks that are measured, the whole and the smallest one among them.
         save_every: steps after which the training keeps how far it is.
         seed: of the sub-networks.

@@ -54,7 +54,18 @@ class Subnets:
 
     @property
     def smallest(self) -> Choice:
-        return tuple(self.coordinates)
+        return self.even(1.0)
+
+    def even(self, share: float) -> Choice:
+        """The same share of every group, in the order of its units."""
+        if self.extent != "large":
+            return tuple(round(share * most) for most in self.coordinates)
+        found: list[int] = []
+        for g in self.groups:
+            gone = torch.zeros(g.units, dtype=torch.int64)
+            gone[self.order[g.name][: round(share * (g.units - 1))]] = 1
+            found += gone.tolist()
+        return tuple(found)
 
     def kept(self, choice: Choice) -> Kept:
         """(U,) True for the units that stay; one of each group does, whatever is chosen."""

@@ -55,17 +55,19 @@ def searched(
     """So many choices with their numbers, the whole network and the smallest one first.
 
     random: drawn by themselves.
-    local: neighbours of a random one that nothing dominates.
-    nsga2: Deb et al., 2002, as optuna has it.
+    local: networks of which every group lost the same share, up to half of `samples`, then
+        neighbours of a random one that nothing dominates.
+    nsga2: Deb et al., 2002, as optuna has it, from the same ones.
     """
     if search == "nsga2":
         return _nsga2(space, evaluate, samples, seed)
+    begin = starts(space, 2 if search == "random" else samples // 2)
     generator = torch.Generator().manual_seed(seed)
     choices: list[Choice] = []
     points: list[Point] = []
     for i in range(samples):
-        if i < 2:
-            choice = (space.whole, space.smallest)[i]
+        if i < len(begin):
+            choice = begin[i]
         elif search == "random":
             choice = space.draw(generator)
         else:
@@ -75,6 +77,13 @@ def searched(
         choices.append(choice)
         points.append(evaluate(choice))
     return choices, points
+
+
+def starts(space: Subnets, most: int) -> list[Choice]:
+    """The whole network, the smallest, and others between them; two at least."""
+    between = max(0, min(space.levels + 1, most) - 2)
+    shares = [0.0, 1.0, *((i + 1) / (between + 1) for i in range(between))]
+    return list(dict.fromkeys(map(space.even, shares)))
 
 
 def _nsga2(
@@ -91,7 +100,7 @@ def _nsga2(
         name: optuna.distributions.IntDistribution(0, most)
         for name, most in zip(names, space.coordinates, strict=True)
     }
-    for choice in (space.whole, space.smallest):
+    for choice in starts(space, samples // 2):
         study.enqueue_trial(dict(zip(names, choice, strict=True)))
     choices: list[Choice] = []
     points: list[Point] = []

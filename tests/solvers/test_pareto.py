@@ -46,6 +46,9 @@ def test_a_space_has_the_whole_network_and_one_unit_of_each_group(extent):
     of = space(extent)
     assert all(mask.all() for mask in of.kept(of.whole).values())
     assert [int(mask.sum()) for mask in of.kept(of.smallest).values()] == [1, 1]
+    third = of.kept(of.even(1 / 3))
+    assert [int((~third[name]).sum()) for name in ("g0", "g1")] == [1, 2]
+    assert not third["g0"][0]  # the first in the order
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
         drawn = of.draw(generator)
