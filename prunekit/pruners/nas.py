@@ -98,7 +98,7 @@ def nas(
     micro_batch: Positive = 4,
     weight: Weight = 0.5,
     validation: Part = 0.25,
-    search: Search = "local",
+    search: Search = "random",
     samples: Samples = 100,
     save_every: Positive = 100,
     seed: Seed = 0,
