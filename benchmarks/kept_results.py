@@ -19,3 +19,10 @@ class KeptResults(dict[str, Any]):
         self[name] = result
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(json.dumps(self, indent=1))
+
+
+def by_hand(page: Path, heading: str) -> str:
+    """What stands on a page from this heading on, which no command writes."""
+    old = page.read_text() if page.exists() else ""
+    mark = f"\n{heading}"
+    return mark + old.partition(mark)[2] if mark in old else ""

@@ -23,7 +23,7 @@ from statistics import mean, stdev
 from typing import Any, get_args
 
 import torch
-from kept_results import KeptResults
+from kept_results import KeptResults, by_hand
 from torch import Tensor, nn
 from trained_moe import DOMAINS, OUT, ROUTERS, rows_of, split_text
 
@@ -183,9 +183,7 @@ def main() -> None:
             if key not in results:
                 results.keep(key, compute())
                 sys.stderr.write(f"{key}: {results[key]}\n")
-    old = TABLE.read_text() if TABLE.exists() else ""
-    mark = "\n## What agrees with the papers"
-    notes = mark + old.partition(mark)[2] if mark in old else ""
+    notes = by_hand(TABLE, "## What agrees with the papers")
     TABLE.write_text(table(results, notes))
 
 

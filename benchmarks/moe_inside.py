@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from kept_results import KeptResults
+from kept_results import KeptResults, by_hand
 from moe import DRAWS, RATIOS, ROOT, SAMPLES, SEEN, cells, loaded, log_p, measured
 from trained_moe import OUT, ROUTERS, rows_of, split_text
 
@@ -133,9 +133,7 @@ def main() -> None:
     for router in ROUTERS:
         if (OUT / router).is_dir():
             measure(router, data_root, results)
-    old = TABLE.read_text() if TABLE.exists() else ""
-    mark = "\n## What it says"
-    notes = mark + old.partition(mark)[2] if mark in old else ""
+    notes = by_hand(TABLE, "## What it says")
     TABLE.write_text(page(results, notes))
 
 

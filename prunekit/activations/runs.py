@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from prunekit.types import Counts
+from prunekit.types import Counts, Run
 
 FORWARD_TOKENS = 4096
 """Tokens a forward takes where nothing depends on the batch."""
@@ -66,3 +67,13 @@ class ModelRun:
     def losses(self, batch: int | None = None) -> Iterator[Any]:
         for ids in self.tokens.split(batch or len(self.tokens)):
             yield forward(self.model, ids, labels=True)
+
+
+def mean_loss(run: Run, batch: int | None = None) -> Tensor:
+    """Over all samples, on the device; `batch` samples at a time, or as many as make up
+    `FORWARD_TOKENS`.
+    """
+    at_once = batch or samples_at_once(run.tokens)
+    rows = zip(run.tokens.split(at_once), run.losses(at_once), strict=True)
+    parts = [out.loss.float() * (len(ids) / len(run.tokens)) for ids, out in rows]
+    return torch.stack(parts).sum()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from prunekit import graph
 from prunekit.activations.moments import moments
-from prunekit.activations.runs import samples_at_once
+from prunekit.activations.runs import mean_loss
 from prunekit.architecture.linear import check_read, readers
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
@@ -251,14 +251,11 @@ def log_perplexities(
     """(M,) mean loss of a predicted token under each mask, at most `WORST`. Raises ConfigError
     where none is finite.
     """
-    samples, at_once = len(run.tokens), batch or samples_at_once(run.tokens)
-    sizes = [min(at_once, samples - i) for i in range(0, samples, at_once)]
     found = []
     with lean_loss(run.model):
         for off in tqdm(masks, desc="masks", unit="mask", leave=False):
             gates.set(off)
-            losses = zip(sizes, run.losses(at_once), strict=True)
-            found.append(torch.stack([out.loss.float() * (n / samples) for n, out in losses]).sum())
+            found.append(mean_loss(run, batch))
     values = torch.stack(found).cpu()
     if not values.isfinite().any():
         raise ConfigError("no mask leaves a finite perplexity: try model.dtype=float32")

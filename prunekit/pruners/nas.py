@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunekit import graph
-from prunekit.activations.runs import ModelRun, samples_at_once
+from prunekit.activations.runs import ModelRun, mean_loss
 from prunekit.architecture.blocks import linear_names
 from prunekit.data.training_examples import all_learnt
 from prunekit.errors import ConfigError
@@ -153,19 +153,9 @@ def nas(
         seed=seed,
     )
     updates = Updates(linear_names(model, targets), r, alpha, 0.0) if r else None
-    key: list[Any] = [
-        list(kinds),
-        depth,
-        space,
-        levels,
-        aside,
-        alpha,
-        weight,
-        lr,
-        warmup_steps,
-        steps,
-    ]
-    key += [r, targets, batch, micro_batch, seed, {n: o.tolist() for n, o in subnets.order.items()}]
+    key: list[Any] = [list(kinds), depth, space, levels, aside, r, alpha, targets, weight, steps]
+    key += [lr, warmup_steps, batch, micro_batch, seed]
+    key += [{name: units.tolist() for name, units in subnets.order.items()}]
     if steps:
         train(problem, net, key, Lesson(problem.tokens[:-aside], updates, recipe, weight))
     sizes = SubnetSizes(model, groups)
@@ -276,10 +266,7 @@ def measured(
 
 def loss(run: ModelRun) -> float:
     """Mean over the predicted tokens; `WORST` for what is no number."""
-    at_once = samples_at_once(run.tokens)
-    sizes = [min(at_once, len(run.tokens) - i) for i in range(0, len(run.tokens), at_once)]
-    rows = zip(sizes, run.losses(at_once), strict=True)
-    value = sum(float(out.loss) * n for n, out in rows) / len(run.tokens)
+    value = float(mean_loss(run))
     return min(value, WORST) if math.isfinite(value) else WORST
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit import graph
 from prunekit.data.training_examples import Example
-from prunekit.training.distillation import Distillation
+from prunekit.training.distillation import Distillation, said_by
 from prunekit.training.low_rank import Updates, inject, merge
 from prunekit.training.masks_and_updates import gates_around_updates
 from prunekit.training.recipe import Recipe
@@ -69,12 +69,10 @@ class Supernet:
     def _next(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not model.training or self._teaching:
             return
-        inputs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
         self._teaching = True
         self.set(None)
         model.eval()
-        with torch.no_grad():
-            self._logits = model(*args, **inputs, use_cache=False).logits
+        self._logits = said_by(model, kwargs).logits
         model.train()
         self._teaching = False
         self.set(self.cycle(self.read))
