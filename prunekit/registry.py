@@ -160,7 +160,7 @@ class Registry:
         """Raises ConfigError naming what there is."""
         listed = source.components(self.package).get(name)
         if listed is not None and name not in self._entries:
-            importlib.import_module(listed.module)
+            self._import(listed.module)
         if name not in self._entries:
             near = get_close_matches(str(name), self.names(), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -168,6 +168,13 @@ class Registry:
                 f"no {self.kind} called {name!r}.{hint} There are: {', '.join(self.names())}"
             )
         return self._entries[name]
+
+    def _import(self, module: str) -> None:
+        """A component's file; those of PRUNEKIT_COMPONENTS count as part of the package."""
+        places = importlib.import_module(f"prunekit.{self.package}").__path__
+        own = [str(top / self.package) for top in source.tops()[1:]]
+        places.extend(p for p in own if p not in places)
+        importlib.import_module(module)
 
     def build(self, node: dict[str, Any]) -> Component:
         """The component that `node["name"]` names, with the options that stand beside it.

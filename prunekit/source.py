@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from prunekit.errors import ConfigError
 
 ROOT = Path(__file__).parent
 
@@ -42,16 +45,42 @@ def first_sentence(doc: str | None) -> str:
     return head + "." if stop else paragraph
 
 
-@cache
+def tops() -> tuple[Path, ...]:
+    """The folders that packages of components lie in: prunekit's own, and the one that
+    PRUNEKIT_COMPONENTS names. Raises ConfigError where that one is not there.
+    """
+    own = os.environ.get("PRUNEKIT_COMPONENTS")
+    if not own:
+        return (ROOT,)
+    folder = Path(own).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"PRUNEKIT_COMPONENTS={own} is no folder")
+    return (ROOT, folder)
+
+
 def components(package: str) -> dict[str, Listed]:
-    """Components registered in the files of `prunekit.<package>`, by name."""
+    """Components registered in the files of `prunekit.<package>`, by name. Raises ConfigError for a
+    file that is no Python, and for one of the user's that takes the name of a file or component.
+    """
     found: dict[str, Listed] = {}
-    for path in sorted((ROOT / package).glob("*.py")):
-        for node in _parsed(path).body:
-            for call in _registrations(node):
-                entry = _listed(node, call, f"prunekit.{package}.{path.stem}")  # type: ignore[arg-type]
-                found[entry.name] = entry
+    for top in tops():
+        for path in sorted((top / package).glob("*.py")):
+            listed = {c.name: c for c in _registered(path, package)}
+            if top != ROOT:
+                files = {path.name} if (ROOT / package / path.name).is_file() else set()
+                for name in sorted(files | (listed.keys() & found.keys())):
+                    raise ConfigError(
+                        f"{path}: prunekit.{package} has a {name!r} already; call yours otherwise"
+                    )
+            found |= listed
     return found
+
+
+@cache
+def _registered(path: Path, package: str) -> list[Listed]:
+    module = f"prunekit.{package}.{path.stem}"
+    nodes = _parsed(path).body
+    return [_listed(n, call, module) for n in nodes for call in _registrations(n)]  # type: ignore[arg-type]
 
 
 def _registrations(node: ast.stmt) -> Iterator[ast.Call]:
@@ -79,7 +108,11 @@ def _listed(node: ast.FunctionDef, call: ast.Call, module: str) -> Listed:
 
 @cache
 def _parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except (SyntaxError, UnicodeDecodeError) as e:
+        line = f", line {e.lineno}" if isinstance(e, SyntaxError) else ""
+        raise ConfigError(f"{path}{line}: {e.args[0] if line else e}") from None
 
 
 def code_hash(modules: Iterable[str]) -> str:
@@ -93,7 +126,8 @@ def code_hash(modules: Iterable[str]) -> str:
 def _code_hash(modules: frozenset[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted(import_closure(modules)):
-        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+        top = next(top for top in tops() if path.is_relative_to(top))
+        digest.update(f"{path.relative_to(top).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -128,9 +162,12 @@ def imported_files(path: Path) -> frozenset[Path]:
 
 
 def module_file(name: str) -> Path | None:
-    """The file of `prunekit.a.b`; of a package its `__init__.py`. None if prunekit has none."""
-    if name.split(".")[0] != "prunekit":
+    """The file of `prunekit.a.b`, also of one that `PRUNEKIT_COMPONENTS` adds; of a package its
+    `__init__.py`. None if there is none.
+    """
+    first, *steps = name.split(".")
+    if first != "prunekit" or not steps:
         return None
-    place = ROOT.joinpath(*name.split(".")[1:])
-    files = (place.with_suffix(".py"), place / "__init__.py") if place != ROOT else ()
+    places = [top.joinpath(*steps) for top in tops()]
+    files = [f for p in places for f in (p.with_suffix(".py"), p / "__init__.py")]
     return next((f for f in files if f.is_file()), None)

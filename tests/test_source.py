@@ -30,7 +30,7 @@ def package(tmp_path, monkeypatch):
 
 def forget() -> None:
     """A process reads each file once."""
-    for cached in (source._parsed, source._code_hash, source.imported_files, source.components):
+    for cached in (source._parsed, source._code_hash, source.imported_files, source._registered):
         cached.cache_clear()
 
 

@@ -12,19 +12,19 @@ def composed(words: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every job that `prunekit` with these overrides would run, rows and lists of values included.
     Raises ConfigError.
     """
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
 
     from prunekit.cli.overrides import check_keys
-    from prunekit.cli.paths import conf_dir
+    from prunekit.cli.paths import composing
     from prunekit.errors import ConfigError
     from prunekit.runner import sweep
 
     words = [w for w in words if w not in ("-m", "--multirun")]
     check_keys(list(words))
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with composing():
             first = compose(
                 "config",
                 overrides=[

@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from prunekit.cli.paths import PACKAGES, conf_dir
+from prunekit.cli.paths import PACKAGES, conf_dirs
 from prunekit.errors import ConfigError
 from prunekit.source import Listed, components
 
@@ -46,7 +46,7 @@ def presets(kind: str) -> list[tuple[str, str, str]]:
     own, such as model=llama_7b.
     """
     found = []
-    for path in sorted((conf_dir() / kind).glob("*.yaml")):
+    for path in sorted(p for top in conf_dirs() for p in (top / kind).glob("*.yaml")):
         if path.stem not in components(PACKAGES[kind]):
             text = path.read_text(encoding="utf-8")
             node = yaml.safe_load(text)

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             status: int = importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
             return status
         check_words(args)
-        return max([launch(words) for words in one_experiment_each(args)])
+        return max([launch(words) for words in one_experiment_each(flags_first(args))])
     except ConfigError as e:
         print(f"prunekit: {e}", file=sys.stderr)
         return 2
@@ -114,6 +114,15 @@ def check_words(args: list[str]) -> None:
         )
 
 
+def flags_first(args: list[str]) -> list[str]:
+    """Flags with their values, then the overrides: argparse takes no flag between overrides."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for before, word in zip(["", *args], args):
+        valued = before.startswith("-") and before not in ("-m", "--multirun") and "=" not in word
+        sides[not (word.startswith("-") or valued)].append(word)
+    return [*sides[0], *sides[1]]
+
+
 def one_experiment_each(args: list[str]) -> list[list[str]]:
     """`experiment=a,b` is two tables, each with rows and a folder of its own: a list of arguments
     for each.
@@ -142,6 +151,7 @@ def launch(args: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from hydra_plugins.prunekit_sweeper.searchpath import OwnFolder
     from hydra_plugins.prunekit_sweeper.sweeper import TableSweeper
 
     failures: list[str] = []
@@ -155,10 +165,11 @@ def launch(args: list[str]) -> int:
         logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
         return run_job(plain_config(cfg), failures)
 
-    # The sweeper adds the jobs that ended badly. Hydra finds it by itself but for editable
+    # The sweeper adds the jobs that ended badly. Hydra finds plugins by itself but for editable
     # installs, whose namespace it cannot list.
     job.failures = failures  # type: ignore[attr-defined]
-    Plugins.instance().register(TableSweeper)
+    for plugin in (OwnFolder, TableSweeper):
+        Plugins.instance().register(plugin)
 
     before, sys.argv = sys.argv, [sys.argv[0], *args]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # what goes wrong in Hydra is said here, not by it

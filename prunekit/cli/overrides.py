@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunekit.cli.paths import conf_dir
+from prunekit.cli.paths import composing
 from prunekit.cli.suggestions import chosen_wrong, key_wrong, kinds, yaml_names
 from prunekit.errors import ConfigError
 
@@ -13,7 +13,7 @@ def check_keys(args: list[str]) -> None:
     """Raises ConfigError for an override of a key that the chosen YAMLs do not have, naming those
     they do.
     """
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -31,7 +31,7 @@ def check_keys(args: list[str]) -> None:
         check_choice(o)
     first = [f"{o.key_or_group}={first_value(o)}" for o in choices]
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with composing():
             cfg: Any = OmegaConf.to_container(compose("config", overrides=first), resolve=False)
             chosen = {o.key_or_group for o in choices}
             # An experiment's own choices count as if they were typed.
@@ -89,7 +89,7 @@ def check_composition(args: list[str]) -> None:
     """Raises ConfigError for what Hydra would refuse of a single run: values that it cannot set,
     interpolations that lead nowhere, lists of values. The jobs of a sweep are composed there.
     """
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
@@ -100,7 +100,7 @@ def check_composition(args: list[str]) -> None:
     words = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
     sweep = bool({"-m", "--multirun"} & set(args))
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with composing():
             cfg = compose("config", overrides=words, return_hydra_config=True)
             if sweep or str(cfg.hydra.mode).endswith("MULTIRUN"):
                 return

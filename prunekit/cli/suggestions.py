@@ -7,7 +7,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
-from prunekit.cli.paths import conf_dir
+from prunekit.cli.paths import conf_dirs
 
 
 def chosen_wrong(group: str, name: Any) -> str:
@@ -40,19 +40,23 @@ def key_wrong(cfg: Any, path: str, step: str, node: Any) -> str:
 
 def kinds() -> list[str]:
     """What is chosen by name: `model`, `criterion` and so on."""
-    return sorted(p.name for p in conf_dir().iterdir() if p.is_dir() and p.name != "hydra")
+    folders = [p.name for top in conf_dirs() for p in top.iterdir() if p.is_dir()]
+    return sorted({*folders} - {"hydra"})
 
 
 def yaml_names(group: str) -> list[str]:
     """The YAMLs of a group, those in folders of their own as `folder/name`."""
-    folder = conf_dir() / group
-    return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+    folders = [top / group for top in conf_dirs()]
+    return sorted(
+        p.relative_to(f).with_suffix("").as_posix() for f in folders for p in f.rglob("*.yaml")
+    )
 
 
 def _has(group: str, name: str, path: str) -> bool:
     import yaml
 
-    node = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    file = next(f for top in conf_dirs() if (f := top / group / f"{name}.yaml").is_file())
+    node = yaml.safe_load(file.read_text(encoding="utf-8"))
     for step in path.split("."):
         if not isinstance(node, dict) or step not in node:
             return False

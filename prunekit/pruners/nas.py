@@ -1,5 +1,5 @@
 """Sub-networks of one network, trained together and then searched for those that no other one
-dominates in loss and parameters (Klein et al., 2024, arXiv 2405.02267; structural pruning by
+dominates in loss and cost (Klein et al., 2024, arXiv 2405.02267; structural pruning by
 neural architecture search).
 """
 
@@ -22,7 +22,9 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import LearningRate, Natural, Positive, Seed, pruners
 from prunekit.scoring.lean_backward import lean_loss
-from prunekit.selection.subnets import Choice, Extent, Subnets, SubnetSizes
+from prunekit.selection.prices import REQUEST, Request
+from prunekit.selection.subnet_costs import Cost, SubnetPrices, SubnetSizes, costs_of
+from prunekit.selection.subnets import Choice, Extent, Subnets
 from prunekit.selection.units import expand_to_all_blocks
 from prunekit.solvers.pareto import Point, Search, check_search, front, searched
 from prunekit.training.low_rank import Updates, check_updates
@@ -100,11 +102,14 @@ def nas(
     validation: Part = 0.25,
     search: Search = "random",
     samples: Samples = 100,
+    of: Cost = "params",
+    request: Request = REQUEST,
     save_every: Positive = 100,
     seed: Seed = 0,
 ) -> Pruned:
     """Trains the model so that its sub-networks do well on its weights, searches for those with the
-    least loss at their size, and cuts out the best one of the size that the ratio leaves.
+    least loss at their cost, and cuts out the best one that takes no more than what the ratio alone
+    would leave.
 
     Args:
         kinds: of units that may go, in the order of the criterion.
@@ -121,15 +126,19 @@ def nas(
         lr: after `warmup_steps`, then linear to 0.
         weight: of the KL to the whole network in the loss, the rest is the text's.
         validation: share of the samples, the last ones, on which sub-networks are compared.
-        search: random; from networks that lost the same share everywhere, local (neighbours of
-            what nothing dominates) or nsga2 (optuna).
+        search: random; stratified (random, sizes spread evenly); from networks that lost the same
+            share everywhere, local (neighbours of what nothing dominates) or nsga2 (optuna).
         samples: sub-networks that are measured, the whole and the smallest one among them.
+        of: the cost, predicted: `params`, `memory_mib` of weights, MiB of the `kv_cache`, `macs` of
+            a prompt, `latency_ms` of a request (a table measured once for a device).
+        request: the prompt and the request of the last three; see `ratio=milp`.
         save_every: steps after which the training keeps how far it is.
         seed: of the sub-networks.
 
     What was trained and measured lies in the cache, so a sweep over ratio.target cuts the Pareto
-    set out of one training and one search. Notes have the front: parameters, loss, choice. Nothing
-    changes where the ratio removes nothing.
+    set out of one training and one search. Notes have the front (cost, parameters, loss, choice)
+    and the cost of what is left, predicted and measured. Nothing changes where the ratio removes
+    nothing.
     """
     model = problem.model
     units = problem.groups(kinds)
@@ -158,14 +167,18 @@ def nas(
     key += [{name: units.tolist() for name, units in subnets.order.items()}]
     if steps:
         train(problem, net, key, Lesson(problem.tokens[:-aside], updates, recipe, weight))
-    sizes = SubnetSizes(model, groups)
-    choices, points = measured(problem, net, subnets, sizes, aside, search, samples, seed, key)
-    budget = sizes.sizes.total - sizes.sizes.removed(allocation.counts)
+    costs = costs_of(model, problem.everything(), groups, of, request, problem.remember)
+    key += [of, request if of != "params" else {}]
+    choices, points = measured(problem, net, subnets, costs, aside, search, samples, seed, key)
+    budget = costs.of(subnets.without(allocation.counts))
     best = within(points, budget)
     kept = subnets.kept(choices[best])
+    notes: dict[str, Any] = {"of": of, "budget": budget, "predicted": points[best][1]}
+    notes["front"] = told(subnets, SubnetSizes(model, groups), choices, points)
     everything = problem.units(list(dict.fromkeys(g.kind for g in groups)))
     graph.remove(model, expand_to_all_blocks(kept, groups, everything))
-    notes = {"front": told(choices, points), "params": int(points[best][1]), "budget": budget}
+    if isinstance(costs, SubnetPrices):
+        notes["measured"] = costs.prices.measure(model)
     return Pruned(model, kept, groups, scores, notes)
 
 
@@ -232,14 +245,14 @@ def measured(
     problem: Problem,
     net: Supernet,
     subnets: Subnets,
-    sizes: SubnetSizes,
+    costs: SubnetSizes | SubnetPrices,
     aside: int,
     search: Search,
     samples: int,
     seed: int,
     key: list[Any],
 ) -> tuple[list[Choice], list[Point]]:
-    """Sub-networks with their loss on the samples set aside, and their parameters."""
+    """Sub-networks with their loss on the samples set aside, and their cost."""
 
     def compute() -> dict[str, Tensor]:
         run = ModelRun(net.model, problem.tokens[-aside:])
@@ -250,7 +263,7 @@ def measured(
                 kept = subnets.kept(choice)
                 net.set(kept)
                 bar.update()
-                return loss(run), float(sizes.params(kept))
+                return loss(run), float(costs.of(kept))
 
             choices, points = searched(subnets, evaluate, search, samples, seed)
         bar.close()
@@ -271,13 +284,16 @@ def loss(run: ModelRun) -> float:
 
 
 def within(points: list[Point], budget: float) -> int:
-    """The one of least loss that has at most so many parameters: the smallest one is there."""
+    """The one of least loss that costs at most so much: the smallest one is there."""
     return min((i for i in front(points) if points[i][1] <= budget), key=lambda i: points[i][0])
 
 
-def told(choices: list[Choice], points: list[Point]) -> list[dict[str, Any]]:
-    """What nothing dominates, the smallest first."""
+def told(
+    subnets: Subnets, sizes: SubnetSizes, choices: list[Choice], points: list[Point]
+) -> list[dict[str, Any]]:
+    """What nothing dominates, the cheapest first."""
+    rows = [(*points[i], choices[i]) for i in front(points)]
     return [
-        {"params": int(points[i][1]), "loss": points[i][0], "choice": list(choices[i])}
-        for i in front(points)
+        {"cost": cost, "params": sizes.of(subnets.kept(c)), "loss": loss, "choice": list(c)}
+        for loss, cost, c in rows
     ]

@@ -17,16 +17,9 @@ from torch import Tensor
 from prunekit.activations.condensed import measure
 from prunekit.errors import ConfigError, NeedsData
 from prunekit.problem import Problem
-from prunekit.selection.latency import latency_prices
+from prunekit.selection.budgets import SHAPES_TELL, prices_of
 from prunekit.selection.levels import Choice, Menu, topped_up
-from prunekit.selection.prices import (
-    Budgeted,
-    Prices,
-    kv_prices,
-    macs_prices,
-    memory_prices,
-    parameter_prices,
-)
+from prunekit.selection.prices import Budgeted, Prices
 from prunekit.types import Allocation, Group, LocalSolutions, SubLayer
 
 Goal = Literal["kl", "acceptance", "perplexity"]
@@ -88,7 +81,9 @@ def levels_of(
     """
     if problem.solutions is None:
         raise ConfigError("this ratio chooses among local solutions: give pruner=database")
-    prices = prices_of(problem, groups, of, request)
+    if of not in SHAPES_TELL and not problem.has_data:
+        raise NeedsData(f"ratio.of={of} needs the weights")
+    prices = prices_of(problem.model, groups, of, request, problem.remember)
     budget = target * prices.dense
     most = prices.saved({g.name: g.units for g in groups})
     if budget > most:
@@ -98,24 +93,6 @@ def levels_of(
             "pruner take more kinds of units"
         )
     return Levels(problem, problem.solutions, prices, of, budget)
-
-
-def prices_of(
-    problem: Problem, groups: list[Group], of: Budgeted, request: Mapping[str, int]
-) -> Prices:
-    """Raises NeedsData for what must run where only shapes are known."""
-    model = problem.model
-    if of in ("model", "prunable"):
-        return parameter_prices(model, groups, of)
-    if of == "memory_mib":
-        return memory_prices(model, groups)
-    if not problem.has_data:
-        raise NeedsData(f"ratio.of={of} needs the weights")
-    if of == "macs":
-        return macs_prices(model, groups, request)
-    if of == "kv_cache":
-        return kv_prices(model, groups, request)
-    return latency_prices(model, groups, request, problem.remember)
 
 
 @dataclass

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prunekit.architecture.sizes import Sizes
 from prunekit.types import Counts, Group, Kept
 
 Extent = Literal["small", "medium", "large"]
@@ -75,18 +74,25 @@ class Subnets:
             for name, mask in found.items():
                 mask[self.order[name][-1]] |= not mask.any()
             return found
-        most = self.coordinates
-        found = {}
+        most, counts = self.coordinates, {}
         for i, g in enumerate(self.groups):
             at = i if self.extent == "medium" else self.kinds.index(g.kind)
-            gone = round(choice[at] / max(1, most[at]) * (g.units - 1))
-            found[g.name] = torch.ones(g.units, dtype=torch.bool)
-            found[g.name][self.order[g.name][:gone]] = False
+            counts[g.name] = round(choice[at] / max(1, most[at]) * (g.units - 1))
+        return self.without(counts)
+
+    def without(self, counts: Counts) -> Kept:
+        """All but the first so many of each group."""
+        found = {g.name: torch.ones(g.units, dtype=torch.bool) for g in self.groups}
+        for name, n in counts.items():
+            found[name][self.order[name][:n]] = False
         return found
 
-    def draw(self, generator: torch.Generator) -> Choice:
-        """Any size is as likely as another; within it coordinates are independent."""
-        share = torch.rand((), generator=generator)
+    def draw(self, generator: torch.Generator, share: Tensor | float | None = None) -> Choice:
+        """About such a share of everything goes, where it is not given any is as likely as another;
+        within it coordinates are independent.
+        """
+        if share is None:
+            share = torch.rand((), generator=generator)
         return tuple(
             int((torch.rand(most, generator=generator) < share).sum()) for most in self.coordinates
         )
@@ -98,36 +104,3 @@ class Subnets:
         step = 1 + int(torch.randint(self.coordinates[at], (), generator=generator))
         value = (choice[at] + step) % (self.coordinates[at] + 1)
         return (*choice[:at], value, *choice[at + 1 :])
-
-
-class SubnetSizes:
-    """Exact parameters of the sub-networks of a model, from shapes."""
-
-    def __init__(self, model: nn.Module, groups: Sequence[Group]):
-        self.sizes = Sizes(model, groups)
-        self.groups = groups
-        self.blocks = {
-            path: sum(p.numel() for p in model.get_submodule(path).parameters())
-            for g in groups
-            if g.kind == "blocks"
-            for path in g.modules
-        }
-
-    def params(self, kept: Kept) -> int:
-        """Of the model without what is not kept; what lies in a block that goes, goes with it."""
-        gone = [
-            path
-            for g in self.groups
-            if g.kind == "blocks"
-            for path, stays in zip(g.modules, kept[g.name].tolist(), strict=True)
-            if not stays
-        ]
-        counts: Counts = {
-            g.name: int((~kept[g.name]).sum())
-            for g in self.groups
-            if g.kind != "blocks" and not self._inside(g, gone)
-        }
-        return self.sizes.total - sum(self.blocks[b] for b in gone) - self.sizes.removed(counts)
-
-    def _inside(self, group: Group, blocks: Sequence[str]) -> bool:
-        return any(group.members[0].param.startswith(f"{b}.") for b in blocks)

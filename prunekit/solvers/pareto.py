@@ -1,5 +1,5 @@
 """Two numbers, both better when lower: what is not dominated, how much of the plane it dominates,
-and three searches for it.
+and four searches for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from prunekit.selection.subnets import Choice, Subnets
 
 Point = tuple[float, float]
 Evaluate = Callable[[Choice], Point]
-Search = Literal["random", "local", "nsga2"]
+Search = Literal["random", "stratified", "local", "nsga2"]
 
 
 def front(points: Sequence[Point]) -> list[int]:
@@ -55,13 +55,14 @@ def searched(
     """So many choices with their numbers, the whole network and the smallest one first.
 
     random: drawn by themselves.
+    stratified: likewise, the share that goes spread evenly over the samples.
     local: networks of which every group lost the same share, up to half of `samples`, then
         neighbours of a random one that nothing dominates.
     nsga2: Deb et al., 2002, as optuna has it, from the same ones.
     """
     if search == "nsga2":
         return _nsga2(space, evaluate, samples, seed)
-    begin = starts(space, 2 if search == "random" else samples // 2)
+    begin = starts(space, samples // 2 if search == "local" else 2)
     generator = torch.Generator().manual_seed(seed)
     choices: list[Choice] = []
     points: list[Point] = []
@@ -70,6 +71,9 @@ def searched(
             choice = begin[i]
         elif search == "random":
             choice = space.draw(generator)
+        elif search == "stratified":
+            place = torch.rand((), generator=generator) + i - len(begin)
+            choice = space.draw(generator, place / (samples - len(begin)))
         else:
             best = front(points)
             parent = choices[best[int(torch.randint(len(best), (), generator=generator))]]

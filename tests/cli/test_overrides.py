@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prunekit.cli.main import main
+from prunekit.cli.main import flags_first, main
 
 BAD = {
     "ratio.target=0.1,0.2": ("ratio.target=0.1,0.2 is a list of values", "-m runs all of them"),
@@ -44,3 +44,9 @@ def test_two_lines_say_what_is_wrong_and_what_helps(word, capsys, monkeypatch):
     assert len(said.strip().splitlines()) <= 2
     for words in BAD[word]:
         assert words in said
+
+
+def test_flags_may_stand_among_the_overrides():
+    words = ["seed=1", "--cfg", "job", "-m", "ratio.target=0.1,0.2", "--resolve", "save=false"]
+    flags = ["--cfg", "job", "-m", "--resolve"]
+    assert flags_first(words) == [*flags, "seed=1", "ratio.target=0.1,0.2", "save=false"]

@@ -25,8 +25,8 @@ def ask(arch="llama", ratio=0.3):
     return problem(tiny_model(arch, layers=3), TEXT, ratio=uniformly, criterion={"name": "random"})
 
 
-def run(of, **over):
-    return pruners.build({"name": "nas", **FAST, **over})(of)
+def run(asked, **over):
+    return pruners.build({"name": "nas", **FAST, **over})(asked)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
@@ -45,7 +45,7 @@ def test_what_is_cut_out_is_the_sub_network_that_was_measured(arch, over):
     of = ask(arch)
     dense = sum(p.numel() for p in of.model.parameters())
     pruned = run(of, **over)
-    found = next(p for p in pruned.notes["front"] if p["params"] == pruned.notes["params"])
+    found = next(p for p in pruned.notes["front"] if p["params"] == pruned.notes["predicted"])
     aside = held_out(TEXT, 0.25)
     with torch.no_grad():
         assert loss(ModelRun(pruned.model, TEXT[-aside:])) == pytest.approx(found["loss"], abs=1e-4)
@@ -53,6 +53,40 @@ def test_what_is_cut_out_is_the_sub_network_that_was_measured(arch, over):
     assert found["params"] <= pruned.notes["budget"] < dense
     losses = [p["loss"] for p in pruned.notes["front"]]
     assert losses == sorted(losses, reverse=True)  # the smallest first
+
+
+@pytest.mark.parametrize("of", ["macs", "kv_cache", "memory_mib"])
+@pytest.mark.parametrize(
+    "over", [{"space": "medium"}, {"space": "medium", "depth": True}, {"kinds": ["blocks"]}]
+)
+def test_the_cost_may_be_another_than_parameters(of, over):
+    pruned = run(ask(ratio=0.5), of=of, steps=0, samples=40, **over)
+    notes = pruned.notes
+    costs = [p["cost"] for p in notes["front"]]
+    assert costs == sorted(costs)
+    assert notes["predicted"] in costs
+    assert notes["predicted"] <= notes["budget"] < costs[-1]
+    # of a block that goes norms go too, which no price counts
+    assert notes["measured"] == pytest.approx(notes["predicted"], rel=0.01)
+
+
+def test_milliseconds_are_measured_once_for_a_sweep():
+    kept, requests = {}, {"prompt": 4, "new_tokens": 1, "repeats": 1}
+
+    def remember(module, name, parts, compute):
+        if name not in kept:
+            kept[name] = compute()
+        return kept[name]
+
+    def pruned(ratio):
+        of = dataclasses.replace(ask(ratio=ratio), remember=remember)
+        return run(of, of="latency_ms", request=requests, steps=0, samples=20).notes
+
+    first, second = pruned(0.2), pruned(0.6)
+    assert set(kept) == {"latency table", "search"}
+    assert first["front"] == second["front"]
+    assert second["predicted"] <= second["budget"] < first["budget"] < first["front"][-1]["cost"]
+    assert second["measured"] > 0
 
 
 def test_nothing_changes_where_the_ratio_removes_nothing():
@@ -110,7 +144,7 @@ def test_a_sweep_trains_and_searches_once(r, monkeypatch):
     again, smaller = pruned(0.2), pruned(0.5)
     assert len(kept) == 2
     assert smaller.notes["front"] == first.notes["front"]
-    assert smaller.notes["params"] <= smaller.notes["budget"] < first.notes["budget"]
+    assert smaller.notes["predicted"] <= smaller.notes["budget"] < first.notes["budget"]
     state = first.model.state_dict()
     assert all(torch.equal(state[n], t) for n, t in again.model.state_dict().items())
 

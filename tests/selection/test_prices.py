@@ -13,8 +13,8 @@ from tiny_models import tiny_model
 from prunekit import graph
 from prunekit.checkpoint.remote_code.runtime_modules import Bypass, insert
 from prunekit.errors import ConfigError
-from prunekit.ratios.level_search import prices_of
 from prunekit.selection import latency
+from prunekit.selection.budgets import prices_of
 from prunekit.selection.prices import REQUEST, kv_prices
 
 TEXT = torch.randint(8, 100, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -23,7 +23,8 @@ COUNTS = {"heads.0": 1, "neurons.0": 31, "neurons.1": 60}
 
 def prices(model, of):
     asked = problem(model, TEXT)
-    return prices_of(asked, asked.units(["heads", "neurons"]), of, REQUEST)
+    groups = asked.units(["heads", "neurons"])
+    return prices_of(asked.model, groups, of, REQUEST, asked.remember)
 
 
 def pruned(model, counts):

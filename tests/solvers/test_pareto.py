@@ -65,7 +65,7 @@ def test_units_go_in_their_order():
     assert of.kept((2,))["g"].tolist() == [True, False, True, False, True]
 
 
-@pytest.mark.parametrize("search", ["random", "local", "nsga2"])
+@pytest.mark.parametrize("search", ["random", "stratified", "local", "nsga2"])
 def test_a_search_finds_more_than_chance_and_the_same_again(search):
     if search == "nsga2":
         pytest.importorskip("optuna")
@@ -80,9 +80,19 @@ def test_a_search_finds_more_than_chance_and_the_same_again(search):
     assert choices[:2] == [of.whole, of.smallest]
     assert len(choices) == len(points) == 160
     assert (choices, points) == searched(of, evaluate, search, 160, seed=0)
-    if search != "random":
+    if search in ("local", "nsga2"):
         chance = searched(of, evaluate, "random", 160, seed=0)[1]
         assert hypervolume(points, (40, 41)) > hypervolume(chance, (40, 41))
+
+
+def test_a_stratified_search_has_all_sizes():
+    of = space(units=(9,) * 12)
+    sizes = [sum(c) for c in searched(of, lambda c: (0.0, 0.0), "stratified", 42, seed=0)[0][2:]]
+    most = sum(of.coordinates)
+    for third in range(3):
+        part = sizes[len(sizes) * third // 3 : len(sizes) * (third + 1) // 3]
+        mean = sum(part) / len(part) / most
+        assert abs(mean - (third + 0.5) / 3) < 0.1
 
 
 def test_without_optuna_nsga2_is_refused(monkeypatch):

@@ -1,0 +1,40 @@
+"""What units and sub-networks take, in whatever a budget counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from prunekit.selection.latency import latency_prices
+from prunekit.selection.prices import (
+    Budgeted,
+    Prices,
+    kv_prices,
+    macs_prices,
+    memory_prices,
+    parameter_prices,
+)
+from prunekit.types import Group, Remember
+
+SHAPES_TELL: Sequence[Budgeted] = ("model", "prunable", "memory_mib")
+"""What needs no run of the model."""
+
+
+def prices_of(
+    model: nn.Module,
+    groups: list[Group],
+    of: Budgeted,
+    request: Mapping[str, int],
+    remember: Remember,
+) -> Prices:
+    """What the model takes of a budget, and what removing units of each group saves."""
+    if of in ("model", "prunable"):
+        return parameter_prices(model, groups, of)
+    if of == "memory_mib":
+        return memory_prices(model, groups)
+    if of == "macs":
+        return macs_prices(model, groups, request)
+    if of == "kv_cache":
+        return kv_prices(model, groups, request)
+    return latency_prices(model, groups, request, remember)
