@@ -35,8 +35,8 @@ def angular(
 
     A block scores the least angle among the runs through it, and one more if it is outside of the
     best run: so exactly that run goes. `choice=last` is the paper's simple variant: the n blocks
-    before the model's last one. `tokens` averages over the last token of each sample (the paper) or over
-    all. Raises ConfigError for a group that is no unbroken run of blocks.
+    before the model's last one. `tokens` averages over the last token of each sample (the paper) or
+    over all. Raises ConfigError for a group that is no unbroken run of blocks.
     """
     scores = {}
     for g in groups:
