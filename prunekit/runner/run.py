@@ -98,11 +98,12 @@ def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
     """
     standing = job.kept.standing("pruned")
     if standing is None:
+        early = early_texts(job)
         with stage(job, "load", "loading the model"):
             model, tokenizer = job.parts.model()
             offload.check_fits_in_memory(model)
             check_finite(job, model, "load")
-            texts = named_sets(draw(job.parts.calib, tokenizer, model))
+            texts = early or named_sets(draw(job.parts.calib, tokenizer, model))
         measure(job, "dense", lambda: model, tokenizer, tracker)
         check_reported(job)
         with stage(job, "prune", "pruning"), offload.in_memory(model):
@@ -116,6 +117,16 @@ def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
     show_kept(standing.pruned, tracker)
     measure(job, "pruned", lambda: standing.pruned.model, standing.tokenizer, tracker)
     return standing
+
+
+def early_texts(job: Job) -> dict[str, Tensor] | None:
+    """The calibration text, where it can be had before a weight is read: what is wrong with it is
+    better known then.
+    """
+    if job.parts.tokenizer is None or job.parts.calib.meta.get("needs") == "model":
+        return None
+    provenance.seed_everything(job.cfg["seed"])
+    return named_sets(draw(job.parts.calib, job.parts.tokenizer, None))
 
 
 def recovered(job: Job, start: Standing) -> Standing:
