@@ -33,6 +33,7 @@ from prunekit.runner.dense import DenseModel
 from prunekit.runner.distributed import first_process, join_others
 from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.preflight import Components, check
+from prunekit.runner.texts_at_hand import check_texts
 from prunekit.types import Pruned
 
 log = logging.getLogger("prunekit")
@@ -66,6 +67,9 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     join_others()
     kept = Finished(path, cfg, models=bool(cfg["save"]))
     parts, stored = check(cfg), cache.open_cache(cfg)
+    check_texts(
+        *parts.evals.values(), calibrated=parts.calib, learnt=(parts.pruner, parts.recovery)
+    )
     dense = DenseModel(stored, lambda: parts.model()[0])
     job = Job(cfg, path, parts, Stages(), {}, stored, kept, dense)
     job.folder.mkdir(parents=True, exist_ok=True)
