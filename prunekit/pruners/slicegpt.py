@@ -30,6 +30,7 @@ from prunekit.activations.storage import Activations, PassOptions, Precision, St
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps, stream
 from prunekit.architecture.sizes import Sizes
+from prunekit.architecture.streaming import turn
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Positive, pruners
@@ -181,12 +182,13 @@ def principal(
     final = chain.sublayers[depth - 1][-1]
     for b in tqdm(range(depth), desc="bases of the residual stream", unit="block", delay=2):
         for part in chain.sublayers[b]:
-            stream_after = through(model, chain, feed, inputs, b, part, rests)
-            if last == "output" and part is final:
-                for _ in stream_after:
-                    pass
-                return
-            Q = directions(gram(stream_after), width)
+            with turn(model.get_submodule(chain.blocks[b])):
+                stream_after = through(model, chain, feed, inputs, b, part, rests)
+                if last == "output" and part is final:
+                    for _ in stream_after:
+                        pass
+                    return
+                Q = directions(gram(stream_after), width)
             project(Q)
             yield Q
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.mapped import beside
 from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps
+from prunekit.architecture.streaming import cover, streaming
 from prunekit.graph.discovery import forget
 from prunekit.graph.slicing import update_sizes
 
@@ -108,6 +109,7 @@ def _insert(model: nn.Module, path: str, module: Any, weight: Tensor) -> None:
     module.weight.copy_(weight)
     module.weight.data = beside(module.weight.data, like)
     insert(model, path, module.requires_grad_(like.requires_grad))
+    cover(model, streaming(model))
 
 
 def slice_readers(model: nn.Module, part: Sublayer, Q_r: Basis) -> None:
