@@ -354,6 +354,17 @@ class ListedMixtral(Mixtral):
         return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].mT, labels[:, 1:]))
 
 
+def with_an_idle_expert(model: Mixtral) -> Mixtral:
+    """No token picks the last of five experts, which is called all the same: of the others, two are
+    asked for by every token.
+    """
+    with torch.no_grad():
+        for layer in model.layers:
+            w = layer.gate.weight
+            w.copy_(torch.outer(torch.tensor([1.0, -1.0, 2.0, -2.0, 0.0]), w[0].clone()))
+    return model
+
+
 class SigmoidLayer(MixtralLayer):
     """As DeepSeek-V3's own code has it: sigmoids weigh, a bias chooses, only the experts that got
     tokens are called, and a shared expert adds to them.

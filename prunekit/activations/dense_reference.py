@@ -53,8 +53,13 @@ READABLE = ("heads", "neurons")
 def readers_by_block(
     model: nn.Module, blocks: tuple[str, ...], groups: list[Group]
 ) -> list[list[UnitReader]]:
-    """The readers of the heads and neurons among `groups`, in each block."""
-    readable = [g for g in groups if g.kind in READABLE]
+    """The readers of the heads and neurons among `groups`, in each block. Those inside of the
+    experts of a list, which do not see every token, are none.
+    """
+    routed = tuple(f"{path}." for g in groups if g.kind == "experts" for path in g.modules)
+    readable = [
+        g for g in groups if g.kind in READABLE and not g.members[0].param.startswith(routed)
+    ]
     return [unit_readers(model, block, readable) for block in blocks]
 
 
@@ -65,8 +70,9 @@ def check_readers(groups: list[Group], readers: list[list[UnitReader]]) -> None:
     if lost:
         more = f" and {len(lost) - 1} more groups" if len(lost) > 1 else ""
         raise ConfigError(
-            "structured OBS needs one linear module in the block that reads the units; "
-            f"{lost[0]}{more} have none: narrow pruner.kinds"
+            "structured OBS needs one linear module in the block that reads the units of every "
+            f"token; {lost[0]}{more} have none: narrow pruner.kinds, or for neurons of experts "
+            "take pruner=expert_neurons pruner.score=obs"
         )
 
 
@@ -97,6 +103,11 @@ def forward_until(
     out = x
 
     def leave(name: str, y: Tensor) -> None:
+        if y.shape[:-1].numel() != x.shape[:-1].numel():
+            raise ConfigError(
+                f"{name} of a block does not see every token (an expert?), so that structured OBS "
+                "cannot tell what the residual stream gets from it: narrow pruner.kinds"
+            )
         seen.y[name] = y.float().reshape(*x.shape[:-1], -1)  # OPT flattens samples and tokens
         seen.after[name] = sum(seen.y.values(), x.to(y.device).float())
         if name == last:

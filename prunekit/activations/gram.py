@@ -133,8 +133,10 @@ class SharedGrams:
 
     def see(self, name: str, x: Tensor) -> None:
         """Take in `x (..., inputs)` of module `name`. The last tensor is held, so that its memory
-        cannot become another one's.
+        cannot become another one's. No tokens are nothing to take in: all such tensors look alike.
         """
+        if not x.numel():
+            return
         if name not in self.owner:
             same = (
                 self.last is not None

@@ -29,8 +29,10 @@ class Moments:
         self.m2 = torch.zeros(channels, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Take in `x (..., channels)`; sums are float32."""
+        """Take in `x (..., channels)`; sums are float32. An expert may be called with no tokens."""
         x = x.reshape(-1, x.shape[-1]).float()
+        if not len(x):
+            return
         self.mean, self.m2 = (
             self.mean.to(x.device),
             self.m2.to(x.device),
@@ -56,8 +58,8 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """(channels,) mean squared distance from the mean."""
-        return self.m2 / self.count
+        """(channels,) mean squared distance from the mean, zero where no token was seen."""
+        return self.m2 / max(1, self.count)
 
     @property
     def square(self) -> Tensor:

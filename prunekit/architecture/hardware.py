@@ -1,6 +1,9 @@
-"""What a device is quick at."""
+"""What a device is quick at, and what a processor is called."""
 
 from __future__ import annotations
+
+import platform
+from pathlib import Path
 
 import torch
 
@@ -13,3 +16,13 @@ def quick_in_bfloat16(device: str) -> bool:
         return True
     # torch has no public names for these two questions.
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def processor() -> str:
+    """The processor's own name, where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(named), platform.processor() or platform.machine())

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from prunekit.cli.compose import composed
+from prunekit.cli.overrides import words_of
 from prunekit.errors import ConfigError
 
 
@@ -29,7 +30,8 @@ def again(argv: list[str], *, recover: bool) -> int:
     if not words or "=" in words[0]:
         raise ConfigError(f"{'recover' if recover else 'eval'} needs the folder of a checkpoint")
     path = Path(words.pop(0)).expanduser().resolve()
-    configs = list(composed(words))
+    check_words(words)
+    configs = list(composed(["model=hf", *words]))
     if len(configs) > 1:
         raise ConfigError("one configuration at a time: lists of values are for a sweep")
     cfg = configured(configs[0] | {"out": str(folder)}, path)
@@ -44,6 +46,26 @@ def again(argv: list[str], *, recover: bool) -> int:
         return 1
     show(record, folder)
     return 0
+
+
+def check_words(words: list[str]) -> None:
+    """Raises ConfigError for an override of what the checkpoint itself says, or of what only a run
+    of Hydra's reads.
+    """
+    from prunekit.runner import sweep
+    from prunekit.runner.again import INHERITED, LOADING
+
+    for override in sweep.parse(words_of(words)):
+        key = override.key_or_group
+        top, _, option = key.partition(".")
+        if top == "hydra":
+            raise ConfigError(f"{override.input_line}: here --to FOLDER says where results go")
+        if top in INHERITED or (top == "model" and option not in LOADING):
+            loading = ", ".join(f"model.{name}" for name in LOADING)
+            raise ConfigError(
+                f"{override.input_line}: the checkpoint says that itself; possible: recovery, "
+                f"eval, {loading}, and what is no component"
+            )
 
 
 @contextmanager

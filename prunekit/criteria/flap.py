@@ -49,8 +49,8 @@ def flap(
 
 @criteria.register(paper="arXiv 2306.11695, 2312.11983", year=2023, needs="data", kinds=KINDS)
 def wanda_sp(model: nn.Module, groups: list[Group], run: Run) -> Scores:
-    """Wanda's |w| * norm of the input, summed over the columns of a unit: the structured Wanda that
-    FLAP compares with.
+    """Wanda's |w| * norm of the input, its mean over the columns of a unit: the structured Wanda
+    that FLAP compares with.
     """
     return reader_scores(model, groups, run, "WIFN", False, 0)
 
@@ -84,7 +84,9 @@ def reader_scores(
             if squared and kinds[name] == "heads":
                 values = values.square()
             s = values[r.member.index.to(r.weight.device)]  # (U, width)
-            parts.append(((s - s.mean()) / s.std() if standardize else s).mean(1))
+            if standardize:  # channels that are all alike, as those of an idle expert, get 0
+                s = (s - s.mean()) / s.std().clamp(min=torch.finfo(s.dtype).tiny)
+            parts.append(s.mean(1))
         scores[name] = torch.stack(parts).mean(0)
     return scores
 

@@ -105,14 +105,25 @@ def adainfer(
     other = observed(model, module, tokens[held], batch)
     scores = module(other.features.to(module.weight.device)).cpu()
     limit = lowest(scores, other.agrees, agreement) if threshold is None else threshold
-    module.bias.sub_(limit)
+    set_threshold(module, limit)
     module.progress.never = False
     module.progress.clear()
     depths = torch.tensor([*module.tests, len(module.blocks)])
-    told = outcome(scores > limit, other.agrees, depths)
+    scores = module(other.features.to(module.weight.device)).cpu()  # as it is in the model's dtype
+    told = outcome(scores > 0, other.agrees, depths)
     oracle = outcome(other.agrees, other.agrees, depths)
     found = {"blocks": len(module.blocks), **told, "oracle_depth": oracle["depth"]}
     return Pruned(model, {}, [], notes={"adainfer": {**found, "threshold": limit}})
+
+
+def set_threshold(module: EarlyExit, limit: float) -> None:
+    """What was above `limit` for the module lets go from now on; what the bias is rounded by in its
+    dtype lets fewer tokens go, never more.
+    """
+    bias = float(module.bias) - limit
+    module.bias.fill_(bias)
+    if float(module.bias) > bias:
+        module.bias.sub_(torch.finfo(module.bias.dtype).eps * module.bias.abs())
 
 
 def places(problem: Problem) -> dict[str, str]:

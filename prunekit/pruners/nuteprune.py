@@ -174,6 +174,7 @@ class Teachers:
         self._teaching = False
         self._hidden: dict[bool, list[Tensor]] = {True: [], False: []}
         self._logits: Tensor | None = None
+        self._tokens: Tensor | None = None
 
     @contextmanager
     def on_model(self, updates: list[nn.Parameter]) -> Iterator[None]:
@@ -213,14 +214,16 @@ class Teachers:
         return self._logits
 
     def layer_loss(self) -> Tensor:
-        """Mean square error of the hidden states, summed over the blocks; channels that the student
-        has not are left out.
+        """Mean square error of the hidden states in float32, summed over the blocks; channels that
+        the student has not, and pads, are left out.
         """
         terms = []
         for student, teacher in zip(self._hidden[False], self._hidden[True], strict=True):
             there = student != 0
-            error = (student - teacher.to(student)).square() * there
-            terms.append(error.sum() / there.sum().clamp(min=1))
+            if self._tokens is not None:
+                there &= self._tokens.to(there)[..., None]
+            error = (student.float() - teacher.to(student.device).float()).square()
+            terms.append(error.masked_fill(~there, 0).sum() / there.sum().clamp(min=1))
         return torch.stack(terms).sum()
 
     def _keep_stream(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -230,6 +233,7 @@ class Teachers:
         if not model.training or self._teaching:
             return
         self._hidden = {True: [], False: []}
+        self._tokens = kwargs.get("attention_mask")
         self._record()
         done = None
         if self.met is not None:

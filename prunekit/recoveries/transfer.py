@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import graph
+from prunekit.checkpoint.remote_code.runtime_modules import describe_modules
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.training_examples import Corpus, check_source, load_examples
 from prunekit.errors import ConfigError
@@ -22,6 +23,10 @@ from prunekit.training.zeros import held
 from prunekit.types import Pruned
 
 Arm = Literal["sparse", "frozen", "dense"]
+ALIKE = 0.25
+"""Cosine with the dense model's of weights that are still in their places, at least: pruners that
+change what stays leave it near 1, and in another order it is near 0.
+"""
 
 
 def check_transfer(
@@ -82,15 +87,17 @@ def transfer(
         examples: the first so many examples of the text; null takes all.
         max_length: tokens of an example at most; plain text has exactly so many.
 
-    Raises ConfigError where units were cut out, so that there are no zeros to speak of, and for
-    data that holds nothing.
+    Raises ConfigError where units were cut out, so that there are no zeros to speak of, for data
+    that holds nothing, and in the `frozen` arm for weights that stand elsewhere than in the dense
+    model.
     """
     model = pruned.model
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
-    if not keep and not all(bool(mask.all()) for mask in pruned.kept.values()):
+    whole = all(bool(mask.all()) for mask in pruned.kept.values())
+    if not keep and not (whole and not describe_modules(model)):
         raise ConfigError(
             "recovery=transfer is about zeros that stand where weights were, and units were cut "
-            "out: take pruner=unstructured, or pruner.remove=false"
+            "out, or matrices replaced: take pruner=unstructured, or pruner.remove=false"
         )
     recipe = Recipe(
         lr=lr,
@@ -120,8 +127,24 @@ def transfer(
 
 @torch.no_grad()
 def restore(model: nn.Module, dense: nn.Module, keep: Mapping[str, Tensor]) -> None:
-    """Gives the elements that `keep` does not have their values in the dense model."""
+    """Gives the elements that `keep` does not have their values in the dense model. Raises
+    ConfigError where those that it has are others there: channels were put in another order.
+    """
+    shapes = {name: p.shape for name, p in dense.named_parameters()}
     for name, mask in keep.items():
         parameter = model.get_parameter(name)
+        if shapes.get(name) != parameter.shape:
+            raise _elsewhere(name)
         there = dense.get_parameter(name).to(parameter.device, parameter.dtype)
-        parameter.copy_(torch.where(mask.to(parameter.device), parameter, there))
+        free = mask.to(parameter.device)
+        here, dense_here = parameter[free].double(), there[free].double()
+        if free.any() and torch.cosine_similarity(here, dense_here, dim=0) < ALIKE:
+            raise _elsewhere(name)
+        parameter.copy_(torch.where(free, parameter, there))
+
+
+def _elsewhere(name: str) -> ConfigError:
+    return ConfigError(
+        f"recovery.arm=frozen: {name} does not stand where the dense model has it (channels in "
+        "another order, pruner.permute=true, or rotated): take sparse or dense"
+    )

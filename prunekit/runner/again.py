@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,15 +35,21 @@ from prunekit.types import Group, Kept, Pruned
 
 INHERITED = ("calib", "criterion", "ratio", "exclude", "pruner", "table", "row")
 """What the checkpoint's own run said, and the new result repeats."""
+Zeros = tuple[list[Group], Kept]
+LOADING = ("device", "dtype", "compute")
+"""What may be said of how the checkpoint is loaded: options of model=hf."""
 
 
 def configured(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`cfg`, whose model is the checkpoint and whose other parts, but for recovery and evals, are
-    those of the run that made it. Raises ConfigError where `path` is no checkpoint.
+    """`cfg`, whose model is the checkpoint, loaded as the `model=hf` of `cfg` says, and whose other
+    parts, but for recovery and evals, are those of the run that made it. Raises ConfigError where
+    `path` is no checkpoint.
     """
     made_by = check_manifest(path).get("config")
     inherited = {k: made_by[k] for k in INHERITED if k in made_by} if made_by else {}
-    return cfg | inherited | {"model": {"name": "hf", "path": str(path)}}
+    said = cfg.get("model") or {}
+    loading = {k: said[k] for k in LOADING if k in said} if said.get("name") == "hf" else {}
+    return cfg | inherited | {"model": {"name": "hf", "path": str(path)} | loading}
 
 
 def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, Any]:
@@ -51,9 +59,8 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
     """
     path = Path(cfg["model"]["path"])
     parts = check_again(cfg, path, recover)
-    kept = kept_units(path)
     stored, standing = cache.open_cache(cfg), Finished(folder, cfg, models=bool(cfg["save"]))
-    dense = DenseModel(stored, lambda: dense_model(path)()[0])
+    dense = DenseModel(stored, lambda: dense_model(path, cfg["model"].get("device"))()[0])
     job = Job(cfg, folder, parts, Stages(), {}, stored, standing, dense)
     folder.mkdir(parents=True, exist_ok=True)
     track = tracking.open_track(config=cfg, folder=folder, **cfg["track"])
@@ -62,15 +69,15 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
             model, tokenizer = parts.model()
             check_finite(job, model, "load")
         measure(job, "pruned", lambda: model, tokenizer, tracker)
-        done = Pruned(model, kept, [])
+        done, others = standing_in(model, path)
         saved = None
         if recover and parts.recovery:
-            zeroed = zeros(model)
-            start = Pruned(model, zeroed[1], zeroed[0])
+            start = Pruned(model, done.kept | others.kept, done.groups + others.groups)
             with stage(job, "recover", "recovering"):
                 done.model = parts.recovery(pose(job, "recovered", model, tokenizer, {}), start)
                 check_finite(job, done.model, "recover")
-            done.notes = start.notes
+            done.kept = {name: start.kept[name] for name in done.kept}
+            done.notes |= start.notes
             measure(job, "recovered", lambda: done.model, tokenizer, tracker)
             saved = save(replace(job, cfg=cfg | made_of(path)), done, tokenizer, tracker)
         record = results.record(
@@ -93,7 +100,7 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
     if not recover and not parts.evals:
         raise ConfigError("eval needs an eval, for example eval=quick")
     if any(map(compares, parts.evals.values())) or (recover and learns_from_dense(parts.recovery)):
-        dense_model(path)
+        dense_model(path, cfg["model"].get("device"))
     model = checkpoint.outline(path)
     check_lengths(model, *parts.evals.values(), parts.recovery if recover else None)
     if recover and parts.recovery and "check" in parts.recovery.meta:
@@ -114,15 +121,19 @@ def made_of(path: Path) -> dict[str, Any]:
     return {} if node is None else {"model": node}
 
 
-def dense_model(path: Path) -> Component:
-    """The model that the checkpoint was made of. Raises ConfigError where it does not say that."""
+def dense_model(path: Path, device: str | None = None) -> Component:
+    """The model that the checkpoint was made of, on `device` where one is named and the model is
+    not spread over several. Raises ConfigError where the checkpoint does not say that.
+    """
     node = made_of(path)
     if not node:
         raise ConfigError(
             f"{path} does not say which model it was made of: there is no dense model to compare "
             "with or to learn from"
         )
-    return models.build(node["model"])
+    spread = node["model"].get("device_map")
+    placed = {} if device is None or spread else {"device": device}
+    return models.build(node["model"] | placed)
 
 
 def kept_units(path: Path) -> Kept:
@@ -132,17 +143,43 @@ def kept_units(path: Path) -> Kept:
     return kept_masks(manifest | {"groups": units}, str(path / MANIFEST))
 
 
-def zeros(model: nn.Module) -> tuple[list[Group], Kept]:
-    """The matrices that have zeros, as groups of single weights, and masks of what is not zero:
-    zeros of a checkpoint stay zero.
+def standing_in(model: nn.Module, path: Path) -> tuple[Pruned, Pruned]:
+    """The checkpoint as its pruner handed it on, as far as `pruning.json` tells it; and the zeros
+    that it does not tell of, of units that were zeroed where they stand.
+    """
+    manifest = check_manifest(path)
+    known = {
+        entry["members"][0]: name
+        for name, entry in manifest["groups"].items()
+        if entry.get("kind") == "weights"
+    }
+    groups, masks = zeros(model, known)
+    own = [g for g in groups if g.matrix in known]
+    others = [g for g in groups if g.matrix not in known]
+    kept = kept_units(path) | {g.name: masks[g.name] for g in own}
+    merges = {"merges": manifest["merges"]} if "merges" in manifest else {}
+    return Pruned(model, kept, own, notes=merges), Pruned(
+        model, {g.name: masks[g.name] for g in others}, others
+    )
+
+
+def zeros(model: nn.Module, known: Mapping[str, str] = MappingProxyType({})) -> Zeros:
+    """The matrices, stacked ones too, that have zeros, as groups of single weights, and masks of
+    what is not zero: zeros of a checkpoint stay zero. Those of a whole token's embedding (padding)
+    are nothing that was pruned.
+
+    known: matrix -> its group's name, of those that are listed with or without zeros.
     """
     groups, kept = [], {}
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     for name, p in model.named_parameters():
         free = p.detach() != 0
-        if p.dim() == 2 and not bool(torch.all(free)):
-            group = Group(
-                f"weights.{name}", "weights", None, p.numel(), shape=tuple(p.shape), matrix=name
+        if p is embedding:
+            free = free | ~free.any(1, keepdim=True)
+        if p.dim() >= 2 and (name in known or not bool(torch.all(free))):
+            label = known.get(name, f"weights.{name}")
+            groups.append(
+                Group(label, "weights", None, p.numel(), shape=tuple(p.shape), matrix=name)
             )
-            groups.append(group)
-            kept[group.name] = free
+            kept[label] = free
     return groups, kept

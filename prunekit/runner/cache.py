@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from prunekit.runner import provenance, store
 from prunekit.runner.store import Entry
 from prunekit.source import code_hash, module_file
 from prunekit.types import Group, Remember, Run, Scores
+
+PACKAGES = ("transformers", "tokenizers", "peft", "datasets", "lm_eval", "numpy", "scipy")
+"""Besides torch, those that compute or read what is kept."""
 
 
 @dataclass
@@ -147,7 +151,8 @@ def switched_on(value: Any) -> bool:
 
 def digest(modules: list[str], *parts: Any) -> str:
     """128 bits over the parts, the code of `modules` and of all that they import, and what the bits
-    of a result hang on: torch, devices, threads, precision, determinism.
+    of a result hang on: versions of Python, whose own text is read, and of packages, devices,
+    threads, precision, determinism.
     """
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -157,6 +162,8 @@ def digest(modules: list[str], *parts: Any) -> str:
     where = [
         code_hash(modules),
         torch.__version__,
+        platform.python_version(),
+        [provenance.version_of(package) for package in PACKAGES],
         gpus,
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
@@ -174,12 +181,12 @@ def at_hand(model: nn.Module) -> bool:
 
 
 def model_print(model: nn.Module) -> str:
-    """Hash of the weights, their names and places, the configuration, whether they run in float32,
-    and where, if not where they are. Memory is read once: 0.1 s for 135M parameters.
+    """Hash of the weights, their names and places, the configuration, how it generates, whether they
+    run in float32, and where, if not where they are. Memory is read once: 0.1 s for 135M parameters.
     """
     hasher = xxhash.xxh3_128()
-    config: Any = getattr(model, "config", None)
-    settings = config.to_json_string() if hasattr(config, "to_json_string") else config
+    configs: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
+    settings = [c.to_json_string() if hasattr(c, "to_json_string") else c for c in configs]
     kind = f"{type(model).__name__}{settings}{computes_in_float32(model)}"
     kind += f"{device_of(model)}" if streaming(model) else ""
     hasher.update(kind.encode())
@@ -210,14 +217,18 @@ def group_print(group: Group) -> str:
 
 
 def tokenizer_print(tokenizer: Any) -> str:
-    """Hash of a tokenizer's rules, or of its vocabulary where the rules are code."""
+    """Hash of a tokenizer's rules, or of its vocabulary where the rules are code, of the names of
+    its special tokens and of its chat template.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = (
         backend.to_str()
         if backend is not None
         else f"{type(tokenizer).__name__}{sorted(tokenizer.get_vocab().items())}"
     )
-    return xxhash.xxh3_128_hexdigest(text.encode())
+    names = sorted(getattr(tokenizer, "special_tokens_map", {}).items())
+    more = [str(names), str(getattr(tokenizer, "chat_template", None))]
+    return xxhash.xxh3_128_hexdigest("\0".join([text, *more]).encode())
 
 
 def files_print(node: Any) -> list[tuple[str, int, int]]:
@@ -225,13 +236,14 @@ def files_print(node: Any) -> list[tuple[str, int, int]]:
     folder.
     """
     found: list[tuple[str, int, int]] = []
-    for top in sorted({*strings(node), os.environ.get("PRUNEKIT_DATA") or ""} - {""}):
+    roots = {node.get("data_root") or "", os.environ.get("PRUNEKIT_DATA") or ""}
+    for top in sorted({*strings(node), *roots} - {""}):
         path = Path(top).expanduser()
         files = (
             [path]
             if path.is_file()
             else sorted(p for p in path.rglob("*") if p.is_file())
-            if os.sep in top and path.is_dir()
+            if (top in roots or os.sep in top) and path.is_dir()
             else []
         )
         found += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunekit.architecture.hardware import processor
 from prunekit.runner.resume import code_version
 
 PACKAGES = (
@@ -45,7 +46,7 @@ def collect(cfg: dict[str, Any], tokens: Tensor | None) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": cfg["seed"],
-        "versions": {p: found for p in PACKAGES if (found := _version(p))}
+        "versions": {p: found for p in PACKAGES if (found := version_of(p))}
         | {"python": platform.python_version()},
         "code": code_version(cfg),
         "commit": _git("rev-parse", "HEAD"),
@@ -70,14 +71,15 @@ def hardware() -> dict[str, Any]:
         else []
     )
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """None where the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -86,7 +86,7 @@ def _taylor(
     found: dict[str, Tensor] = {}
 
     def fold(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
-        size = (weight * gradient).abs().float()
+        size = (weight.float() * gradient.float()).abs()
         for f in fused:
             for slab, m in f.pairs:
                 if slab.param == name:

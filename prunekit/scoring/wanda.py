@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from prunekit.activations.moments import Moments, moments
-from prunekit.architecture.linear import weight_of
+from prunekit.activations.moments import moments
 from prunekit.architecture.matrices import module_name
 from prunekit.types import Group, Run
 
@@ -26,15 +25,7 @@ def input_norms(model: nn.Module, groups: Iterable[Group], run: Run) -> dict[str
 def module_norms(model: nn.Module, names: Iterable[str], run: Run) -> dict[str, Tensor]:
     """The same by the names of linear modules."""
     found = moments(model, names, run)
-    return {name: _norm(m, weight_of(model.get_submodule(name))) for name, m in found.items()}
-
-
-def _norm(m: Moments, weight: Tensor) -> Tensor:
-    return (
-        (m.square * m.count).sqrt()
-        if m.count
-        else torch.zeros(weight.shape[1], device=weight.device)
-    )
+    return {name: (m.square * m.count).sqrt() for name, m in found.items()}
 
 
 def wanda_score(weight: Tensor, norms: Tensor) -> Tensor:

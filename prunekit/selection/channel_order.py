@@ -67,7 +67,8 @@ class ChannelOrder:
     def _share(self, g: Group, scores: Scores, keep: dict[str, int]) -> float:
         s = to_out_in(self.model, g, scores[g.name])
         there = torch.arange(s.shape[1], device=s.device)
-        return kept_score(s, there, keep[g.name], self.m) / float(s.sum(dtype=torch.float64))
+        total = float(s.sum(dtype=torch.float64))  # zero of an idle expert
+        return kept_score(s, there, keep[g.name], self.m) / total if total else 1.0
 
     def _best(self, s: Tensor, keep: int) -> Tensor:
         parts = -(-s.shape[1] // (self.m * RUNS))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from prunekit import graph
 from prunekit.activations.dense_reference import readers_by_block
 from prunekit.architecture.blocks import block_names
+from prunekit.architecture.hardware import processor
 from prunekit.architecture.timing import prompt_ids, request, waiter
 from prunekit.selection.levels import Price
 from prunekit.selection.prices import Prices, shape_key
@@ -37,9 +38,11 @@ Table = dict[str, dict[int, float]]
 def latency_prices(
     model: nn.Module, groups: list[Group], asked: Mapping[str, int], remember: Remember
 ) -> Prices:
-    """In milliseconds of a request. The table is measured once for a model and a device."""
+    """In milliseconds of a request. The table is measured once for a model, a device and the
+    processor that drives it.
+    """
     parts = [dict(asked), [[g.name, shape_key(model, g)] for g in groups]]
-    parts.append(sorted({str(p.device) for p in model.parameters()}))
+    parts += [sorted({str(p.device) for p in model.parameters()}), processor()]
 
     def compute() -> dict[str, Tensor]:
         table = measured_table(model, groups, asked)

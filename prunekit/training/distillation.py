@@ -99,7 +99,9 @@ def summed_gap(
     pairs = [(student[i + 1], teacher[b + 1]) for i, b in enumerate(blocks[:-1])]
     for s, t in pairs:
         aim = t.to(s.device).float()
-        gap = (s.float() - aim).square().sum(-1) / aim.square().sum(-1)
+        # The state of a pad may be zero, and the gradient of what is masked would be no number.
+        size = aim.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        gap = (s.float() - aim).square().sum(-1) / size
         total = total + gap.masked_fill(~learnt.to(s.device), 0).sum().to(total.device)
     return total / max(1, len(pairs))
 

@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from blocks import hidden_states
+from foreign import ListedSigmoid
 from tiny_models import tiny_model
 
 from prunekit import graph
@@ -17,6 +18,7 @@ from prunekit.activations.dense_reference import (
     PairedStreams,
     add_in_turn,
     check_readers,
+    forward_until,
     is_residual_sum,
     readers_by_block,
     token_weights,
@@ -132,6 +134,14 @@ def test_a_block_whose_output_is_more_than_a_sum_is_told_apart(model, tokens):
     streams, _, block = paired(model, tokens)
     assert is_residual_sum(streams.feed, 0, block, streams.own, streams.names)
     assert not is_residual_sum(streams.feed, 0, block, streams.own, streams.names[:1])
+
+
+def test_a_module_that_sees_some_tokens_alone_is_refused(tokens):
+    torch.manual_seed(0)
+    model = ListedSigmoid().eval()
+    inputs, feed = capture_inputs(model, block_names(model), tokens % 97, PassOptions())
+    with pytest.raises(ConfigError, match=r"experts\.1\.w2 of a block does not see every token"):
+        forward_until(feed, model.layers[0], 0, 0, inputs[feed.rows[0]], ["experts.1.w2"])
 
 
 def test_a_group_that_nothing_in_a_block_reads_is_named(model):

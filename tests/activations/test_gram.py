@@ -53,6 +53,15 @@ def test_modules_that_are_shown_the_same_tensor_share_a_gram():
     assert torch.allclose(shared.sums["q"].gram, both.T @ both, atol=1e-4)
 
 
+def test_modules_that_are_shown_no_tokens_do_not_share():
+    """Tensors of nothing begin at the same place and have the same shape."""
+    shared, one, other = SharedGrams(), numbers(3, 4), numbers(2, 4, seed=1)
+    for name, x in (("e0", one[:0]), ("e1", one[:0]), ("e2", one[:0]), ("e0", one), ("e1", other)):
+        shared.see(name, x)
+    assert shared.owner == {"e0": "e0", "e1": "e1"}
+    assert torch.allclose(shared.sums["e1"].gram, other.T @ other, atol=1e-5)
+
+
 @pytest.mark.parametrize(("tokens", "said"), [(63, 1), (64, 0)])
 def test_less_text_than_inputs_is_said(tokens, said, caplog):
     with caplog.at_level(logging.WARNING, logger="prunekit"):

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 from compositions import config
+from tiny_models import tiny_model
 
 from prunekit.checkpoint import load
+from prunekit.checkpoint.replay import replay
 from prunekit.cli.main import main
 from prunekit.errors import ConfigError
-from prunekit.runner.again import zeros
+from prunekit.runner.again import dense_model, zeros
 from prunekit.runner.run import run
 
 QUICK = ("track=silent", "eval=quick")
@@ -73,6 +75,21 @@ def test_what_learns_from_the_dense_model_learns_from_the_one_that_was_pruned(
     assert kept[0] == kept[1]
 
 
+def test_it_is_loaded_as_the_command_says(pruned, tmp_path):
+    words = [str(pruned[1]), "track=silent", "eval=statistics", "~eval.latency", "~eval.memory"]
+    words += ["model.device=cpu", "model.dtype=bfloat16"]
+    assert main(["eval", *words, "--to", str(tmp_path / "out")]) == 0
+    found = result(tmp_path / "out")
+    whole = pruned[0]["results"]["pruned/weights_mib"]
+    assert found["results"]["pruned/weights_mib"] == whole / 2
+    assert found["config"]["model"]["dtype"] == "bfloat16"
+
+
+def test_the_dense_model_goes_where_the_command_says(pruned):
+    assert dense_model(pruned[1]).options["device"] is None
+    assert dense_model(pruned[1], "cpu").options["device"] == "cpu"
+
+
 def test_zeros_of_a_checkpoint_stay_zero(tmp_path):
     words = ["pruner=unstructured", "criterion=weight_magnitude", "ratio.of=prunable"]
     run(config(*words), tmp_path / "pruned")
@@ -83,6 +100,60 @@ def test_zeros_of_a_checkpoint_stay_zero(tmp_path):
     after = load(tmp_path / "out" / "checkpoint")[0]
     for name, free in before.items():
         assert not after.get_parameter(name.removeprefix("weights."))[~free].any()
+
+
+HALF = ("pruner=unstructured", "criterion=weight_magnitude", "ratio.of=prunable")
+LEARNS = ("recovery=transfer", "recovery.dataset=pydocs", "recovery.max_steps=1")
+LEARNS += ("recovery.max_length=32", "recovery.lr=1e-2")
+
+
+def test_single_weights_are_still_told_after_a_recovery(tmp_path):
+    whole = run(config(*HALF, *TUNED), tmp_path / "whole")
+    run(config(*HALF), tmp_path / "pruned")
+    path = str(tmp_path / "pruned" / "checkpoint")
+    assert main(["recover", path, *QUICK, *TUNED, "--to", str(tmp_path / "out")]) == 0
+    assert result(tmp_path / "out")["kept"] == whole["kept"]
+    again = tmp_path / "out" / "checkpoint"
+    with pytest.raises(ConfigError, match="whose zeros are in the checkpoint's tensors only"):
+        replay(load(path)[0], again)
+    assert main(["recover", str(again), *QUICK, *LEARNS, "--to", str(tmp_path / "last")]) == 0
+    assert result(tmp_path / "last")["kept"] == whole["kept"]
+
+
+def test_merged_blocks_are_still_told_after_a_recovery(tmp_path):
+    words = ["pruner=laco", "criterion=none", "ratio.of=units", "ratio.target=0.25"]
+    run(config(*words), tmp_path / "pruned")
+    path = tmp_path / "pruned" / "checkpoint"
+    assert main(["recover", str(path), *QUICK, *TUNED, "--to", str(tmp_path / "out")]) == 0
+    made = [
+        replay(dense_model(path)()[0], folder).state_dict()
+        for folder in (path, tmp_path / "out" / "checkpoint")
+    ]
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_units_that_were_cut_out_are_no_zeros_to_learn_around(pruned, tmp_path, capsys):
+    words = [str(pruned[1]), *QUICK, *LEARNS, "recovery.arm=frozen"]
+    assert main(["recover", *words, "--to", str(tmp_path / "out")]) == 2
+    assert "units were cut out" in capsys.readouterr().err
+
+
+def test_what_a_recovery_gives_back_is_kept(tmp_path):
+    run(config("pruner.remove=false"), tmp_path / "pruned")
+    words = [str(tmp_path / "pruned" / "checkpoint"), *QUICK, *LEARNS, "recovery.arm=dense"]
+    assert main(["recover", *words, "--to", str(tmp_path / "out")]) == 0
+    assert all(kept == of for kept, of in result(tmp_path / "out")["kept"].values())
+
+
+def test_zeros_of_stacked_experts_are_found_and_padding_is_none():
+    model = tiny_model("mixtral")
+    stack = "model.layers.0.mlp.experts.down_proj"
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+        model.get_parameter(stack)[0, 0, 0] = 0
+    groups, kept = zeros(model)
+    assert [g.matrix for g in groups] == [stack]
+    assert torch.equal(kept[groups[0].name], model.get_parameter(stack) != 0)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +168,10 @@ def test_zeros_of_a_checkpoint_stay_zero(tmp_path):
         (["eval", "PATH", *QUICK, "seed=1,2"], "one configuration at a time"),
         (["eval", "/no/such", *QUICK], "is not a folder"),
         (["eval", "PATH", "--to"], "--to needs a folder"),
+        (["recover", "PATH", *TUNED, "ratio.target=0.5"], "the checkpoint says that itself"),
+        (["eval", "PATH", *QUICK, "calib=pydocs"], "the checkpoint says that itself"),
+        (["eval", "PATH", *QUICK, "model=tiny_llama"], "possible: recovery, eval, model.device"),
+        (["eval", "PATH", *QUICK, "hydra.run.dir=there"], "--to FOLDER says where"),
     ],
 )
 def test_what_cannot_be_is_said(pruned, words, says, capsys):

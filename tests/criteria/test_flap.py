@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from foreign import ListedMixtral, with_an_idle_expert
 from reference import inputs_of, llama_groups, reader_of, tiny_llama
 
+from prunekit import graph
 from prunekit.activations.runs import ModelRun
 from prunekit.criteria.flap import flap, wanda_sp
 from prunekit.errors import ConfigError
@@ -83,6 +85,19 @@ def test_skipped_tokens_take_no_part(model, tokens):
         ).weight.detach().square().sum(0)
         want = ((s - s.mean()) / s.std()).view(g.units, -1).mean(1)
         torch.testing.assert_close(got[g.name], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", [flap, wanda_sp])
+def test_neurons_of_an_expert_without_a_token_score_zero(criterion, tokens):
+    torch.manual_seed(0)
+    model = with_an_idle_expert(ListedMixtral()).eval()
+    groups = [g for g in graph.discover(model) if g.kind == "neurons"]
+    found = criterion(model, groups, ModelRun(model, tokens % 97))
+    idle = {g.name for g in groups if ".experts.4." in g.members[0].param}
+    assert len(groups) == 15
+    assert len(idle) == 3
+    for name, scores in found.items():
+        assert bool((scores == 0).all()) == (name in idle), name
 
 
 def test_units_without_a_reader_are_refused(model, tokens):

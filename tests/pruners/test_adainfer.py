@@ -12,8 +12,9 @@ from tiny_models import tiny_model
 
 import prunekit
 from prunekit import checkpoint
+from prunekit.checkpoint.remote_code.early_exit import EarlyExit
 from prunekit.errors import ConfigError
-from prunekit.pruners.adainfer import fitted, lowest, outcome
+from prunekit.pruners.adainfer import fitted, lowest, observed, outcome, set_threshold
 from prunekit.registry import pruners
 
 
@@ -103,6 +104,25 @@ def test_a_filled_cache_gives_what_no_cache_gives(arch, text):
     torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=1e-3, atol=1e-4)
     assert module.names["reader"]
     assert float(module.progress.passes) < 4 * module.progress.tokens
+
+
+@pytest.mark.parametrize("agreement", [0.3, 0.5, 0.7, 0.9])
+def test_in_half_precision_the_notes_say_what_the_module_does(text, agreement):
+    model = tiny_model("llama", layers=5).bfloat16()
+    out, module = leave_early(model, text, agreement=agreement)
+    module.progress.never = True
+    held = observed(model, module, text[::5], None)
+    told = outcome(module(held.features) > 0, held.agrees, torch.tensor([*module.tests, 5]))
+    assert {k: out.notes["adainfer"][k] for k in told} == told
+    assert told["agreement"] >= agreement
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1234, -0.777, 3.21])
+def test_a_rounded_bias_lets_no_more_go_than_the_threshold(limit):
+    module = EarlyExit("blocks", "", "head", "", 1, 1).bfloat16()
+    module.bias.fill_(1.5)
+    set_threshold(module, limit)
+    assert 0 <= (1.5 - limit) - float(module.bias) < 0.02 * abs(1.5 - limit)
 
 
 def test_blocks_behind_the_last_token_do_not_run(llama, text):

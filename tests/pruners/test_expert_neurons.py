@@ -123,6 +123,22 @@ def test_taylor_is_the_size_of_weight_times_gradient(mixtral):
     torch.testing.assert_close(found["neurons.1"], expected, rtol=1e-3, atol=1e-7)
 
 
+def test_what_half_precision_would_round_to_zero_counts(mixtral, monkeypatch):
+    """Products of weights and gradients, which are below the smallest number of float16."""
+
+    def small(model, names, run, sink, **_):
+        for name in names:
+            weight = torch.full_like(model.get_parameter(name), 1e-3, dtype=torch.float16)
+            sink(name, weight, weight.clone().fill_(1e-5), None)
+
+    monkeypatch.setattr("prunekit.scoring.expert_neurons.backward", small)
+    found = neuron_scores(mixtral, fused_of(mixtral), [], ModelRun(mixtral, TOKENS), "taylor", True)
+    channels = mixtral.config.hidden_size
+    torch.testing.assert_close(
+        found["neurons.0"], torch.full((5, 96), 3 * channels * 1e-8), rtol=0.02, atol=0
+    )
+
+
 def test_the_result_loads_without_our_code(mixtral):
     pruned = pruners.build({"name": "expert_neurons"})(
         problem(copy.deepcopy(mixtral), TOKENS, ratio=uniform(0.25, "model", loadable="stock"))

@@ -9,10 +9,12 @@ import torch
 from problems import check, problem, uniform
 from tiny_models import tiny_model
 
-from prunekit.architecture.matrices import matrix, module_name
+from prunekit.architecture.matrices import matrices, matrix, module_name
 from prunekit.errors import ConfigError
+from prunekit.pruners.llm_surgeon_matrices import Shot, State, curvature
 from prunekit.registry import pruners
 from prunekit.scoring.kronecker import kronecker_factors
+from prunekit.selection.lines import no_lines
 
 STRUCTURES = ["rows_and_columns", "rows", "columns", "elements"]
 
@@ -134,6 +136,26 @@ def test_counts_are_met_and_zeros_stay_over_shots(llama, text, structure, rankin
             rows, columns = out.notes["rows_and_columns"][g.name]
             R, C = matrix(llama, g).shape
             assert out.notes["counts"][g.name] == R * C - (R - rows) * (C - columns)
+
+
+@torch.no_grad()
+def test_lines_that_are_gone_make_up_for_nothing(llama, text):
+    [g, *_] = matrices(llama, ["down_proj"])
+    W = matrix(llama, g)
+    found = kronecker_factors(llama, [module_name(g)], problem(llama, text).run())
+    gone = no_lines(*W.shape)
+    gone.rows[:3], gone.columns[5:9] = True, True
+    state, how = State({g.name: gone}, {}), Shot("rows_and_columns", None, 0.01, 400)
+    c = curvature(g, W, found, state, how)
+    of = found[module_name(g)]
+    for full, inverse, lost in (
+        (of.inputs(False), c.A_inverse, gone.columns),
+        (of.outputs(), c.G_inverse, gone.rows),
+    ):
+        left = full[~lost][:, ~lost].double()
+        ridge = 0.01 * left.diagonal().mean() * torch.eye(len(left))
+        torch.testing.assert_close(inverse[~lost][:, ~lost], (left + ridge).inverse())
+        assert not inverse[lost][:, ~lost].any()
 
 
 def test_more_shots_lose_less(llama, text):

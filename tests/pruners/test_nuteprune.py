@@ -121,6 +121,26 @@ def test_a_teacher_that_is_the_student_leaves_no_error(taught, tokens, monkeypat
     assert float(taught.layer_loss()) == 0
 
 
+def test_pads_have_no_part_in_the_error(taught, tokens):
+    model, there = taught.masks.model.train(), torch.ones_like(tokens)
+    there[:, :5] = 0
+    found = []
+    for pad in (0, 50):
+        taught.masks.generator.manual_seed(0)
+        with torch.no_grad():
+            model(input_ids=tokens.masked_fill(there == 0, pad), attention_mask=there)
+        found.append(float(taught.layer_loss()))
+    assert found[0] > 0
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_the_error_of_half_precision_is_a_single_precision_number(taught):
+    """The square of 300 is beyond float16."""
+    states = torch.full((1, 4, 8), 300.0, dtype=torch.float16)
+    taught._hidden = {False: [states], True: [torch.zeros_like(states)]}
+    assert float(taught.layer_loss()) == 300**2
+
+
 def test_snapshots_stand_a_percent_apart(taught, tokens):
     model = taught.masks.model.train()
     with torch.no_grad():

@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 from blocks import hidden_states
+from foreign import ListedSigmoid
 from problems import problem, uniform
 from tiny_models import tiny_model
 
 from prunekit import graph
 from prunekit.activations.dense_reference import PairedStreams
 from prunekit.errors import ConfigError
+from prunekit.pruners import structured_obs
 from prunekit.registry import pruners
 
 PLAIN = {"target": "own", "bias": False, "token_weight": "equal", "precision": "model"}
@@ -179,6 +181,22 @@ def test_activations_elsewhere(llama, text, store):
     with torch.no_grad():
         difference = (llama(text).logits - twin(text).logits).norm() / twin(text).logits.norm()
     assert difference < (0.4 if store == "bfloat16" else 1e-4)
+
+
+@pytest.fixture
+def listed():
+    torch.manual_seed(0)
+    return ListedSigmoid().eval()
+
+
+def test_heads_go_beside_listed_experts_whose_neurons_are_refused(listed, text, monkeypatch):
+    out = prune(listed, text % 97, share=0.25, of="units", kinds=["heads"], **PLAIN)
+    assert [int(out.kept[f"heads.{i}"].sum()) for i in range(3)] == [5, 5, 5]
+    with torch.no_grad():
+        assert listed(text % 97).isfinite().all()
+    monkeypatch.delattr(structured_obs, "capture_inputs")  # it does not come to the work
+    with pytest.raises(ConfigError, match=r"of every token; neurons.0.e0 .* take pruner=expert_"):
+        prune(listed, text % 97, kinds=["neurons"], **PLAIN)
 
 
 def test_experts_have_no_single_reader(text):

@@ -44,6 +44,16 @@ def test_nearer_to_the_dense_model_than_wanda():
         assert (model(text).logits - dense).norm() < (twin(text).logits - dense).norm()
 
 
+def test_weights_of_a_neuron_that_is_always_zero_go_first(tokens):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[5] = 0
+        model.model.layers[0].mlp.down_proj.weight[:, 5] = 10
+    kept = prune(model, tokens).kept["weights.0.mlp.down_proj"]
+    assert not kept[:, 5].any()
+    assert kept.float().mean() == 0.5
+
+
 def test_ratio_zero_changes_nothing(tokens):
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())

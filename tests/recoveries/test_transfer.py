@@ -18,6 +18,7 @@ from prunekit.registry import criteria, pruners, ratios
 from prunekit.types import Pruned
 
 SIZES = {"hidden": 32, "ffn": 48, "head_dim": 8, "vocab_size": 259}
+QUARTER = {"name": "uniform", "target": 0.25, "of": "model"}
 SHORT = {"dataset": "text", "max_length": 32, "batch": 4, "max_steps": 3, "lr": 3e-3}
 
 
@@ -97,6 +98,29 @@ def test_units_that_were_cut_out_leave_no_zeros_to_keep(text):
     graph.remove(model, kept)
     with pytest.raises(ConfigError, match="units were cut out"):
         transfer(Problem(model, byte_tokenizer()), Pruned(model, kept, groups), path=text, **SHORT)
+
+
+def test_a_rotated_model_has_no_zeros_to_keep(text):
+    model = tiny_model("llama", **SIZES)
+    given = problem(model, torch.randint(8, 100, (4, 16)), ratio=ratios.build(QUARTER))
+    pruned = pruners.build({"name": "slicegpt"})(given)
+    with pytest.raises(ConfigError, match="or matrices replaced"):
+        transfer(Problem(pruned.model, byte_tokenizer()), pruned, path=text, **SHORT)
+
+
+def test_what_was_put_in_another_order_is_not_given_its_dense_values(text):
+    dense, pruned = sparse(0.5)
+    mlp, order = pruned.model.model.layers[0].mlp, torch.arange(SIZES["ffn"]).flip(0)
+    with torch.no_grad():
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight.copy_(linear.weight[order])
+        mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, order])
+    for name in ("gate_proj", "up_proj"):
+        pruned.kept[f"weights.0.mlp.{name}"] = pruned.kept[f"weights.0.mlp.{name}"][order]
+    pruned.kept["weights.0.mlp.down_proj"] = pruned.kept["weights.0.mlp.down_proj"][:, order]
+    given = Problem(pruned.model, byte_tokenizer(), load_dense=lambda: dense)
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.\w+\.weight does not stand where"):
+        transfer(given, pruned, arm="frozen", path=text, **SHORT)
 
 
 @pytest.mark.parametrize("arm", ["sparse", "frozen"])

@@ -160,6 +160,51 @@ def test_what_a_dense_number_depends_on_is_in_the_key(tmp_path, monkeypatch):
     assert used == [["prunekit.evals.perplexity", "prunekit.runner.cache"]]
 
 
+def test_how_a_tokenizer_asks_is_in_its_hash():
+    def hash_of(**changes):
+        tokenizer = registry.models.build({"name": "tiny_llama", "layers": 1})()[1]
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        return cache.tokenizer_print(tokenizer)
+
+    found = [
+        hash_of(),
+        hash_of(chat_template="{{ messages[0].content }}"),
+        hash_of(chat_template="user: {{ messages[0].content }}"),
+        hash_of(bos_token="</s>"),
+    ]
+    assert len(set(found)) == 4
+    assert hash_of() == found[0]
+
+
+def test_where_a_model_stops_is_in_its_hash(tiny):
+    before = cache.model_print(tiny)
+    tiny.generation_config.eos_token_id = [2, 7]
+    assert cache.model_print(tiny) != before
+
+
+def test_files_of_a_data_folder_are_in_the_key_whatever_it_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "t.txt"
+    file.write_text("one")
+    node = {"name": "perplexity", "dataset": "ptb", "data_root": "data"}
+    before = cache.files_print(node)
+    file.write_text("another")
+    assert cache.files_print(node) != before
+
+
+@pytest.mark.parametrize("package", ["transformers", "lm_eval"])
+def test_versions_are_in_the_key(package, monkeypatch):
+    before = cache.digest(["prunekit.runner.cache"])
+    monkeypatch.setattr(cache.provenance, "version_of", lambda p: "0" if p == package else None)
+    one = cache.digest(["prunekit.runner.cache"])
+    monkeypatch.setattr(cache.provenance, "version_of", lambda p: "1" if p == package else None)
+    assert len({before, one, cache.digest(["prunekit.runner.cache"])}) == 3
+    monkeypatch.setattr(cache.platform, "python_version", lambda: "3.99")
+    assert cache.digest(["prunekit.runner.cache"]) != one
+
+
 def test_the_switch_is_checked():
     with pytest.raises(ConfigError, match="possible: on, off"):
         cache.open_cache({"cache": "perhaps"})

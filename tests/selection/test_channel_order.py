@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from foreign import ListedMixtral, with_an_idle_expert
 from problems import check, problem, uniform
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -125,6 +126,17 @@ def test_mixed_patterns_leave_a_matrix_that_keeps_all_in_place(tokens):
         if "q_proj" not in g.name:
             W = matrix(model, g)
             assert ((W.reshape(len(W), -1, 4) != 0).sum(2) == 3).all()
+
+
+def test_the_inputs_of_an_expert_without_a_token_may_stand_as_they_are(tokens):
+    torch.manual_seed(0)
+    model = with_an_idle_expert(ListedMixtral()).eval()
+    pruned = prune(model, tokens % 97)
+    notes = pruned.notes["channels"]
+    idle = [n for n in notes if ".experts.4." in n]
+    assert len(idle) == 9
+    assert all(notes[n]["share_before"] == notes[n]["share_after"] == 1 for n in idle)
+    assert all(notes[n]["share_after"] < 1 for n in notes if n not in idle)
 
 
 def test_heads_that_runs_do_not_divide_are_gathered_for(tokens):

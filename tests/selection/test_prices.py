@@ -95,7 +95,7 @@ def test_a_wider_sublayer_is_never_quicker():
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt"])
-def test_the_table_is_measured_once(arch):
+def test_the_table_is_measured_once(arch, monkeypatch):
     """OPT's feed-forward is two modules of the block: both count."""
     kept = {}
 
@@ -118,6 +118,9 @@ def test_the_table_is_measured_once(arch):
     longer = latency.latency_prices(model, groups, asked | {"prompt": 5}, remember)
     assert len(kept) == 2
     assert longer.measure(model) > 0
+    monkeypatch.setattr(latency, "processor", lambda: "another one")
+    latency.latency_prices(model, groups, asked, remember)
+    assert len(kept) == 3
     modules = latency.timed_modules(model, groups)
     last = "model.decoder.layers.0.fc2" if arch == "opt" else "model.layers.0.mlp"
     assert modules["neurons.0"][-1] == last

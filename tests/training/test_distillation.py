@@ -150,6 +150,17 @@ def test_the_gap_of_hidden_states_is_that_of_the_formula():
     assert float(summed_gap(teacher, teacher, (0, 1, 2, 3), learnt)) == 0
 
 
+def test_pads_whose_states_are_zero_leave_the_gradient_a_number():
+    draw = torch.Generator().manual_seed(1)
+    student = [torch.randn(N, T, 5, generator=draw).requires_grad_() for _ in range(3)]
+    teacher = [torch.randn(N, T, 5, generator=draw) for _ in range(3)]
+    learnt = some_positions()
+    teacher[1].masked_fill_(~learnt[..., None], 0)
+    summed_gap(student, teacher, (0, 1), learnt).backward()
+    assert student[1].grad.isfinite().all()
+    assert torch.equal(student[1].grad.any(-1), learnt)
+
+
 def test_a_function_has_no_hidden_states():
     with pytest.raises(ConfigError, match="a function: it has no hidden states"):
         said_by(lambda batch: logits(0), {}, hidden=True)
