@@ -30,12 +30,12 @@ class Ahead:
 
     def begin(self, module: nn.Module, resting: Resting) -> None:
         """`module`, which is there, is about to run: begin to copy what runs after it."""
-        last = self.last and self.last()
+        last = None if self.last is None else self.last()
         if last is not None:
             self.after[last] = ref(module)
         self.last = ref(module)
         known = self.after.get(module)
-        following = known and known()
+        following = None if known is None else known()
         if following is None:
             return
         torch.cuda.current_stream(self.device).synchronize()

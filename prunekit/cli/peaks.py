@@ -24,13 +24,15 @@ ADAM = 16
 
 def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, Any]) -> int | None:
     """Weights, and what the criterion adds: nothing, one layer's activations, or what a backward
-    keeps and the largest gradient. None without a criterion.
+    keeps and the largest gradient; where blocks come in turn, what is found of one besides. None
+    without a criterion, unless they do.
     """
-    if parts.criterion is None:
+    away = cfg["model"].get("weights", "memory") != "memory"
+    if parts.criterion is None and not away:
         return None
-    needs = parts.criterion.meta.get("needs", "-")
+    needs = (parts.criterion or parts.pruner).meta.get("needs", "-")
     weights = resident(model, cfg)
-    standing = weights + libraries(cfg)
+    standing = weights + libraries(cfg) + (statistics(model, parts) if away else 0)
     if needs == "-":
         return standing
     wide = cfg["model"].get("compute") == "float32"
@@ -40,10 +42,9 @@ def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, A
     if needs == "data":
         tokens = min(most, FORWARD_TOKENS)
         return int(standing + tokens * widest(model) * item)
-    samples = parts.criterion.options.get("batch")
+    asked = (parts.criterion or parts.pruner).options
+    samples = asked.get("batch")
     tokens = min(most, samples * cfg["calib"].get("length", 64) if samples else BACKWARD_TOKENS)
-    asked = parts.criterion.options
-    away = cfg["model"].get("weights", "memory") != "memory"
     if "by_block" in asked and (away if asked["by_block"] is None else asked["by_block"]):
         at_work = by_block(model, asked, tokens, most, item, host=bool(libraries(cfg)))
         return int(standing + at_work)
@@ -71,6 +72,19 @@ def by_block(
     gradients = max(sum(p.numel() for p in b.parameters()) for b in blocks) * size
     at_work = tokens * (widest(model) + 2 * hidden) * item + gradients
     return int(waiting + max(at_work, tokens * vocabulary * (item + 4)))
+
+
+def statistics(model: nn.Module, parts: preflight.Components) -> int:
+    """Bytes of what a pruner finds of the largest block, in float32: a score for each element where
+    single weights compete; the gram matrices of all inputs, and the largest one's inverse and its
+    factor, where it solves without a criterion; little else.
+    """
+    blocks = block_modules(model)
+    if parts.criterion:
+        single = parts.pruner.meta.get("kinds") == ("weights",)
+        return 4 * max(sum(p.numel() for p in b.parameters()) for b in blocks) if single else 0
+    inputs = [[weight_of(m).shape[1] for m in b.modules() if is_linear(m)] for b in blocks]
+    return 4 * max(sum(n**2 for n in row) + 2 * max(row, default=0) ** 2 for row in inputs)
 
 
 def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:

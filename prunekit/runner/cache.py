@@ -181,8 +181,9 @@ def at_hand(model: nn.Module) -> bool:
 
 
 def model_print(model: nn.Module) -> str:
-    """Hash of the weights, their names and places, the configuration, how it generates, whether they
-    run in float32, and where, if not where they are. Memory is read once: 0.1 s for 135M parameters.
+    """Hash of the weights, their names and places, the configuration, how it generates, whether
+    they run in float32, and where, if not where they are. Memory is read once: 0.1 s for 135M
+    parameters.
     """
     hasher = xxhash.xxh3_128()
     configs: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
