@@ -30,7 +30,7 @@ from prunekit.activations.storage import Activations, PassOptions, Precision, St
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps, stream
 from prunekit.architecture.sizes import Sizes
-from prunekit.architecture.streaming import turn
+from prunekit.architecture.streaming import streaming, turn
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Positive, pruners
@@ -111,7 +111,8 @@ def slicegpt(
     options = PassOptions(store, precision, max(1, samples_at_once(tokens) // 4))
     inputs, feed = capture_inputs(model, chain.blocks, tokens, options)
     found = principal(model, chain, feed, inputs, depth, width, weighting, rests, last)
-    bases = list(turned(found))
+    # Two a block, wide ones: they wait where the weights do.
+    bases = [Q.cpu() if streaming(model) else Q for Q in turned(found)]
     before = Sizes(model, [hidden]).total
     assemble(model, chain, bases, depth)
     same(model, chain, tokens, inputs, feed, depth)
