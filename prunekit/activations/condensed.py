@@ -4,7 +4,7 @@ left, and how far another model's are from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,16 +88,17 @@ def measure(
     top: int,
     name: str,
     reference: dict[str, Tensor] | None = None,
+    prompt: Sequence[int] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The condensed distributions behind each position but the last of `windows (N, T)`, and means
     by window `(N,)`, float64, of `nll` and of what `compare` gives.
 
-    Without a `reference` it is condensed on the way, and the model compared with itself. All
-    tensors are on the CPU.
+    Without a `reference` it is condensed on the way, and the model compared with itself. `prompt`:
+    tokens before each window, of which none is predicted. All tensors are on the CPU.
     """
     made: list[dict[str, Tensor]] = []
     means: list[dict[str, Tensor]] = []
-    for i, (row, logits) in enumerate(_logits(model, windows, batch, name)):
+    for i, (row, logits) in enumerate(_logits(model, windows, batch, name, prompt)):
         if reference is not None and i == 0:
             check_vocabulary(reference, logits.shape[-1])
         parts, sums = [], []
@@ -121,12 +122,14 @@ def measure(
 
 @torch.inference_mode()
 def _logits(
-    model: nn.Module, windows: Tensor, batch: int, name: str
+    model: nn.Module, windows: Tensor, batch: int, name: str, prompt: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each window with the logits `(T - 1, V)` behind all of its tokens but the last."""
     device = next(model.parameters()).device
     with tqdm(total=len(windows), desc=name, unit="window", leave=False) as bar:
         for rows in windows.split(batch):
-            found: Any = model(input_ids=rows.to(device), use_cache=False)
-            yield from zip(rows, found.logits[:, :-1], strict=True)
+            before = torch.tensor([*prompt], dtype=rows.dtype).expand(len(rows), -1)
+            whole = torch.cat([before, rows.cpu()], 1).to(device)
+            found: Any = model(input_ids=whole, use_cache=False)
+            yield from zip(rows, found.logits[:, len(prompt) : -1], strict=True)
             bar.update(len(rows))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
+from prunekit.evals.windows import prompt_ids
 
 END = -1
 """In place of what would come after an answer's last token."""
@@ -52,10 +53,11 @@ def answered(
     """Ids `(N, new_tokens)` int64 with END behind each answer, without the prompt and the token
     that ended it, and whether one did `(N,)`, 0 or 1.
 
-    The most likely token each time or, with a `temperature`, one that is drawn; nothing else shapes
-    the distribution, whatever the model's own generation config says. Prompts of a batch are padded
-    in front. The global generators are left as they were. Raises ConfigError for a model that
-    cannot generate.
+    A prompt that a pruner left with the model stands before each of `prompts`, behind the token
+    that begins a text. The most likely token each time or, with a `temperature`, one that is drawn;
+    nothing else shapes the distribution, whatever the model's own generation config says. Prompts
+    of a batch are padded in front. The global generators are left as they were. Raises ConfigError
+    for a model that cannot generate.
     """
     from transformers import GenerationConfig
 
@@ -63,6 +65,7 @@ def answered(
     if generate is None:
         raise ConfigError(f"{type(model).__name__} cannot generate text")
     ends = stops(model, tokenizer)
+    prompts = behind(prompt_ids(model, tokenizer), prompts, tokenizer.bos_token_id)
     drawn: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -85,6 +88,12 @@ def answered(
             rows.append(found)
             stopped.append(ended)
     return torch.cat(rows), torch.cat(stopped)
+
+
+def behind(before: list[int], prompts: Sequence[list[int]], begin: int | None) -> list[list[int]]:
+    """Each prompt with `before` in front, or after the token `begin` where it starts with that."""
+    starts = [int(begin is not None and p[:1] == [begin]) for p in prompts]
+    return [[*p[:at], *before, *p[at:]] for at, p in zip(starts, prompts, strict=True)]
 
 
 def cut_at_end(said: Tensor, ends: list[int], length: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from prunekit.data.files import DataRoot
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.evals.named_texts import EvaluationText, Texts, check_seen, windows_of
+from prunekit.evals.windows import prompt_ids
 from prunekit.registry import Component, Length, Positive, evals
 from prunekit.types import Dense
 
@@ -52,7 +53,7 @@ def divergence(
     Keys end in `_<text>_<window>`: `kl` (nats a token, a lower bound), `kl_gap` (at most so much is
     missing from it), `top1`, `acceptance` (sum of min(p, q), an upper bound) and `acceptance_gap`,
     `ppl`. `kl` and `ppl` have a `_stderr`, over windows. Over several texts `ppl` is the geometric
-    mean, the others the mean.
+    mean, the others the mean. A prompt that a pruner left with the model stands before each window.
 
     Args:
         texts: name -> a data set and its split, or a path.
@@ -72,7 +73,7 @@ def divergence(
         windows = windows_of(
             source, tokenizer, window=window, limit=limit, bos=bos, data_root=data_root
         )
-        means = compared(model, dense, windows, batch=batch, top=top, name=name)
+        means = compared(model, dense, windows, tokenizer, batch=batch, top=top, name=name)
         by_text[name] = means
         found |= numbers({name: means}, f"{name}_{window}")
     for side in SIDES:
@@ -83,24 +84,34 @@ def divergence(
 
 
 def compared(
-    model: nn.Module, dense: Dense, windows: Tensor, *, batch: int, top: int, name: str
+    model: nn.Module,
+    dense: Dense,
+    windows: Tensor,
+    tokenizer: Any,
+    *,
+    batch: int,
+    top: int,
+    name: str,
 ) -> dict[str, Tensor]:
     """Means by window `(N,)` of `condensed.measure`. One pass over the text, for the dense model
     too: what is kept of it is taken on the way.
     """
     own: list[dict[str, Tensor]] = []
+    how: dict[str, Any] = {"batch": batch, "top": top}
 
     def condensed(of: nn.Module) -> dict[str, Tensor]:
+        prompt = prompt_ids(of, tokenizer)
         with eval_mode(of):
-            reference, means = measure(of, windows, batch=batch, top=top, name=f"dense {name}")
+            reference, means = measure(of, windows, name=f"dense {name}", prompt=prompt, **how)
         own.append(means)
         return reference
 
     reference = dense.remember(name, condensed)
     if dense.itself and own:
         return own[0]
+    how |= {"reference": reference, "prompt": prompt_ids(model, tokenizer)}
     with eval_mode(model):
-        return measure(model, windows, batch=batch, top=top, name=name, reference=reference)[1]
+        return measure(model, windows, name=name, **how)[1]
 
 
 def numbers(by_text: dict[str, dict[str, Tensor]], ending: str) -> dict[str, float]:

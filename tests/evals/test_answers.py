@@ -56,6 +56,16 @@ def test_a_batch_answers_as_each_request_alone(model):
         assert torch.equal(cut_at_end(ids[:, len(prompt) :], [2], 6)[0][0], row)
 
 
+def test_a_prompt_that_stays_with_the_model_stands_before_each_request():
+    model, tokenizer = tiny_model("llama", vocab_size=259), byte_tokenizer()
+    said = tokenizer("You are smaller now. ", add_special_tokens=False).input_ids
+    plain = answered(model, tokenizer, [[1, *said, 70, 71], [*said, 70]], new_tokens=6, batch=2)
+    model.config.collaborative_prompt = "You are smaller now. "
+    found = answered(model, tokenizer, [[1, 70, 71], [70]], new_tokens=6, batch=2)
+    assert torch.equal(found[0], plain[0])
+    assert not torch.equal(found[0][0], found[0][1])
+
+
 def test_draws_follow_their_seed_and_leave_the_generators_alone(model):
     prompts = as_prompts(byte_tokenizer(), ["Hello"] * 2, False)
     drawn = {"new_tokens": 12, "batch": 2, "temperature": 1.0}

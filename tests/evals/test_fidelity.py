@@ -72,18 +72,24 @@ def test_a_copy_that_was_loaded_apart_has_lost_nothing_either():
     assert bound("flips", model, copy)["flips_mean"] == 0
 
 
-def test_the_numbers_are_those_of_a_loop():
+@pytest.mark.parametrize("prompt", ["", "You are smaller now. "])
+def test_the_numbers_are_those_of_a_loop(prompt):
+    """With what a pruner left with the model before each window."""
     model, other = tiny_model("llama", vocab_size=259), tiny_model("llama", vocab_size=259)
     with torch.no_grad():
         other.lm_head.weight.mul_(1.3)
+    other.config.collaborative_prompt = prompt
+    said = torch.tensor(byte_tokenizer()(prompt, add_special_tokens=False).input_ids).long()
     node = NODES["divergence"] | {"top": 259}
     found = bound("divergence", model, other, node=node)
     ids = byte_tokenizer()(Path(__file__).read_text(), add_special_tokens=False).input_ids
     windows = torch.tensor(ids)[: len(ids) // 32 * 32].view(-1, 32)
     windows = windows[torch.arange(3) * len(windows) // 3]
     with torch.no_grad():
+        after = torch.cat([said.expand(3, -1), windows], 1)
         p, q = (
-            m(input_ids=windows).logits[:, :-1].double().log_softmax(-1) for m in (model, other)
+            m(input_ids=ids).logits[:, -32:-1].double().log_softmax(-1)
+            for m, ids in ((model, windows), (other, after))
         )
     assert found["kl_code_32"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     overlap = torch.minimum(p.exp(), q.exp()).sum(-1).mean()
