@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -272,5 +273,10 @@ def _pinned(tensor: Tensor) -> Tensor:
     try:
         return here if here.is_pinned() else here.pin_memory()
     except RuntimeError as error:
-        log.warning("a tensor of %s stays in ordinary memory: %s", tuple(here.shape), error)
+        _warn_once(f"some weights stay in ordinary memory, which a GPU reads slowly: {error}")
         return here
+
+
+@cache
+def _warn_once(words: str) -> None:
+    log.warning(words)

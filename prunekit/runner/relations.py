@@ -74,7 +74,10 @@ def check_samples(calib: Component, pruner: Component) -> None:
 
 
 def check_streamed(
-    model: Component, criterion: Component | None, pruner: Component, recovery: Component | None
+    model: Component,
+    criterion: Component | None,
+    pruner: Component | None,
+    recovery: Component | None,
 ) -> None:
     """Raises ConfigError for what trains a model, or takes its gradients as a whole, where its
     blocks come to the device in turn.
@@ -82,7 +85,7 @@ def check_streamed(
     if not will_stream(model.options):
         return
     wrong = None
-    if pruner.meta.get("needs") == "gradients" or pruner.meta.get("trains"):
+    if pruner and (pruner.meta.get("needs") == "gradients" or pruner.meta.get("trains")):
         wrong = f"pruner={pruner.name}"
     elif criterion and criterion.meta.get("needs") == "gradients":
         if criterion.options.get("by_block", False) is False:

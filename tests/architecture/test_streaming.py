@@ -7,6 +7,7 @@ Here the device is the CPU, and copies of the blocks take part in place of block
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from prunekit.cli.compose import composed
 from prunekit.errors import ConfigError
 from prunekit.models import hf
 from prunekit.registry import models, pruners
-from prunekit.runner import preflight
+from prunekit.runner import again, preflight
 
 TEXT = torch.randint(8, 100, (6, 16), generator=torch.Generator().manual_seed(0))
 QUARTER, HALF = uniform(0.25), uniform(0.5, "prunable")
@@ -215,6 +216,29 @@ def test_where_weights_cannot_rest_is_refused(tmp_path, monkeypatch):
         models.build(node)()
     with pytest.raises(ConfigError, match="device_map=null"):
         models.build(node | {"device_map": "auto"})()
+
+
+def test_a_checkpoint_is_measured_so_but_not_recovered(monkeypatch):
+    node = {"name": "hf", "path": "/nowhere", "weights": "host"}
+    monkeypatch.setattr(again, "made_of", lambda _: {"model": node})
+    assert again.dense_model(Path("/nowhere")).options["weights"] == "host"
+    assert again.dense_model(Path("/nowhere"), "cpu").options["weights"] == "memory"
+    (cfg,) = composed([*STREAMED, "recovery=lora_text"])
+    with pytest.raises(ConfigError, match="recovery=lora needs the whole model on it"):
+        again.check_again(cfg, Path("/nowhere"), recover=True)
+
+
+def test_memory_that_cannot_be_pinned_is_ordinary_and_that_is_said_once(monkeypatch, caplog):
+    def refuse(_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    weights = [torch.ones(3), torch.ones(4)]
+    assert all(streaming._pinned(w) is w for w in weights)
+    assert [r.message for r in caplog.records] == [
+        "some weights stay in ordinary memory, which a GPU reads slowly: no room"
+    ]
 
 
 class Side:
