@@ -121,6 +121,16 @@ def _read(
     return model, tokenizer
 
 
+def _tokenizer_at_hand(path: str, options: dict[str, Any]) -> Any:
+    """The tokenizer, if no network is needed for it: text can be judged before weights are read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, **options)
+    except (*REFUSALS, OSError, ImportError):
+        return None  # what is wrong with it is said when the model is loaded
+
+
 @models.register()
 def hf(
     meta: bool = False,
@@ -184,9 +194,8 @@ def hf(
         found = _config(path, config, options)
         kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype_name)}
         with torch.device("meta"):
-            return loader.from_config(
-                found, trust_remote_code=trust_remote_code, **kind
-            ).eval(), None
+            outline = loader.from_config(found, trust_remote_code=trust_remote_code, **kind)
+        return outline.eval(), _tokenizer_at_hand(path, options)
     found = _config(path, None, options)
     options["dtype"] = "auto" if dtype == "auto" else getattr(torch, dtype_name)
     model, tokenizer = _read(loader, path, found, weights, device_map, options)

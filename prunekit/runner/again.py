@@ -31,6 +31,7 @@ from prunekit.runner.distributed import first_process
 from prunekit.runner.finished import Finished
 from prunekit.runner.relations import check_keys, check_lengths
 from prunekit.runner.run import Job, check_finite, measure, pose, save, stage
+from prunekit.runner.texts_at_hand import check_texts
 from prunekit.types import Group, Kept, Pruned
 
 INHERITED = ("calib", "criterion", "ratio", "exclude", "pruner", "table", "row")
@@ -105,6 +106,7 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
     check_lengths(model, *parts.evals.values(), parts.recovery if recover else None)
     if recover and parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
+    check_texts(*parts.evals.values(), learnt=[parts.recovery] if recover else [])
     return parts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,6 +65,8 @@ class Components:
     pruner: Component
     recovery: Component | None
     evals: dict[str, Component]
+    tokenizer: Any = None
+    """Where the model component has it without weights."""
 
 
 def check(cfg: dict[str, Any]) -> Components:
@@ -78,14 +80,14 @@ def check(cfg: dict[str, Any]) -> Components:
     check_skip(parts.calib, parts.criterion, parts.pruner)
     check_samples(parts.calib, parts.pruner)
     check_keys(parts.evals)
-    model, _ = parts.model(meta=True)
+    model, tokenizer = parts.model(meta=True)
     check_lengths(model, parts.calib, *parts.evals.values(), parts.recovery)
     if cfg["save"]:
         check_savable(model)
     expected_outcome(parts, model)
     if parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
-    return parts
+    return replace(parts, tokenizer=tokenizer)
 
 
 def check_top(cfg: dict[str, Any]) -> None:
