@@ -162,6 +162,25 @@ def test_turns_may_lie_inside_each_other_and_weights_may_be_tied():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_block_in_whose_stead_something_else_computes_stays_where_it_rests():
+    model = streamed(tiny_model("llama", 2))
+    block = model.model.layers[1]
+    seen = []
+
+    def instead(x, *_, **__):
+        seen.append(hasattr(block.mlp.up_proj.weight, RESTS))
+        return x
+
+    with torch.no_grad():
+        block.forward = streaming.without_weights(instead)
+        model(TEXT)
+        with turn(block):
+            model(TEXT)
+            assert hasattr(block.mlp.up_proj.weight, RESTS)
+    assert seen == [False, True]
+    assert at_rest(model)
+
+
 def test_half_precision_is_converted_where_it_computes():
     model = tiny_model("llama", 2).to(torch.bfloat16)
     there = streamed(model)
