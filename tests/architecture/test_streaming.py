@@ -148,6 +148,15 @@ def test_what_is_written_to_in_a_turn_or_a_forward_goes_back():
     assert torch.equal(norm, expected)
 
 
+def test_what_a_turn_puts_in_a_weights_place_goes_into_a_file_where_that_was_in_one():
+    model = streamed(tiny_model("llama", 2), "disk")
+    block = model.model.layers[0]
+    with turn(block):
+        block.mlp.up_proj.weight = nn.Parameter(torch.ones(3, 4))
+    assert is_mapped(block.mlp.up_proj.weight)
+    assert torch.equal(block.mlp.up_proj.weight, torch.ones(3, 4))
+
+
 def test_turns_may_lie_inside_each_other_and_weights_may_be_tied():
     model, _ = models.build({"name": "tiny_llama", "tie": True, "device": "cpu"})()
     expected = model(TEXT).logits.detach()
