@@ -15,7 +15,13 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
 from prunekit.registry import Component, checked_values
 from prunekit.runner import tracking
-from prunekit.runner.relations import check_keys, check_lengths, check_samples, check_skip
+from prunekit.runner.relations import (
+    check_keys,
+    check_lengths,
+    check_samples,
+    check_skip,
+    check_streamed,
+)
 from prunekit.runner.resume import check_mode
 
 STAGES = ("dense", "pruned", "recovered")
@@ -80,6 +86,7 @@ def check(cfg: dict[str, Any]) -> Components:
     check_skip(parts.calib, parts.criterion, parts.pruner)
     check_samples(parts.calib, parts.pruner)
     check_keys(parts.evals)
+    check_streamed(parts.model, parts.criterion, parts.pruner, parts.recovery)
     model, tokenizer = parts.model(meta=True)
     check_lengths(model, parts.calib, *parts.evals.values(), parts.recovery)
     if cfg["save"]:
