@@ -113,6 +113,8 @@ def in_words(error: Any, value: Any) -> str:
     if error["type"] == "list_type" and isinstance(value, str):
         return f"{words}, e.g. [{value}]"
     percent = isinstance(value, str) and value.endswith("%")
+    if error["type"] == "less_than" and error["ctx"]["lt"] == 1 and 1 < error["input"] < 100:
+        return f"{words}, e.g. {error['input'] / 100:g} for {error['input']:g}%"
     return f"{words}, e.g. 0.3 for 30%" if percent else words
 
 

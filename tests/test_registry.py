@@ -37,6 +37,7 @@ def test_build_binds_checked_options(registry):
         ({"name": "min"}, "Did you mean 'mine'"),
         ({"name": "mine", "sharee": 1}, "Options: share, mode"),
         ({"name": "mine", "share": 1.2}, "share=1.2.*less than 1"),
+        ({"name": "mine", "share": 20}, "share=20: it should be less than 1, e.g. 0.2 for 20%"),
         ({"name": "mine", "mode": "c"}, "'a' or 'b'"),
         ({"share": 1}, "There are: mine"),
     ],

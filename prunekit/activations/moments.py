@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunekit.activations import processes
 from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.architecture.linear import weight_of
+from prunekit.errors import ConfigError
 from prunekit.types import Run
 
 
@@ -72,8 +73,10 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
     """Moments of the input channels of the linear modules named: one pass of the calibration
     tokens, none for what this run has seen.
 
-    `skip` leaves out that many tokens at the start of each sample.
+    `skip` leaves out that many tokens at the start of each sample. Raises ConfigError where that is
+    all of them.
     """
+    check_skip(run, skip)
     seen: dict[Any, Moments] = run.statistics
     names = list(names)
     weights = {
@@ -91,6 +94,16 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
             found.add_up()
         seen.update({(name, skip): m for name, m in missing.items()})
     return {name: seen[name, skip] for name in names}
+
+
+def check_skip(run: Run, skip: int) -> None:
+    """Raises ConfigError where `skip` tokens are whole samples."""
+    length = run.tokens.shape[1]
+    if skip >= length:
+        raise ConfigError(
+            f"skip={skip} leaves nothing of calibration samples of {length} tokens; possible: 0 to "
+            f"{length - 1}"
+        )
 
 
 def _add(found: Moments, skip: int, x: Tensor) -> None:

@@ -45,5 +45,8 @@ def text(
         )
     ids = tokenizer("".join(rows) if lines else document(rows), add_special_tokens=False).input_ids
     if len(ids) < samples * length:
-        raise ConfigError(f"{path} has {len(ids)} tokens, fewer than {samples} samples of {length}")
+        raise ConfigError(
+            f"{path} has {len(ids)} tokens, fewer than {samples} samples of {length}; "
+            f"ask for fewer (there are {len(ids) // length} of that length) or shorter ones"
+        )
     return torch.tensor(ids[: samples * length]).view(samples, length)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.activations.hooks import hook_activations, pass_tokens
+from prunekit.architecture.blocks import block_names
 from prunekit.errors import ConfigError
 from prunekit.registry import criteria
 from prunekit.types import Group, Run, Scores
@@ -34,8 +35,8 @@ def angular(
 
     A block scores the least angle among the runs through it, and one more if it is outside of the
     best run: so exactly that run goes. `choice=last` is the paper's simple variant: the n blocks
-    before the last one. `tokens` averages over the last token of each sample (the paper) or over
-    all. Raises ConfigError for a group that is no unbroken run of blocks.
+    before the model's last one. `tokens` averages over the last token of each sample (the paper) or
+    over all. Raises ConfigError for a group that is no unbroken run of blocks.
     """
     scores = {}
     for g in groups:
@@ -43,7 +44,9 @@ def angular(
         if choice == "angular":
             d = run_angles(states(model, g, run, tokens), n)
         else:
-            d = (torch.arange(g.units - n + 1) - max(0, g.units - n - 1)).abs().float() / g.units
+            # An exclusion may have left the last block out already.
+            spared = int(g.modules[-1] == block_names(model)[-1])
+            d = (torch.arange(g.units - n + 1) - max(0, g.units - n - spared)).abs() / g.units
         best = int(d.argmin())
         inside = torch.stack([d[max(0, i - n + 1) : i + 1].min() for i in range(g.units)])
         outside = torch.ones(g.units)

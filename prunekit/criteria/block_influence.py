@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunekit.activations import processes
 from prunekit.activations.hooks import hook_activations, pass_tokens
+from prunekit.activations.moments import check_skip
 from prunekit.registry import Natural, criteria
 from prunekit.types import Group, Run, Scores
 
@@ -24,8 +25,10 @@ def block_influence(
     calibration text.
 
     `skip` leaves out that many tokens at the start of each sample: the very first one often carries
-    huge activations that no block turns. One pass through the model.
+    huge activations that no block turns. One pass through the model. Raises ConfigError where
+    `skip` leaves nothing.
     """
+    check_skip(run, skip)
     entered: dict[str, Tensor] = {}
     cosines: dict[str, Tensor | float] = {}
 

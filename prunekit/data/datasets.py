@@ -1,14 +1,15 @@
 """Text for calibration, recovery and evaluation: from the interpreter, a local data folder, or the
 hub.
 
-A data folder (`data_root=` or `PRUNEKIT_DATA`) holds `wikitext2/test.txt`, `c4/c4_demo.jsonl` and
+A data folder (`data_root=` or `PRUNEKIT_DATA`) holds `wikitext2/test.txt`, `c4/*.jsonl` and
 so on, see `SOURCES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from prunekit.data.files import data_folder, read
 from prunekit.errors import ConfigError
 
 Dataset = Literal["pydocs", "wikitext2", "ptb", "c4", "bookcorpus", "alpaca", "dailydialog"]
+Use = Literal["calibrate", "recover", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ SOURCES = {
         "validation",
     ),
     "c4": Source(
-        {"train": "c4/c4_demo.jsonl", "validation": "c4/c4_demo.jsonl"},
+        {"train": "c4/*.jsonl", "validation": "c4/*.jsonl"},
         {"path": "allenai/c4"},
         "text",
         "validation",
@@ -83,7 +85,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 """What a record of a local file must have; where nothing is said, `text`."""
 
 
-def default_split(dataset: str, use: Literal["calibrate", "recover", "evaluate"]) -> str:
+def default_split(dataset: str, use: Use) -> str:
     """The split that `use` takes by default: they differ, so that no text is both learnt from and
     tested on.
     """
@@ -135,10 +137,36 @@ def records(dataset: str, split: str, data_root: str | None = None) -> Sequence[
         return found
     from datasets import load_dataset
 
+    ask = partial(load_dataset, split=split)
+    rows: Sequence[dict[str, Any]] = _from_hub(ask, dataset, split, folder)
+    return rows
+
+
+def check_there(
+    dataset: str,
+    split: str | None,
+    use: Use,
+    data_root: str | None,
+) -> None:
+    """Raises ConfigError where neither the data folder nor the hub has a data set, in the split
+    that `use` takes if none is named; nothing of it is read.
+    """
+    split = split or default_split(dataset, use)
+    check_split(dataset, split)
+    folder = data_folder(data_root)
+    if dataset == "pydocs" or (folder and any(folder.glob(SOURCES[dataset].local[split]))):
+        return
+    from datasets import load_dataset_builder
+
+    _from_hub(load_dataset_builder, dataset, split, folder)
+
+
+def _from_hub(ask: Callable[..., Any], dataset: str, split: str, folder: Path | None) -> Any:
+    """What `ask` of the library `datasets` gives. Raises ConfigError."""
     source = SOURCES[dataset]
     asked = source.hub | source.hub_splits.get(split, {})
     try:
-        rows: Sequence[dict[str, Any]] = load_dataset(**asked, split=split)
+        return ask(**asked)
     except (OSError, ValueError, RuntimeError) as e:
         file = source.local[split]
         place = f"{folder}/{file} is not there" if folder else "no data folder is named"
@@ -148,7 +176,6 @@ def records(dataset: str, split: str, data_root: str | None = None) -> Sequence[
             f"Either name a folder that holds {file} with data_root= or PRUNEKIT_DATA, or run "
             "with the network on."
         ) from e
-    return rows
 
 
 def texts(dataset: str, split: str, data_root: str | None = None) -> Sequence[str]:

@@ -94,7 +94,8 @@ def expert_matrices(problem: Problem) -> tuple[list[Group], dict[str, Stack | Si
 
 def check_moe_pruner(problem: Problem, *, pattern: Pattern | None, **_: Any) -> Expected:
     """Raises ConfigError where there are no experts, the ratio cannot be met or lets matrices
-    exchange elements, and where the pattern does not divide a matrix.
+    exchange elements, and where the pattern does not divide a matrix or is not what the ratio asks
+    for.
     """
     groups, found = expert_matrices(problem)
     expected = expect(problem, groups, smaller=False)
@@ -111,6 +112,8 @@ def check_moe_pruner(problem: Problem, *, pattern: Pattern | None, **_: Any) -> 
             raise ConfigError(
                 f"{g.name} has {size} inputs, which the {pattern.m} of pruner.pattern do not divide"
             )
+        if pattern and expected.counts is not None and expected.counts[g.name]:
+            pattern.kept_of(expected.counts[g.name], g.units, g.name)
     return expected
 
 

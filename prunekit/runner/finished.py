@@ -19,6 +19,7 @@ from torch import Tensor
 from prunekit import checkpoint
 from prunekit.architecture.compute import compute_in_float32, computes_in_float32
 from prunekit.architecture.mapped import mapped
+from prunekit.architecture.streaming import streaming
 from prunekit.errors import ConfigError
 from prunekit.runner import store
 from prunekit.runner.distributed import first_process
@@ -78,7 +79,7 @@ class Finished:
         device: whole, or not at all.
         """
         model = standing.pruned.model
-        if not self.models or not first_process() or mapped(model):
+        if not self.models or not first_process() or mapped(model) or streaming(model):
             return
         if getattr(model, "hf_device_map", None):
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,13 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
 from prunekit.registry import Component, checked_values
 from prunekit.runner import tracking
-from prunekit.runner.relations import check_keys, check_lengths, check_samples, check_skip
+from prunekit.runner.relations import (
+    check_keys,
+    check_lengths,
+    check_samples,
+    check_skip,
+    check_streamed,
+)
 from prunekit.runner.resume import check_mode
 
 STAGES = ("dense", "pruned", "recovered")
@@ -65,6 +71,8 @@ class Components:
     pruner: Component
     recovery: Component | None
     evals: dict[str, Component]
+    tokenizer: Any = None
+    """Where the model component has it without weights."""
 
 
 def check(cfg: dict[str, Any]) -> Components:
@@ -78,14 +86,15 @@ def check(cfg: dict[str, Any]) -> Components:
     check_skip(parts.calib, parts.criterion, parts.pruner)
     check_samples(parts.calib, parts.pruner)
     check_keys(parts.evals)
-    model, _ = parts.model(meta=True)
+    check_streamed(parts.model, parts.criterion, parts.pruner, parts.recovery)
+    model, tokenizer = parts.model(meta=True)
     check_lengths(model, parts.calib, *parts.evals.values(), parts.recovery)
     if cfg["save"]:
         check_savable(model)
     expected_outcome(parts, model)
     if parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
-    return parts
+    return replace(parts, tokenizer=tokenizer)
 
 
 def check_top(cfg: dict[str, Any]) -> None:
@@ -188,9 +197,11 @@ def check_criterion(criterion: Component | None, pruner: Component) -> None:
     if criterion is None or not usable(criterion.meta):
         entries = [registry.criteria.entry(n) for n in registry.criteria.names()]
         possible = ", ".join(e.name for e in entries if usable(e.meta))
+        scored = ", ".join(criterion.meta.get("kinds", ())) if criterion else ""
+        own = f" (it scores {scored})" if scored else ""
         raise ConfigError(
             f"pruner={pruner.name} removes {', '.join(sorted(wanted))}, which criterion={name} "
-            f"cannot score; possible: {possible}"
+            f"cannot score{own}; possible: {possible}"
         )
 
 

@@ -33,6 +33,7 @@ from prunekit.runner.dense import DenseModel
 from prunekit.runner.distributed import first_process, join_others
 from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.preflight import Components, check
+from prunekit.runner.texts_at_hand import check_texts
 from prunekit.types import Pruned
 
 log = logging.getLogger("prunekit")
@@ -66,6 +67,9 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     join_others()
     kept = Finished(path, cfg, models=bool(cfg["save"]))
     parts, stored = check(cfg), cache.open_cache(cfg)
+    check_texts(
+        *parts.evals.values(), calibrated=parts.calib, learnt=(parts.pruner, parts.recovery)
+    )
     dense = DenseModel(stored, lambda: parts.model()[0])
     job = Job(cfg, path, parts, Stages(), {}, stored, kept, dense)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -98,11 +102,12 @@ def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
     """
     standing = job.kept.standing("pruned")
     if standing is None:
+        early = early_texts(job)
         with stage(job, "load", "loading the model"):
             model, tokenizer = job.parts.model()
             offload.check_fits_in_memory(model)
             check_finite(job, model, "load")
-            texts = named_sets(draw(job.parts.calib, tokenizer, model))
+            texts = early or named_sets(draw(job.parts.calib, tokenizer, model))
         measure(job, "dense", lambda: model, tokenizer, tracker)
         check_reported(job)
         with stage(job, "prune", "pruning"), offload.in_memory(model):
@@ -116,6 +121,16 @@ def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
     show_kept(standing.pruned, tracker)
     measure(job, "pruned", lambda: standing.pruned.model, standing.tokenizer, tracker)
     return standing
+
+
+def early_texts(job: Job) -> dict[str, Tensor] | None:
+    """The calibration text, where it can be had before a weight is read: what is wrong with it is
+    better known then.
+    """
+    if job.parts.tokenizer is None or job.parts.calib.meta.get("needs") == "model":
+        return None
+    provenance.seed_everything(job.cfg["seed"])
+    return named_sets(draw(job.parts.calib, job.parts.tokenizer, None))
 
 
 def recovered(job: Job, start: Standing) -> Standing:

@@ -56,6 +56,15 @@ def test_the_simple_variant_keeps_the_last_block(model, tokens):
     assert (~without(scores, 3)).nonzero()[:, 0].tolist() == [2, 3, 4]
 
 
+def test_the_simple_variant_spares_the_last_block_once(model, tokens):
+    """Where the exclusion left it out already, the run ends with the block before it."""
+    group = blocks(model, 1, L - 1)
+    run = ModelRun(model, tokens, {"blocks": 2})
+    scores = angular(model, [group], run, choice="last")["blocks"]
+    gone = [group.modules[i] for i in (~without(scores, 2)).nonzero()[:, 0].tolist()]
+    assert gone == [f"model.layers.{i}" for i in (L - 3, L - 2)]
+
+
 def test_angular_stays_inside_what_the_exclusion_left(model, tokens):
     group = blocks(model, 2, 5)
     x = hidden_states(model, tokens)[:, :, -1]

@@ -90,7 +90,7 @@ def test_wikitext_lines_become_the_hubs_rows(tmp_path, monkeypatch):
 
 def test_local_c4_keeps_training_and_validation_apart(tmp_path):
     (tmp_path / "c4").mkdir()
-    (tmp_path / "c4" / "c4_demo.jsonl").write_text(
+    (tmp_path / "c4" / "any.jsonl").write_text(
         "".join(f'{{"text": "page {i}"}}\n' for i in range(9))
     )
     train, validation = (datasets.texts("c4", s, str(tmp_path)) for s in ("train", "validation"))

@@ -127,3 +127,5 @@ def test_what_cannot_be_is_refused_before_anything_runs(mixtral):
         check("moe_pruner", problem(tiny_model("llama"), ratio=HALF))
     with pytest.raises(ConfigError, match="do not divide"):
         check("moe_pruner", problem(mixtral, ratio=HALF), pattern="2:5")
+    with pytest.raises(ConfigError, match=r"pattern=1:4 removes 0\.75 of each matrix"):
+        check("moe_pruner", problem(mixtral, ratio=HALF), pattern="1:4")

@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError
 from prunekit.registry import pruners
+from prunekit.solvers.sparsegpt import inverse_factor
 
 ARCHS = ["llama", "gpt2", "opt", "phi3", "qwen2_moe"]
 TEXT = torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -103,6 +104,21 @@ def test_a_block_that_gains_nothing_stays_as_sparsegpt_makes_it(monkeypatch):
     assert out.notes["costs"] == expected.notes["costs"]
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_reader_is_pruned_for_what_the_neurons_became(monkeypatch):
+    """The gram matrix of its input is another one in every step."""
+    model, seen = tiny_model("llama"), {}
+
+    def factor(gram, ridge, name):
+        seen.setdefault(name, []).append(gram.clone())
+        return inverse_factor(gram, ridge, name)
+
+    monkeypatch.setattr("prunekit.pruners.sparsellm.inverse_factor", factor)
+    prune("sparsellm", model, steps=3)
+    assert list(seen) == ["weights.0.mlp.down_proj", "weights.1.mlp.down_proj"]
+    for first, second in seen.values():
+        assert not torch.equal(first, second)
 
 
 def test_matrices_that_hold_no_whole_block_are_refused():

@@ -71,8 +71,24 @@ def test_a_block_sees_what_the_pruned_ones_before_it_put_out(tokens):
     for prefix in ("pruned", "dense"):
         asked = pose(tiny_model("llama", layers=3), tokens, prefix=prefix)
         found[prefix] = asked.allocate(asked.matrices()).notes["besa"]["uniform"]
+    alone = asked.allocate([g for g in asked.matrices() if g.layer == 1]).notes["besa"]["uniform"]
     assert found["pruned"][0] == pytest.approx(found["dense"][0])
-    assert found["pruned"][1] != pytest.approx(found["dense"][1])
+    assert found["dense"][1] == pytest.approx(alone[0])
+    assert found["pruned"][1] != pytest.approx(alone[0])
+
+
+def test_shares_that_raise_the_error_are_not_taken(tokens, monkeypatch):
+    """Learned is here that all of it goes from the first matrices."""
+
+    def learn(matrices, *_, **__):
+        return {n: torch.tensor([float(i < 3)]) for i, n in enumerate(matrices)}
+
+    monkeypatch.setattr("prunekit.ratios.besa.learn", learn)
+    asked = pose(tiny_model("llama"), tokens, per="matrix")
+    groups = asked.matrices()
+    found = asked.allocate(groups)
+    assert all(a > b for a, b in zip(*found.notes["besa"].values()))
+    assert all(abs(found.counts[g.name] / g.units - 0.5) < 0.01 for g in groups)
 
 
 def test_the_order_is_the_criterion_s_and_wanda_s_where_there_is_none(tokens):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from blocks import hidden_states
 from problems import problem
 from tiny_models import tiny_model
 
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError, NeedsData
-from prunekit.ratios.cost import cost
+from prunekit.ratios.cost import cost, removal_costs
 from prunekit.selection.shares import uniform_counts
+from prunekit.solvers.least_squares import prior_ridge, ridge_problem
 from prunekit.types import Allocation
 
 KINDS = ("heads", "neurons")
@@ -71,6 +73,30 @@ def test_what_others_can_replace_goes_first(llama, text):
         problem(llama, text), groups, target=None, inner=inner, ridge=1e-6, bias=False, **PLAIN
     ).counts
     assert {name: n for name, n in counts.items() if n} == {"neurons.1": 48}
+
+
+@pytest.mark.parametrize("how", ["relative", "equal"])
+def test_a_token_counts_by_the_size_of_what_leaves_the_block_or_as_one(
+    llama, text, how, monkeypatch
+):
+    seen = {}
+
+    def costs(r, stats, ridge, bias):
+        seen[r.reader.name] = stats.weight
+        found = removal_costs(r, stats, ridge, bias)
+        W = r.reader.weight.detach().double()
+        gram = ridge_problem(stats, W, prior_ridge(W.shape[1]), bias).gram
+        # Without any unit all that the reader puts out is gone.
+        assert float(found[-1]) == pytest.approx(float((W @ gram * W).sum()) / 256, rel=1e-3)
+        return found
+
+    monkeypatch.setattr("prunekit.ratios.cost.removal_costs", costs)
+    cost(problem(llama, text), groups_of(llama), token_weight=how, **PLAIN)
+    few = text[: 256 // 32]
+    for i, state in enumerate(hidden_states(llama, few)[1:]):
+        size = state.square().mean(-1)
+        wanted = size.reciprocal().sum() if how == "relative" else size.numel()
+        assert seen[f"model.layers.{i}.mlp.down_proj"] == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_only_the_first_tokens_tell_the_costs(llama, text):

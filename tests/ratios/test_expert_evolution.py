@@ -64,6 +64,24 @@ def test_the_counts_found_are_the_best_of_all_for_the_model_without_the_experts(
     assert notes["trace"] == sorted(notes["trace"], reverse=True)
 
 
+def test_the_best_have_children_and_routers_keep_what_they_pick(monkeypatch):
+    """Experts of the first layer are worth nothing, of which two must stay; of the others' each
+    layer's are worth more than those before.
+    """
+
+    class Fitness:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, choices, tokens):
+            return [float(sum(i * n for i, n in enumerate(c))) for c in choices]
+
+    monkeypatch.setattr("prunekit.ratios.expert_evolution.Fitness", Fitness)
+    found = allocation(tiny_model("mixtral", 4), generations=40, population=8, parents=2)
+    assert list(found.counts.values()) == [3, 3, 2, 0]
+    assert found.notes["expert_evolution"]["trace"][-1] == 7
+
+
 def test_without_generations_every_layer_loses_the_same(mixtral):
     same = ratios.build(uniform(0.4))(problem(mixtral, TOKENS), groups_of(mixtral))
     assert allocation(mixtral, generations=0).counts == same.counts

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from problems import problem
@@ -15,6 +16,8 @@ from tiny_models import tiny_model
 from torch import nn
 
 from prunekit.errors import ConfigError
+from prunekit.ratios.evolution import survivor
+from prunekit.ratios.predictor import held_out_tau
 from prunekit.registry import pruners, ratios
 from prunekit.types import Group, Member, SubLayer
 
@@ -156,6 +159,30 @@ def test_every_goal_is_better_where_nothing_is_harmed(goal):
     assert found.notes["fitness"] == min(values)
     few = allocate("random", asked, groups, goal=goal, samples=12, target=0.1)
     assert few.notes["fitness"] < found.notes["fitness"]
+
+
+def test_few_tokens_sort_out_what_more_tokens_decide():
+    """The best quarter by few tokens goes on; of these and the parent more tokens choose."""
+    seen = []
+
+    def fitness(choices, tokens):
+        seen.append((tokens, choices))
+        return [c[0] if tokens == 8 else -c[0] for c in choices]
+
+    children = [(n,) for n in range(11, -1, -1)]
+    assert survivor(fitness, (5,), children, [8, 32]) == ((5,), -5)
+    assert seen[0] == (8, [(5,), *(c for c in children if c != (5,))])
+    assert seen[1] == (32, [(5,), (0,), (1,)])
+
+
+def test_tau_is_told_of_samples_that_the_trees_did_not_see():
+    """Nothing can be learned from noise, but by heart."""
+    rng = np.random.default_rng(0)
+    menu = SimpleNamespace(error=lambda choice: 1.0)
+    parts = [SimpleNamespace(group=SimpleNamespace(units=100)) for _ in range(4)]
+    levels = SimpleNamespace(sublayers=parts, menu=menu, counts=lambda c: dict(enumerate(c)))
+    choices = [tuple(int(n) for n in rng.integers(100, size=4)) for _ in range(80)]
+    assert held_out_tau(levels, choices, rng.random(80).tolist(), 0, rng) < 0.5
 
 
 def test_trees_learn_a_sum_and_what_they_choose_is_measured():

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from problems import problem, uniform
+from reference import inputs_of
 from tiny_models import tiny_model
 
-from prunekit.architecture.matrices import matrices
-from prunekit.ratios.owl import shares
+from prunekit.architecture.matrices import matrices, matrix, module_name
+from prunekit.ratios.owl import outliers, shares
 from prunekit.registry import pruners
 
 
@@ -36,6 +37,18 @@ def test_owls_shares():
     cut = shares(found, [10, 20, 30, 40], 0.05, 0.2)
     assert min(cut) == 0
     assert sum(a * b for a, b in zip(cut, [10, 20, 30, 40])) == pytest.approx(5)
+
+
+@pytest.mark.parametrize("factor", [2, 3.5, 5])
+def test_outliers_are_the_scores_above_so_many_means_of_the_block(llama, tokens, factor):
+    groups = matrices(llama)
+    x = inputs_of(llama, tokens, [module_name(g) for g in groups])
+    for layer, found in enumerate(outliers(problem(llama, tokens), [0, 1, 2], factor)):
+        inside = [g for g in groups if g.layer == layer]
+        scores = torch.cat(
+            [(matrix(llama, g).abs() * x[module_name(g)].norm(dim=0)).flatten() for g in inside]
+        )
+        assert found == pytest.approx(100 * float((scores > factor * scores.mean()).float().mean()))
 
 
 def test_owl_without_spread_is_uniform(llama, tokens):

@@ -12,6 +12,7 @@ from compositions import TINY, config
 
 from prunekit import registry
 from prunekit.errors import ConfigError
+from prunekit.registry import models
 from prunekit.runner.run import run
 
 LAYERS = range(4)
@@ -118,6 +119,18 @@ def test_what_is_wrong_is_said_before_a_weight_is_read(node, value, says, tmp_pa
     assert not (tmp_path / "result.json").exists()
 
 
+def test_text_that_is_too_short_is_said_before_a_folders_weights_are_read(tmp_path, monkeypatch):
+    model, tokenizer = models.build({"name": "tiny_llama", "layers": 2})()
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "short.txt").write_text("too short")
+    own = ["model=hf", f"model.path={tmp_path / 'dense'}", "calib=text"]
+    own += [f"calib.path={tmp_path / 'short.txt'}", "calib.length=4"]
+    monkeypatch.setattr("prunekit.models.hf._read", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(ConfigError, match="there are 2 of that length"):
+        run(config(*own), tmp_path / "out")
+
+
 def test_an_exclusion_that_leaves_nothing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="leaves nothing"):
         run(config("exclude=ends", "exclude.first=50"), tmp_path)
@@ -156,7 +169,7 @@ def test_what_shapes_make_impossible_is_said_before_a_weight_is_read(
 
 
 def test_a_criterion_that_the_pruner_cannot_use_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot score; possible: .*random"):
+    with pytest.raises(ConfigError, match="cannot score .it scores .*; possible: .*random"):
         run(config("pruner=depth", "criterion=l2"), tmp_path)
 
 

@@ -1,0 +1,62 @@
+"""A data set that cannot be had is named before the model is loaded."""
+
+from __future__ import annotations
+
+import pytest
+from compositions import config
+
+from prunekit.errors import ConfigError
+from prunekit.registry import calibs
+from prunekit.runner.run import run
+from prunekit.runner.texts_at_hand import check_texts
+
+FILES = ("wikitext2/train.txt", "ptb/validation.txt", "alpaca/train.jsonl", "c4/a.jsonl")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A data folder of empty files, and a hub that has nothing but says what it was asked for."""
+    asked = []
+
+    def nothing(**what):
+        asked.append(what["path"])
+        raise OSError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", nothing)
+    for file in FILES:
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    return tmp_path, asked
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["recovery=lora"], r"alpaca \(train\).*alpaca/train.jsonl"),
+        (["calib=wikitext2"], r"wikitext2 \(train\)"),
+        (["eval=paper", "eval.size=null"], r"wikitext2 \(test\)"),
+        (["eval=general"], r"\(\w+\): no data folder is named, and the hub did not give"),
+        (["pruner=compresso", "criterion=none"], r"alpaca \(train\)"),
+    ],
+)
+def test_it_is_named_before_the_model_is_loaded(words, names, folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("PRUNEKIT_DATA", raising=False)
+    monkeypatch.setattr("prunekit.runner.run.stage", lambda *_: pytest.fail("a stage began"))
+    with pytest.raises(ConfigError, match=names):
+        run(config("exclude=none", *words), tmp_path / "out")
+
+
+def test_what_the_folder_has_the_hub_is_not_asked_for(folder):
+    place, asked = folder
+    texts = {
+        "web": {"share": 0.5, "name": "crop", "dataset": "c4", "data_root": str(place)},
+        "books": {"share": 0.5, "name": "crop", "dataset": "bookcorpus", "data_root": str(place)},
+    }
+    crop = calibs.build({"name": "crop", "dataset": "wikitext2", "data_root": str(place)})
+    check_texts(calibrated=crop)
+    assert asked == []
+    with pytest.raises(ConfigError, match=r"wikitext2/test.txt is not there"):
+        check_texts(crop)
+    with pytest.raises(ConfigError, match=r"bookcorpus \(train\)"):
+        check_texts(calibrated=calibs.build({"name": "mix", "texts": texts}))
+    assert asked == ["Salesforce/wikitext", "bookcorpus/bookcorpus"]
