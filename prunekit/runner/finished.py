@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from prunekit import checkpoint
+from prunekit.architecture.compute import compute_in_float32, computes_in_float32
 from prunekit.architecture.mapped import mapped
 from prunekit.architecture.streaming import streaming
 from prunekit.errors import ConfigError
@@ -86,6 +87,7 @@ class Finished:
         notes = {k: v for k, v in standing.pruned.notes.items() if is_plain(v)}
         facts = {
             "device": str(next(model.parameters()).device),
+            "wide": computes_in_float32(model),
             "groups": [described(g) for g in standing.pruned.groups],
             "notes": notes,
             "costs": standing.costs,
@@ -121,6 +123,8 @@ class Finished:
             facts = store.read(self.entry(f"{name}-facts"))
             tensors = store.read(self.tensors(name))
             model, tokenizer = checkpoint.load(folder, device=facts["device"])
+            if facts["wide"]:
+                compute_in_float32(model)
         except FileNotFoundError:
             return None
         except (store.Damaged, ConfigError, OSError) as error:

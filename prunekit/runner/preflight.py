@@ -197,9 +197,11 @@ def check_criterion(criterion: Component | None, pruner: Component) -> None:
     if criterion is None or not usable(criterion.meta):
         entries = [registry.criteria.entry(n) for n in registry.criteria.names()]
         possible = ", ".join(e.name for e in entries if usable(e.meta))
+        scored = ", ".join(criterion.meta.get("kinds", ())) if criterion else ""
+        own = f" (it scores {scored})" if scored else ""
         raise ConfigError(
             f"pruner={pruner.name} removes {', '.join(sorted(wanted))}, which criterion={name} "
-            f"cannot score; possible: {possible}"
+            f"cannot score{own}; possible: {possible}"
         )
 
 
