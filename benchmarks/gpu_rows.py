@@ -27,6 +27,8 @@ from gpu_methods import (
 from torch import Tensor, nn
 
 from prunekit import checkpoint, graph
+from prunekit.architecture.offload import map_weights
+from prunekit.architecture.streaming import stream
 from prunekit.checkpoint.semi_structured import semi_structured
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.registry import evals, recoveries
@@ -189,6 +191,38 @@ def saved(bench: Bench) -> str:
     gap = relative(expected, forward(again, tokens))
     note = f"{type(again).__name__}, logits differ by {gap:.0e}"
     if gap > 1e-6:
+        raise Disagree(note)
+    return note
+
+
+def streamed(method: Method, weights: str, bench: Bench) -> str:
+    """`model.weights=host` or `disk`: what is chosen where blocks come to the device in turn, and
+    the most of the device that it takes.
+    """
+    there = bench.model("1.1B")
+    whole = sum(p.numel() * p.element_size() for p in there.parameters()) / 2**20
+    away = copy.deepcopy(there).to("cpu")
+    expected = method.prune(there, bench.tokens())
+    logits = forward(there, bench.tokens(1)).cpu()
+    del there
+    if weights == "disk":
+        map_weights(away)
+    stream(away, bench.device)
+    on_cuda = bench.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        standing = torch.cuda.memory_allocated(bench.device)
+    start = time.perf_counter()
+    found = method.prune(away, bench.tokens())
+    wait(bench.device)
+    seconds = time.perf_counter() - start
+    most = torch.cuda.max_memory_allocated(bench.device) - standing if on_cuda else 0
+    share, units = agreement(expected, found)
+    gap = relative(logits, forward(away, bench.tokens(1)).cpu())
+    note = f"{method.name}: {share:.2%} of {units:,} units, logits {gap:.0e}, {seconds:.1f} s, "
+    note += f"{most / 2**20:,.0f} MiB of the device for {whole:,.0f} MiB of weights"
+    if share < AGREES or gap > 0.05:
         raise Disagree(note)
     return note
 

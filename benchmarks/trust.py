@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prunekit.report.load import Result, load
 from prunekit.report.matching import drop, drop_point, knee, matches, next_sparsity, spearman
@@ -71,6 +71,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{100 * value:+.0f} %"
 
 
+def scaled(key: str, curve: Mapping[float, float]) -> dict[float, float]:
+    """Perplexities by their logarithm: else the last ones, of a million, are all that is seen."""
+    return {s: math.log(v) if key.startswith("ppl_") else v for s, v in curve.items()}
+
+
 def essential(results: list[Result]) -> str:
     """Drop points at 1 % and 5 %, knees, and where bisection would look next."""
     lines = []
@@ -82,7 +87,7 @@ def essential(results: list[Result]) -> str:
             values = ", ".join(f"{s:.4g}: {v:.4g}" for s, v in curve.items())
             points = [f"{drop_point(curve, sign, share):.3g}" for share in (0.01, 0.05)]
             around = "-" if following is None else f"{following:.4g}"
-            lines.append([row, key, *points, f"{knee(curve):.3g}", around, values])
+            lines.append([row, key, *points, f"{knee(scaled(key, curve)):.3g}", around, values])
     heads = ["masks", "metric", "drop point 1 %", "5 %", "knee", "bisect at", "curve"]
     return table(heads, lines)
 

@@ -125,13 +125,16 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     flat, spec = tree_flatten((args, kwargs))
     tensors = [t for t in flat if isinstance(t, Tensor)]
     there = [t for t in tensors if isinstance(t, Elsewhere)]
-    target = kwargs.get("device")
+    # Inside inference_mode it is an argument without a name.
+    target = kwargs.get("device", next((a for a in args if isinstance(a, torch.device)), None))
     if there and len(there) < len(tensors):
         check_mixed(func, args, tensors)
     plain = [t.held if isinstance(t, Elsewhere) else t for t in flat]
     if on_it(target):
         plain = [torch.device("cpu") if isinstance(x, torch.device) else x for x in plain]
     inner, named = tree_unflatten(plain, spec)
+    if func is aten.histc.default:  # a GPU counts integers, of which the CPU knows nothing
+        inner = (inner[0].float(), *inner[1:])
     out = func(*inner, **named)
     lands = on_it(target) if target is not None else bool(there)
     if not lands:

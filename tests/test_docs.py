@@ -73,6 +73,16 @@ def test_commands_are_found_in_lines_and_in_blocks():
     assert ("experiment=demo",) in RUNS
 
 
+def test_counts_of_architectures_are_those_of_the_table():
+    table = (ROOT / "docs/coverage.md").read_text()
+    right, all_there = re.findall(r"hidden all right \| (\d+) of (\d+) \|", table)[0]
+    readme, index = (
+        " ".join((ROOT / p).read_text().split()) for p in ("README.md", "docs/index.md")
+    )
+    assert f"Right on {right} of {all_there} decoder-only architectures" in readme
+    assert f"{all_there} decoder-only architectures" in index
+
+
 def documented(path: Path) -> list[tuple[str, set[str], set[str]]]:
     """Each function of the file with an `Args:` section: its name, what the section names, and its
     parameters.

@@ -21,6 +21,7 @@ from prunekit.activations.done_blocks import DoneBlocks, Outcome
 from prunekit.activations.hooks import first_tensor, raise_stop, stop_early
 from prunekit.activations.runs import samples_at_once
 from prunekit.activations.storage import Activations, PassOptions, Precision, autocast, resolved
+from prunekit.architecture.streaming import device_of, turn
 from prunekit.errors import ConfigError
 from prunekit.types import Counts, Group
 
@@ -64,7 +65,7 @@ def capture_inputs(
     batch = options.batch or samples_at_once(tokens)
     batch = min(batch, len(tokens) // processes.count())
     rows = tuple(slice(i, min(i + batch, len(tokens))) for i in range(0, len(tokens), batch))
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs: Activations | None = None
     calls: list[list[Call]] = []  # [batch][block]
     for i, part in enumerate(
@@ -243,12 +244,13 @@ def iterate_blocks(
     start = done.begin(feed.rows, inputs) if done else 0
     for b in tqdm(range(len(blocks)), desc="blocks", unit="block", delay=2):
         run = BlockRun(model, tokens, feed, b, inputs, done)
-        yield run
-        if start <= b < len(blocks) - 1:
-            for rows, out in run.outputs():
-                inputs[rows] = out
-            if done:
-                done.advance(model, b + 1, feed.rows, inputs)
+        with turn(run.module):
+            yield run
+            if start <= b < len(blocks) - 1:
+                for rows, out in run.outputs():
+                    inputs[rows] = out
+        if done and start <= b < len(blocks) - 1:
+            done.advance(model, b + 1, feed.rows, inputs)
 
 
 def groups_by_block(groups: list[Group], blocks: tuple[str, ...]) -> list[list[Group]]:

@@ -17,6 +17,7 @@ from prunekit.activations.gram import GramStatistics
 from prunekit.activations.hooks import hook_activations, raise_stop, stop_early
 from prunekit.activations.storage import Activations
 from prunekit.architecture.linear import Reader, readers
+from prunekit.architecture.streaming import turn
 from prunekit.errors import ConfigError
 from prunekit.types import Group
 
@@ -233,7 +234,9 @@ class PairedStreams:
 
     def advance(self, module: nn.Module) -> None:
         """Bring both streams to the next block."""
-        for i, rows in enumerate(self.feed.rows):
-            self.own[rows] = self.feed.forward(module, self.block, i, self.own[rows])
-            if self.dense is not None and not self.passed:
+        with turn(module):
+            for i, rows in enumerate(self.feed.rows):
+                self.own[rows] = self.feed.forward(module, self.block, i, self.own[rows])
+                if self.dense is None or self.passed:
+                    continue
                 self.dense[rows] = self.feed.forward(self.before, self.block, i, self.dense[rows])

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
 
+RESTS = "_rests"
+"""Attribute of a parameter that is at work elsewhere: where it rests (see `streaming`)."""
+
 
 def check_mappable() -> None:
     """Raises ConfigError where the system cannot take mapped pages out of memory again."""
@@ -64,10 +67,14 @@ def mapped(model: nn.Module) -> bool:
 
 
 def beside(new: Tensor, old: Tensor) -> Tensor:
-    """`new`, in a file where `old`, whose place it takes, is in one."""
-    if not is_mapped(old) or is_mapped(new):
+    """`new`, in a file where `old`, whose place it takes, is in one; where `old` is at work on a
+    device, what goes there with it stays there.
+    """
+    owner = old if old._base is None else old._base
+    place = getattr(owner, RESTS, old)
+    if new.device.type != "cpu" or not is_mapped(place) or is_mapped(new):
         return new
-    release([old])
+    release([place])
     return mapped_copy(new)
 
 

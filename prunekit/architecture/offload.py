@@ -27,6 +27,7 @@ from prunekit.architecture.compute import (
     computes_in_float32,
 )
 from prunekit.architecture.mapped import is_mapped, mapped, mapped_copy, release
+from prunekit.architecture.streaming import cover, device_of, streaming
 from prunekit.errors import ConfigError
 from prunekit.types import tensor_of
 
@@ -135,7 +136,7 @@ def input_device(model: nn.Module) -> torch.device | None:
         for hook in hooks(module):
             if getattr(hook, "execution_device", None) is not None:
                 return torch.device(hook.execution_device)
-    device = next(model.parameters()).device
+    device = device_of(model)
     return None if device.type == "meta" else device
 
 
@@ -154,6 +155,7 @@ def placed_like(model: nn.Module, duplicate: nn.Module) -> Iterator[None]:
         hook: Any = model.get_submodule(path)._hf_hook
         add_hook_to_module(duplicate.get_submodule(path), _duplicate_hook(hook))
     releasing = release_after_forward(duplicate) if mapped(model) else []
+    releasing += cover(duplicate, streaming(model))
     if computes_in_float32(model):
         compute_in_float32(duplicate)
     try:

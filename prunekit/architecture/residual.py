@@ -124,7 +124,7 @@ def gain_and_eps(norm: nn.Module) -> tuple[Tensor, float, str, float]:
     x = (signs * torch.tensor([[1.0], [2.0], [0.5], [4.0]])).to(weight.device)
     for name in names:
         eps = getattr(norm, name)
-        seen = norm(x.to(weight.dtype)).float() / (
+        seen = norm(x.to(weight.dtype)).float().to(x.device) / (
             x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         )
         for offset in (0.0, 1.0):

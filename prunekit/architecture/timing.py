@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from prunekit.architecture.streaming import device_of
+
 
 def wait_for(devices: Iterable[torch.device]) -> None:
     """Returns when everything sent to these devices is done."""
@@ -19,13 +21,12 @@ def wait_for(devices: Iterable[torch.device]) -> None:
 
 def waiter(model: nn.Module) -> Callable[[], None]:
     """What waits for every device that holds some of the model."""
-    return partial(wait_for, {p.device for p in model.parameters()})
+    return partial(wait_for, {device_of(model), *(p.device for p in model.parameters())})
 
 
 def prompt_ids(model: nn.Module, batch: int, prompt: int) -> Tensor:
     """(batch, prompt) ids, all ones, so that the work is the same every time."""
-    device = next(model.parameters()).device
-    return torch.ones(batch, prompt, dtype=torch.long, device=device)
+    return torch.ones(batch, prompt, dtype=torch.long, device=device_of(model))
 
 
 def request(

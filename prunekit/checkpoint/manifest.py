@@ -31,6 +31,7 @@ def build_manifest(
     layout: dict[str, Any],
     merges: Sequence[Mapping[str, Any]] = (),
     bypassed: Mapping[str, int] = MappingProxyType({}),
+    blocks: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What `pruning.json` says of the files in `folder`, the groups and the run that made them."""
     entries: dict[str, Any] = {}
@@ -65,6 +66,7 @@ def build_manifest(
         "groups": entries,
         **({"merges": [dict(m) for m in merges]} if merges else {}),
         **({"bypassed": dict(bypassed)} if bypassed else {}),
+        **({"blocks": dict(blocks)} if blocks else {}),
         "files": {file.name: digest(file) for file in sorted(folder.iterdir()) if file.is_file()},
     }
 

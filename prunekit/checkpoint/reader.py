@@ -19,8 +19,9 @@ from prunekit.checkpoint.config_reader import (
     config_and_class,
 )
 from prunekit.checkpoint.integrity import CheckpointError, check_index
-from prunekit.checkpoint.manifest import check_manifest, check_weights
+from prunekit.checkpoint.manifest import MANIFEST, check_manifest, check_weights
 from prunekit.checkpoint.state import tensors
+from prunekit.graph.edit_record import record_blocks
 
 
 def load(
@@ -39,7 +40,9 @@ def load(
     config, kind = _check_headers(folder, manifest)
     check_weights(folder, manifest)
     with bitmask.unpacked(folder, list(manifest["files"])) as (plain, files):
-        return _read(plain, config, kind, dtype, device), _read_tokenizer(plain, files)
+        model = _read(plain, config, kind, dtype, device)
+        _note_blocks(model, manifest.get("blocks", {}), f"{folder / MANIFEST}: blocks")
+        return model, _read_tokenizer(plain, files)
 
 
 def outline(path: str | Path) -> nn.Module:
@@ -114,6 +117,28 @@ def _read(
             )
     ready: nn.Module = model.eval()
     return ready
+
+
+def _note_blocks(model: nn.Module, value: Any, field: str) -> None:
+    """Which blocks of the unpruned model are left. Raises CheckpointError naming the field for what
+    cannot be.
+    """
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{field} must be a mapping")
+    modules = dict(model.named_modules())
+    for path, left in value.items():
+        there = modules.get(path)
+        fields: dict[str, Any] = left if isinstance(left, dict) else {}
+        of, keep = fields.get("of"), fields.get("keep")
+        if not isinstance(there, nn.ModuleList) or type(of) is not int:
+            raise CheckpointError(f"{field}[{path!r}] is {left!r}, of no list of modules")
+        if not isinstance(keep, list) or any(type(k) is not int or not 0 <= k < of for k in keep):
+            raise CheckpointError(f"{field}[{path!r}].keep must be integers below {of}")
+        if len(keep) != len(there) or keep != sorted(set(keep)):
+            raise CheckpointError(
+                f"{field}[{path!r}].keep must ascend, one for each of {len(there)} blocks"
+            )
+        record_blocks(model, path, {"of": of, "keep": keep})
 
 
 def _read_tokenizer(folder: Path, files: list[str]) -> Any:

@@ -26,13 +26,18 @@ def replay(
     `zeroed` keeps every shape and sets to zero what would be removed. Weights that a recovery or a
     compensation changed are not in `pruning.json`: the result is the pruned model before these.
     Blocks that became part of others are merged again; sub-layers that went go, or give zeros.
-    Raises ConfigError where the model has other groups or units.
+    Raises ConfigError where the model has other groups or units, and where none is named.
     """
     from prunekit import graph
     from prunekit.graph.merging import checked_merges, merge_blocks
 
     manifest, file = _manifest(source)
     check_groups(manifest.get("groups"), file)
+    if not any(manifest.get(field) for field in ("groups", "merges", "bypassed")):
+        raise ConfigError(
+            f"{file} names no units to remove: what was done to the model (a rotation, factors, "
+            "early exits) is in the checkpoint alone; prunekit.load reads it"
+        )
     groups = graph.discover(dense)
     have = {g.name: g.units for whole in groups for g in (whole, *whole.parts)}
     for name, entry in manifest["groups"].items():

@@ -22,6 +22,7 @@ from prunekit.checkpoint.integrity import read_json
 from prunekit.checkpoint.layout import describe_runtime_modules
 from prunekit.checkpoint.manifest import MANIFEST, build_manifest, write_manifest
 from prunekit.errors import ConfigError
+from prunekit.graph.edit_record import edits
 from prunekit.types import Group, Kept
 
 HOW_READ = {"is_local", "local_files_only"}
@@ -89,6 +90,7 @@ def save(
             layout,
             merges,
             {m["path"]: m["outputs"] for m in gone},
+            edits(model)["blocks"],
         )
         write_manifest(part, manifest)
     return folder

@@ -10,6 +10,7 @@ from torch import nn
 from prunekit.activations.runs import FORWARD_TOKENS
 from prunekit.architecture.blocks import block_modules, linear_names
 from prunekit.architecture.linear import is_linear, weight_of
+from prunekit.architecture.streaming import will_stream
 from prunekit.runner import preflight
 from prunekit.scoring.gradients import TOKENS as BACKWARD_TOKENS
 
@@ -23,13 +24,15 @@ ADAM = 16
 
 def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, Any]) -> int | None:
     """Weights, and what the criterion adds: nothing, one layer's activations, or what a backward
-    keeps and the largest gradient. None without a criterion.
+    keeps and the largest gradient; where blocks come in turn, what is found of one besides. None
+    without a criterion, unless they do.
     """
-    if parts.criterion is None:
+    away = cfg["model"].get("weights", "memory") != "memory"
+    if parts.criterion is None and not away:
         return None
-    needs = parts.criterion.meta.get("needs", "-")
+    needs = (parts.criterion or parts.pruner).meta.get("needs", "-")
     weights = resident(model, cfg)
-    standing = weights + libraries(cfg)
+    standing = weights + libraries(cfg) + (statistics(model, parts) if away else 0)
     if needs == "-":
         return standing
     wide = cfg["model"].get("compute") == "float32"
@@ -39,12 +42,12 @@ def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, A
     if needs == "data":
         tokens = min(most, FORWARD_TOKENS)
         return int(standing + tokens * widest(model) * item)
-    samples = parts.criterion.options.get("batch")
+    asked = (parts.criterion or parts.pruner).options
+    samples = asked.get("batch")
     tokens = min(most, samples * cfg["calib"].get("length", 64) if samples else BACKWARD_TOKENS)
-    asked = parts.criterion.options
-    disk = cfg["model"].get("weights") == "disk"
-    if "by_block" in asked and (disk if asked["by_block"] is None else asked["by_block"]):
-        return int(standing + by_block(model, asked, tokens, most, item))
+    if "by_block" in asked and (away if asked["by_block"] is None else asked["by_block"]):
+        at_work = by_block(model, asked, tokens, most, item, host=bool(libraries(cfg)))
+        return int(standing + at_work)
     # A backward keeps all products, and of each block what enters it and what attention found.
     kept = tokens * (outputs(model) + 2 * hidden * len(block_modules(model))) * item
     size = next(model.parameters()).element_size()
@@ -54,18 +57,34 @@ def scoring_peak(model: nn.Module, parts: preflight.Components, cfg: dict[str, A
     return int(standing + kept + tokens * vocabulary * (item + 4) + gradients)
 
 
-def by_block(model: nn.Module, options: dict[str, Any], tokens: int, most: int, item: int) -> int:
+def by_block(
+    model: nn.Module, options: dict[str, Any], tokens: int, most: int, item: int, host: bool
+) -> int:
     """What gradients block by block add to the weights: the inputs of all blocks for `most` tokens,
-    unless they wait in files, and the larger of what the loss and one block need for `tokens`.
+    unless they wait in files or beside a device (without `host`), and the larger of what the loss
+    and one block need for `tokens`.
     """
     vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
     blocks = block_modules(model)
     size = next(model.parameters()).element_size()
-    number = {"memory": item, "bfloat16": 2, "disk": 0}[options["store"]]
+    number = {"memory": item, "bfloat16": 2 if host else 0, "disk": 0}[options["store"]]
     waiting: int = (len(blocks) + 1) * most * hidden * number
     gradients = max(sum(p.numel() for p in b.parameters()) for b in blocks) * size
     at_work = tokens * (widest(model) + 2 * hidden) * item + gradients
     return int(waiting + max(at_work, tokens * vocabulary * (item + 4)))
+
+
+def statistics(model: nn.Module, parts: preflight.Components) -> int:
+    """Bytes of what a pruner finds of the largest block, in float32: a score for each element where
+    single weights compete; the gram matrices of all inputs, and the largest one's inverse and its
+    factor, where it solves without a criterion; little else.
+    """
+    blocks = block_modules(model)
+    if parts.criterion:
+        single = parts.pruner.meta.get("kinds") == ("weights",)
+        return 4 * max(sum(p.numel() for p in b.parameters()) for b in blocks) if single else 0
+    inputs = [[weight_of(m).shape[1] for m in b.modules() if is_linear(m)] for b in blocks]
+    return 4 * max(sum(n**2 for n in row) + 2 * max(row, default=0) ** 2 for row in inputs)
 
 
 def recovery_peak(model: nn.Module, cfg: dict[str, Any]) -> int:
@@ -94,18 +113,19 @@ def libraries(cfg: dict[str, Any]) -> int:
     """Bytes that a run has before it loads a model, as its peaks are counted."""
     device = cfg["model"].get("device")
     on_cpu = device == "cpu" if device else not torch.cuda.is_available()
-    return LIBRARIES if on_cpu else 0
+    return LIBRARIES if on_cpu and not will_stream(cfg["model"]) else 0
 
 
 def resident(model: nn.Module, cfg: dict[str, Any]) -> int:
-    """Bytes of weights that are in memory at once: all, or with model.weights=disk the largest
-    block or embedding; and with model.compute=float32 a block or embedding converted.
+    """Bytes of weights that are in the memory of the device at once: all, or with
+    model.weights=disk the largest block or embedding, and with host that and the next one; and with
+    model.compute=float32 a block or embedding converted.
     """
     parts = [model.get_input_embeddings(), *block_modules(model)]  # type: ignore[operator]
     largest = max(sum(p.numel() for p in m.parameters()) for m in parts)
     size = next(model.parameters()).element_size()
-    whole = cfg["model"].get("weights") != "disk"
-    stored: int = weight_bytes(model) if whole else largest * size
+    at_once = {"memory": 0, "disk": 1, "host": 2}[cfg["model"].get("weights") or "memory"]
+    stored: int = at_once * largest * size or weight_bytes(model)
     return stored + (4 * largest if cfg["model"].get("compute") == "float32" else 0)
 
 

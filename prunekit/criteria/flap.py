@@ -96,8 +96,8 @@ def channel_values(reader: Reader, x: Moments, metric: Metric) -> Tensor:
     W = reader.weight.float()  # (out, in)
     match metric:
         case "WIFV":
-            return x.variance * W.square().sum(0)
+            return x.variance.to(W.device) * W.square().sum(0)
         case "IFV":
             return x.variance.to(W.device)
         case "WIFN":
-            return W.abs().mean(0) * x.square.sqrt()
+            return W.abs().mean(0) * x.square.sqrt().to(W.device)

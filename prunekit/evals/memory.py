@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.architecture.streaming import device_of
 from prunekit.profiling import Peak
 from prunekit.registry import Positive, evals
 
@@ -28,7 +29,7 @@ def memory(
     resident memory, after giving freed memory back to the system, so it carries the noise of malloc
     (a few MiB) and the first call's set-up is kept out by one small forward pass before it.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
     training = model.training
     model.eval()

@@ -14,6 +14,7 @@ from torch import nn
 from prunekit.architecture import offload
 from prunekit.architecture.compute import compute_in_float32
 from prunekit.architecture.mapped import check_mappable
+from prunekit.architecture.streaming import stream
 from prunekit.checkpoint import load, outline
 from prunekit.checkpoint.class_sizes import REFUSALS
 from prunekit.checkpoint.folder import check_plain
@@ -23,6 +24,7 @@ from prunekit.models import default_device, resolved_dtype
 from prunekit.models.devices import Device
 from prunekit.registry import models
 
+Weights = Literal["memory", "host", "disk"]
 AUTO = Literal["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
 
 
@@ -79,18 +81,27 @@ def _pruned(
     )
 
 
-def _check_disk(path: str, device: str | None, device_map: Any) -> None:
-    """Raises ConfigError for what cannot lie in mapped files."""
-    check_mappable()
-    if device_map is not None or (device or default_device()) != "cpu":
+def _check_weights(path: str, device: str | None, device_map: Any, weights: Weights) -> None:
+    """Raises ConfigError for what cannot rest where `weights` says."""
+    if weights == "memory":
+        return
+    if device_map is not None:
         raise ConfigError(
-            "model.weights=disk is computed on the CPU, from files mapped into host memory: give "
-            "model.device=cpu model.device_map=null"
+            f"model.weights={weights} brings blocks to one device in turn, and device_map spreads "
+            "them over several: give model.device_map=null"
         )
+    if weights == "host":
+        if device == "cpu":
+            raise ConfigError(
+                "model.weights=host keeps in host memory what computes on an accelerator, and the "
+                "device is the CPU: give model.weights=memory, or disk"
+            )
+        return
+    check_mappable()
     if (Path(path).expanduser() / MANIFEST).is_file():
         raise ConfigError(
             f"model=hf: {path} is a checkpoint of prunekit, which is read whole: give "
-            "model.weights=memory"
+            "model.weights=memory or host"
         )
 
 
@@ -121,6 +132,21 @@ def _read(
     return model, tokenizer
 
 
+def _settled(
+    model: nn.Module, weights: Weights, device: str | None, device_map: Any, compute: str | None
+) -> nn.Module:
+    """The model where it is to compute, from where its weights are to rest."""
+    place = device or default_device()
+    if device_map is None and not next(model.parameters()).is_meta:
+        if weights == "memory":
+            model = model.to(place)
+        elif place != "cpu":
+            stream(model, place)
+    if compute is not None:
+        compute_in_float32(model)
+    return model.eval()
+
+
 def _tokenizer_at_hand(path: str, options: dict[str, Any]) -> Any:
     """The tokenizer, if no network is needed for it: text can be judged before weights are read."""
     from transformers import AutoTokenizer
@@ -139,7 +165,7 @@ def hf(
     dtype: Literal["auto", "fast", "float32", "bfloat16", "float16"] = "auto",
     device: Device = None,
     device_map: str | dict[str, int | str] | None = None,
-    weights: Literal["memory", "disk"] = "memory",
+    weights: Weights = "memory",
     compute: Literal["float32"] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -151,17 +177,18 @@ def hf(
 
     `device_map` (`auto` spreads over all GPUs) takes the place of `device`. `weights=disk` keeps
     a copy of them, the one that is pruned, in mapped files on the disk (folder TMPDIR, as much room
-    as the model takes): no more than about one block at a time is in memory. `compute=float32` runs
-    half-precision weights in float32, converting one block at a time. `config` (a `model_type` and
-    sizes) serves `meta=True` where no folder is at hand, so that a plan needs no network. Raises
-    ConfigError where neither disk nor hub has the model, for a `revision` of a folder, for a device
-    or a `compute` beside a map, and for a `compute` of float32 weights.
+    as the model takes): no more than about one block at a time is in memory. `weights=host` keeps
+    them in host memory. With an accelerator as `device`, each block is there for its turn only
+    (`architecture.streaming`). `compute=float32` runs half-precision weights in float32, converting
+    one block at a time. `config` (a `model_type` and sizes) serves `meta=True` where no folder is
+    at hand, so that a plan needs no network. Raises ConfigError where neither disk nor hub has the
+    model, for a `revision` of a folder, for a device or a `compute` beside a map, for a `compute`
+    of float32 weights, and for weights that cannot rest where `weights` says.
     """
     import transformers
 
     dtype_name = resolved_dtype(dtype, device)
-    if weights == "disk":
-        _check_disk(path, device, device_map)
+    _check_weights(path, device or (None if meta else default_device()), device_map, weights)
     if path.startswith((".", "~", "/")):
         path = str(Path(path).expanduser().resolve())
         if not Path(path).is_dir() and not (meta and config):
@@ -179,10 +206,9 @@ def hf(
             "folder of this machine; give revision=null"
         )
     if (Path(path) / MANIFEST).is_file():
-        pruned = _pruned(path, dtype_name, device, device_map, meta)
-        if compute is not None:
-            compute_in_float32(pruned[0])
-        return pruned
+        home = "cpu" if weights == "host" else device
+        model, tokenizer = _pruned(path, dtype_name, home, device_map, meta)
+        return _settled(model, weights, device, device_map, compute), tokenizer
     if Path(path).is_dir():
         check_plain(Path(path))
     options: dict[str, Any] = {
@@ -199,8 +225,4 @@ def hf(
     found = _config(path, None, options)
     options["dtype"] = "auto" if dtype == "auto" else getattr(torch, dtype_name)
     model, tokenizer = _read(loader, path, found, weights, device_map, options)
-    if weights == "memory" and device_map is None:
-        model = model.to(device or default_device())
-    if compute is not None:
-        compute_in_float32(model)
-    return model.eval(), tokenizer
+    return _settled(model, weights, device, device_map, compute), tokenizer

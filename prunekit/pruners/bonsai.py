@@ -199,10 +199,11 @@ def priors(gates: Gates, run: Run) -> Scores:
     prior: Scores = {}
     for name, row in found.items():
         parts = [
-            (r.weight.detach().float().abs().mean(0) * seen[r.name].square.clamp(min=0).sqrt())
+            (r.weight.detach().float().abs().mean(0) * size.to(r.weight.device))
             .cpu()[r.member.index]
             .mean(1)
             for r in row
+            for size in [seen[r.name].square.clamp(min=0).sqrt()]
         ]
         prior[name] = torch.stack(parts).sum(0)
     return prior

@@ -81,6 +81,7 @@ def check_nas(
     needs="data",
     out="self-contained",
     scored=True,
+    trains=True,
     check=check_nas,
 )
 def nas(

@@ -30,6 +30,7 @@ from prunekit.activations.storage import Activations, PassOptions, Precision, St
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps, stream
 from prunekit.architecture.sizes import Sizes
+from prunekit.architecture.streaming import streaming, turn
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Positive, pruners
@@ -110,7 +111,8 @@ def slicegpt(
     options = PassOptions(store, precision, max(1, samples_at_once(tokens) // 4))
     inputs, feed = capture_inputs(model, chain.blocks, tokens, options)
     found = principal(model, chain, feed, inputs, depth, width, weighting, rests, last)
-    bases = list(turned(found))
+    # Two a block, wide ones: they wait where the weights do.
+    bases = [Q.cpu() if streaming(model) else Q for Q in turned(found)]
     before = Sizes(model, [hidden]).total
     assemble(model, chain, bases, depth)
     same(model, chain, tokens, inputs, feed, depth)
@@ -181,12 +183,13 @@ def principal(
     final = chain.sublayers[depth - 1][-1]
     for b in tqdm(range(depth), desc="bases of the residual stream", unit="block", delay=2):
         for part in chain.sublayers[b]:
-            stream_after = through(model, chain, feed, inputs, b, part, rests)
-            if last == "output" and part is final:
-                for _ in stream_after:
-                    pass
-                return
-            Q = directions(gram(stream_after), width)
+            with turn(model.get_submodule(chain.blocks[b])):
+                stream_after = through(model, chain, feed, inputs, b, part, rests)
+                if last == "output" and part is final:
+                    for _ in stream_after:
+                        pass
+                    return
+                Q = directions(gram(stream_after), width)
             project(Q)
             yield Q
 

@@ -26,6 +26,7 @@ from prunekit.activations.dense_reference import (
 from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.gram import GramStatistics, added, warn_of_little_text
 from prunekit.activations.storage import PassOptions
+from prunekit.architecture.streaming import turn
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.solvers.bias_compensation import add_biases, set_bias
@@ -140,17 +141,18 @@ def refit_blocks(
     )
     for b, row in enumerate(bar, start):
         run = BlockRun(model, problem.tokens, feed, b, own, done)
-        before = copy.deepcopy(run.module) if dense is not None else run.module
-        names = [r.inside for r in row]
-        sums = is_residual_sum(feed, b, before, dense or own, names)
-        streams = PairedStreams(feed, b, names, before, dense, own, sums)
-        gone = [r for r in row if counts.get(r.group.name)]
-        refit = partial(refit_block, model, streams, gone, counts, how)
-        found.append(run.once(refit, [r.reader.member.param for r in gone]))
-        if b + 1 < len(blocks):
-            streams.advance(run.module)
-            if done:
-                done.advance(model, b + 1, feed.rows, *flows)
+        with turn(run.module):
+            before = copy.deepcopy(run.module) if dense is not None else run.module
+            names = [r.inside for r in row]
+            sums = is_residual_sum(feed, b, before, dense or own, names)
+            streams = PairedStreams(feed, b, names, before, dense, own, sums)
+            gone = [r for r in row if counts.get(r.group.name)]
+            refit = partial(refit_block, model, streams, gone, counts, how)
+            found.append(run.once(refit, [r.reader.member.param for r in gone]))
+            if b + 1 < len(blocks):
+                streams.advance(run.module)
+        if done and b + 1 < len(blocks):
+            done.advance(model, b + 1, feed.rows, *flows)
     return collected(found)
 
 

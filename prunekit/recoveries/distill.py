@@ -198,14 +198,20 @@ def same_blocks(model: nn.Module, teacher: nn.Module) -> tuple[int, ...]:
             f"recovery.hidden: the pruned model's residual stream has {here} channels, the dense "
             f"one's {there}, so their states cannot be compared; possible: 0"
         )
-    names, number = block_names(model), len(block_names(teacher))
-    whole: Remaining = {"of": len(names), "keep": list(range(len(names)))}
-    left = graph.edits(model)["blocks"].get(names[0].rpartition(".")[0], whole)
-    if left["of"] != number:
+    left, there = (left_of(m) for m in (model, teacher))
+    if left["of"] != there["of"] or not set(left["keep"]) <= set(there["keep"]):
         raise ConfigError(
-            f"recovery.hidden: {left['of']} blocks before pruning, and the dense model has {number}"
+            f"recovery.hidden: {left['of']} blocks before pruning, and the dense model has "
+            f"{there['of']}, of which {there['keep']} are left"
         )
-    return tuple(left["keep"])
+    return tuple(there["keep"].index(block) for block in left["keep"])
+
+
+def left_of(model: nn.Module) -> Remaining:
+    """Which blocks a model has of those that it had before anything was pruned."""
+    names = block_names(model)
+    whole: Remaining = {"of": len(names), "keep": list(range(len(names)))}
+    return graph.edits(model)["blocks"].get(names[0].rpartition(".")[0], whole)
 
 
 def written(

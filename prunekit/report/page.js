@@ -139,7 +139,7 @@ function layers(place, title, grids, normalise) {
   for (const [kind, grid] of Object.entries(grids)) {
     const cells = normalise ? grid.cells.map((row) => { const top = Math.max(...row.filter((v) => v != null)); return row.map((v) => (v == null || !top ? v : v / top)); }) : grid.cells;
     const trace = { type: "heatmap", z: cells, y: grid.rows.map(plain), x: [...Array(grid.depth).keys()], zmin: 0, zmax: 1, colorscale: "Viridis", hoverongaps: false };
-    draw(place, [trace], { title: { text: `${title}: ${plain(kind)}` }, xaxis: { title: { text: "layer" } }, yaxis: { autorange: "reversed", ticklabeloverflow: "hide past div" } });
+    draw(place, [trace], { title: { text: `${title}: ${plain(kind)}` }, xaxis: { title: { text: "layer" }, ...(grid.depth < 9 ? { dtick: 1 } : {}) }, yaxis: { autorange: "reversed", ticklabeloverflow: "hide past div" } });
   }
 }
 

@@ -18,7 +18,7 @@ from prunekit.report.metrics import QUALITY
 from prunekit.report.table import ReportTable, Row
 
 OPEN = 6
-"""So many panels are shown at once; more are folded away."""
+"""So many panels, or troubles, are shown at once; more are folded away."""
 
 
 def html(tables: Sequence[ReportTable], found: Found) -> str:
@@ -27,7 +27,6 @@ def html(tables: Sequence[ReportTable], found: Found) -> str:
 
     parts = files("prunekit.report")
     body = "\n".join(section(table, i) for i, table in enumerate(tables))
-    bad = "".join(f"<li>{escape(line)}</li>" for line in troubles(found))
     return (
         (parts / "page.html")
         .read_text()
@@ -35,13 +34,23 @@ def html(tables: Sequence[ReportTable], found: Found) -> str:
             style=(parts / "page.css").read_text(),
             jobs=f"{len(found.results)} finished, {len(found.failed)} failed, "
             f"{len(found.unfinished)} unfinished",
-            troubles=f'<ul class="bad">{bad}</ul>' if bad else "",
+            troubles=listed(troubles(found)),
             tables=body,
             plotly=get_plotlyjs(),
             data=as_script([plots(table) for table in tables]),
             script=(parts / "page.js").read_text(),
         )
     )
+
+
+def listed(lines: Sequence[str]) -> str:
+    """What went wrong, above the results; folded where it would hide them."""
+    if not lines:
+        return ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    shown = " open" if len(lines) <= OPEN else ""
+    head = f"<summary>{len(lines)} jobs failed, unfinished or not finite</summary>"
+    return f'<details{shown}>{head}<ul class="bad">{items}</ul></details>'
 
 
 def as_script(data: Any) -> str:

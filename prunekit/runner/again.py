@@ -29,7 +29,7 @@ from prunekit.runner import (
 from prunekit.runner.dense import DenseModel, compares
 from prunekit.runner.distributed import first_process
 from prunekit.runner.finished import Finished
-from prunekit.runner.relations import check_keys, check_lengths
+from prunekit.runner.relations import check_keys, check_lengths, check_streamed
 from prunekit.runner.run import Job, check_finite, measure, pose, save, stage
 from prunekit.runner.texts_at_hand import check_texts
 from prunekit.types import Group, Kept, Pruned
@@ -37,7 +37,7 @@ from prunekit.types import Group, Kept, Pruned
 INHERITED = ("calib", "criterion", "ratio", "exclude", "pruner", "table", "row")
 """What the checkpoint's own run said, and the new result repeats."""
 Zeros = tuple[list[Group], Kept]
-LOADING = ("device", "dtype", "compute")
+LOADING = ("device", "dtype", "compute", "weights")
 """What may be said of how the checkpoint is loaded: options of model=hf."""
 
 
@@ -96,6 +96,7 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
     preflight.check_top(cfg)
     parts = preflight.build_components(cfg)
     check_keys(parts.evals)
+    check_streamed(parts.model, None, None, parts.recovery if recover else None)
     if recover and parts.recovery is None:
         raise ConfigError("recover needs a recovery, for example recovery=lora_text")
     if not recover and not parts.evals:
@@ -135,6 +136,8 @@ def dense_model(path: Path, device: str | None = None) -> Component:
         )
     spread = node["model"].get("device_map")
     placed = {} if device is None or spread else {"device": device}
+    if placed == {"device": "cpu"} and node["model"].get("weights") == "host":
+        placed["weights"] = "memory"  # which is the same there
     return models.build(node["model"] | placed)
 
 

@@ -17,7 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from prunekit import checkpoint
+from prunekit.architecture.compute import compute_in_float32, computes_in_float32
 from prunekit.architecture.mapped import mapped
+from prunekit.architecture.streaming import streaming
 from prunekit.errors import ConfigError
 from prunekit.runner import store
 from prunekit.runner.distributed import first_process
@@ -77,7 +79,7 @@ class Finished:
         device: whole, or not at all.
         """
         model = standing.pruned.model
-        if not self.models or not first_process() or mapped(model):
+        if not self.models or not first_process() or mapped(model) or streaming(model):
             return
         if getattr(model, "hf_device_map", None):
             return
@@ -85,6 +87,7 @@ class Finished:
         notes = {k: v for k, v in standing.pruned.notes.items() if is_plain(v)}
         facts = {
             "device": str(next(model.parameters()).device),
+            "wide": computes_in_float32(model),
             "groups": [described(g) for g in standing.pruned.groups],
             "notes": notes,
             "costs": standing.costs,
@@ -120,6 +123,8 @@ class Finished:
             facts = store.read(self.entry(f"{name}-facts"))
             tensors = store.read(self.tensors(name))
             model, tokenizer = checkpoint.load(folder, device=facts["device"])
+            if facts["wide"]:
+                compute_in_float32(model)
         except FileNotFoundError:
             return None
         except (store.Damaged, ConfigError, OSError) as error:

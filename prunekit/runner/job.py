@@ -41,6 +41,8 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
             if waited and sweeping() and resume.finished(folder, cfg):
                 log.info("%s was finished by another process", folder)
                 return objective(json.loads((folder / "result.json").read_text()), cfg["objective"])
+            if not sweeping() and (folder / "result.json").exists():
+                log.warning("%s holds a result, which this run replaces at its end", folder)
             (folder / "failed.txt").unlink(missing_ok=True)
             record = run(cfg, folder)
     except KeyboardInterrupt:

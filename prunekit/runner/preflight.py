@@ -15,7 +15,13 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
 from prunekit.registry import Component, checked_values
 from prunekit.runner import tracking
-from prunekit.runner.relations import check_keys, check_lengths, check_samples, check_skip
+from prunekit.runner.relations import (
+    check_keys,
+    check_lengths,
+    check_samples,
+    check_skip,
+    check_streamed,
+)
 from prunekit.runner.resume import check_mode
 
 STAGES = ("dense", "pruned", "recovered")
@@ -80,6 +86,7 @@ def check(cfg: dict[str, Any]) -> Components:
     check_skip(parts.calib, parts.criterion, parts.pruner)
     check_samples(parts.calib, parts.pruner)
     check_keys(parts.evals)
+    check_streamed(parts.model, parts.criterion, parts.pruner, parts.recovery)
     model, tokenizer = parts.model(meta=True)
     check_lengths(model, parts.calib, *parts.evals.values(), parts.recovery)
     if cfg["save"]:
@@ -190,9 +197,11 @@ def check_criterion(criterion: Component | None, pruner: Component) -> None:
     if criterion is None or not usable(criterion.meta):
         entries = [registry.criteria.entry(n) for n in registry.criteria.names()]
         possible = ", ".join(e.name for e in entries if usable(e.meta))
+        scored = ", ".join(criterion.meta.get("kinds", ())) if criterion else ""
+        own = f" (it scores {scored})" if scored else ""
         raise ConfigError(
             f"pruner={pruner.name} removes {', '.join(sorted(wanted))}, which criterion={name} "
-            f"cannot score; possible: {possible}"
+            f"cannot score{own}; possible: {possible}"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.architecture.streaming import will_stream
 from prunekit.errors import ConfigError
 from prunekit.registry import Component
 
@@ -69,6 +70,32 @@ def check_samples(calib: Component, pruner: Component) -> None:
         raise ConfigError(
             f"{pruner.name}: redraw=true shares calib.samples={samples} out among steps={steps}; "
             f"give calib.samples={steps} or more"
+        )
+
+
+def check_streamed(
+    model: Component,
+    criterion: Component | None,
+    pruner: Component | None,
+    recovery: Component | None,
+) -> None:
+    """Raises ConfigError for what trains a model, or takes its gradients as a whole, where its
+    blocks come to the device in turn.
+    """
+    if not will_stream(model.options):
+        return
+    wrong = None
+    if pruner and (pruner.meta.get("needs") == "gradients" or pruner.meta.get("trains")):
+        wrong = f"pruner={pruner.name}"
+    elif criterion and criterion.meta.get("needs") == "gradients":
+        if criterion.options.get("by_block", False) is False:
+            wrong = f"criterion={criterion.name} (by_block=false)"
+    elif recovery:
+        wrong = f"recovery={recovery.name}"
+    if wrong:
+        raise ConfigError(
+            f"model.weights={model.options['weights']} brings one block at a time to the device, "
+            f"and {wrong} needs the whole model on it: give model.weights=memory, or take another"
         )
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from prunekit.activations.hooks import hook_activations
 from prunekit.activations.runs import forward
+from prunekit.architecture.streaming import without_weights
 from prunekit.graph.masks import bypass
 from prunekit.types import Run
 
@@ -31,7 +32,9 @@ def returning(block: nn.Module, activation: Tensor, rest: tuple[Any, ...] | None
     it, None for a bare tensor.
     """
     before = block.__dict__.get("forward")  # accelerate's, which moves tensors for a device_map
-    block.forward = lambda *_, **__: activation if rest is None else (activation, *rest)
+    block.forward = without_weights(
+        lambda *_, **__: activation if rest is None else (activation, *rest)
+    )
     try:
         yield
     finally:

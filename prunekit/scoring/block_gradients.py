@@ -23,6 +23,7 @@ from prunekit.activations.runs import forward, samples_at_once
 from prunekit.activations.storage import Activations, PassOptions, Store
 from prunekit.architecture.blocks import block_names
 from prunekit.architecture.mapped import mapped, release
+from prunekit.architecture.streaming import outside_blocks, streaming, turn
 from prunekit.errors import ConfigError
 from prunekit.scoring.gradients import TOKENS, Sink, backward, check_in_memory, only_these_train
 from prunekit.scoring.left_out import check_alone, left_out, like, tensors_in, without_first
@@ -43,10 +44,11 @@ def gradients(
     """`backward`, or the same block by block.
 
     Args:
-        by_block: None where the model's weights lie on disk.
+        by_block: None where the model's weights lie on disk, or come to a device block by block.
         store: where the inputs of the blocks wait, by block.
     """
-    if mapped(model) if by_block is None else by_block:
+    away = mapped(model) or streaming(model) is not None
+    if away if by_block is None else by_block:
         backward_by_block(model, names, run, sink, squares=squares, batch=batch, store=store)
     else:
         backward(model, names, run, sink, squares=squares, batch=batch)
@@ -79,12 +81,16 @@ def backward_by_block(
     work = _ByBlock(model, wanted, run, sink, squares, batch, store)
     with only_these_train(model, set(wanted)):
         work.forward()
-        work.loss()
-        last_first = range(len(work.blocks) - 1, work.lowest - 1, -1)
-        for b in tqdm(last_first, desc="gradients", unit="block", leave=False):
-            work.block(b)
-        if work.outside:
-            work.embedding()
+        ends = outside_blocks(model)
+        with turn(*ends if work.outside else ()):  # their gradients wait there
+            with turn(*ends):
+                work.loss()
+            last_first = range(len(work.blocks) - 1, work.lowest - 1, -1)
+            for b in tqdm(last_first, desc="gradients", unit="block", leave=False):
+                with turn(work.modules[b]):
+                    work.block(b)
+            if work.outside:
+                work.embedding()
 
 
 class _ByBlock:
@@ -136,12 +142,13 @@ class _ByBlock:
             tqdm(self.modules, desc="activations", unit="block", leave=False)
         ):
             following = Activations(len(self.tokens), like, self.store)
-            for i, rows in self.rows:
-                args, kwargs = self.feed.calls[b][i]
-                out = module(self.inputs[b][rows], *args, **kwargs)
-                following[rows] = first_tensor(out)
-                if b == len(self.forms):
-                    self.forms.append(without_first(out))
+            with turn(module):
+                for i, rows in self.rows:
+                    args, kwargs = self.feed.calls[b][i]
+                    out = module(self.inputs[b][rows], *args, **kwargs)
+                    following[rows] = first_tensor(out)
+                    if b == len(self.forms):
+                        self.forms.append(without_first(out))
             self.inputs[b].release()
             self.inputs.append(following)
         check_alone(self.blocks, self.forms, self.feed, self.rows[0][0])

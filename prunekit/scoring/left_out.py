@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.activations.blockwise import BlockInputs
 from prunekit.activations.hooks import first_tensor
+from prunekit.architecture.streaming import without_weights
 from prunekit.errors import ConfigError
 
 
@@ -29,7 +30,7 @@ def left_out(
 
     own = [block.__dict__.get("forward") for block in blocks]
     for number, block in enumerate(blocks):
-        block.forward = partial(stand_in, number)
+        block.forward = without_weights(partial(stand_in, number))
     try:
         yield
     finally:

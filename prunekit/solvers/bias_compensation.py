@@ -46,7 +46,8 @@ def lost_means(
     for g, r in touched:
         if found[r.name].count:  # an expert that no token reached has nothing to make up for
             gone = r.member.index[~kept[g.name].cpu()].flatten().to(r.weight.device)
-            part = r.weight[:, gone].float() @ found[r.name].mean[gone]
+            means = found[r.name].mean.to(r.weight.device)
+            part = r.weight[:, gone].float() @ means[gone]
             lost[r.name] = lost.get(r.name, torch.zeros_like(part)) + part
     return lost
 

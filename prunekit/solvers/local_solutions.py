@@ -21,6 +21,7 @@ from tqdm import tqdm
 from prunekit.activations.blockwise import BlockInputs, capture_inputs
 from prunekit.activations.dense_reference import PairedStreams, UnitReader
 from prunekit.activations.storage import Activations, PassOptions
+from prunekit.architecture.streaming import turn
 from prunekit.errors import ConfigError
 from prunekit.solvers.obs import columns_left
 from prunekit.solvers.obs_levels import (
@@ -112,9 +113,10 @@ class ObsLevels:
                 streams = dense.streams(b, [x.inside for x in row])
                 folds = 1 if self.how.ridge is not None else FOLDS
                 module = self.model.get_submodule(self.blocks[b])
-                stats = streams.regression(module, r, self.how.relative, folds)
-                outputs = bypass_outputs(streams, self.blocks[b], r) if self.how.whole else 0
-                return solve_levels(stats, r, self.how, outputs)
+                with turn(module):
+                    stats = streams.regression(module, r, self.how.relative, folds)
+                    outputs = bypass_outputs(streams, self.blocks[b], r) if self.how.whole else 0
+                    return solve_levels(stats, r, self.how, outputs)
 
             name = f"solutions/{r.group.name}"
             self.solved[r.group.name] = self.remember(__name__, name, self.key, compute)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.mapped import beside
 from prunekit.architecture.residual import Stream, Sublayer, gain_and_eps
+from prunekit.architecture.streaming import cover, streaming, turn
 from prunekit.graph.discovery import forget
 from prunekit.graph.slicing import update_sizes
 
@@ -65,14 +66,11 @@ def assemble(model: nn.Module, chain: Stream, bases: Sequence[Basis], depth: int
     after it is missing, the last sub-layer writes at full width.
     """
     parts = [part for block in chain.sublayers[:depth] for part in block]
-    for part, Q_r, Q_w in zip(parts, bases, [*bases[1:], None]):
-        slice_readers(model, part, Q_r)
-        if Q_w is None:
-            continue
-        slice_writers(model, part, Q_w)
-        B = shortcut(Q_r, Q_w)
-        if B.shape[1]:
-            _rotate(model, part.module, B, part.norm)
+    around = iter(zip(bases, [*bases[1:], None]))
+    for name, row in zip(chain.blocks, chain.sublayers[:depth]):
+        with turn(model.get_submodule(name)):
+            for part in row:
+                slice_sublayer(model, part, *next(around))
     if tied(model, chain):
         _rotate(model, chain.blocks[0], bases[0])
     else:
@@ -84,6 +82,18 @@ def assemble(model: nn.Module, chain: Stream, bases: Sequence[Basis], depth: int
     else:
         _write_late(model, parts[-1].module, bases[-1].T, chain.norm)
     forget(model)
+
+
+def slice_sublayer(model: nn.Module, part: Sublayer, Q_r: Basis, Q_w: Basis | None) -> None:
+    """A sub-layer reads in the basis `Q_r` and writes in `Q_w`, or as before where that is None."""
+    place = weight_of(model.get_submodule(part.readers[0])).device
+    slice_readers(model, part, Q_r.to(place))
+    if Q_w is None:
+        return
+    slice_writers(model, part, Q_w.to(place))
+    B = shortcut(Q_r.to(place), Q_w)
+    if B.shape[1]:
+        _rotate(model, part.module, B, part.norm)
 
 
 def _rotate(model: nn.Module, path: str, weight: Tensor, source: str = "") -> None:
@@ -108,6 +118,7 @@ def _insert(model: nn.Module, path: str, module: Any, weight: Tensor) -> None:
     module.weight.copy_(weight)
     module.weight.data = beside(module.weight.data, like)
     insert(model, path, module.requires_grad_(like.requires_grad))
+    cover(model, streaming(model))
 
 
 def slice_readers(model: nn.Module, part: Sublayer, Q_r: Basis) -> None:

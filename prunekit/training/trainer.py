@@ -103,8 +103,9 @@ def train(
     loaded in it. The model is left in eval mode on the device where it was, with nothing of the
     Trainer on it. With `recipe.progress` the same training, cut off and begun again, goes on from
     the last step that was kept; else nothing is written. `loss` in the curve is all that is
-    minimised, `eval_loss` the cross entropy. Raises ConfigError if the batch cannot be made of
-    micro-batches, nothing is there to train, or nothing to be patient with.
+    minimised, `eval_loss` the cross entropy, a mean over the validation's labels. Raises
+    ConfigError if the batch cannot be made of micro-batches, nothing is there to train, or nothing
+    to be patient with.
     """
     student = on_same_memory(model) if wants_shards() else model
     inside = [p for p in student.parameters() if p.requires_grad]
@@ -214,7 +215,20 @@ class _Trainer(ShardingTrainer):
         loss, outputs = super().compute_loss(model, inputs | asked, True, num_items_in_batch)
         if model.training:
             loss = self.with_additions(loss, outputs, inputs, num_items_in_batch)
+        else:
+            loss = loss * self.share(inputs["labels"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def share(self, labels: Tensor, items: Tensor | int | None) -> Any:
+        """Labels of a micro-batch, or of one in each process, over what as many examples have on
+        average. The Trainer weighs validation losses by their examples: with this every label
+        counts alike, however they fall into micro-batches and processes.
+        """
+        examples: Any = self.eval_dataset
+        mean = sum(n != -100 for e in examples for n in e["labels"]) / len(examples)
+        if self.model_accepts_loss_kwargs and items is not None:
+            return items / (self.accelerator.num_processes * len(labels) * mean)
+        return learnt_positions(labels).sum() / (len(labels) * mean)
 
     def with_additions(
         self,

@@ -21,6 +21,7 @@ ONE_OF_EACH = (
     "kernels, ",
     "training, (distill|reconstruct)$",
     "checkpoint, ",
+    "streamed, ",
     "determinism, ",
     "latency, 1.1B, batch 1",
     "1.1B shape, (sparsegpt|oneshot, taylor)$",
@@ -58,7 +59,9 @@ def rows(folder: Path, only: str) -> dict[str, str]:
 
 def test_one_row_of_each_sort_passes_on_a_cpu(folder):
     found = rows(folder, "|".join(f"^{one}" for one in ONE_OF_EACH))
-    assert len(found) == 17
+    assert len(found) == 20
+    in_turn = [v for k, v in found.items() if k.startswith("streamed, ")]
+    assert all("100.00% of" in v and "logits 0e+00" in v for v in in_turn)
     assert found["determinism, a run twice"].endswith(" bytes, the same")
     assert found["CPU = GPU, unstructured, wanda"].startswith("100.00% of ")
     assert found["kernels, 2:4, semi-structured"].startswith("0 of 29 converted, logits 0e+00")

@@ -37,6 +37,13 @@ def test_drop_points_of_masks_by_size_and_at_random(tmp_path):
     assert line(text, "| random")[3:5] == ["0.1", "0.1"]
 
 
+def test_the_knee_is_seen_beside_a_perplexity_of_millions(tmp_path):
+    dense = {"ppl_in_256": 20.0}
+    for target, ppl in ((0.1, 20.0), (0.2, 21.0), (0.3, 1e3), (0.4, 1e5), (0.5, 1e7)):
+        job(tmp_path, "magnitude", target, dense, {"ppl_in_256": ppl})
+    assert line(trust.essential(load([tmp_path]).results), "| magnitude")[5] == "0.2"
+
+
 def test_a_fine_tuned_model_stands_for_the_dense_one_where_nothing_is_removed(tmp_path):
     dense, pruned = {"ppl_in_256": 20.0}, {"ppl_in_256": 30.0}
     job(tmp_path, "retrained", 0.0, dense, dense, {"ppl_in_256": 10.0})

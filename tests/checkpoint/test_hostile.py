@@ -289,3 +289,22 @@ def test_a_missing_file_or_tensor_is_named(folder: Path) -> None:
     (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=MANIFEST):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "says"),
+    [
+        ([], "must be a mapping"),
+        ({"model.layer": {"of": 4, "keep": [0, 1]}}, "of no list of modules"),
+        ({"model.layers": 3}, "of no list of modules"),
+        ({"model.layers": {"of": "4", "keep": [0, 1]}}, "of no list of modules"),
+        ({"model.layers": {"of": 4, "keep": [0, 4]}}, "integers below 4"),
+        ({"model.layers": {"of": 4, "keep": "01"}}, "integers below 4"),
+        ({"model.layers": {"of": 4, "keep": [1, 0]}}, "must ascend"),
+        ({"model.layers": {"of": 9, "keep": [0, 1, 2, 3, 4, 5, 6, 7]}}, "one for each of"),
+    ],
+)
+def test_blocks_that_are_left_are_checked(folder: Path, blocks: Any, says: str) -> None:
+    resealed(folder, blocks=blocks)
+    with pytest.raises(CheckpointError, match=says):
+        load(folder)

@@ -130,3 +130,9 @@ def test_other_sublayers_are_refused(tmp_path: Path, bypassed: object, says: str
     manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
     with pytest.raises(CheckpointError, match=says):
         replay(llama(), manifest | {"bypassed": bypassed})
+
+
+def test_what_is_in_the_tensors_alone_is_not_made_again(tmp_path: Path) -> None:
+    save(llama(), None, tmp_path / "out", config={"pruner": {"name": "slicegpt"}})
+    with pytest.raises(ConfigError, match="names no units to remove"):
+        replay(llama(), tmp_path / "out")

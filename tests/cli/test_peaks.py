@@ -43,6 +43,30 @@ def test_weights_on_the_disk_are_planned_by_the_block():
     assert peaks.resident(model, cfg) == 2 * block < whole
     cfg["model"] |= {"compute": "float32"}
     assert peaks.resident(model, cfg) == 6 * block
+    cfg["model"] |= {"compute": None, "weights": "host"}
+    assert peaks.resident(model, cfg) == 4 * block, "one runs while the next one is copied"
+
+
+def test_what_is_found_of_a_block_is_planned_where_blocks_come_in_turn():
+    """On an accelerator, whose allocator counts no libraries."""
+    model = tiny_model("llama", 4)
+    tokens = 4 * 32
+    shapes = [m.weight.shape for m in model.model.layers[0].modules() if hasattr(m, "in_features")]
+    wide = tokens * sum(s[0] for s in shapes) * 4
+    block = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
+    words = ["model=tiny_llama", "exclude=none", "eval=quick", "ratio.of=prunable"]
+    words += ["calib.samples=4", "calib.length=32"]
+
+    def peak(*more):
+        (cfg,) = composed([*words, *more])
+        parts = preflight.build_components(cfg)
+        cfg["model"] |= {"weights": "host"}
+        return peaks.scoring_peak(model, parts, cfg)
+
+    assert peak("pruner=unstructured", "criterion=wanda") == 2 * block + block + wide
+    grams = 4 * (sum(s[1] ** 2 for s in shapes) + 2 * max(s[1] for s in shapes) ** 2)
+    assert peak("pruner=sparsegpt", "criterion=none") == 2 * block + grams + wide
+    assert peak("criterion=wanda_sp") == 2 * block + wide
 
 
 def test_gradients_block_by_block_are_planned_so():

@@ -1,10 +1,12 @@
-"""Pruning on a device that is not the CPU, and over two devices as `device_map=auto` spreads a
-model: the same choice, no tensors of two devices in one operation, few waits.
+"""Pruning on a device that is not the CPU, over two devices as `device_map=auto` spreads a model,
+and on one to which blocks come in turn: the same choice, no tensors of two devices in one
+operation, few waits.
 """
 
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,8 +17,12 @@ from tiny_models import tiny_model
 from torch import nn
 
 from prunekit.activations.gram import GramStatistics
+from prunekit.architecture import streaming
+from prunekit.cli.compose import composed
 from prunekit.graph.skeleton import skeleton
-from prunekit.registry import pruners
+from prunekit.models import hf
+from prunekit.registry import models, pruners
+from prunekit.runner.run import run
 from prunekit.solvers.obs import greedy_removal
 from prunekit.solvers.sparsegpt import inverse_factor, lowest_of_block, solve_columns
 
@@ -103,6 +109,48 @@ def test_the_same_is_chosen_over_two_devices(name):
     expected = prune(name, model)
     with other_device():
         check_alike(model, prune(name, spread(there)), there, expected)
+
+
+def put(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """What a parameter holds cannot become a tensor of another class; the two change places."""
+    torch.utils.swap_tensors(parameter, nn.Parameter(data, parameter.requires_grad))
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if not n.startswith("llm_surgeon")])
+def test_the_same_is_chosen_where_blocks_come_to_the_device_in_turn(name, monkeypatch):
+    monkeypatch.setattr(streaming, "put", put)
+    model = small_model()
+    there = copy.deepcopy(model)
+    expected = prune(name, model)
+    with other_device():
+        streaming.stream(there, DEVICE)
+        found = prune(name, there)
+        assert {p.device.type for p in there.parameters()} == {"cpu"}
+        with torch.no_grad():
+            assert there(TEXT).logits.device == DEVICE
+        check_alike(model, found, there, expected)
+
+
+def test_a_whole_run_gives_the_same_numbers_where_blocks_come_in_turn(monkeypatch, tmp_path):
+    model, tokenizer = models.build({"name": "tiny_llama", "layers": 2, "device": "cpu"})()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    words = ["model=hf", f"model.path={tmp_path / 'model'}", "exclude=none", "eval=quick"]
+    words += ["calib.samples=4", "calib.length=16", "track=silent", "cache=off", "recovery=none"]
+    words += ["criterion=taylor", "ratio.target=0.25"]
+    found = {}
+    for weights in ("memory", "host", "disk"):
+        (cfg,) = composed([*words, f"model.weights={weights}"])
+        if weights != "memory":
+            monkeypatch.setattr(streaming, "put", put)
+            monkeypatch.setattr(hf, "default_device", lambda: DEVICE.type)
+        with other_device() if weights != "memory" else nullcontext():
+            found[weights] = run(cfg, tmp_path / weights)
+    for record in (found["host"], found["disk"]):
+        assert record["kept"] == found["memory"]["kept"]
+        for when in ("dense", "pruned"):
+            key = f"{when}/ppl_pydocs_32"
+            assert record["results"][key] == pytest.approx(found["memory"]["results"][key])
 
 
 def test_buffers_of_a_model_on_a_device_are_in_its_skeleton():

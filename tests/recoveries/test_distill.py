@@ -212,6 +212,10 @@ def test_hidden_knows_which_blocks_are_left(text):
     graph.remove(model, {"blocks": torch.tensor([True, False, True, True])})
     assert same_blocks(model, dense) == (0, 2, 3)
     assert same_blocks(small(), small()) == (0, 1)
+    less = copy.deepcopy(model)
+    graph.remove(less, {"blocks": torch.tensor([False, True, True])})
+    assert same_blocks(less, dense) == (2, 3)
+    assert same_blocks(less, model) == (1, 2)
     pruned = run_distill(Pruned(model, {}, []), dense, path=text, hidden=1.0)
     assert pruned.notes["recovery_curve"]
 

@@ -148,6 +148,19 @@ def test_failed_and_unfinished_jobs_are_named_and_make_the_status(table1, capsys
     assert "killed" in out
 
 
+def test_many_failures_are_folded_away_on_the_page(table1, tmp_path):
+    for count, state in ((1, "<details open>"), (9, "<details>")):
+        for i in range(count):
+            (table1 / f"typo{i}").mkdir(exist_ok=True)
+            (table1 / f"typo{i}" / "failed.txt").write_text("ConfigError: no such thing\n")
+        report.main([str(table1), "--quiet", "--to", str(tmp_path / "r.html")])
+        found = re.search(
+            r"<details.*?>(?=<summary>(\d+) jobs failed)", (tmp_path / "r.html").read_text()
+        )
+        assert found
+        assert (found[0], int(found[1])) == (state, count + 2)
+
+
 def test_every_form_is_written(table1, tmp_path):
     target = tmp_path / "out"
     report.main([str(table1), "--quiet", "--to", str(target)])

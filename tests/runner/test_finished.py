@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from compositions import config
+from tiny_models import tiny_model
 
 from prunekit.activations import done_blocks
 from prunekit.activations.done_blocks import DoneBlocks
+from prunekit.models.tiny import byte_tokenizer
 from prunekit.runner import run as runner
 from prunekit.runner.finished import Finished, described, restored
 from prunekit.runner.run import run
@@ -84,6 +86,37 @@ def test_the_next_stage_is_the_first_that_runs_again(at, tmp_path, monkeypatch, 
     assert numbers(record) == numbers(undisturbed[0])
     assert all(torch.equal(w, undisturbed[1][n]) for n, w in weights(tmp_path).items())
     assert not (tmp_path / "stages").exists()
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A model of stock transformers in half precision, as a folder."""
+    folder = tmp_path_factory.mktemp("half")
+    tiny_model("llama", layers=4, vocab_size=259).bfloat16().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.compute=float32"],
+        ["pruner=depth", "criterion=block_magnitude", "ratio.of=units", "ratio.target=0.25"],
+    ],
+    ids=["wide", "fewer blocks"],
+)
+def test_what_is_more_than_weights_is_there_again(half, words, tmp_path, monkeypatch):
+    words = [f"model=hf model.path={half}", *words, "recovery=distill", "recovery.hidden=1"]
+    words = [*words[0].split(), *words[1:], "recovery.dataset=pydocs", "recovery.max_steps=2"]
+    cfg = config(*words, "recovery.max_length=32", "recovery.validation_size=0", "cache=off")
+    whole = run(cfg, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        cut_off(patch, "pruned/ppl")
+        with pytest.raises(Cut):
+            run(cfg, tmp_path / "cut")
+    rest = run(cfg, tmp_path / "cut")
+    assert numbers(rest) == numbers(whole)
+    assert rest["notes"] == whole["notes"]
 
 
 def test_the_pruned_model_is_on_disk_before_the_recovery(tmp_path, monkeypatch):

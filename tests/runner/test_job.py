@@ -53,6 +53,15 @@ def test_a_folder_that_is_a_file_is_a_message(tmp_path):
     assert "file" in said
 
 
+def test_a_folder_with_a_result_is_said_to_be_written_anew(tmp_path, monkeypatch, caplog):
+    failing(monkeypatch, ConfigError("stop"))
+    failures_of(tmp_path)
+    assert "replaces" not in caplog.text
+    (tmp_path / "result.json").write_text("{}")
+    failures_of(tmp_path)
+    assert f"{tmp_path} holds a result, which this run replaces at its end" in caplog.text
+
+
 def test_what_nobody_expected_has_a_traceback(tmp_path, monkeypatch, caplog):
     failing(monkeypatch, KeyError("x"))
     assert failures_of(tmp_path) == ["prunekit: KeyError: 'x'"]

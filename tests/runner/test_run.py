@@ -169,7 +169,7 @@ def test_what_shapes_make_impossible_is_said_before_a_weight_is_read(
 
 
 def test_a_criterion_that_the_pruner_cannot_use_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot score; possible: .*random"):
+    with pytest.raises(ConfigError, match="cannot score .it scores .*; possible: .*random"):
         run(config("pruner=depth", "criterion=l2"), tmp_path)
 
 

@@ -249,9 +249,25 @@ def test_validation_is_plain_cross_entropy_and_the_best_step_counts_for_all_para
         parameters=[{"params": [z], "lr": 1.0, "constant": True}],
     )
     seen = [r["eval_loss"] for r in history.curve if "eval_loss" in r]
-    assert seen == pytest.approx([loss] * 3, rel=1e-2)  # micro-batches count alike in it
+    assert seen == pytest.approx([loss] * 3)
     assert history.best_step == 1
     assert z.tolist() == pytest.approx([-1.0])
+
+
+@pytest.mark.parametrize("adds_up", [True, False])
+def test_every_label_of_the_validation_counts_alike(adds_up):
+    """However many there are in a micro-batch, of which the last is not full."""
+    model, held_out = llama(), examples(5)
+    if not adds_up:
+        plain = model.forward
+        model.forward = lambda input_ids, attention_mask=None, labels=None: plain(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels
+        )
+    with torch.no_grad():
+        loss = float(llama()(**collate(held_out)).loss)
+    how = replace(RECIPE, lr=1e-30, max_steps=1, batch=2, micro_batch=2)
+    curve = train(model, examples(), how, validation=held_out).curve
+    assert [r["eval_loss"] for r in curve if "eval_loss" in r] == pytest.approx([loss])
 
 
 def test_the_model_comes_back_as_it_was_even_from_a_failure():
