@@ -109,6 +109,11 @@ def _trace(
                 f"{ids.shape[1]} tokens, not one state a token: it cannot be run block by block"
             )
         if last and not torch.equal(last[0], x):
+            if not x.isfinite().all():
+                raise ConfigError(
+                    f"what {blocks[len(seen) - 1]} puts out on this text is not finite: try "
+                    "model.dtype=float32, pruner.precision=model or other calibration text"
+                )
             raise ConfigError(
                 f"{blocks[len(seen)]} does not read what {blocks[len(seen) - 1]} puts out: it "
                 "cannot be run block by block"

@@ -23,6 +23,7 @@ from prunekit.registry import Positive, pruners
 from prunekit.scoring.copal import sensitivity
 from prunekit.scoring.wanda import input_norms, wanda_score
 from prunekit.selection.elements import NM, Pattern, element_mask
+from prunekit.selection.units import check_finite
 from prunekit.types import Counts, Group, Kept, Pruned, Run, Scores
 
 Scorer = Callable[[list[Group], Run], Scores]
@@ -72,7 +73,7 @@ def copal(
     The texts are those of calib=sequence. Between texts the dense weights and one score of each are
     kept. The notes have the perplexity of every text after every step, their mean at the end, and
     the backward transfer: by how much texts rose since they were pruned for. Raises ConfigError
-    where a pattern fits no matrix or ratio, or a text has too few samples.
+    where a pattern fits no matrix or ratio, a text has too few samples, or scores are not finite.
     """
     texts = {n: t for n, t in problem.token_sets.items() if n != CALIBRATION}
     for name, tokens in texts.items():
@@ -85,6 +86,7 @@ def copal(
     dense = {g.name: matrix(problem.model, g).cpu().clone() for g in groups}
 
     def choose(row: list[Group], scores: Scores) -> Kept:
+        check_finite(scores)
         masks = {
             g: element_mask(scores[g.name], counts[g.name], scope, pattern, g.name) for g in row
         }

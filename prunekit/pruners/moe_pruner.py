@@ -30,6 +30,7 @@ from prunekit.scoring.expert_inputs import (
 from prunekit.scoring.listed_experts import linear_squares
 from prunekit.selection.elements import NM, Pattern, Scope, element_mask
 from prunekit.selection.eligible import apply_exclusion
+from prunekit.selection.units import check_finite
 from prunekit.types import Group, Kept, Member, Pruned, tensor_of
 
 log = logging.getLogger("prunekit")
@@ -148,8 +149,8 @@ def moe_pruner(
 
     Weights outside of experts stay. A block is scored on what the pruned ones before it put out. Of
     an expert that no token reached the smallest weights go. The paper's distillation is
-    recovery=distill. Raises ConfigError for a model without experts, and for a pattern that fits no
-    matrix or ratio.
+    recovery=distill. Raises ConfigError for a model without experts, for a pattern that fits no
+    matrix or ratio, and where what is read is not finite.
     """
     model = problem.model
     groups, found = expert_matrices(problem)
@@ -160,10 +161,12 @@ def moe_pruner(
         mine = [found[g.name] for g in row]
         lone = {of.module: of.experts for of in mine if isinstance(of, Single)}
         squares = linear_squares(model, lone, run, weighted) if lone else {}
+        check_finite(squares)
         masks: Kept = {}
         for g, of in zip(row, mine, strict=True):
             if isinstance(of, Stack):
                 seen = expert_inputs(model, [of.experts], run, weighted)[of.experts.group.name]
+                check_finite({g.name: torch.cat([seen.entering, seen.inside], 1)})
                 mask = stack_mask(model, of, seen, counts[g.name], scope, pattern)
             else:
                 mask = single_mask(model, of, squares[of.module], counts[g.name], scope, pattern)

@@ -143,6 +143,14 @@ def test_a_model_whose_blocks_are_no_chain_is_refused(tokens, change, says):
         capture_inputs(model, ("model.layers.0", "model.layers.1"), tokens, PassOptions())
 
 
+def test_states_that_are_not_finite_are_told_from_a_chain_that_is_broken(tokens):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3] = torch.inf
+    with pytest.raises(ConfigError, match=r"what model\.layers\.0 puts out .* is not finite"):
+        capture_inputs(model, block_names(model), tokens, PassOptions())
+
+
 def test_there_is_no_loss_inside_a_block(tokens):
     model = tiny_model("llama")
     run = next(iterate_blocks(model, block_names(model), tokens, PassOptions(batch=2)))

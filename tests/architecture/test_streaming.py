@@ -148,6 +148,15 @@ def test_what_is_written_to_in_a_turn_or_a_forward_goes_back():
     assert torch.equal(norm, expected)
 
 
+def test_what_a_turn_puts_in_a_weights_place_goes_into_a_file_where_that_was_in_one():
+    model = streamed(tiny_model("llama", 2), "disk")
+    block = model.model.layers[0]
+    with turn(block):
+        block.mlp.up_proj.weight = nn.Parameter(torch.ones(3, 4))
+    assert is_mapped(block.mlp.up_proj.weight)
+    assert torch.equal(block.mlp.up_proj.weight, torch.ones(3, 4))
+
+
 def test_turns_may_lie_inside_each_other_and_weights_may_be_tied():
     model, _ = models.build({"name": "tiny_llama", "tie": True, "device": "cpu"})()
     expected = model(TEXT).logits.detach()
@@ -160,6 +169,25 @@ def test_turns_may_lie_inside_each_other_and_weights_may_be_tied():
         assert not hasattr(model.model.layers[0].mlp.up_proj.weight, RESTS)
     assert at_rest(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_block_in_whose_stead_something_else_computes_stays_where_it_rests():
+    model = streamed(tiny_model("llama", 2))
+    block = model.model.layers[1]
+    seen = []
+
+    def instead(x, *_, **__):
+        seen.append(hasattr(block.mlp.up_proj.weight, RESTS))
+        return x
+
+    with torch.no_grad():
+        block.forward = streaming.without_weights(instead)
+        model(TEXT)
+        with turn(block):
+            model(TEXT)
+            assert hasattr(block.mlp.up_proj.weight, RESTS)
+    assert seen == [False, True]
+    assert at_rest(model)
 
 
 def test_half_precision_is_converted_where_it_computes():

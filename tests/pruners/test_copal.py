@@ -99,6 +99,14 @@ def test_without_the_baseline_the_outcome_is_the_same():
         assert torch.equal(mask, without.kept[name])
 
 
+def test_scores_that_are_not_finite_are_refused_by_name(monkeypatch):
+    """A choice among them would leave everything where it is."""
+    model = tiny_model("llama")
+    monkeypatch.setattr("prunekit.pruners.copal.sensitivity", lambda W, gram: W * torch.nan)
+    with pytest.raises(ConfigError, match=r"scores of weights\.0\.\S+ are not finite"):
+        prune(model, texts(), baseline=False)
+
+
 def test_patterns_hold():
     model = tiny_model("opt")
     for g in prune(model, texts(), pattern="2:4").groups:

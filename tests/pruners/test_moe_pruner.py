@@ -13,6 +13,8 @@ from tiny_models import tiny_model
 
 from prunekit.errors import ConfigError
 from prunekit.registry import pruners
+from prunekit.scoring.expert_inputs import ExpertInputs
+from prunekit.scoring.listed_experts import linear_squares
 
 TOKENS = torch.randint(8, 100, (6, 16), generator=torch.Generator().manual_seed(0))
 HALF = uniform(0.5, "prunable")
@@ -120,6 +122,23 @@ def test_nothing_goes_at_ratio_zero(mixtral):
     pruned = run(mixtral, uniform(0.0, "prunable"))
     for a, b in zip(mixtral.parameters(), pruned.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_is_not_finite_is_refused_by_name(mixtral, monkeypatch):
+    """A choice among numbers that are none would leave everything where it is."""
+    monkeypatch.setattr(ExpertInputs, "add", lambda self, *_: self.inside.fill_(torch.nan))
+    with pytest.raises(ConfigError, match=r"scores of weights\.0\.experts\.\w+ are not finite"):
+        run(mixtral)
+    squares = linear_squares
+
+    def infinite(*args):
+        return {name: found * torch.inf for name, found in squares(*args).items()}
+
+    monkeypatch.setattr("prunekit.pruners.moe_pruner.linear_squares", infinite)
+    torch.manual_seed(0)
+    asked = problem(ListedMixtral().eval(), TOKENS % 97, ratio=HALF)
+    with pytest.raises(ConfigError, match=r"scores of layers\.0\.experts\.0\.w1 are not finite"):
+        pruners.build({"name": "moe_pruner"})(asked)
 
 
 def test_what_cannot_be_is_refused_before_anything_runs(mixtral):

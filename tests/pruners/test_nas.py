@@ -12,8 +12,9 @@ from tiny_models import tiny_model
 
 from prunekit.activations.runs import ModelRun
 from prunekit.errors import ConfigError
-from prunekit.pruners.nas import held_out, loss
+from prunekit.pruners.nas import held_out, loss, sandwich
 from prunekit.registry import pruners
+from prunekit.selection.subnets import Subnets
 
 TEXT = torch.randint(8, 100, (12, 16), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
 """The second half of each sample is its first half again."""
@@ -87,6 +88,16 @@ def test_milliseconds_are_measured_once_for_a_sweep():
     assert first["front"] == second["front"]
     assert second["predicted"] <= second["budget"] < first["budget"] < first["front"][-1]["cost"]
     assert second["measured"] > 0
+
+
+def test_the_whole_network_and_the_smallest_read_in_every_step():
+    groups = ask().groups(["heads", "neurons"])
+    space = Subnets(groups, "medium", {g.name: torch.arange(g.units) for g in groups}, 8)
+    cycle = sandwich(space, 4, seed=3)
+    left = [[int(mask.sum()) for mask in cycle(i).values()] for i in range(8)]
+    assert left[0] == left[4] == [g.units for g in groups]
+    assert left[1] == left[5] == [1] * len(groups)
+    assert len({tuple(left[i]) for i in (2, 3, 6, 7)}) == 4
 
 
 def test_nothing_changes_where_the_ratio_removes_nothing():

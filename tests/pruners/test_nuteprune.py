@@ -20,6 +20,7 @@ from prunekit.errors import ConfigError
 from prunekit.pruners.nuteprune import Teachers, teacher_index
 from prunekit.registry import pruners
 from prunekit.training.constraints import SizeConstraint
+from prunekit.training.distillation import Distillation
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.low_rank import Updates, inject
 from prunekit.training.masks_and_updates import gates_around_updates
@@ -57,6 +58,26 @@ def test_the_budget_is_kept_and_masked_is_exported(arch, kinds, tokens, masked):
     assert out.notes["teachers"] == [-1] * 8
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_weight": 0.5, "temperature": 2.0}])
+def test_what_is_minimised_is_the_papers_sum(options, tokens, monkeypatch):
+    """0.9 of the hidden states' error, 0.1 of the KL, and the constraint, all times ten."""
+    seen = {}
+
+    def learn(masks, updates, examples, recipe, constraint, lr, objective):
+        with objective([]) as how:
+            seen.update(how, value=float(how["penalty"](masks.model, 7).detach()))
+        seen["constraint"] = float(constraint(masks.model, 7).detach())
+        raise InterruptedError
+
+    monkeypatch.setattr("prunekit.pruners.nuteprune.learn_with_updates", learn)
+    monkeypatch.setattr(Teachers, "layer_loss", lambda self: torch.tensor(5.0))
+    with pytest.raises(InterruptedError):
+        prune(tiny_model("llama"), tokens, **options)
+    weight = options.get("layer_weight", 0.9)
+    assert seen["value"] == pytest.approx((weight * 5 + seen["constraint"]) / (1 - weight))
+    assert seen["distillation"] == Distillation(1.0, options.get("temperature", 2 / 3))
 
 
 def test_teachers_follow_as_those_of_the_authors():
@@ -132,6 +153,13 @@ def test_pads_have_no_part_in_the_error(taught, tokens):
         found.append(float(taught.layer_loss()))
     assert found[0] > 0
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_channels_that_the_student_has_not_have_no_part_in_the_error(taught):
+    student, teacher = torch.full((1, 4, 8), 2.0), torch.full((1, 4, 8), 3.0)
+    student[..., 3], teacher[..., 3] = 0, 100
+    taught._hidden = {False: [student], True: [teacher]}
+    assert float(taught.layer_loss()) == 1
 
 
 def test_the_error_of_half_precision_is_a_single_precision_number(taught):
