@@ -82,7 +82,12 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
             measure(job, "recovered", lambda: done.model, tokenizer, tracker)
             saved = save(replace(job, cfg=cfg | made_of(path)), done, tokenizer, tracker)
         record = results.record(
-            cfg, job.found, job.stages.results, done, saved, provenance.collect(cfg, None)
+            cfg,
+            job.found,
+            job.stages.results,
+            done,
+            saved,
+            provenance.collect(cfg, None, job.kept.files),
         )
     if first_process():
         results.write(folder / "result.json", record | {"cached": job.cache.used})

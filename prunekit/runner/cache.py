@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from prunekit.architecture.streaming import device_of, streaming
 from prunekit.errors import ConfigError
 from prunekit.registry import Component
 from prunekit.runner import provenance, store
+from prunekit.runner.inputs import strings
 from prunekit.runner.store import Entry
 from prunekit.source import code_hash, module_file
 from prunekit.types import Group, Remember, Run, Scores
@@ -249,16 +250,3 @@ def files_print(node: Any) -> list[tuple[str, int, int]]:
         )
         found += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return found
-
-
-def strings(node: Any) -> Iterable[str]:
-    """Every string in a configuration."""
-    if isinstance(node, dict):
-        node = list(node.values())
-    return (
-        [s for v in node for s in strings(v)]
-        if isinstance(node, list)
-        else [node]
-        if isinstance(node, str)
-        else []
-    )

@@ -23,6 +23,7 @@ from prunekit.architecture.streaming import streaming
 from prunekit.errors import ConfigError
 from prunekit.runner import store
 from prunekit.runner.distributed import first_process
+from prunekit.runner.inputs import inputs
 from prunekit.runner.results import is_plain
 from prunekit.runner.resume import code_version, result_key
 from prunekit.types import Group, Member, Pruned
@@ -42,14 +43,15 @@ class Standing:
 
 
 class Finished:
-    """Numbers of evaluations and models on disk, under the configuration and the code that made
-    them; what others made is dropped. `models=False` keeps numbers alone.
+    """Numbers of evaluations and models on disk, under the configuration, the code and the `files`
+    that made them; what others made is dropped. `models=False` keeps numbers alone.
     """
 
     def __init__(self, folder: Path, cfg: dict[str, Any], models: bool):
         self.top, self.models = folder / FOLDER, models
-        key = hashlib.sha256(f"{result_key(cfg)}{code_version(cfg)}".encode()).hexdigest()
-        self.key = key[:32]
+        self.files = inputs(cfg)
+        key = f"{result_key(cfg)}{code_version(cfg)}{self.files}"
+        self.key = hashlib.sha256(key.encode()).hexdigest()[:32]
         if first_process() and self.top.is_dir() and not (self.top / self.key).is_dir():
             shutil.rmtree(self.top)
 

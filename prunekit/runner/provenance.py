@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,14 +42,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def collect(cfg: dict[str, Any], tokens: Tensor | None) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the run; every value is plain JSON."""
+def collect(
+    cfg: dict[str, Any], tokens: Tensor | None, files: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the run; every value is plain JSON.
+
+    files: the state of those that the configuration names, when the run began.
+    """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": cfg["seed"],
         "versions": {p: found for p in PACKAGES if (found := version_of(p))}
         | {"python": platform.python_version()},
         "code": code_version(cfg),
+        "files": list(files),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "hardware": hardware(),

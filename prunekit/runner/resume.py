@@ -14,6 +14,7 @@ from typing import Any
 
 from prunekit.errors import ConfigError
 from prunekit.registry import REGISTRIES
+from prunekit.runner.inputs import inputs
 from prunekit.source import code_hash, components
 
 log = logging.getLogger("prunekit")
@@ -72,7 +73,7 @@ def result_key(cfg: dict[str, Any]) -> str:
 
 def finished(folder: Path, cfg: dict[str, Any]) -> bool:
     """Whether `folder` holds a whole result of this configuration; `resume=config` does not ask
-    which code made it, `off` says no. Raises ConfigError for another `resume`.
+    which code made it of which files, `off` says no. Raises ConfigError for another `resume`.
     """
     path = folder / "result.json"
     mode = check_mode(cfg)
@@ -81,8 +82,11 @@ def finished(folder: Path, cfg: dict[str, Any]) -> bool:
     record = whole_record(path)
     if record is None:
         return False
-    same_code = mode == "config" or record["provenance"].get("code") == code_version(cfg)
-    if not same_code or result_key(record["config"]) != result_key(cfg):
+    made_by = record["provenance"]
+    same = mode == "config" or (
+        made_by.get("code") == code_version(cfg) and made_by.get("files", []) == inputs(cfg)
+    )
+    if not same or result_key(record["config"]) != result_key(cfg):
         return False
     if record.get("checkpoint") and not (folder / "checkpoint").is_dir():
         log.warning(

@@ -86,7 +86,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
             job.stages.results,
             standing.pruned,
             saved,
-            provenance.collect(cfg, standing.texts[CALIBRATION]),
+            provenance.collect(cfg, standing.texts[CALIBRATION], job.kept.files),
         )
     if first_process():
         results.write(job.folder / "result.json", record | {"cached": job.cache.used})

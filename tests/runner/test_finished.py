@@ -139,6 +139,21 @@ def test_stages_of_another_configuration_are_not_taken_up(tmp_path, monkeypatch)
     assert "prune" in ran
 
 
+def test_stages_of_another_text_are_not_taken_up(tmp_path, monkeypatch):
+    text = tmp_path / "some.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog again and again. " * 9)
+    cfg = config("calib=text", f"calib.path={text}")
+    with monkeypatch.context() as patch:
+        cut_off(patch, "pruned/ppl")
+        with pytest.raises(Cut):
+            run(cfg, tmp_path / "out")
+    text.write_text("a lazy dog sleeps. " * 29)
+    ran = stages_run(monkeypatch)
+    record = run(cfg, tmp_path / "out")
+    assert "prune" in ran
+    assert record["provenance"]["files"][0][0] == str(text)
+
+
 def test_a_damaged_stage_is_made_anew_with_one_line(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         cut_off(patch, "pruned/ppl")

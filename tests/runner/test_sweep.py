@@ -20,6 +20,7 @@ from paths import ROOT
 
 from prunekit.errors import ConfigError
 from prunekit.runner import progress, resume, sweep
+from prunekit.runner.inputs import inputs
 
 ROWS = {"L2": {"criterion": "l2"}, "Channel (all)": {"pruner": "channel", "exclude": "none"}}
 
@@ -145,6 +146,27 @@ def test_only_the_same_configuration_and_code_count_as_finished(tmp_path):
     assert resume.finished(tmp_path, cfg | {"resume": "config"})
     (tmp_path / "failed.txt").write_text("x")
     assert not resume.finished(tmp_path, cfg | {"resume": "config"})
+
+
+def test_a_changed_file_that_a_configuration_names_is_another_job(tmp_path):
+    text, model = tmp_path / "t.txt", tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    text.write_text("one")
+    named = {"calib": {"name": "text", "path": str(text)}, "model": {"path": str(model)}}
+    cfg = config(**named) | {"resume": "strict"}
+    made_by = {"code": resume.code_version(cfg), "files": inputs(cfg)}
+    assert len(made_by["files"]) == 2
+    result(tmp_path, {}, cfg, provenance=made_by)
+    assert resume.finished(tmp_path, cfg)
+    text.write_text("another")
+    assert not resume.finished(tmp_path, cfg)
+    assert resume.finished(tmp_path, cfg | {"resume": "config"})
+    text.unlink()
+    result(tmp_path, {}, cfg, provenance=made_by | {"files": inputs(cfg)})
+    assert resume.finished(tmp_path, cfg)
+    (model / "config.json").write_text("{ }")
+    assert not resume.finished(tmp_path, cfg)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""The local files that a configuration names: what lies in them decides results as the options do.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prunekit.registry import REGISTRIES
+
+State = list[str | int]
+"""Path, size, time of change of a file."""
+
+
+def inputs(cfg: dict[str, Any]) -> list[State]:
+    """State of the files that the components of a configuration name, and of those of a model's
+    folder. What is in a data folder is not looked at.
+    """
+    named = {Path(top).expanduser() for kind in REGISTRIES for top in strings(cfg.get(kind))}
+    folder = Path(str((cfg.get("model") or {}).get("path") or "")).expanduser()
+    found = [p for p in named if is_file(p)]
+    if folder != Path() and folder.is_dir():
+        found += [p for p in folder.iterdir() if is_file(p)]
+    return sorted(map(state, set(found)))
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is one; a text that can be no path is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def state(path: Path) -> State:
+    """As it is now."""
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+def strings(node: Any) -> Iterable[str]:
+    """Every string in a configuration."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    return (
+        [s for v in node for s in strings(v)]
+        if isinstance(node, list)
+        else [node]
+        if isinstance(node, str)
+        else []
+    )
