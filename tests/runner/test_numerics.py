@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,14 +58,14 @@ def broken_model(monkeypatch):
     def made(node):
         real = build(node)
 
-        def ask(meta=False):
+        def ask(meta=False, **_):
             model, tokenizer = real(meta=meta)
             if not meta:
                 with torch.no_grad():
                     model.model.layers[2].mlp.gate_proj.weight[0, 0] = float("nan")
             return model, tokenizer
 
-        return ask
+        return replace(real, entry=replace(real.entry, fn=ask))
 
     monkeypatch.setattr(registry.models, "build", made)
 

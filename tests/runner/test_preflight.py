@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from compositions import config
 
@@ -21,11 +23,11 @@ def no_weights(monkeypatch):
     def shapes_alone(node):
         made = build(node)
 
-        def ask(meta=False):
+        def ask(meta=False, **_):
             assert meta, "weights were read"
             return made(meta=meta)
 
-        return ask
+        return replace(made, entry=replace(made.entry, fn=ask))
 
     monkeypatch.setattr(registry.models, "build", shapes_alone)
 
