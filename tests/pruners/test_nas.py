@@ -56,6 +56,16 @@ def test_what_is_cut_out_is_the_sub_network_that_was_measured(arch, over):
     assert losses == sorted(losses, reverse=True)  # the smallest first
 
 
+def test_what_sub_networks_are_compared_on_is_not_trained_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "prunekit.pruners.nas.train_supernet",
+        lambda net, updates, examples, recipe, weight: seen.extend(examples),
+    )
+    run(ask(), r=0)
+    assert [e["input_ids"] for e in seen] == TEXT[: -held_out(TEXT, 0.25)].tolist()
+
+
 @pytest.mark.parametrize("of", ["macs", "kv_cache", "memory_mib"])
 @pytest.mark.parametrize(
     "over", [{"space": "medium"}, {"space": "medium", "depth": True}, {"kinds": ["blocks"]}]
