@@ -17,6 +17,7 @@ from prunekit.activations.moments import Moments, moments
 from prunekit.architecture.linear import Reader, readers
 from prunekit.errors import ConfigError
 from prunekit.registry import Natural, criteria
+from prunekit.scoring.wanda import read_sizes
 from prunekit.types import Group, Run, Scores
 
 Metric = Literal["WIFV", "IFV", "WIFN"]
@@ -100,4 +101,4 @@ def channel_values(reader: Reader, x: Moments, metric: Metric) -> Tensor:
         case "IFV":
             return x.variance.to(W.device)
         case "WIFN":
-            return W.abs().mean(0) * x.square.sqrt().to(W.device)
+            return read_sizes(reader.weight, x)

@@ -24,6 +24,7 @@ from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
 from prunekit.registry import Positive, Seed, pruners
 from prunekit.scoring.lean_backward import lean_loss
+from prunekit.scoring.wanda import read_sizes
 from prunekit.selection.units import choose
 from prunekit.solvers.bonsai import FOLDS, Fit, draw_pair, regress
 from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Run, Scores
@@ -198,14 +199,8 @@ def priors(gates: Gates, run: Run) -> Scores:
     seen = moments(run.model, dict.fromkeys(r.name for row in found.values() for r in row), run)
     prior: Scores = {}
     for name, row in found.items():
-        parts = [
-            (r.weight.detach().float().abs().mean(0) * size.to(r.weight.device))
-            .cpu()[r.member.index]
-            .mean(1)
-            for r in row
-            for size in [seen[r.name].square.clamp(min=0).sqrt()]
-        ]
-        prior[name] = torch.stack(parts).sum(0)
+        sizes = [read_sizes(r.weight, seen[r.name]).cpu()[r.member.index].mean(1) for r in row]
+        prior[name] = torch.stack(sizes).sum(0)
     return prior
 
 

@@ -24,7 +24,7 @@ from prunekit.architecture.streaming import device_of, streaming
 from prunekit.errors import ConfigError
 from prunekit.registry import Component
 from prunekit.runner import provenance, store
-from prunekit.runner.inputs import strings
+from prunekit.runner.inputs import State, state, strings
 from prunekit.runner.store import Entry
 from prunekit.source import code_hash, module_file
 from prunekit.types import Group, Remember, Run, Scores
@@ -233,11 +233,11 @@ def tokenizer_print(tokenizer: Any) -> str:
     return xxhash.xxh3_128_hexdigest("\0".join([text, *more]).encode())
 
 
-def files_print(node: Any) -> list[tuple[str, int, int]]:
+def files_print(node: Any) -> list[State]:
     """(path, size, time of change) of the local files that an eval's options name, and of the data
     folder.
     """
-    found: list[tuple[str, int, int]] = []
+    found: list[State] = []
     roots = {node.get("data_root") or "", os.environ.get("PRUNEKIT_DATA") or ""}
     for top in sorted({*strings(node), *roots} - {""}):
         path = Path(top).expanduser()
@@ -248,5 +248,5 @@ def files_print(node: Any) -> list[tuple[str, int, int]]:
             if (top in roots or os.sep in top) and path.is_dir()
             else []
         )
-        found += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        found += map(state, files)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from prunekit.activations.moments import moments
+from prunekit.activations.moments import Moments, moments
 from prunekit.architecture.matrices import module_name
 from prunekit.types import Group, Run
 
@@ -26,6 +26,14 @@ def module_norms(model: nn.Module, names: Iterable[str], run: Run) -> dict[str, 
     """The same by the names of linear modules."""
     found = moments(model, names, run)
     return {name: (m.square * m.count).sqrt() for name, m in found.items()}
+
+
+@torch.no_grad()
+def read_sizes(weight: Tensor, seen: Moments) -> Tensor:
+    """(in,) mean size of the weights that read a channel, `weight (out, in)`, times the channel's
+    root mean square: the structured Wanda that FLAP compares with, before units are formed.
+    """
+    return weight.float().abs().mean(0) * seen.square.sqrt().to(weight.device)
 
 
 def wanda_score(weight: Tensor, norms: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 from torch import Tensor, nn
@@ -224,11 +224,16 @@ class _Trainer(ShardingTrainer):
         average. The Trainer weighs validation losses by their examples: with this every label
         counts alike, however they fall into micro-batches and processes.
         """
-        examples: Any = self.eval_dataset
-        mean = sum(n != -100 for e in examples for n in e["labels"]) / len(examples)
         if self.model_accepts_loss_kwargs and items is not None:
-            return items / (self.accelerator.num_processes * len(labels) * mean)
-        return learnt_positions(labels).sum() / (len(labels) * mean)
+            return items / (self.accelerator.num_processes * len(labels) * self.labels_each)
+        return learnt_positions(labels).sum() / (len(labels) * self.labels_each)
+
+    @cached_property
+    def labels_each(self) -> float:
+        """Labels of an example of the validation, on average."""
+        examples: Any = self.eval_dataset
+        labels = sum(n != -100 for e in examples for n in e["labels"])
+        return float(labels / len(examples))
 
     def with_additions(
         self,
