@@ -17,13 +17,14 @@ import re
 import signal
 import sys
 import time
+import tomllib
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import gpu_rows as rows
 import torch
 from gpu_methods import ROOT, WAITS, Bench, Method, agree, methods, prune_shape
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from prunekit.registry import recoveries
 from prunekit.runner.determinism import CUBLAS, WORKSPACES
@@ -155,6 +158,19 @@ def attempt(check: Check, bench: Bench, limit: float, log: Path) -> Row:
     return Row(check, status, found, seconds, peak)
 
 
+def unfit() -> list[str]:
+    """Installed packages that are not of the versions that prunekit asks for: rows fail by them."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        asked = map(Requirement, tomllib.load(file)["project"]["dependencies"])
+    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in distributions()}
+    return [
+        f"{r.name} {found} (prunekit asks for {r.specifier})"
+        for r in asked
+        if (found := installed.get(canonicalize_name(r.name)))
+        and not r.specifier.contains(found, prereleases=True)
+    ]
+
+
 def page(done: list[Row], bench: Bench) -> str:
     """docs/gpu.md."""
     card = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "a CPU"
@@ -168,6 +184,7 @@ def page(done: list[Row], bench: Bench) -> str:
         f"`make gpu` on {card}: Python {platform.python_version()}, {versions}",
         f"(CUDA {torch.version.cuda}). {ok} checks passed, {failed} failed, "
         f"{len(done) - ok - failed} were not run, in {time.perf_counter() - START:.0f} s.",
+        *(["", f"Rows may fail by {', '.join(others)}."] if (others := unfit()) else []),
         "",
         "Random weights; text of 8 x 128 tokens; 1.1B and 7B shapes in bfloat16, of which methods",
         f"prune {bench.layers} blocks and latency is that of all. `CPU = GPU`: a float32 model of",
@@ -213,6 +230,8 @@ def main(words: list[str]) -> int:
     bench = Bench(device, asked.layers, device.type == "cpu", asked.real)
     wanted = [c for c in checks(bench) if re.search(asked.only, f"{c.section}, {c.name}")]
     done = [Row(c) for c in wanted]
+    for other in unfit():
+        print(f"rows may fail by {other}", flush=True)
     print(f"{len(done)} checks, {time.perf_counter() - START:.0f} s until here", flush=True)
     asked.out.write_text(page(done, bench), encoding="utf-8")
     for i, check in enumerate(wanted):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,17 @@ def test_what_the_budget_leaves_out_is_said(script, tmp_path):
     assert script.main([*words, "--out", str(page)]) == 0
     assert "| device | linear algebra | not run | 0.0 | - |  |" in page.read_text()
     assert "0 checks passed, 0 failed, 1 were not run" in page.read_text()
+
+
+def test_packages_older_than_prunekit_asks_for_are_named(script, monkeypatch, tmp_path, capsys):
+    found = SimpleNamespace(metadata={"Name": "Lm_Eval"}, version="0.4.1")
+    monkeypatch.setattr(script, "distributions", lambda: [found])
+    page, log = tmp_path / "gpu.md", tmp_path / "gpu.log"
+    words = ["--device", "cpu", "--budget", "0", "--only", "linear", "--log", str(log)]
+    assert script.main([*words, "--out", str(page)]) == 0
+    said = "may fail by lm-eval 0.4.1 (prunekit asks for >=0.4.9)"
+    assert said in page.read_text()
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
