@@ -21,10 +21,10 @@ import tomllib
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ import gpu_rows as rows
 import torch
 from gpu_methods import ROOT, WAITS, Bench, Method, agree, methods, prune_shape
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from prunekit.registry import recoveries
 from prunekit.runner.determinism import CUBLAS, WORKSPACES
@@ -162,17 +161,16 @@ def unfit() -> list[str]:
     """Installed packages that are not of the versions that prunekit asks for: rows fail by them."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         asked = map(Requirement, tomllib.load(file)["project"]["dependencies"])
-    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in distributions()}
-    return [
-        f"{r.name} {found} (prunekit asks for {r.specifier})"
-        for r in asked
-        if (found := installed.get(canonicalize_name(r.name)))
-        and not r.specifier.contains(found, prereleases=True)
-    ]
+    found = []
+    for need in asked:
+        with suppress(PackageNotFoundError):
+            if not need.specifier.contains(there := version(need.name), prereleases=True):
+                found.append(f"{need.name} {there} (prunekit asks for {need.specifier})")
+    return found
 
 
-def page(done: list[Row], bench: Bench) -> str:
-    """docs/gpu.md."""
+def page(done: list[Row], bench: Bench, others: list[str]) -> str:
+    """docs/gpu.md; `others` are packages by which rows may fail."""
     card = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "a CPU"
     named = ("torch", "transformers", "peft")
     versions = ", ".join(f"{p} {version(p)}" for p in named)
@@ -184,7 +182,7 @@ def page(done: list[Row], bench: Bench) -> str:
         f"`make gpu` on {card}: Python {platform.python_version()}, {versions}",
         f"(CUDA {torch.version.cuda}). {ok} checks passed, {failed} failed, "
         f"{len(done) - ok - failed} were not run, in {time.perf_counter() - START:.0f} s.",
-        *(["", f"Rows may fail by {', '.join(others)}."] if (others := unfit()) else []),
+        *(["", f"Rows may fail by {', '.join(others)}."] if others else []),
         "",
         "Random weights; text of 8 x 128 tokens; 1.1B and 7B shapes in bfloat16, of which methods",
         f"prune {bench.layers} blocks and latency is that of all. `CPU = GPU`: a float32 model of",
@@ -230,17 +228,18 @@ def main(words: list[str]) -> int:
     bench = Bench(device, asked.layers, device.type == "cpu", asked.real)
     wanted = [c for c in checks(bench) if re.search(asked.only, f"{c.section}, {c.name}")]
     done = [Row(c) for c in wanted]
-    for other in unfit():
+    others = unfit()
+    for other in others:
         print(f"rows may fail by {other}", flush=True)
     print(f"{len(done)} checks, {time.perf_counter() - START:.0f} s until here", flush=True)
-    asked.out.write_text(page(done, bench), encoding="utf-8")
+    asked.out.write_text(page(done, bench, others), encoding="utf-8")
     for i, check in enumerate(wanted):
         left = asked.budget - (time.perf_counter() - START)
         if left <= 0:
             break
         done[i] = attempt(check, bench, min(asked.limit, left), asked.log)
         print(done[i].line(), flush=True)
-        asked.out.write_text(page(done, bench), encoding="utf-8")
+        asked.out.write_text(page(done, bench, others), encoding="utf-8")
     waits = sorted(WAITS.items(), key=lambda found: -found[1])[:60]
     with asked.log.open("a", encoding="utf-8") as file:
         file.writelines(f"{count:6d} waits at {line}\n" for line, count in waits)
