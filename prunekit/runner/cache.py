@@ -108,7 +108,11 @@ class Cache:
         return stored
 
     def keeper(self, model: nn.Module, texts: Mapping[str, Tensor]) -> Remember:
-        """`Problem.remember` for `model` as it is when first asked, and these texts."""
+        """`Problem.remember` for `model` as it is when first asked, and these texts.
+
+        What is computed draws from the run's seed and moves no generator, so a hit leaves them
+        where a miss does.
+        """
         known: list[Any] = []
 
         def kept(
@@ -117,13 +121,17 @@ class Cache:
             parts: Sequence[Any],
             compute: Callable[[], dict[str, Tensor]],
         ) -> dict[str, Tensor]:
+            def seeded() -> dict[str, Tensor]:
+                with provenance.seeded(self.cfg["seed"]):
+                    return compute()
+
             if not (self.on and module_file(module) and at_hand(model)):
-                return compute()
+                return seeded()
             if not known:
                 hashes = {n: provenance.token_hash(t) for n, t in texts.items()}
                 known.extend([model_print(model), hashes])
             key = digest([module, __name__], "kept", name, list(parts), *known)
-            found: dict[str, Tensor] = self.remember(Entry.of_kept(key, name), compute)
+            found: dict[str, Tensor] = self.remember(Entry.of_kept(key, name), seeded)
             return found
 
         return kept

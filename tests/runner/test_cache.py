@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from fakes import config
@@ -13,7 +15,7 @@ from prunekit.activations.runs import ModelRun
 from prunekit.errors import ConfigError
 from prunekit.profiling import Stages
 from prunekit.registry import Component, Entry
-from prunekit.runner import cache
+from prunekit.runner import cache, provenance
 from prunekit.runner.run import run
 
 
@@ -203,6 +205,26 @@ def test_versions_are_in_the_key(package, monkeypatch):
     assert len({before, one, cache.digest(["prunekit.runner.cache"])}) == 3
     monkeypatch.setattr(cache.platform, "python_version", lambda: "3.99")
     assert cache.digest(["prunekit.runner.cache"]) != one
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_is_kept_of_a_model_moves_no_generator(tiny, on):
+    keep = cache.Cache({"seed": 3}, on).keeper(tiny, {})
+
+    def draw():
+        return {"drawn": torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])}
+
+    def after(seed):
+        provenance.seed_everything(seed)
+        return draw()["drawn"].tolist()
+
+    first, inside, outside = after(3), [], []
+    for _ in range(2):  # a miss, then a hit or the same again
+        provenance.seed_everything(5)
+        inside.append(keep(cache.__name__, "draws", ["generators", on], draw)["drawn"].tolist())
+        outside.append(draw()["drawn"].tolist())
+    assert inside == [first, first]
+    assert outside == [after(5), after(5)]
 
 
 def test_the_switch_is_checked():
