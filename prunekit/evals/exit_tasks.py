@@ -8,11 +8,11 @@ from torch import nn
 
 from prunekit.data.files import DataRoot
 from prunekit.evals.exits import all_blocks, gate_of, leaving, oracle, saved
-from prunekit.evals.lm_eval_tasks import Tasks, accuracies, run_tasks
+from prunekit.evals.lm_eval_tasks import Tasks, accuracies, run_tasks, tasks_at_hand
 from prunekit.registry import Positive, Seed, evals
 
 
-@evals.register()
+@evals.register(at_hand=tasks_at_hand)
 def exit_tasks(
     model: nn.Module,
     tokenizer: Any,

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from prunekit.data.files import DataRoot
 from prunekit.errors import ConfigError
-from prunekit.evals.lm_eval_tasks import Tasks, accuracies, metric_of, run_tasks
+from prunekit.evals.lm_eval_tasks import Tasks, accuracies, metric_of, run_tasks, tasks_at_hand
 from prunekit.evals.paired import of_zeros_and_ones, paired
 from prunekit.registry import Positive, Seed, evals
 from prunekit.types import Dense
 
 
-@evals.register(needs="dense")
+@evals.register(needs="dense", at_hand=tasks_at_hand)
 def flips(
     model: nn.Module,
     tokenizer: Any,

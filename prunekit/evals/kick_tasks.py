@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.data.files import DataRoot, data_folder
+from prunekit.data.files import DataRoot
 from prunekit.errors import ConfigError
-from prunekit.evals.lm_eval_tasks import Tasks, accuracies, load_tasks, quietly, run_tasks
+from prunekit.evals.lm_eval_tasks import Tasks, accuracies, run_tasks, tasks_at_hand
 from prunekit.registry import Component, Positive, Seed, evals
 
 SWITCH = "HF_ALLOW_CODE_EVAL"
@@ -21,21 +21,23 @@ SWITCH = "HF_ALLOW_CODE_EVAL"
 
 
 def check_kick_tasks(
-    _: Component, *, tasks: list[str], data_root: str | None, run_code: bool, **__: Any
+    _: Component, *, tasks: list[str], run_code: bool, **__: Any
 ) -> None:
-    """Raises ConfigError where a data set is neither in the data folder nor on the hub, and for a
-    task that runs what the model writes unless that is allowed.
-    """
+    """Raises ConfigError for a task that runs what the model writes unless that is allowed."""
     if "humaneval" in tasks and not run_code:
         raise ConfigError(
             "eval=kick_tasks: humaneval runs the code that the model writes. Allow it with "
             "run_code=true, in a container at best, or leave it out of tasks"
         )
-    with quietly(), allowed(run_code):
-        load_tasks(tasks, data_folder(data_root))
 
 
-@evals.register(check=check_kick_tasks)
+def kick_at_hand(*, run_code: bool, **options: Any) -> None:
+    """`tasks_at_hand`, for tasks that load only where code may run as well."""
+    with allowed(run_code):
+        tasks_at_hand(**options)
+
+
+@evals.register(check=check_kick_tasks, at_hand=kick_at_hand)
 def kick_tasks(
     model: nn.Module,
     tokenizer: Any,

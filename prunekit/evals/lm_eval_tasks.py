@@ -194,6 +194,14 @@ def load_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
     return loaded
 
 
+def tasks_at_hand(*, tasks: Sequence[str], data_root: str | None, **_: Any) -> None:
+    """Raises ConfigError where a data set of a task is neither in the data folder nor on the hub;
+    it is there for the evals afterwards.
+    """
+    with quietly():
+        load_tasks(tasks, data_folder(data_root))
+
+
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from prunekit.data.files import DataRoot
-from prunekit.evals.lm_eval_tasks import PAPER, Tasks, accuracies, run_tasks
+from prunekit.evals.lm_eval_tasks import PAPER, Tasks, accuracies, run_tasks, tasks_at_hand
 from prunekit.registry import Positive, Seed, evals
 
 
-@evals.register()
+@evals.register(at_hand=tasks_at_hand)
 def zeroshot(
     model: nn.Module,
     tokenizer: Any,

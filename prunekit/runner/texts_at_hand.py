@@ -17,13 +17,17 @@ def check_texts(
     learnt: Iterable[Component | None] = (),
 ) -> None:
     """Raises ConfigError for a data set of a part that is neither in the data folder nor on the
-    hub. What a part is for says which split it takes where none is named.
+    hub, tasks of evals (`register(at_hand=...)`) included. What a part is for says which split it
+    takes where none is named.
     """
     uses: list[tuple[Use, Component | None]] = [("evaluate", part) for part in evals]
     uses += [("calibrate", calibrated), *[("recover", part) for part in learnt]]
     for use, part in uses:
         for dataset, split, data_root in _sources(part.options if part else {}):
             check_there(dataset, split, use, data_root)
+    for part in evals:
+        if "at_hand" in part.meta:
+            part.meta["at_hand"](**part.options)
 
 
 def _sources(options: dict[str, Any]) -> Iterator[tuple[str, str | None, str | None]]:

@@ -11,6 +11,7 @@ from prunekit.errors import ConfigError
 from prunekit.evals.kick_tasks import SWITCH, allowed, check_kick_tasks
 from prunekit.evals.lm_eval_tasks import accuracies
 from prunekit.registry import Component, calibs, evals, models
+from prunekit.runner.texts_at_hand import check_texts
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,7 @@ def checked(**options):
     calib: Component = calibs.build({"name": "crop"})
     node = evals.build({"name": "kick_tasks", **options})
     check_kick_tasks(calib, **node.options)
+    check_texts(node)
 
 
 @pytest.fixture

@@ -60,3 +60,13 @@ def test_what_the_folder_has_the_hub_is_not_asked_for(folder):
     with pytest.raises(ConfigError, match=r"bookcorpus \(train\)"):
         check_texts(calibrated=calibs.build({"name": "mix", "texts": texts}))
     assert asked == ["Salesforce/wikitext", "bookcorpus/bookcorpus"]
+
+
+@pytest.mark.parametrize("name", ["zeroshot", "exit_tasks", "flips", "kick_tasks"])
+def test_tasks_that_cannot_be_had_are_named_too(name, folder, tmp_path, monkeypatch):
+    place, _ = folder
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("prunekit.runner.run.stage", lambda *_: pytest.fail("a stage began"))
+    node = f"+eval.extra={{name: {name}, tasks: [piqa], data_root: {place}}}"
+    with pytest.raises(ConfigError, match=r"tasks piqa: .* does not hold them, and the hub did"):
+        run(config("exclude=none", node), tmp_path / "out")
