@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.data.kept_prompt import behind, prompt_ids
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
-from prunekit.evals.windows import prompt_ids
 
 END = -1
 """In place of what would come after an answer's last token."""
@@ -88,12 +88,6 @@ def answered(
             rows.append(found)
             stopped.append(ended)
     return torch.cat(rows), torch.cat(stopped)
-
-
-def behind(before: list[int], prompts: Sequence[list[int]], begin: int | None) -> list[list[int]]:
-    """Each prompt with `before` in front, or after the token `begin` where it starts with that."""
-    starts = [int(begin is not None and p[:1] == [begin]) for p in prompts]
-    return [[*p[:at], *before, *p[at:]] for at, p in zip(starts, prompts, strict=True)]
 
 
 def cut_at_end(said: Tensor, ends: list[int], length: int) -> tuple[Tensor, Tensor]:

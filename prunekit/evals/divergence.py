@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from prunekit.activations.condensed import measure
 from prunekit.data.files import DataRoot
+from prunekit.data.kept_prompt import prompt_ids
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.evals.named_texts import EvaluationText, Texts, check_seen, windows_of
-from prunekit.evals.windows import prompt_ids
 from prunekit.registry import Component, Length, Positive, evals
 from prunekit.types import Dense
 

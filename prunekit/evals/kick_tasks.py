@@ -20,9 +20,7 @@ SWITCH = "HF_ALLOW_CODE_EVAL"
 """How the package that runs HumanEval's answers is told that it may."""
 
 
-def check_kick_tasks(
-    _: Component, *, tasks: list[str], run_code: bool, **__: Any
-) -> None:
+def check_kick_tasks(_: Component, *, tasks: list[str], run_code: bool, **__: Any) -> None:
     """Raises ConfigError for a task that runs what the model writes unless that is allowed."""
     if "humaneval" in tasks and not run_code:
         raise ConfigError(

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from prunekit.data import docs_cloze
 from prunekit.data.files import data_folder
+from prunekit.data.kept_prompt import kept_prompt
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
-from prunekit.evals.windows import kept_prompt
 
 # the metric that the paper reports of each task, and the folder of lm-eval that defines it
 PAPER = {

@@ -43,19 +43,6 @@ def check_block(window: int, block: int) -> None:
         raise ConfigError(f"block={block} is no multiple of window={window}")
 
 
-def kept_prompt(model: nn.Module) -> str:
-    """What stands before every text that this model reads: a prompt under which it was pruned, as
-    pruner=compresso leaves it in the config; empty where there is none.
-    """
-    return str(getattr(getattr(model, "config", None), "collaborative_prompt", None) or "")
-
-
-def prompt_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Tokens of `kept_prompt`."""
-    said = kept_prompt(model)
-    return list(tokenizer(said, add_special_tokens=False).input_ids) if said else []
-
-
 @torch.inference_mode()
 def token_nll(
     model: nn.Module, windows: Tensor, batch: int, name: str, prompt: Sequence[int] = ()

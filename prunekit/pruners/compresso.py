@@ -10,6 +10,7 @@ from torch import nn
 
 from prunekit.architecture.blocks import linear_names
 from prunekit.data.files import DataRoot, TextFile
+from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import Corpus, Example, check_source, load_examples
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
@@ -84,7 +85,8 @@ def compresso(
     Args:
         kinds: of units that compete (ratio=global), each at what it weighs in parameters.
         prompt: puts the collaborative prompt before each instruction. It stays with the model, as
-            `collaborative_prompt` in its config, and evaluations put it before their text.
+            `collaborative_prompt` in its config, and evaluations and recoveries put it before
+            their text.
         dataset: what is learnt, with split, path and data_root as of recovery=lora.
         max_length: tokens of an example, to which the prompt's are added.
         steps: of `batch` examples.
@@ -117,7 +119,9 @@ def compresso(
         return Pruned(model, {}, groups, {}, {"counts": allocation.counts})
     examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
     if prompt:
-        examples = with_prompt(examples, problem.tokenizer)
+        config: Any = model.config
+        config.collaborative_prompt = PROMPT
+        examples = with_prompt(examples, model, problem.tokenizer)
     check_positions(model, examples)
     recipe = Recipe(
         lr=lr,
@@ -134,9 +138,6 @@ def compresso(
     updates = Updates(linear_names(model, targets), r, alpha, 0.0)
     curve = learn_with_updates(masks, updates, examples, recipe, constraint, mask_lr)
     kept = take(masks, allocation, remove)
-    if prompt:
-        config: Any = model.config
-        config.collaborative_prompt = PROMPT
     notes = told(allocation, constraint, curve) | {"prompt": PROMPT if prompt else None}
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
 
@@ -151,22 +152,3 @@ def check_positions(model: nn.Module, examples: list[Example]) -> None:
             f"compresso: an example has {longest} tokens with the prompt, and the model has "
             f"{positions} positions; give a smaller pruner.max_length, or prompt=false"
         )
-
-
-def with_prompt(examples: list[Example], tokenizer: Any) -> list[Example]:
-    """The collaborative prompt before each example, after the token that begins a text; it is not
-    learnt.
-    """
-    ids = tokenizer(PROMPT, add_special_tokens=False).input_ids
-    begin = tokenizer.bos_token_id
-    found = []
-    for e in examples:
-        at = int(begin is not None and e["input_ids"][0] == begin)
-        old, labels = e["input_ids"], e["labels"]
-        found.append(
-            {
-                "input_ids": [*old[:at], *ids, *old[at:]],
-                "labels": [-100] * (at + len(ids)) + labels[at:],
-            }
-        )
-    return found

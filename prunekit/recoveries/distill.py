@@ -14,6 +14,7 @@ from prunekit import graph
 from prunekit.architecture.blocks import block_names, linear_names
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.generation import generate_text
+from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import (
     Corpus,
     Example,
@@ -161,6 +162,7 @@ def distill(
         examples = written(teacher, problem.tokenizer, samples, max_length, **drawn)
     else:
         examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
+    examples = with_prompt(examples, model, problem.tokenizer)
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     how = Distillation(weight, temperature, direction, hidden, blocks)
@@ -170,10 +172,9 @@ def distill(
             model, updates, examples, validation, recipe, keep, teacher, how
         )
     else:
-        chosen = None if targets is None else parameters_of(model, names)
         history, trained = train_weights(
             model,
-            chosen,
+            None if targets is None else parameters_of(model, names),
             examples,
             validation,
             recipe,

@@ -11,6 +11,7 @@ from torch import nn
 from prunekit import graph
 from prunekit.architecture.blocks import linear_names
 from prunekit.data.files import DataRoot, TextFile
+from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import (
     Corpus,
     check_source,
@@ -121,6 +122,7 @@ def lora(
     micro_batches(batch, micro_batch)  # said before the data is read
     check_patience(patience, validation_size)
     examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
+    examples = with_prompt(examples, model, problem.tokenizer)
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     history, trained = train_and_merge(model, updates, examples, validation, recipe, keep)

@@ -11,6 +11,7 @@ from torch import nn
 from prunekit import graph
 from prunekit.architecture.blocks import linear_names
 from prunekit.data.files import DataRoot, TextFile
+from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import Corpus, check_source, load_examples, split_validation
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
@@ -124,6 +125,7 @@ def perp(
     micro_batches(batch, micro_batch)  # said before the data is read
     check_patience(patience, validation_size)
     examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
+    examples = with_prompt(examples, model, problem.tokenizer)
     examples, validation = split_validation(examples, validation_size, seed)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     low_rank = MaskedUpdates(layers, updates, r, alpha) if updates else None

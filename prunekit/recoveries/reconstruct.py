@@ -15,6 +15,7 @@ from prunekit.activations.blockwise import BlockRun, iterate_blocks
 from prunekit.activations.storage import PassOptions, Store
 from prunekit.architecture.blocks import block_names, linear_names
 from prunekit.data.files import DataRoot, TextFile
+from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import Corpus, check_source, load_examples
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
@@ -107,11 +108,12 @@ def reconstruct(
     """
     model = pruned.model
     found = load_examples(problem.tokenizer, dataset, split, path, data_root, length)
-    tokens = torch.tensor([e["input_ids"] for e in found[:samples]])
-    if len(tokens) < samples:
+    if len(found) < samples:
         raise ConfigError(
-            f"recovery.samples={samples}: the text has {len(tokens)} of {length} tokens"
+            f"recovery.samples={samples}: the text has {len(found)} of {length} tokens"
         )
+    found = with_prompt(found[:samples], model, problem.tokenizer)
+    tokens = torch.tensor([e["input_ids"] for e in found])
     dense = problem.dense().requires_grad_(False).to(next(model.parameters()).device).eval()
     blocks = check_alike(model, dense)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunekit import graph
 from prunekit.checkpoint.remote_code.runtime_modules import describe_modules
 from prunekit.data.files import DataRoot, TextFile
+from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import Corpus, check_source, load_examples
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
@@ -112,6 +113,7 @@ def transfer(
         seed=seed,
     )
     found = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)[:examples]
+    found = with_prompt(found, model, problem.tokenizer)
     zeros = keep if arm == "sparse" else {}
     still = keep if arm == "frozen" else {}
     if still:

@@ -13,9 +13,10 @@ from tiny_models import tiny_model
 
 from prunekit.architecture.sizes import Sizes
 from prunekit.checkpoint import load, save
+from prunekit.data.kept_prompt import with_prompt
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
-from prunekit.pruners.compresso import PROMPT, with_prompt
+from prunekit.pruners.compresso import PROMPT
 from prunekit.registry import pruners
 
 FAST = {"steps": 3, "batch": 2, "micro_batch": 1, "warmup_steps": 0, "r": 2, "max_length": 400}
@@ -85,7 +86,10 @@ def test_the_prompt_comes_first_and_is_not_learnt():
     tokenizer = byte_tokenizer()
     ids = tokenizer(PROMPT, add_special_tokens=False).input_ids
     row = {"input_ids": [tokenizer.bos_token_id, 5, 6], "labels": [-100, 5, 6]}
-    (found,) = with_prompt([row], tokenizer)
+    model = tiny_model("llama")
+    assert with_prompt([row], model, tokenizer) == [row]
+    model.config.collaborative_prompt = PROMPT
+    (found,) = with_prompt([row], model, tokenizer)
     begin = row["input_ids"][:1] if tokenizer.bos_token_id is not None else []
     assert found["input_ids"] == [*begin, *ids, *row["input_ids"][len(begin) :]]
     assert found["labels"] == [-100] * (len(ids) + 1) + [5, 6]
