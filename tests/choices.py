@@ -32,6 +32,7 @@ METHODS = {
         {"name": "block_influence"},
         uniform(0.25),
     ),
+    "angular": ({"name": "oneshot", "kinds": ["blocks"]}, {"name": "angular"}, uniform(0.25)),
     "reap": ({"name": "layerwise", "kinds": ["experts"]}, {"name": "experts"}, uniform(0.25)),
     "database": ({"name": "database", "levels": 4, "ridge": 64}, None, {"name": "milp"}),
     "admm": ({"name": "admm"}, None, uniform(0.5, "prunable")),

@@ -5,12 +5,12 @@ al., arXiv 2403.17887, section 3).
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from prunekit.activations import processes
 from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.architecture.blocks import block_names
 from prunekit.errors import ConfigError
@@ -42,7 +42,7 @@ def angular(
     for g in groups:
         n = max(1, run.counts.get(g.name, 1))
         if choice == "angular":
-            d = run_angles(states(model, g, run, tokens), n)
+            d = run_angles(model, g, run, n, tokens)
         else:
             # An exclusion may have left the last block out already.
             spared = int(g.modules[-1] == block_names(model)[-1])
@@ -51,18 +51,38 @@ def angular(
         inside = torch.stack([d[max(0, i - n + 1) : i + 1].min() for i in range(g.units)])
         outside = torch.ones(g.units)
         outside[best : best + n] = 0
-        scores[g.name] = inside.cpu() + outside
+        scores[g.name] = inside.float() + outside
     return scores
 
 
-def run_angles(x: Tensor, n: int) -> Tensor:
-    """(L + 1 - n,) mean over samples of arccos(cos(x_l, x_{l+n})) / pi, from `x (L + 1, M, C)`."""
-    cosine = torch.cosine_similarity(x[: len(x) - n], x[n:], dim=-1).clamp(-1, 1)
-    return (torch.arccos(cosine) / math.pi).mean(1)
+def run_angles(
+    model: nn.Module, group: Group, run: Run, n: int, tokens: Literal["last", "all"]
+) -> Tensor:
+    """(L + 1 - n,) mean over tokens of arccos(cos(x_l, x_{l+n})) / pi, where x_l enters block l and
+    the last one leaves; what a batch has shown is dropped before the next.
+    """
+    check_unbroken(group)
+    seen: list[Tensor] = []
+    sums = torch.zeros(group.units + 1 - n, dtype=torch.float64)
+
+    def see(x: Tensor) -> None:
+        seen.append((x[:, -1] if tokens == "last" else x.flatten(0, 1)).float())
+
+    def leave(x: Tensor) -> None:
+        see(x)
+        rows = torch.stack([part.to(seen[0].device) for part in seen])
+        seen.clear()
+        cosine = torch.cosine_similarity(rows[: len(rows) - n], rows[n:], dim=-1).clamp(-1, 1)
+        sums.add_(torch.arccos(cosine).double().sum(1).cpu())
+
+    with hook_activations(model, dict.fromkeys(group.modules, see), {group.modules[-1]: leave}):
+        pass_tokens(processes.own_part(run), "angles between blocks")
+    processes.add_up([sums])
+    return sums / (len(run.tokens) if tokens == "last" else run.tokens.numel()) / math.pi
 
 
-def states(model: nn.Module, group: Group, run: Run, tokens: str) -> Tensor:
-    """(L + 1, M, C) float32: what enters each block, and what leaves the last."""
+def check_unbroken(group: Group) -> None:
+    """Raises ConfigError where the blocks are no unbroken run."""
     places = [n.rpartition(".") for n in group.modules]
     first = int(places[0][2])
     if [(p, int(i)) for p, _, i in places] != [
@@ -72,16 +92,3 @@ def states(model: nn.Module, group: Group, run: Run, tokens: str) -> Tensor:
             "criterion=angular removes one unbroken run of blocks, and "
             f"{', '.join(group.modules)} is none"
         )
-    seen: dict[str, list[Tensor]] = {n: [] for n in (*group.modules, "after")}
-
-    def see(name: str, x: Tensor) -> None:
-        seen[name].append((x[:, -1] if tokens == "last" else x.flatten(0, 1)).float())
-
-    with hook_activations(
-        model,
-        {n: partial(see, n) for n in group.modules},
-        {group.modules[-1]: partial(see, "after")},
-    ):
-        pass_tokens(run, "angles between blocks")
-    rows = [torch.cat(parts) for parts in seen.values()]
-    return torch.stack([x.to(rows[0].device) for x in rows])
