@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,21 @@ from prunekit.errors import ConfigError
 
 NO_TOKEN = 2**31
 """An id beyond every vocabulary."""
+
+
+@contextmanager
+def no_generation_config(model: Any) -> Iterator[None]:
+    """The library's defaults in place of the model's own generation config, which comes back
+    afterwards: `generate` takes from it all that the config it is given leaves open.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()
@@ -51,7 +68,7 @@ def generate_rows(
         eos_token_id=NO_TOKEN,  # rows have one length, and a turn's end is a token like others
     )
     rows = []
-    with torch.random.fork_rng():
+    with no_generation_config(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for part in tqdm(prompts.split(batch), desc="writing text", unit="batch", delay=2):
             part = part.to(device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.data.generation import no_generation_config
 from prunekit.data.kept_prompt import behind, prompt_ids
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
@@ -75,7 +76,7 @@ def answered(
     )
     device = next(model.parameters()).device
     rows, stopped = [], []
-    with eval_mode(model), torch.random.fork_rng():
+    with eval_mode(model), no_generation_config(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         starts = range(0, len(prompts), batch)
         for start in tqdm(starts, desc="answering", unit="batch", leave=False):

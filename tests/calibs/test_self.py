@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from prunekit.data.generation import generate_rows
+from prunekit.data.generation import generate_rows, no_generation_config
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import tiny_llama
 from prunekit.registry import calibs, draw
@@ -37,11 +38,17 @@ def test_rows_have_the_asked_shape_no_special_token_and_private_seeds(tiny):
 
 def test_a_generation_config_of_the_model_does_not_shape_the_text(tiny):
     plain = made(tiny)
-    tiny[0].generation_config.top_k = 1
+    own = tiny[0].generation_config
+    theirs = GenerationConfig(top_k=1, repetition_penalty=1.5, min_p=0.3)
+    tiny[0].generation_config = theirs
     try:
         assert torch.equal(made(tiny), plain)
+        assert tiny[0].generation_config is theirs
+        with pytest.raises(RuntimeError), no_generation_config(tiny[0]):
+            raise RuntimeError
+        assert tiny[0].generation_config is theirs
     finally:
-        tiny[0].generation_config.top_k = None
+        tiny[0].generation_config = own
 
 
 def test_dialogues_begin_where_the_template_lets_a_user_speak_and_go_on_over_ends_of_turns(tiny):

@@ -4,10 +4,13 @@ model's.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from fakes import DenseOnce
 from tiny_models import tiny_model
+from transformers import GenerationConfig
 
 from prunekit.data.prompts import REQUESTS, TO_DECLINE
 from prunekit.errors import ConfigError
@@ -76,6 +79,21 @@ def test_draws_follow_their_seed_and_leave_the_generators_alone(model):
     assert torch.equal(torch.rand(1), after)
     assert torch.equal(first, answered(model, byte_tokenizer(), prompts, seed=1, **drawn)[0])
     assert not torch.equal(first, answered(model, byte_tokenizer(), prompts, seed=2, **drawn)[0])
+
+
+def test_the_models_generation_config_says_where_an_answer_ends_and_nothing_else(model):
+    prompts = as_prompts(byte_tokenizer(), ["Hello", "x"], False)
+    ask = partial(answered, model, byte_tokenizer(), prompts, new_tokens=12, batch=2)
+    plain, drawn = ask(), ask(temperature=1.0)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(repetition_penalty=1.5, min_p=0.3, num_beams=2)
+    try:
+        assert torch.equal(ask()[0], plain[0])
+        assert torch.equal(ask(temperature=1.0)[0], drawn[0])
+        model.generation_config.eos_token_id = plain[0][0, :1].tolist()
+        assert ask()[0][0, 0] == END
+    finally:
+        model.generation_config = own
 
 
 def test_the_dense_model_says_what_the_dense_model_says(model):
