@@ -4,7 +4,7 @@ right on different items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,14 +88,21 @@ def flipped(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, fl
     return found | {"flips_mean": sum(shares) / len(shares)}
 
 
+def leaves(name: str, samples: Container[str], children: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks of a group that have items, its groups' tasks among them, each once; of a task
+    itself.
+    """
+    if name in samples:
+        return [name]
+    below = (leaf for child in children.get(name, []) for leaf in leaves(child, samples, children))
+    return list(dict.fromkeys(below))
+
+
 def correct(found: dict[str, Any], task: str) -> Tensor:
     """(N,) 0 or 1 for each item of a task, or of all tasks of a group. Raises ConfigError."""
     samples = found["samples"]
-    names: Sequence[str] = (
-        [task] if task in samples else found.get("group_subtasks", {}).get(task, [])
-    )
     values: list[float] = []
-    for name in names:
+    for name in leaves(task, samples, found.get("group_subtasks", {})):
         items = sorted(samples[name], key=lambda s: s["doc_id"])
         metric = metric_of(task, items[0].get("metrics", []))
         values += [float(s[metric]) for s in items if isinstance(s[metric], int | float)]

@@ -157,3 +157,19 @@ def test_items_that_are_not_right_or_wrong_are_refused():
     half = {"samples": {"x": [{"doc_id": 0, "f1": 0.5, "metrics": ["f1"]}]}}
     with pytest.raises(ConfigError, match="items of x are not right or wrong"):
         correct(half, "x")
+
+
+def test_the_items_of_a_group_are_those_of_the_groups_in_it():
+    """lm-eval names a group's direct children only: mmlu is groups of tasks."""
+    from prunekit.evals.flips import correct
+
+    items = {"a": [1, 0], "b": [1], "c": [0]}
+    found = {
+        "samples": {
+            task: [{"doc_id": i, "acc": v, "metrics": ["acc"]} for i, v in enumerate(values)]
+            for task, values in items.items()
+        },
+        "group_subtasks": {"all": ["stem", "c"], "stem": ["a", "b"]},
+    }
+    assert correct(found, "all").tolist() == [1, 0, 1, 0]
+    assert correct(found, "stem").tolist() == [1, 0, 1]
