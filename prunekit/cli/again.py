@@ -27,9 +27,7 @@ def again(argv: list[str], *, recover: bool) -> int:
             raise ConfigError("--to needs a folder")
         folder = Path(words.pop(at + 1))
         words.pop(at)
-    if not words or "=" in words[0]:
-        raise ConfigError(f"{'recover' if recover else 'eval'} needs the folder of a checkpoint")
-    path = Path(words.pop(0)).expanduser().resolve()
+    path = checkpoint_of(words, "recover" if recover else "eval")
     check_words(words)
     configs = list(composed(["model=hf", *words]))
     if len(configs) > 1:
@@ -46,6 +44,19 @@ def again(argv: list[str], *, recover: bool) -> int:
         return 1
     show(record, folder)
     return 0
+
+
+def checkpoint_of(words: list[str], command: str) -> Path:
+    """The folder that the first of `words` names, which is taken off them. Raises ConfigError where
+    it is an override: one that is a folder (a sweep's `ratio.target=0.3_seed=0`) is none.
+    """
+    first = words[0] if words else ""
+    path = Path(first).expanduser().resolve()
+    if not first or ("=" in first and not path.is_dir()):
+        given = f", and {first!r} is no folder" if first else ""
+        raise ConfigError(f"{command} needs the folder of a checkpoint as its first word{given}")
+    words.pop(0)
+    return path
 
 
 def check_words(words: list[str]) -> None:

@@ -90,6 +90,13 @@ def test_the_dense_model_goes_where_the_command_says(pruned):
     assert dense_model(pruned[1], "cpu").options["device"] == "cpu"
 
 
+def test_folders_of_a_sweep_over_values_are_named_like_overrides(pruned, tmp_path):
+    folder = tmp_path / "ratio.target=0.3_seed=0"
+    folder.symlink_to(pruned[1].parent)
+    path = str(folder / "checkpoint")
+    assert main(["eval", path, *QUICK, "--to", str(tmp_path / "out")]) == 0
+
+
 def test_zeros_of_a_checkpoint_stay_zero(tmp_path):
     words = ["pruner=unstructured", "criterion=weight_magnitude", "ratio.of=prunable"]
     run(config(*words), tmp_path / "pruned")
@@ -160,7 +167,7 @@ def test_zeros_of_stacked_experts_are_found_and_padding_is_none():
     ("words", "says"),
     [
         (["eval"], "needs the folder of a checkpoint"),
-        (["recover", "recovery=lora"], "needs the folder of a checkpoint"),
+        (["recover", "recovery=lora"], "first word, and 'recovery=lora' is no folder"),
         (["eval", "PATH", "eval=none"], "needs an eval"),
         (["recover", "PATH", *QUICK], "needs a recovery"),
         (["recover", "PATH", *QUICK, *TUNED, "recovery.batch=7"], "no multiple of micro_batch"),
