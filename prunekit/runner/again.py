@@ -29,6 +29,7 @@ from prunekit.runner import (
 from prunekit.runner.dense import DenseModel, compares
 from prunekit.runner.distributed import first_process
 from prunekit.runner.finished import Finished
+from prunekit.runner.inputs import inputs
 from prunekit.runner.relations import check_keys, check_lengths, check_streamed
 from prunekit.runner.run import Job, check_finite, measure, pose, save, stage
 from prunekit.runner.texts_at_hand import check_texts
@@ -60,7 +61,9 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
     """
     path = Path(cfg["model"]["path"])
     parts = check_again(cfg, path, recover)
-    stored, standing = cache.open_cache(cfg), Finished(folder, cfg, models=bool(cfg["save"]))
+    stored = cache.open_cache(cfg)
+    teacher = inputs(made_of(path)) if asks_for_dense(parts, recover) else ()
+    standing = Finished(folder, cfg, models=bool(cfg["save"]), others=teacher)
     dense = DenseModel(stored, lambda: dense_model(path, cfg["model"].get("device"))()[0])
     job = Job(cfg, folder, parts, Stages(), {}, stored, standing, dense)
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,14 +109,21 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
         raise ConfigError("recover needs a recovery, for example recovery=lora_text")
     if not recover and not parts.evals:
         raise ConfigError("eval needs an eval, for example eval=quick")
-    if any(map(compares, parts.evals.values())) or (recover and learns_from_dense(parts.recovery)):
-        dense_model(path, cfg["model"].get("device"))
+    if asks_for_dense(parts, recover):
+        check_dense(path, cfg["model"].get("device"))
     model = checkpoint.outline(path)
     check_lengths(model, *parts.evals.values(), parts.recovery if recover else None)
     if recover and parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
     check_texts(*parts.evals.values(), learnt=[parts.recovery] if recover else [])
     return parts
+
+
+def asks_for_dense(parts: preflight.Components, recover: bool) -> bool:
+    """Whether an eval compares with the dense model, or the recovery learns from it."""
+    return any(map(compares, parts.evals.values())) or (
+        recover and learns_from_dense(parts.recovery)
+    )
 
 
 def learns_from_dense(recovery: Component | None) -> bool:
@@ -144,6 +154,16 @@ def dense_model(path: Path, device: str | None = None) -> Component:
     if placed == {"device": "cpu"} and node["model"].get("weights") == "host":
         placed["weights"] = "memory"  # which is the same there
     return models.build(node["model"] | placed)
+
+
+def check_dense(path: Path, device: str | None) -> None:
+    """Raises ConfigError where the model that the checkpoint was made of is not there."""
+    found = dense_model(path, device)
+    standin = {"config": None} if "config" in found.options else {}  # serves plans without a folder
+    try:
+        found(meta=True, **standin)
+    except ConfigError as error:
+        raise ConfigError(f"the model that {path} was made of is needed: {error}") from error
 
 
 def kept_units(path: Path) -> Kept:

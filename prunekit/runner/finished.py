@@ -9,7 +9,7 @@ import hashlib
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from prunekit.architecture.streaming import streaming
 from prunekit.errors import ConfigError
 from prunekit.runner import store
 from prunekit.runner.distributed import first_process
-from prunekit.runner.inputs import inputs
+from prunekit.runner.inputs import State, inputs
 from prunekit.runner.results import is_plain
 from prunekit.runner.resume import code_version, result_key
 from prunekit.types import Group, Member, Pruned
@@ -44,12 +44,15 @@ class Standing:
 
 class Finished:
     """Numbers of evaluations and models on disk, under the configuration, the code and the `files`
-    that made them; what others made is dropped. `models=False` keeps numbers alone.
+    that made them; what others made is dropped. `models=False` keeps numbers alone. `others`: files
+    that decide results though `cfg` does not name them.
     """
 
-    def __init__(self, folder: Path, cfg: dict[str, Any], models: bool):
+    def __init__(
+        self, folder: Path, cfg: dict[str, Any], models: bool, others: Iterable[State] = ()
+    ):
         self.top, self.models = folder / FOLDER, models
-        self.files = inputs(cfg)
+        self.files = inputs(cfg) + [state for state in others if state not in inputs(cfg)]
         key = f"{result_key(cfg)}{code_version(cfg)}{self.files}"
         self.key = hashlib.sha256(key.encode()).hexdigest()[:32]
         if first_process() and self.top.is_dir() and not (self.top / self.key).is_dir():

@@ -26,6 +26,17 @@ def inputs(cfg: dict[str, Any]) -> list[State]:
     return sorted(map(state, set(found)))
 
 
+def located(cfg: dict[str, Any]) -> dict[str, Any]:
+    """`cfg`, whose model's path is absolute where it is a folder of this machine: what is saved is
+    read in other folders too.
+    """
+    model = cfg.get("model")
+    path = Path(str((model or {}).get("path") or "")).expanduser()
+    if path == Path() or not path.is_dir():
+        return cfg
+    return cfg | {"model": {**model, "path": str(path.resolve())}}  # type: ignore[dict-item]
+
+
 def is_file(path: Path) -> bool:
     """Whether it is one; a text that can be no path is none."""
     try:

@@ -32,6 +32,7 @@ from prunekit.runner import (
 from prunekit.runner.dense import DenseModel
 from prunekit.runner.distributed import first_process, join_others
 from prunekit.runner.finished import Finished, Standing
+from prunekit.runner.inputs import located
 from prunekit.runner.preflight import Components, check
 from prunekit.runner.texts_at_hand import check_texts
 from prunekit.types import Pruned
@@ -260,7 +261,7 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> s
         facts: dict[str, Any] = {
             "kept": pruned.kept,
             "groups": pruned.groups,
-            "config": job.cfg,
+            "config": located(job.cfg),
             "counts": counts(job),
             "merges": pruned.notes.get("merges", ()),
         }

@@ -13,7 +13,10 @@ from prunekit.checkpoint import load
 from prunekit.checkpoint.replay import replay
 from prunekit.cli.main import main
 from prunekit.errors import ConfigError
-from prunekit.runner.again import dense_model, zeros
+from prunekit.models.tiny import byte_tokenizer
+from prunekit.runner.again import check_dense, configured, dense_model, made_of, run_again, zeros
+from prunekit.runner.finished import Finished
+from prunekit.runner.inputs import inputs
 from prunekit.runner.run import run
 
 QUICK = ("track=silent", "eval=quick")
@@ -95,6 +98,24 @@ def test_folders_of_a_sweep_over_values_are_named_like_overrides(pruned, tmp_pat
     folder.symlink_to(pruned[1].parent)
     path = str(folder / "checkpoint")
     assert main(["eval", path, *QUICK, "--to", str(tmp_path / "out")]) == 0
+
+
+def test_the_dense_model_is_the_same_from_every_folder_and_missed_at_once(tmp_path, monkeypatch):
+    tiny_model("llama", layers=2, vocab_size=259).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    monkeypatch.chdir(tmp_path)
+    run(config("model=hf", "model.path=./dense"), tmp_path / "pruned")
+    path = tmp_path / "pruned" / "checkpoint"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    check_dense(path, None)
+    files = inputs(made_of(path))
+    assert str(tmp_path / "dense" / "config.json") in [file for file, *_ in files]
+    assert Finished(tmp_path, config(), True, files).key != Finished(tmp_path, config(), True).key
+    (tmp_path / "dense").rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="was made of is needed: .*no such folder"):
+        run_again(configured(config("recovery=distill"), path), tmp_path / "out", recover=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_zeros_of_a_checkpoint_stay_zero(tmp_path):
@@ -187,7 +208,5 @@ def test_what_cannot_be_is_said(pruned, words, says, capsys):
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    from prunekit.runner.again import configured
-
     with pytest.raises(ConfigError, match=r"pruning\.json is missing"):
         configured({}, tmp_path)
