@@ -66,11 +66,12 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder)
     join_others()
-    kept = Finished(path, cfg, models=bool(cfg["save"]))
     parts, stored = check(cfg), cache.open_cache(cfg)
     check_texts(
         *parts.evals.values(), calibrated=parts.calib, learnt=(parts.pruner, parts.recovery)
     )
+    # Only now: it removes what another configuration kept, and a refused one is a typo.
+    kept = Finished(path, cfg, models=bool(cfg["save"]))
     dense = DenseModel(stored, lambda: parts.model()[0])
     job = Job(cfg, path, parts, Stages(), {}, stored, kept, dense)
     job.folder.mkdir(parents=True, exist_ok=True)

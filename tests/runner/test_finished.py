@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 
 from prunekit.activations import done_blocks
 from prunekit.activations.done_blocks import DoneBlocks
+from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.runner import run as runner
 from prunekit.runner.finished import Finished, described, restored
@@ -137,6 +138,16 @@ def test_stages_of_another_configuration_are_not_taken_up(tmp_path, monkeypatch)
     ran = stages_run(monkeypatch)
     run(config("ratio.target=0.3"), tmp_path)
     assert "prune" in ran
+
+
+def test_a_typo_in_the_repeated_command_takes_no_stage_away(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        cut_off(patch, "pruned/ppl")
+        with pytest.raises(Cut):
+            run(config(), tmp_path)
+    with pytest.raises(ConfigError):
+        run(config("calib.length=1"), tmp_path)
+    assert list((tmp_path / "stages").glob("*/pruned"))
 
 
 def test_stages_of_another_text_are_not_taken_up(tmp_path, monkeypatch):
