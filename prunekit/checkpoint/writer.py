@@ -145,9 +145,15 @@ def _note(file: Path, **fields: Any) -> None:
 
 def _note_base_model(file: Path, model: Any) -> None:
     """Name the class without a head as well: serving engines put their own on it."""
+    from transformers import PreTrainedModel
+
     from prunekit.checkpoint.remote_code import modeling_pruned
 
-    name = modeling_pruned.PREFIX + type(model.base_model).__name__
+    base = model.base_model
+    if base is model and model.get_output_embeddings() is not None:
+        # The prefix of Llama 4's class names no module.
+        base = next((m for m in model.children() if isinstance(m, PreTrainedModel)), base)
+    name = modeling_pruned.PREFIX + type(base).__name__
     auto_map = {**read_json(file)["auto_map"], "AutoModel": f"modeling_pruned.{name}"}
     _note(file, auto_map=auto_map)
 

@@ -84,6 +84,26 @@ def test_the_model_without_a_head_holds_all_that_differs(
         assert torch.equal(again.eval()(tokens).last_hidden_state, seen)
 
 
+def test_a_model_whose_prefix_names_no_module_is_built_with_and_without_its_head(
+    tmp_path: Path,
+) -> None:
+    """Llama 4's causal class has the prefix `language_model`, and its base model as `model`."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    model, ids = tiny_model("llama4_text", 4), torch.arange(3, 40)[None]
+    graph.remove(model, {"neurons.0": torch.arange(96) >= 24})
+    folder = save(model, None, tmp_path / "checkpoint")
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(load(folder)[0](ids).logits, expected)
+        remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        assert torch.equal(remote(ids).logits, expected)
+        base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+        assert type(base).__name__ == "PrunedLlama4TextModel"
+        seen = base(ids).last_hidden_state
+        assert torch.equal(seen, model.model(ids).last_hidden_state)
+
+
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt_neox", "mixtral"])
 def test_per_layer_config_tells_every_layers_heads(tmp_path: Path, kind: str) -> None:
     """Fused matrices included, from whose shapes alone no config field follows."""

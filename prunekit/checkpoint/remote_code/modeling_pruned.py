@@ -164,7 +164,8 @@ def layout_of(model: Any) -> dict[str, Any]:
     """
     layout: dict[str, Any] = getattr(model.config, LAYOUT, {})
     head = model.base_model_prefix + "."
-    if hasattr(model, model.base_model_prefix):
+    # Llama 4's prefix names no module of its causal model.
+    if hasattr(model, model.base_model_prefix) or model.get_output_embeddings() is not None:
         return layout
     inside: dict[str, Any] = {k: v for k, v in layout.items() if k == "native"}
     for field in ("shapes", "attributes", "configs", "buffers"):
