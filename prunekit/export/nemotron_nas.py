@@ -55,6 +55,7 @@ def export_nemotron_nas(path: str | Path, out: str | Path) -> Path:
     out = Path(out)
     if out.exists():
         raise ConfigError(f"{out} is there already; possible: another --out")
+    model: Any
     model, tokenizer = load(path)
     content = nemotron_nas_content(model)
     with appears_when_complete(out) as part:
@@ -62,6 +63,8 @@ def export_nemotron_nas(path: str | Path, out: str | Path) -> Path:
         text = json.dumps(content.config, indent=2, sort_keys=True)
         (part / "config.json").write_text(text + "\n", encoding="utf-8")
         shutil.copy(CODE, part)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(part)  # engines read there what ends a text
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
     return out

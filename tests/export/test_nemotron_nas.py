@@ -38,7 +38,10 @@ def test_engines_get_the_width_from_the_multiple(hidden: int) -> None:
 
 def test_the_folder_has_sizes_by_layer_and_tensors_filled_up(tmp_path: Path) -> None:
     model = without(cut(tiny("llama"), neurons=[5, 0, 17]), (1, "self_attn"))
+    model.generation_config.eos_token_id = [2, 7]
     folder = exported(tmp_path, model)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 7]
     config = DeciLMConfig(**json.loads((folder / "config.json").read_text()))
     blocks = config.block_configs
     assert [b.attention.no_op for b in blocks] == [False, True, False]
