@@ -173,11 +173,11 @@ def summary(values: list[tuple[float | None, float | None]], column: Column) -> 
 
 def removed(results: Sequence[Result], stage: str) -> tuple[float | None, bool]:
     """Mean share of the parameters that went, as measured; and whether it is one of zeros, which
-    count where nothing else went.
+    count where nothing else went; biases that a pruner added may make it less than nothing.
     """
     gone = share_gone(results, stage, "params")
     zeros = share_gone(results, stage, "params_nonzero") or 0.0
-    return (zeros, True) if gone == 0 and zeros > 0 else (gone, False)
+    return (zeros, True) if gone is not None and gone <= 0 < zeros else (gone, False)
 
 
 def share_gone(results: Sequence[Result], stage: str, key: str) -> float | None:

@@ -77,6 +77,10 @@ def test_zeros_are_told_where_nothing_was_cut_out(tmp_path):
     result(tmp_path / "job", numbers, config())
     rows = sheet_of(tmp_path).rows
     assert [heads(r)[1] for r in rows] == ["0.0%", "50.0% zeros", "25.0%"]
+    numbers |= {"pruned/params": 201}  # a bias in place of what was zeroed
+    result(tmp_path / "biased" / "job", numbers, config())
+    assert [heads(r)[1] for r in sheet_of(tmp_path / "biased").rows][1] == "50.0% zeros"
+    shutil.rmtree(tmp_path / "biased")
     found = load([tmp_path])
     told = csv.DictReader(io.StringIO(exporters.table_csv(report_tables(found), found)))
     assert {(r["stage"], r["removed"], r["zeros"]) for r in told} == {
