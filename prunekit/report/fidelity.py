@@ -63,12 +63,15 @@ def panels(table: ReportTable) -> list[Panel]:
 
 
 def numbers(row: Row) -> Numbers:
-    """The means over seeds of everything that was measured; what was not finite is left out."""
+    """The means over the seeds that measured it, of everything that was measured; what was not
+    finite is left out.
+    """
     stages = [r.numbers[row.stage] for r in row.results]
     found = {}
-    for key in stages[0]:
-        values = [value for stage in stages if (value := stage.get(key)) is not None]
-        if len(values) == len(stages) and all(map(math.isfinite, values)):
+    for key in dict.fromkeys(key for stage in stages for key in stage):
+        given = [stage[key] for stage in stages if key in stage]
+        values = [value for value in given if value is not None and math.isfinite(value)]
+        if len(values) == len(given):
             found[key] = statistics.fmean(values)
     return found
 

@@ -150,6 +150,7 @@ def row(
         pairs = [
             (r.numbers[stage].get(column.key), r.numbers[stage].get(f"{column.key}_stderr"))
             for r in results
+            if column.key in r.numbers[stage]
         ]
         # The dense model is the same in every job: jobs that agree on it are one measurement, not
         # many.
@@ -159,10 +160,10 @@ def row(
 
 
 def summary(values: list[tuple[float | None, float | None]], column: Column) -> Cell:
-    """Mean and spread of (value, standard error) pairs, in the column's unit. A value that was not
-    finite spoils the mean: no number.
+    """Mean and spread of (value, standard error) pairs, in the column's unit, of jobs that measured
+    it. A value that was not finite spoils the mean: no number.
     """
-    if any(v is None for v, _ in values):
+    if not values or any(v is None for v, _ in values):
         return Cell(n=len(values))
     shown = [v * column.scale for v, _ in values if v is not None]
     if len(shown) > 1:

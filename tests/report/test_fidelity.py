@@ -110,6 +110,15 @@ def test_a_panel_for_each_row_that_was_compared(folder):
     assert "kl_in_256" in numbers(table.rows[1])
 
 
+def test_a_seed_that_was_not_compared_has_no_part_in_the_means(tmp_path):
+    job(tmp_path, "A", 0.2, 1.5)
+    plain = {"dense/ppl_x_128": 1.0, "pruned/ppl_x_128": 2.0}
+    result(tmp_path / "0", plain, config(table="mine", row="A", ratio__target=0.2, seed=7))
+    dense, pruned = (numbers(row) for row in report_tables(load([tmp_path]))[0].rows)
+    assert (dense["ppl_in_256"], dense["ppl_x_128"]) == (20, 1)
+    assert (pruned["ppl_in_256"], pruned["ppl_x_128"]) == (30, 2)
+
+
 def test_every_form_says_the_sentence(folder, tmp_path, capsys):
     report.main([str(folder), "--to", str(tmp_path / "out")])
     said = "B 50%: Out-of-domain text suffers"

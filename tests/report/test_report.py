@@ -19,7 +19,7 @@ from fakes import config, result, stages
 from prunekit.errors import ConfigError
 from prunekit.report import command as report
 from prunekit.report import exporters
-from prunekit.report.formatting import heads
+from prunekit.report.formatting import heads, remarks
 from prunekit.report.load import load
 from prunekit.report.paper import paper
 from prunekit.report.table import report_tables
@@ -143,6 +143,17 @@ def test_a_number_that_is_not_finite_is_no_number(tmp_path):
     ]
     assert cell.mean is None
     assert "not finite" in report.FORMS[".md"]([], load([tmp_path]))
+
+
+def test_a_job_that_did_not_measure_a_metric_has_no_part_in_its_mean(tmp_path):
+    result(tmp_path / "a", stages(12.6, 19.0), config(seed=0))
+    task = {"dense/acc_piqa": 0.7, "pruned/acc_piqa": 0.6}
+    result(tmp_path / "b", task, config(seed=1))
+    (sheet,) = report_tables(load([tmp_path]))
+    for row, ppl, acc in zip(sheet.rows, (12.6, 19.0), (70, 60), strict=True):
+        cells = row.cells["ppl_wikitext2_128"], row.cells["acc_piqa"]
+        assert [(c.mean, c.n) for c in cells] == [(ppl, 1), (pytest.approx(acc), 1)]
+    assert not any("measured up to" in line for line in remarks(sheet))
 
 
 def test_failed_and_unfinished_jobs_are_named_and_make_the_status(table1, capsys):
