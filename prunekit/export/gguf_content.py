@@ -112,6 +112,22 @@ def names_of(arch: str, layers: int) -> Callable[[str], str]:
     return name
 
 
+def rotated(model: Any) -> int:
+    """Channels of a head that the model turns, by its own frequencies: not every class of
+    transformers reads `partial_rotary_factor`.
+    """
+    return 2 * int(model.get_decoder().rotary_emb.inv_freq.numel())
+
+
+def whole_heads(model: Any, width: int) -> None:
+    """Raises ConfigError where a head is turned in part: channels are paired over all of it."""
+    if rotated(model) != width:
+        raise ConfigError(
+            f"llama.cpp: {rotated(model)} of {width} channels of a head are rotated; with sizes "
+            f"by layer, or for a {model.config.model_type}, all of them must be"
+        )
+
+
 def rope_factors(model: Any, width: int) -> list[Entry]:
     """By how much each rotary frequency is divided, where some is: how GGUF tells of scaling."""
     config = model.config

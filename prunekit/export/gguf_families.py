@@ -27,7 +27,9 @@ from prunekit.export.gguf_content import (
     own_tensors,
     plus_one,
     rope_factors,
+    rotated,
     transposed,
+    whole_heads,
 )
 
 Values = tuple[Any, ...]
@@ -151,10 +153,12 @@ def uniform_content(model: Any) -> Content:
             f"{config.hidden_size}, which it asks of a {kind}. "
             "Possible: prune with pruner.kinds=[neurons]"
         )
+    if family.pairs:
+        whole_heads(model, width)
     entries = [e for name, t in own_tensors(model) for e in _written(family, config, name, t)]
     if family.factors:
         entries += rope_factors(model, width)
-    return Content(family.arch, facts_of(config, family), entries)
+    return Content(family.arch, facts_of(model, config, family), entries)
 
 
 def head_sizes(config: Any) -> tuple[int, int, int]:
@@ -212,7 +216,7 @@ def _told(config: Any, family: Family) -> set[str]:
     return {config.attribute_map.get(f, f) for f in fields}
 
 
-def facts_of(config: Any, family: Family) -> dict[str, Any]:
+def facts_of(model: Any, config: Any, family: Family) -> dict[str, Any]:
     """Name of a writer's method -> value."""
     heads, pairs, width = head_sizes(config)
     rope = rope_of(config)
@@ -229,8 +233,7 @@ def facts_of(config: Any, family: Family) -> dict[str, Any]:
         "value_length": width,
     }
     if rope:
-        share = rope.get("partial_rotary_factor") or 1.0
-        facts |= {"rope_dimension_count": int(width * share), "rope_freq_base": rope["rope_theta"]}
+        facts |= {"rope_dimension_count": rotated(model), "rope_freq_base": rope["rope_theta"]}
     if getattr(config, "clip_qkv", None):
         facts["clamp_kqv"] = config.clip_qkv
     if family.arch == "olmo":

@@ -22,6 +22,7 @@ from prunekit.export.gguf_content import (
     neighbours,
     own_tensors,
     rope_factors,
+    whole_heads,
 )
 from prunekit.export.gguf_families import FAMILIES, check_fields, facts_of, head_sizes
 from prunekit.export.llama_like import (
@@ -55,11 +56,12 @@ def uneven_content(model: Any) -> Content:
         )
     check_fields(config, FAMILIES[kind])
     check_difference(model, config, "llama.cpp")
+    whole_heads(model, head_sizes(config)[2])
     layers = [
         Layer(model, i, head_sizes(config)[2], config.hidden_size)
         for i in range(config.num_hidden_layers)
     ]
-    facts = facts_of(config, FAMILIES[kind]) | {
+    facts = facts_of(model, config, FAMILIES[kind]) | {
         "head_count": [layer.heads for layer in layers],
         "head_count_kv": [layer.pairs for layer in layers],
         "feed_forward_length": [layer.width for layer in layers],

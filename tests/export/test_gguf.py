@@ -11,6 +11,7 @@ import torch
 from checkpoints import llama
 from gguf import GGMLQuantizationType as Q
 from gguf.quants import dequantize, quantize
+from tiny_models import tiny_model
 from torch import nn
 from transformers import GPTJConfig, GPTJForCausalLM
 
@@ -19,7 +20,7 @@ from prunekit.checkpoint import save
 from prunekit.checkpoint.remote_code.runtime_modules import LowRank, insert
 from prunekit.errors import ConfigError
 from prunekit.export.command import main
-from prunekit.export.gguf import write_gguf
+from prunekit.export.gguf import content_of, write_gguf
 
 TYPES = {"f32": Q.F32, "f16": Q.F16, "bf16": Q.BF16, "q8_0": Q.Q8_0}
 
@@ -160,6 +161,19 @@ def test_other_widths_by_layer_only_where_the_graph_has_them(tmp_path: Path) -> 
 
     assert "ratio.loadable=stock" in refusal(tmp_path, narrow("qwen3"))
     write_gguf(narrow("qwen2"), None, tmp_path / "x.gguf")
+
+
+def test_what_is_rotated_is_what_the_model_rotates(tmp_path: Path) -> None:
+    """Llama does not read `partial_rotary_factor`, Phi-3 does; where pairs of channels are moved,
+    half a head cannot be turned.
+    """
+    half = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    assert content_of(llama(rope_parameters=half)).facts["rope_dimension_count"] == 8
+    model = tiny_model("phi3", 3, rope_parameters=half)
+    width = model.config.hidden_size // model.config.num_attention_heads
+    assert content_of(model).facts["rope_dimension_count"] == width // 2
+    graph.remove(model, {"neurons.1": torch.arange(96) >= 16})
+    assert f"{width // 2} of {width} channels" in refusal(tmp_path, model)
 
 
 def test_a_run_time_module_is_named(tmp_path: Path) -> None:
