@@ -16,6 +16,7 @@ from prunekit.data.kept_prompt import prompt_ids
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.evals.named_texts import EvaluationText, Texts, check_seen, windows_of
+from prunekit.evals.windows import exponentiated
 from prunekit.registry import Component, Length, Positive, evals
 from prunekit.types import Dense
 
@@ -123,7 +124,7 @@ def numbers(by_text: dict[str, dict[str, Tensor]], ending: str) -> dict[str, flo
 
     keys = ("kl", "kl_gap", "top1", "acceptance", "acceptance_gap")
     found = {f"{key}_{ending}": mean(key) for key in keys}
-    value = math.exp(mean("nll"))
+    value = exponentiated(mean("nll"))
     found[f"ppl_{ending}"] = value
     if len(texts) == 1 and len(texts[0]["nll"]) > 1:
         root = math.sqrt(len(texts[0]["nll"]))

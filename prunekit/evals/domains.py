@@ -4,7 +4,6 @@ saw.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,7 @@ from prunekit.data.kept_prompt import prompt_ids
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.evals.named_texts import EvaluationText, Texts, check_seen, windows_of
-from prunekit.evals.windows import window_nll
+from prunekit.evals.windows import exponentiated, window_nll
 from prunekit.registry import Component, Length, Positive, evals
 
 
@@ -65,7 +64,7 @@ def domains(
             nll = float(
                 window_nll(model, windows, batch, name, prompt_ids(model, tokenizer)).mean()
             )
-        found[f"ppl_{name}_{window}"] = math.exp(nll)
+        found[f"ppl_{name}_{window}"] = exponentiated(nll)
         if name not in seen:
             logs.append(nll)
-    return found | {f"ppl_unseen_{window}": math.exp(sum(logs) / len(logs))}
+    return found | {f"ppl_unseen_{window}": exponentiated(sum(logs) / len(logs))}

@@ -15,7 +15,7 @@ from prunekit.data.kept_prompt import prompt_ids
 from prunekit.errors import ConfigError
 from prunekit.evals import eval_mode
 from prunekit.evals.named_texts import Texts, windows_of
-from prunekit.evals.windows import token_nll
+from prunekit.evals.windows import exponentiated, token_nll
 from prunekit.registry import Component, Length, Positive, evals
 
 
@@ -62,7 +62,7 @@ def positions(
             losses = token_nll(model, windows, batch, name, prompt_ids(model, tokenizer))
         for start, end in pairwise([1, *edges, window]):
             part = losses[:, start - 1 : end - 1].mean(1)  # the first token has no loss
-            key, value = f"ppl_{name}_{start}to{end}", math.exp(float(part.mean()))
+            key, value = f"ppl_{name}_{start}to{end}", exponentiated(float(part.mean()))
             found[key] = value
             if len(part) > 1:
                 found[f"{key}_stderr"] = value * float(part.std()) / math.sqrt(len(part))

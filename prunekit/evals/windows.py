@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,3 +77,13 @@ def window_nll(
 ) -> Tensor:
     """Mean negative log-likelihood of each window's predicted tokens. `(N,)` float64."""
     return token_nll(model, windows, batch, name, prompt).mean(1)
+
+
+def exponentiated(nll: float) -> float:
+    """The perplexity of a mean negative log-likelihood, infinite where it is no float64, about 709
+    nats: there `math.exp` raises, and a number that is not finite has its own report.
+    """
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

@@ -10,6 +10,7 @@ import torch
 from compositions import config
 
 from prunekit.errors import ConfigError
+from prunekit.evals.divergence import numbers
 from prunekit.evals.named_texts import spread
 from prunekit.models.tiny import tiny_llama
 from prunekit.registry import evals
@@ -39,6 +40,19 @@ def test_the_mean_is_geometric_and_leaves_out_what_was_seen(texts):
     whole = evals.build(one)(model, tokenizer)["ppl_a_32"]
     every = evals.build(node | {"limit": 10**6})(model, tokenizer)["ppl_a_32"]
     assert every == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_perplexity_beyond_float64_is_infinite_whoever_measures_it(texts):
+    model, tokenizer = tiny_llama(layers=2, device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    for node in ({"name": "domains"}, {"name": "positions", "edges": [8]}):
+        more = {"texts": {"a": texts["a"]}, "window": 32, "limit": 2}
+        found = evals.build(node | more)(model, tokenizer)
+        assert math.isinf(next(iter(found.values())))
+    means = {key: torch.tensor([800.0]) for key in ("kl", "kl_gap", "top1", "acceptance")}
+    means |= {"acceptance_gap": means["kl"], "nll": means["kl"]}
+    assert math.isinf(numbers({"a": means}, "a_32")["ppl_a_32"])
 
 
 def test_windows_are_spread_over_the_text():
