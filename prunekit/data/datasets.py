@@ -86,8 +86,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def default_split(dataset: str, use: Use) -> str:
-    """The split that `use` takes by default: they differ, so that no text is both learnt from and
-    tested on.
+    """The split that `use` takes by default. Of bookcorpus and alpaca, which have no other, it is
+    `train` for all uses; of the rest no text is both learnt from and tested on.
     """
     if dataset == "pydocs":
         return {"calibrate": "calibration", "recover": "recovery", "evaluate": "test"}[use]
