@@ -108,8 +108,11 @@ def instructions(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int
         chunk = [rows[i] for i in range(start, min(start + CHUNK, len(rows)))]
         prompts = [prompt(r) for r in chunk]
         whole = [p + r["output"] for p, r in zip(prompts, chunk, strict=True)]
-        cut = {"truncation": True, "max_length": max_length}
-        prompt_ids, whole_ids = (tokenizer(x, **cut).input_ids for x in (prompts, whole))
+        # Cut here: some tokenizers cut the beginning off.
+        prompt_ids, whole_ids = (
+            [ids[:max_length] for ids in tokenizer(x, verbose=False).input_ids]
+            for x in (prompts, whole)
+        )
         for asked, ids in zip(prompt_ids, whole_ids, strict=True):
             example = answered(ids, length_without_end(asked, tokenizer), tokenizer, max_length)
             found += [example] if example else []

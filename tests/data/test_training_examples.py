@@ -32,6 +32,9 @@ def test_only_the_answer_is_learnt_and_the_end_is_appended_if_it_fits():
     full = len(example["input_ids"]) - 1
     (cut,) = training_examples.instructions(tokenizer, ALPACA[:1], max_length=full)
     assert cut["input_ids"] == example["input_ids"][:-1]
+    tokenizer.truncation_side = "left"
+    (short,) = training_examples.instructions(tokenizer, ALPACA[:1], max_length=full - 5)
+    assert short == {key: values[: full - 5] for key, values in example.items()}
     assert training_examples.instructions(tokenizer, ALPACA[:1], max_length=20) == [], (
         "no room for an answer"
     )
