@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.architecture.linear import is_linear
+from prunekit.architecture.modes import eval_mode
 from prunekit.errors import ConfigError
 
 # What the libraries call these two numbers, on the attention module or in the config.
@@ -79,13 +80,9 @@ def flop_counter_macs(model: nn.Module, tokens: int = 64) -> float:
     if hasattr(torch.ops.aten, "_grouped_mm"):
         extra[torch.ops.aten._grouped_mm] = grouped_mm
     counter = FlopCounterMode(display=False, custom_mapping=extra)
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad(), counter:
-            model(input_ids=torch.ones(1, tokens, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        model.train(training)
+    device = next(model.parameters()).device
+    with eval_mode(model), torch.no_grad(), counter:
+        model(input_ids=torch.ones(1, tokens, dtype=torch.long, device=device), use_cache=False)
     return counter.get_total_flops() / 2
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from prunekit.architecture.timing import prompt_ids, request, waiter
+from prunekit.evals import eval_mode
 from prunekit.registry import Natural, Positive, evals
 
 Repeats = Annotated[int, Field(ge=2)]
@@ -41,16 +42,12 @@ def latency(
     part. `warmup` whole requests go unmeasured.
     """
     ids, wait = prompt_ids(model, batch, prompt), waiter(model)
-    training, times = model.training, []
-    model.eval()
-    try:
-        with torch.no_grad():
-            for i in tqdm(range(warmup + repeats), desc="latency", unit="request", leave=False):
-                measured = request(model, ids, new_tokens, wait)
-                if i >= warmup:
-                    times.append(measured)
-    finally:
-        model.train(training)
+    times = []
+    with eval_mode(model), torch.no_grad():
+        for i in tqdm(range(warmup + repeats), desc="latency", unit="request", leave=False):
+            measured = request(model, ids, new_tokens, wait)
+            if i >= warmup:
+                times.append(measured)
     prefill, decode = ([1000 * t[i] for t in times] for i in (0, 1))
     per_token = [d / new_tokens for d in decode]
     return {

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prunekit.architecture.streaming import device_of
+from prunekit.evals import eval_mode
 from prunekit.profiling import Peak
 from prunekit.registry import Positive, evals
 
@@ -31,16 +32,11 @@ def memory(
     """
     device = device_of(model)
     ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(input_ids=ids[:1, :8], use_cache=False)
-            _give_back()
-            with Peak(cuda=device.type == "cuda") as peak:
-                model(input_ids=ids, use_cache=False)
-    finally:
-        model.train(training)
+    with eval_mode(model), torch.no_grad():
+        model(input_ids=ids[:1, :8], use_cache=False)
+        _give_back()
+        with Peak(cuda=device.type == "cuda") as peak:
+            model(input_ids=ids, use_cache=False)
     loaded = loaded_mib(model)
     return {
         "loaded_memory_mib": loaded,

@@ -72,6 +72,16 @@ def test_one_repeat_has_no_spread_and_is_refused():
         evals.build({"name": "latency", "repeats": 1})
 
 
+def test_each_module_comes_back_in_its_own_mode(model):
+    """A part of a model that trains is often held in another mode than the rest."""
+    model.train().model.layers[1].eval()
+    modes = [m.training for m in model.modules()]
+    latency(model, None, prompt=4, new_tokens=1, repeats=2, warmup=0)
+    assert [m.training for m in model.modules()] == modes
+    memory(model, None, tokens=8)
+    assert [m.training for m in model.modules()] == modes
+
+
 def test_memory_counts_what_is_loaded_and_what_the_pass_adds(model):
     bytes_ = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     assert loaded_mib(model) == pytest.approx(bytes_ / 2**20, rel=0.01)

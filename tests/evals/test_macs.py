@@ -133,6 +133,8 @@ def test_formulas_and_flop_counter_agree(arch: str):
 
 def test_eval_is_registered_and_leaves_the_model_alone():
     model = tiny().train()
+    model.get_submodule("model.layers.0").eval()
+    modes = [m.training for m in model.modules()]
     assert set(evals.entry("macs").fn(model, None)) == {"macs", "macs_flop_counter"}
-    assert model.training
+    assert [m.training for m in model.modules()] == modes
     assert math.isfinite(macs(model))
