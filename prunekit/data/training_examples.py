@@ -43,6 +43,8 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 CHUNK = 1000
+CHARACTERS = 8
+"""More than a token has, on average, in nearly every text."""
 
 
 def check_source(dataset: Corpus, split: str | None, path: str | None) -> None:
@@ -64,9 +66,11 @@ def load_examples(
     path: str | None,
     data_root: str | None,
     max_length: int,
+    least: int | None = None,
 ) -> list[Example]:
     """Examples of at most `max_length` tokens from a data set or, with `path`, from a file in the
-    same form (`text` = plain text).
+    same form (`text` = plain text): all of them, or with `least`, which says that a longer text
+    need not be tokenized to its end, at least so many if there are.
 
     Raises ConfigError where there is nothing to learn from.
     """
@@ -74,16 +78,36 @@ def load_examples(
     part = split or ("" if dataset == "text" else default_split(dataset, "recover"))
     if dataset == "alpaca":
         rows = read(path, **FIELDS["alpaca"]) if path else records(dataset, part, data_root)
-        found = instructions(tokenizer, rows, max_length)
+        found = instructions(tokenizer, rows, max_length, least)
     else:
         text = file_text(path) if path else document(texts(dataset, part, data_root))
-        found = packed(tokenizer, text, max_length)
+        found = packed(tokenizer, text, max_length, least)
     if not found:
         raise ConfigError(
             f"{path or f'{dataset} ({part})'} gives no example of {max_length} tokens; lower "
             "max_length or take more text"
         )
     return found
+
+
+def check_training_text(
+    tokenizer: Any,
+    *,
+    dataset: Corpus,
+    split: str | None,
+    path: str | None,
+    data_root: str | None,
+    max_length: int,
+    validation_size: int = 0,
+    seed: int = 0,
+    **_: Any,
+) -> None:
+    """Raises ConfigError where a text cannot be read, holds nothing, or too little to set
+    `validation_size` examples aside. It is read whole and tokenized as far as that needs.
+    """
+    where = (dataset, split, path, data_root)
+    found = load_examples(tokenizer, *where, max_length, least=validation_size + 1)
+    split_validation(found, validation_size, seed)
 
 
 def file_text(path: str) -> str:
@@ -95,9 +119,14 @@ def file_text(path: str) -> str:
     return glue.join(r["text"] for r in rows)
 
 
-def instructions(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int) -> list[Example]:
+def instructions(
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    max_length: int,
+    least: int | None = None,
+) -> list[Example]:
     """Alpaca's prompt and answer, cut at `max_length`, with the end-of-sequence token if it fits;
-    only the answer is learnt.
+    only the answer is learnt. `least`: as `load_examples` says.
 
     A prompt that leaves no room for an answer gives no example (LLM-Pruner keeps it, to no effect
     but a loss of nothing at all).
@@ -117,6 +146,8 @@ def instructions(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int
             example = answered(ids, length_without_end(asked, tokenizer), tokenizer, max_length)
             found += [example] if example else []
         bar.update(len(chunk))
+        if least is not None and len(found) >= least:
+            break
     bar.close()
     return found
 
@@ -147,8 +178,14 @@ def answered(ids: list[int], prompt_length: int, tokenizer: Any, max_length: int
     return {"input_ids": ids, "labels": [-100] * asked + ids[asked:]} if asked < len(ids) else None
 
 
-def packed(tokenizer: Any, text: str, max_length: int) -> list[Example]:
-    """One text cut into blocks of exactly `max_length` tokens, tail dropped, all of it learnt."""
+def packed(tokenizer: Any, text: str, max_length: int, least: int | None = None) -> list[Example]:
+    """One text cut into blocks of exactly `max_length` tokens, tail dropped, all of it learnt.
+    `least`: as `load_examples` says.
+    """
+    if least is not None and len(text) > (start := CHARACTERS * least * max_length):
+        found = packed(tokenizer, text[:start], max_length)
+        if len(found) >= least:
+            return found
     ids = tokenizer(text, verbose=False).input_ids
     blocks = [ids[i : i + max_length] for i in range(0, len(ids) - max_length + 1, max_length)]
     return [all_learnt(block) for block in blocks]

@@ -73,7 +73,7 @@ def _pruned(
             "without device_map"
         )
     if meta:
-        return outline(path), None
+        return outline(path), _tokenizer_at_hand(path, {"trust_remote_code": False})
     return load(
         path,
         dtype=None if dtype == "auto" else dtype,

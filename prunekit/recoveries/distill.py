@@ -20,6 +20,7 @@ from prunekit.data.training_examples import (
     Example,
     all_learnt,
     check_source,
+    check_training_text,
     load_examples,
     split_validation,
 )
@@ -78,6 +79,14 @@ def check_distill(
         )
 
 
+def check_text(tokenizer: Any, *, dataset: Source, **options: Any) -> None:
+    """Raises ConfigError for a text that cannot be learnt from; what the dense model writes is not
+    there yet.
+    """
+    if dataset != "generated":
+        check_training_text(tokenizer, dataset=dataset, **options)
+
+
 @recoveries.register(
     paper="arXiv 1503.02531, 2407.14679",
     year=2024,
@@ -85,6 +94,7 @@ def check_distill(
     dense=True,
     out="self-contained",
     check=check_distill,
+    texts=check_text,
     context=("max_length",),
 )
 def distill(

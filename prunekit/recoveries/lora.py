@@ -15,6 +15,7 @@ from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import (
     Corpus,
     check_source,
+    check_training_text,
     load_examples,
     split_validation,
 )
@@ -62,6 +63,7 @@ def check_lora(
     needs="data",
     out="self-contained",
     check=check_lora,
+    texts=check_training_text,
     context=("max_length",),
 )
 def lora(

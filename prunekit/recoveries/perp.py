@@ -12,7 +12,13 @@ from prunekit import graph
 from prunekit.architecture.blocks import linear_names
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.kept_prompt import with_prompt
-from prunekit.data.training_examples import Corpus, check_source, load_examples, split_validation
+from prunekit.data.training_examples import (
+    Corpus,
+    check_source,
+    check_training_text,
+    load_examples,
+    split_validation,
+)
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import Above, LearningRate, Length, Natural, Positive, Seed, recoveries
@@ -59,6 +65,7 @@ def check_perp(
     needs="data",
     out="self-contained",
     check=check_perp,
+    texts=check_training_text,
     context=("max_length",),
 )
 def perp(

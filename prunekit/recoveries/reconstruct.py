@@ -16,7 +16,7 @@ from prunekit.activations.storage import PassOptions, Store
 from prunekit.architecture.blocks import block_names, linear_names
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.kept_prompt import with_prompt
-from prunekit.data.training_examples import Corpus, check_source, load_examples
+from prunekit.data.training_examples import Corpus, Example, check_source, load_examples
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import LearningRate, Length, Positive, Seed, recoveries
@@ -52,6 +52,30 @@ def check_reconstruct(
     check_source(dataset, split, path)
 
 
+def check_enough(found: list[Example], samples: int, length: int) -> None:
+    """Raises ConfigError for a text of fewer samples."""
+    if len(found) < samples:
+        raise ConfigError(
+            f"recovery.samples={samples}: the text has {len(found)} of {length} tokens"
+        )
+
+
+def check_text(
+    tokenizer: Any,
+    *,
+    dataset: Corpus,
+    split: str | None,
+    path: str | None,
+    data_root: str | None,
+    length: int,
+    samples: int,
+    **_: Any,
+) -> None:
+    """Raises ConfigError for a text that cannot be read or has too few samples."""
+    found = load_examples(tokenizer, dataset, split, path, data_root, length, least=samples)
+    check_enough(found, samples, length)
+
+
 @recoveries.register(
     paper="arXiv 2312.15230",
     year=2023,
@@ -59,6 +83,7 @@ def check_reconstruct(
     dense=True,
     out="self-contained",
     check=check_reconstruct,
+    texts=check_text,
     context=("length",),
 )
 @torch.no_grad()
@@ -108,10 +133,7 @@ def reconstruct(
     """
     model = pruned.model
     found = load_examples(problem.tokenizer, dataset, split, path, data_root, length)
-    if len(found) < samples:
-        raise ConfigError(
-            f"recovery.samples={samples}: the text has {len(found)} of {length} tokens"
-        )
+    check_enough(found, samples, length)
     found = with_prompt(found[:samples], model, problem.tokenizer)
     tokens = torch.tensor([e["input_ids"] for e in found])
     dense = problem.dense().requires_grad_(False).to(next(model.parameters()).device).eval()

@@ -14,7 +14,12 @@ from prunekit import graph
 from prunekit.checkpoint.remote_code.runtime_modules import describe_modules
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.kept_prompt import with_prompt
-from prunekit.data.training_examples import Corpus, check_source, load_examples
+from prunekit.data.training_examples import (
+    Corpus,
+    check_source,
+    check_training_text,
+    load_examples,
+)
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import Above, LearningRate, Length, Natural, Positive, Seed, recoveries
@@ -52,6 +57,7 @@ def check_transfer(
     dense=True,
     out="self-contained",
     check=check_transfer,
+    texts=check_training_text,
     context=("max_length",),
 )
 def transfer(

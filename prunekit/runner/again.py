@@ -32,7 +32,7 @@ from prunekit.runner.finished import Finished
 from prunekit.runner.inputs import inputs
 from prunekit.runner.relations import check_keys, check_lengths, check_streamed
 from prunekit.runner.run import Job, check_finite, measure, pose, save, stage
-from prunekit.runner.texts_at_hand import check_texts
+from prunekit.runner.texts_at_hand import check_learnt, check_texts
 from prunekit.types import Group, Kept, Pruned
 
 INHERITED = ("calib", "criterion", "ratio", "exclude", "pruner", "table", "row")
@@ -116,6 +116,8 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
     if recover and parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
     check_texts(*parts.evals.values(), learnt=[parts.recovery] if recover else [])
+    if recover:
+        check_learnt(parts.recovery, parts.model(meta=True)[1])
     return parts
 
 

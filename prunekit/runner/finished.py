@@ -52,11 +52,18 @@ class Finished:
         self, folder: Path, cfg: dict[str, Any], models: bool, others: Iterable[State] = ()
     ):
         self.top, self.models = folder / FOLDER, models
-        self.files = inputs(cfg) + [state for state in others if state not in inputs(cfg)]
-        key = f"{result_key(cfg)}{code_version(cfg)}{self.files}"
-        self.key = hashlib.sha256(key.encode()).hexdigest()[:32]
-        if first_process() and self.top.is_dir() and not (self.top / self.key).is_dir():
-            shutil.rmtree(self.top)
+        self.files = inputs(cfg)
+        more = [state for state in others if state not in self.files]
+        self.files += more
+        self.key = key_of(cfg, self.files)
+        # What comes before the recovery is the same whatever the recovery is: a mistake in that, or
+        # another one, does not make it anew.
+        before = {k: v for k, v in cfg.items() if k != "recovery"}
+        self.before = key_of(before, inputs(before) + more)
+        if first_process() and self.top.is_dir():
+            for folder in self.top.iterdir():
+                if folder.is_dir() and folder.name not in (self.key, self.before):
+                    shutil.rmtree(folder)
 
     def numbers(self, name: str, compute: Callable[[], Any]) -> tuple[Any, bool]:
         """What stage `name` gave, or `compute` gives, kept then; and whether it was kept."""
@@ -73,9 +80,14 @@ class Finished:
             store.write(entry, value)
         return value, False
 
+    def key_for(self, name: str) -> str:
+        """The key of stage `name`, under which its folder is."""
+        return self.key if name.startswith("recovered") else self.before
+
     def entry(self, name: str) -> store.Entry:
-        path = self.top / self.key / f"{name.replace('/', '-')}{store.ENDING}"
-        key = f"{self.key}-{name}".replace(" ", "-")
+        stage_key = self.key_for(name)
+        path = self.top / stage_key / f"{name.replace('/', '-')}{store.ENDING}"
+        key = f"{stage_key}-{name}".replace(" ", "-")
         codec = (store.decode_numbers, store.encode_numbers)
         return store.Entry(key, name, *codec, path, most=sys.maxsize)  # it is the job's own
 
@@ -88,7 +100,7 @@ class Finished:
             return
         if getattr(model, "hf_device_map", None):
             return
-        folder = self.top / self.key / name
+        folder = self.top / self.key_for(name) / name
         notes = {k: v for k, v in standing.pruned.notes.items() if is_plain(v)}
         facts = {
             "device": str(next(model.parameters()).device),
@@ -121,7 +133,7 @@ class Finished:
 
     def standing(self, name: str) -> Standing | None:
         """The model of stage `name` as it was kept; None, with a line, for one that is damaged."""
-        folder = self.top / self.key / name
+        folder = self.top / self.key_for(name) / name
         if not self.models or not folder.is_dir():
             return None
         try:
@@ -161,6 +173,12 @@ class Finished:
         """All of it, once the result is written."""
         if first_process():
             shutil.rmtree(self.top, ignore_errors=True)
+
+
+def key_of(cfg: dict[str, Any], files: list[State]) -> str:
+    """What decides a stage's outcome, as a name."""
+    key = f"{result_key(cfg)}{code_version(cfg)}{files}"
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def described(group: Group) -> dict[str, Any]:

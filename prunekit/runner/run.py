@@ -34,7 +34,7 @@ from prunekit.runner.distributed import first_process, join_others
 from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.inputs import located
 from prunekit.runner.preflight import Components, check
-from prunekit.runner.texts_at_hand import check_texts
+from prunekit.runner.texts_at_hand import check_learnt, check_texts
 from prunekit.types import Pruned
 
 log = logging.getLogger("prunekit")
@@ -70,6 +70,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     check_texts(
         *parts.evals.values(), calibrated=parts.calib, learnt=(parts.pruner, parts.recovery)
     )
+    check_learnt(parts.recovery, parts.tokenizer)
     # Only now: it removes what another configuration kept, and a refused one is a typo.
     kept = Finished(path, cfg, models=bool(cfg["save"]))
     dense = DenseModel(stored, lambda: parts.model()[0])
@@ -109,6 +110,8 @@ def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
             model, tokenizer = job.parts.model()
             offload.check_fits_in_memory(model)
             check_finite(job, model, "load")
+            if job.parts.tokenizer is None:
+                check_learnt(job.parts.recovery, tokenizer)
             texts = early or named_sets(draw(job.parts.calib, tokenizer, model))
         measure(job, "dense", lambda: model, tokenizer, tracker)
         check_reported(job)

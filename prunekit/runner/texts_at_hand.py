@@ -30,6 +30,14 @@ def check_texts(
             part.meta["at_hand"](**part.options)
 
 
+def check_learnt(recovery: Component | None, tokenizer: Any) -> None:
+    """Raises ConfigError for a text that the recovery cannot learn from (`register(texts=...)`),
+    where the tokenizer is at hand: else it would come up when the pruning is done.
+    """
+    if recovery is not None and tokenizer is not None and "texts" in recovery.meta:
+        recovery.meta["texts"](tokenizer, **recovery.options)
+
+
 def _sources(options: dict[str, Any]) -> Iterator[tuple[str, str | None, str | None]]:
     """Data set, split and data folder of each text that the options name, those of parts that are
     components themselves included.

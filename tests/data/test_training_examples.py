@@ -61,6 +61,18 @@ def test_text_is_packed_into_whole_blocks():
     )
 
 
+@pytest.mark.parametrize("least", [2, 6, 12, 13])
+def test_no_more_is_tokenized_than_it_takes(least, monkeypatch):
+    monkeypatch.setattr(training_examples, "CHUNK", 2)
+    monkeypatch.setattr(training_examples, "CHARACTERS", 1)
+    found = training_examples.instructions(byte_tokenizer(), ALPACA, 400, least)
+    assert len(found) == min(least, 12)
+    text = "é" * 16 * 12 + "a"  # two tokens each, of which one character is expected
+    whole = training_examples.packed(byte_tokenizer(), text, 32)
+    found = training_examples.packed(byte_tokenizer(), text, 32, least)
+    assert found == whole[: 2 * least]
+
+
 def test_alpaca_from_the_data_folder(shared):
     tokenizer = byte_tokenizer()
     found = training_examples.load_examples(

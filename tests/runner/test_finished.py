@@ -150,6 +150,42 @@ def test_a_typo_in_the_repeated_command_takes_no_stage_away(tmp_path, monkeypatc
     assert list((tmp_path / "stages").glob("*/pruned"))
 
 
+def test_another_recovery_goes_on_from_the_pruned_model(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        cut_off(patch, "recovered/ppl")
+        with pytest.raises(Cut):
+            run(config(*RECOVER), tmp_path)
+    ran = stages_run(monkeypatch)
+    run(config(*RECOVER, "recovery.lr=1e-2"), tmp_path)
+    assert ran == ["recover", "recovered/size", "recovered/ppl", "save"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["recovery=lora_text", "recovery.validation_size=100000"], "possible: 0 to"),
+        (["recovery=perp", "recovery.dataset=text", "recovery.max_length=64"], "no example of"),
+        (["recovery=transfer", "recovery.dataset=text", "recovery.max_length=64"], "no example"),
+        (["recovery=distill", "recovery.dataset=alpaca"], "has no field"),
+        (["recovery=reconstruct", "recovery.dataset=text", "recovery.length=8"], "samples=128"),
+    ],
+    ids=["lora", "perp", "transfer", "distill", "reconstruct"],
+)
+def test_what_a_recovery_cannot_learn_from_is_said_before_a_weight_is_read(
+    words, says, half, tmp_path, monkeypatch
+):
+    text = tmp_path / "mine.jsonl"
+    text.write_text('{"text": "too little to learn from"}')
+    words = words if "lora" in words[0] else [*words, f"recovery.path={text}"]
+    ran = stages_run(monkeypatch)
+    with pytest.raises(ConfigError, match=says):
+        run(config(*words, "model=hf", f"model.path={half}"), tmp_path / "out")
+    assert ran == []
+    with pytest.raises(ConfigError, match=says):
+        run(config(*words), tmp_path / "later")  # its tokenizer comes with the weights
+    assert ran == ["load"]
+
+
 def test_stages_of_another_text_are_not_taken_up(tmp_path, monkeypatch):
     text = tmp_path / "some.txt"
     text.write_text("the quick brown fox jumps over the lazy dog again and again. " * 9)
