@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from prunekit.cli.compose import composed
 from prunekit.cli.overrides import words_of
@@ -33,6 +34,7 @@ def again(argv: list[str], *, recover: bool) -> int:
     if len(configs) > 1:
         raise ConfigError("one configuration at a time: lists of values are for a sweep")
     cfg = configured(configs[0] | {"out": str(folder)}, path)
+    check_folder(folder, path, cfg)
     try:
         with alone(folder), logged(folder / "run.log"):
             record = run_again(cfg, folder, recover=recover)
@@ -57,6 +59,23 @@ def checkpoint_of(words: list[str], command: str) -> Path:
         raise ConfigError(f"{command} needs the folder of a checkpoint as its first word{given}")
     words.pop(0)
     return path
+
+
+def check_folder(folder: Path, path: Path, cfg: dict[str, Any]) -> None:
+    """Raises ConfigError where results would replace those of the run that made the checkpoint, the
+    checkpoint itself, or what another command left; the same command may be repeated.
+    """
+    from prunekit.runner.resume import result_key, whole_record
+
+    there = folder.expanduser().resolve()
+    if there in (path, path.parent) or there / "stages" in path.parents:
+        raise ConfigError(f"--to {folder} holds the checkpoint itself; give a folder of its own")
+    record = whole_record(there / "result.json") if (there / "result.json").exists() else None
+    if record is not None and result_key(record["config"]) != result_key(cfg):
+        raise ConfigError(
+            f"--to {folder} holds the result of another command, which would be replaced; give "
+            "another folder, or remove that one"
+        )
 
 
 def check_words(words: list[str]) -> None:

@@ -118,6 +118,19 @@ def test_the_dense_model_is_the_same_from_every_folder_and_missed_at_once(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_results_of_others_are_not_replaced_and_its_own_may_be(pruned, tmp_path, capsys):
+    words = ["eval", str(pruned[1]), *QUICK, "--to"]
+    before = (pruned[1].parent / "result.json").read_bytes()
+    for folder in (pruned[1].parent, pruned[1]):
+        assert main([*words, str(folder)]) == 2
+        assert "holds the checkpoint itself" in capsys.readouterr().err
+    assert (pruned[1].parent / "result.json").read_bytes() == before
+    assert main([*words, str(tmp_path)]) == 0
+    assert main([*words, str(tmp_path)]) == 0
+    assert main([*words, str(tmp_path), "eval.ppl.window=16"]) == 2
+    assert "the result of another command" in capsys.readouterr().err
+
+
 def test_zeros_of_a_checkpoint_stay_zero(tmp_path):
     words = ["pruner=unstructured", "criterion=weight_magnitude", "ratio.of=prunable"]
     run(config(*words), tmp_path / "pruned")
