@@ -37,6 +37,7 @@ def again(argv: list[str], *, recover: bool) -> int:
     check_folder(folder, path, cfg)
     try:
         with alone(folder), logged(folder / "run.log"):
+            (folder / "failed.txt").unlink(missing_ok=True)
             record = run_again(cfg, folder, recover=recover)
     except ConfigError:
         raise

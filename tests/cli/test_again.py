@@ -131,6 +131,12 @@ def test_results_of_others_are_not_replaced_and_its_own_may_be(pruned, tmp_path,
     assert "the result of another command" in capsys.readouterr().err
 
 
+def test_a_repeat_that_succeeds_is_no_failure(pruned, tmp_path):
+    (tmp_path / "failed.txt").write_text("RuntimeError: the other time")
+    assert main(["eval", str(pruned[1]), *QUICK, "--to", str(tmp_path)]) == 0
+    assert not (tmp_path / "failed.txt").exists()
+
+
 def test_zeros_of_a_checkpoint_stay_zero(tmp_path):
     words = ["pruner=unstructured", "criterion=weight_magnitude", "ratio.of=prunable"]
     run(config(*words), tmp_path / "pruned")
