@@ -14,7 +14,8 @@ from tqdm import tqdm
 from prunekit import graph
 from prunekit.architecture.matrices import elements_gone, matrix, module_name, to_out_in
 from prunekit.errors import ConfigError
-from prunekit.problem import Expected, Problem, expect
+from prunekit.problem import Expected, Problem, expect, ranking_of
+from prunekit.pruners.matrixwise import check_local
 from prunekit.registry import Above, LearningRate, Natural, Positive, pruners
 from prunekit.scoring.kronecker import Factors, Place, kronecker_factors
 from prunekit.selection.elements import NM, Pattern, check_pattern, everywhere, of_each_run
@@ -87,13 +88,14 @@ def check_surgeon_matrices(
         )
     expected = expect(problem, problem.matrices(targets), smaller=False)
     check_pattern(problem.model, expected.groups, expected.counts, pattern)
-    if expected.counts is not None:
-        check_ranking(problem.allocate(expected.groups).ranking, pattern)
+    check_ranking(ranking_of(problem, expected) or "local", pattern)
     return expected
 
 
 def check_ranking(ranking: str, pattern: Pattern | None) -> None:
     """Raises ConfigError for a ranking that this pruner, or a pattern, cannot follow."""
+    if ranking == "rows":
+        check_local(ranking, "llm_surgeon_matrices")
     possible = ("local",) if pattern else ("local", "global")
     if ranking not in possible:
         raise ConfigError(

@@ -19,7 +19,7 @@ from prunekit.activations.storage import PassOptions
 from prunekit.architecture.mapped import beside
 from prunekit.architecture.matrices import elements_gone, matrix, module_name, to_out_in
 from prunekit.errors import ConfigError
-from prunekit.problem import Expected, Problem, expect
+from prunekit.problem import Expected, Problem, expect, ranking_of
 from prunekit.selection.elements import SCOPES, Pattern, Scope, check_pattern
 from prunekit.solvers.admm import Select, lowest_outside_runs
 from prunekit.solvers.preconditioning import squared_error
@@ -37,11 +37,23 @@ def check_matrices(
 ) -> Expected:
     """Raises ConfigError where the ratio cannot be met, or a pattern fits no matrix or ratio."""
     expected = expect(problem, problem.matrices(targets), smaller=False)
-    if expected.counts is None:
-        check_pattern(problem.model, expected.groups, None, pattern)
-    else:
-        local_counts(problem, expected.groups, pattern, pruner)
+    check_local(ranking_of(problem, expected), pruner)
+    check_pattern(problem.model, expected.groups, expected.counts, pattern)
     return expected
+
+
+def check_local(ranking: str | None, pruner: str) -> None:
+    """Raises ConfigError for a ratio that ranks matrices, or their rows, in another way."""
+    if ranking == "rows":
+        raise ConfigError(
+            f"pruner={pruner} takes a number of elements from each matrix, and the ratio gives "
+            "each row one of its own: give ratio.per=matrix, or pruner=unstructured"
+        )
+    if ranking not in ("local", None):
+        raise ConfigError(
+            f"ratio.ranking={ranking}: pruner={pruner} sees one matrix at a time and cannot rank "
+            "them together; give ratio.ranking=local"
+        )
 
 
 def local_counts(
@@ -51,11 +63,7 @@ def local_counts(
     together, and where a pattern does not fit.
     """
     allocation = problem.allocate(groups)
-    if allocation.ranking != "local":
-        raise ConfigError(
-            f"ratio.ranking={allocation.ranking}: pruner={pruner} sees one matrix at a time and "
-            "cannot rank them together; give ratio.ranking=local"
-        )
+    check_local(allocation.ranking, pruner)
     check_pattern(problem.model, groups, allocation.counts, pattern)
     return allocation.counts
 
@@ -118,6 +126,8 @@ def prune_matrices(
         for alike, gram in grams(model, part, run):
             for g in alike:
                 W, count = matrix(model, g).float(), counts[g.name]
+                if pattern:
+                    count = pattern.gone_of(count, g.units, g.name)
                 here = gram.to(W.device)
                 new, mask = solve(W, here, selection(g, count, scope, pattern), count, name=g.name)
                 errors[g.name] = squared_error(W, new, here)

@@ -16,7 +16,13 @@ from prunekit.errors import ConfigError
 from prunekit.problem import CALIBRATION, Expected, Problem, expect
 from prunekit.registry import Natural, Positive, pruners
 from prunekit.scoring.experts import expert_coverage
-from prunekit.selection.units import choose, expand_to_all_blocks, remaining_blocks, restrict
+from prunekit.selection.units import (
+    choose,
+    expand_to_all_blocks,
+    remaining_blocks,
+    restrict,
+    whole_sizes,
+)
 from prunekit.solvers.bias_compensation import add_biases, check_readable, lost_means
 from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Scores
 
@@ -64,7 +70,8 @@ class Step:
 @dataclass
 class State:
     """Where a run over several steps stands: all groups and those that may lose units, at the
-    start, what is kept of them by now, and how many tokens the experts got at first.
+    start, what is kept of them by now, how many tokens the experts got at first, and what a unit of
+    each group counts in a ranking of all.
     """
 
     everything: list[Group]
@@ -72,6 +79,7 @@ class State:
     kept: Kept = field(default_factory=dict)
     scores: Scores = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
+    unit: dict[str, int] = field(default_factory=dict)
 
 
 @pruners.register(
@@ -111,6 +119,8 @@ def oneshot(
     everything = problem.units(kinds)
     state = State(everything, problem.groups(kinds))
     allocation = problem.allocate(state.eligible)
+    if allocation.ranking != "local":
+        state.unit = whole_sizes(problem.model, state.eligible, allocation)[0]
     counts = allocation.counts
     total = max(1, *counts.values()) if steps == "each" else steps
     how = Step(kinds, grouping, compensate, skip, norm, remove)
@@ -145,29 +155,79 @@ def prune_once(problem: Problem, state: State, allocation: Allocation, how: Step
     now, groups, left = state.everything, state.eligible, allocation.counts
     if state.kept and how.remove:
         now = problem.units(how.kinds)
-        groups = [
-            remaining_blocks(g, state.everything, state.eligible, state.kept) if g.modules else g
-            for g in problem.groups(how.kinds)
-        ]
-        before = {g.name: g.units for g in state.eligible}
-        left = {g.name: left[g.name] - (before[g.name] - g.units) for g in groups}
+        groups = still_there(problem, state, how.kinds)
+        left = still_to_go(state, groups, allocation)
+    if not groups:
+        return
     if how.grouping == "none":
         groups, left = split(groups, left)
     run = problem.run(left)
     scores = problem.score(groups, run)
-    chosen = choose(model, groups, scores, dataclasses.replace(allocation, counts=left))
+    order = scores if how.remove else zeros_first(scores, groups, state)
+    chosen = choose(model, groups, order, dataclasses.replace(allocation, counts=left))
     mask = expand_to_all_blocks(chosen, groups, now)
     lost = lost_means(model, groups, mask, run, how.skip) if how.compensate == "bias" else {}
     if how.remove:
         graph.remove(model, mask, norm=how.norm)
         kept = state.kept
-        state.kept = {n: restrict(kept[n], m) if n in kept else m for n, m in mask.items()}
+        state.kept |= {n: restrict(kept[n], m) if n in kept else m for n, m in mask.items()}
     else:
         graph.zero(model, mask)
         state.kept = mask
     add_biases(model, lost)
     state.scores = state.scores or scores
     state.seen = state.seen or expert_coverage(run)
+
+
+def still_there(problem: Problem, state: State, kinds: Sequence[str]) -> list[Group]:
+    """The groups that may lose more, as the model has them now.
+
+    A group of which one unit is left is none any more, and discovery may find others under its name
+    (the query heads of the one key head): only those count that have as many units as were left.
+    """
+    found = []
+    before = {g.name: g.units for g in state.eligible}
+    for g in problem.groups(kinds):
+        if g.modules:
+            found.append(remaining_blocks(g, state.everything, state.eligible, state.kept))
+        elif g.name in before:
+            kept = state.kept.get(g.name)
+            if kept is None or g.units == int(kept.sum()):
+                found.append(g)
+    return found
+
+
+def still_to_go(state: State, groups: list[Group], allocation: Allocation) -> Counts:
+    """How many units of `groups` go in this step. Where groups are ranked together, what one that
+    is no more lost beyond its share is taken from the rest, of its kind if kinds stay apart.
+    """
+    counts, unit = allocation.counts, state.unit
+    before = {g.name: g.units for g in state.eligible}
+    left = {g.name: counts[g.name] - (before[g.name] - g.units) for g in groups}
+    for g in state.eligible if allocation.ranking != "local" else ():
+        if g.name not in left and g.name in state.kept:
+            others = [o for o in groups if allocation.ranking == "global" or o.kind == g.kind]
+            if others:
+                one = min(others, key=lambda o: unit[o.name]).name
+                owed = counts[g.name] - (g.units - int(state.kept[g.name].sum()))
+                left[one] += round(owed * unit[g.name] / unit[one])
+    return left
+
+
+def zeros_first(scores: Scores, groups: list[Group], state: State) -> Scores:
+    """Scores by which the units that were zeroed before are the first to go: no score says of
+    them what it says of others.
+    """
+    low = min(float(s.min()) for s in scores.values()) - 1
+    full = {g.name: g for g in state.everything}
+    out = dict(scores)
+    for g in groups:
+        kept = state.kept.get(g.name)
+        if kept is not None:
+            if g.modules:
+                kept = kept[[full[g.name].modules.index(m) for m in g.modules]]
+            out[g.name] = scores[g.name].masked_fill(~kept.to(scores[g.name].device), low)
+    return out
 
 
 def split(groups: list[Group], counts: Counts) -> tuple[list[Group], Counts]:

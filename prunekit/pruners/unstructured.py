@@ -18,7 +18,7 @@ from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.mapped import beside
 from prunekit.architecture.matrices import elements_gone, matrix, to_out_in, zero_elements
 from prunekit.errors import ConfigError
-from prunekit.problem import Expected, Problem, check_no_loss, expect
+from prunekit.problem import Expected, Problem, check_no_loss, expect, ranking_of
 from prunekit.registry import Component, pruners
 from prunekit.selection.channel_order import ChannelOrder
 from prunekit.selection.elements import (
@@ -55,10 +55,7 @@ def check_unstructured(
     _permutable(permute, pattern, axes)
     expected = expect(problem, groups, smaller=False)
     check_pattern(problem.model, expected.groups, expected.counts, pattern, axes)
-    if expected.counts is not None:
-        _rankable(problem.allocate(expected.groups).ranking, pattern, schedule, axes)
-    elif isinstance(problem.ratio, Component) and "ranking" in problem.ratio.meta:
-        _rankable(problem.ratio.meta["ranking"](**problem.ratio.options), pattern, schedule, axes)
+    _rankable(ranking_of(problem, expected) or "local", pattern, schedule, axes)
     return expected
 
 

@@ -87,6 +87,8 @@ def everywhere(scores: Scores, count: int) -> Kept:
 
 
 Scope = Literal["row", "matrix", "alpha"]
+AGREE = 0.005
+"""By how much of a matrix a ratio may miss what a pattern takes."""
 SCOPES = {"row": per_row, "matrix": per_matrix, "alpha": by_alpha}
 """How the number of elements that a matrix loses is spread over it."""
 
@@ -107,17 +109,29 @@ class Pattern(NamedTuple):
     def kept_of(self, count: int, units: int, name: str) -> int:
         """How many of a run stay in a matrix that should lose `count` of its `units`.
 
-        Raises ConfigError where the two disagree.
+        Raises ConfigError where the two disagree, or none would stay.
         """
-        stays = self.m - round(self.m * count / units)
-        if self.n is not None and stays != self.n:
-            share = f"{1 - self.n / self.m:.4g}"
+        asked = count / units
+        if self.n is not None:
+            share = 1 - self.n / self.m
+            if abs(asked - share) > AGREE:
+                raise ConfigError(
+                    f"pruner.pattern={self.n}:{self.m} removes {share:.4g} of each matrix, but the "
+                    f"ratio asks for {asked:.4g} of {name}: give ratio.of=prunable "
+                    f"ratio.target={share:.4g}, or pruner.pattern=N:{self.m}"
+                )
+            return self.n
+        stays = self.m - round(self.m * asked)
+        if not stays:
             raise ConfigError(
-                f"pruner.pattern={self.n}:{self.m} removes {share} of each matrix, but the ratio "
-                f"asks for {count / units:.4g} of {name}: give ratio.of=prunable "
-                f"ratio.target={share}, or pruner.pattern=N:{self.m}"
+                f"pruner.pattern=N:{self.m} would leave nothing of {name}, of which the ratio "
+                f"takes {asked:.4g}: give a smaller ratio, or runs of more than {self.m}"
             )
         return stays
+
+    def gone_of(self, count: int, units: int, name: str) -> int:
+        """How many elements of such a matrix go. Raises ConfigError as `kept_of` does."""
+        return units // self.m * (self.m - self.kept_of(count, units, name))
 
 
 def element_mask(
@@ -158,10 +172,11 @@ def check_pattern(
     pattern: Pattern | None,
     axes: Mapping[str, int] | None = None,
 ) -> None:
-    """Raises ConfigError where a pattern does not divide a matrix, or is not what the ratio asks
-    for; `counts` None where only weights and text can tell them. `axes` names matrices whose runs
-    lie along the outputs (0) and not the inputs (1).
+    """Raises ConfigError where a pattern does not divide a matrix, is not what the ratio asks for,
+    or takes nothing at all; `counts` None where only weights and text can tell them. `axes` names
+    matrices whose runs lie along the outputs (0) and not the inputs (1).
     """
+    took = 0
     for g in groups if pattern else ():
         axis = (axes or {}).get(g.name, 1)
         size = matrix(model, g).shape[axis]
@@ -173,4 +188,9 @@ def check_pattern(
                 )
             if counts is None:
                 continue
-            pattern.kept_of(counts[g.name], g.units, g.name)
+            took += pattern.gone_of(counts[g.name], g.units, g.name)
+    if pattern and any((counts or {}).values()) and not took:
+        raise ConfigError(
+            f"pruner.pattern=N:{pattern.m} takes nothing where the ratio asks for less than half "
+            f"of {1 / pattern.m:.4g}: give a larger ratio, or longer runs"
+        )

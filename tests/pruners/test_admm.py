@@ -87,6 +87,18 @@ def test_a_pattern_holds_along_the_inputs(name, arch, pattern):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("target", "stay"), [(0.3, 6), (0.4, 5), (0.6, 3)])
+def test_a_pattern_holds_where_the_ratio_lies_between_two(name, target, stay):
+    """OWL's mixed N:8: what a run keeps is rounded, and the solver takes that many."""
+    model = tiny_model("llama")
+    out = prune(name, model, target=target, pattern="N:8")
+    for g in out.groups:
+        runs = (matrix(model, g) != 0).view(len(matrix(model, g)), -1, 8).sum(-1)
+        assert (runs == stay).all()
+        assert out.notes["counts"][g.name] == g.units * (8 - stay) // 8
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_row_loses_as_many(name):
     model = tiny_model("llama")
     for g in prune(name, model, scope="row").groups:
@@ -126,6 +138,10 @@ def test_what_cannot_be_is_refused_before_the_work(name):
         prune(name, model, target=0.3, pattern="2:4")
     with pytest.raises(ConfigError, match=f"pruner={name} sees one matrix at a time"):
         check(name, pose(model, ranking="global"))
+    rows = problem(model, criterion={"name": "wanda"}, ratio={"name": "besa"})
+    for other in (name, "sparsegpt", "sparsellm", "llm_surgeon_matrices"):
+        with pytest.raises(ConfigError, match=r"one of its own: give ratio\.per=matrix"):
+            check(other, rows)
     with pytest.raises(ConfigError, match=r"targets=\['wheels'\] match no .*there are: .*q_proj"):
         prune(name, model, targets=["q_proj", "wheels"])
 

@@ -9,6 +9,7 @@ import torch
 from blocks import lacking, make_identity
 from problems import problem, uniform
 from reference import tiny_llama
+from tiny_models import tiny_model
 
 from prunekit import checkpoint
 from prunekit.criteria.block_influence import block_influence
@@ -181,3 +182,30 @@ def test_the_checkpoint_carries_the_biases(shallow, tokens, tmp_path):
     again, _ = checkpoint.load(folder)
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, pruned.model(tokens).logits)
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe"])
+def test_what_was_zeroed_before_is_not_chosen_anew(arch, tokens):
+    """AIMER scores a zeroed expert above every other one."""
+    model = tiny_model(arch)
+    posed = problem(model, tokens, criterion={"name": "aimer"}, ratio=uniform(0.5))
+    out = oneshot(posed, kinds=["experts"], steps="each", remove=False)
+    stacks = [p for name, p in model.named_parameters() if "experts" in name and p.dim() == 3]
+    assert stacks
+    for name, mask in out.kept.items():
+        assert int((~mask).sum()) == out.notes["counts"][name] == 3
+    zero = [(p == 0).flatten(1).all(1) for p in stacks]
+    assert [int(z.sum()) for z in zero] == [3] * len(zero)
+
+
+@pytest.mark.parametrize("arch", ["opt", "gemma2"])
+def test_groups_that_are_no_more_count_in_a_ranking_of_all(arch, tokens):
+    """Of one head left there is no group, or one of other units: the budget is that of one step."""
+    model = tiny_model(arch)
+    ratio = uniform(0.4, "model", ranking="global")
+    by = {"name": "taylor", "mode": "param_second", "reduce": "prod"}
+    before = sum(p.numel() for p in model.parameters())
+    out = oneshot(problem(model, tokens, criterion=by, ratio=ratio), steps=3)
+    gone = 1 - sum(p.numel() for p in out.model.parameters()) / before
+    assert gone == pytest.approx(0.4, abs=0.005)
+    assert {g.name for g in out.groups} == out.kept.keys()

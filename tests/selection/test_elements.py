@@ -12,16 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from prunekit.errors import ConfigError
 from prunekit.selection.elements import (
     NM,
     SCOPES,
     Pattern,
     by_alpha,
+    check_pattern,
     drop_lowest,
     everywhere,
     floor_share,
     of_each_run,
 )
+from prunekit.types import Group
 
 
 def drawn(*shape, seed=0):
@@ -128,3 +131,24 @@ def test_patterns_are_written_as_n_of_m(text, pattern):
 def test_half_a_pattern_is_refused(text, says):
     with pytest.raises(ValidationError, match=says):
         TypeAdapter(NM).validate_python(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "share", "says"),
+    [
+        ("2:4", 0.4, r"2:4 removes 0.5 of each matrix, but the ratio asks for 0.4 of W"),
+        ("N:4", 0.9, r"N:4 would leave nothing of W, of which the ratio takes 0.9"),
+    ],
+)
+def test_a_pattern_and_a_ratio_that_disagree_are_refused(text, share, says):
+    pattern = TypeAdapter(NM).validate_python(text)
+    with pytest.raises(ConfigError, match=says):
+        pattern.kept_of(round(share * 640), 640, "W")
+
+
+def test_a_pattern_that_takes_nothing_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
+    group = Group("W", "weights", 0, 64, matrix="0.weight")
+    check_pattern(model, [group], {"W": 8}, Pattern(None, 8))
+    with pytest.raises(ConfigError, match="N:8 takes nothing where the ratio asks for less than"):
+        check_pattern(model, [group], {"W": 3}, Pattern(None, 8))
