@@ -27,6 +27,13 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}.{i}" if path else str(i) for i in range(len(blocks)))
 
 
+def check_unbroken(blocks: Sequence[str], doing: str) -> None:
+    """Raises ConfigError where the named blocks are no unbroken run; `doing` begins the message."""
+    first = int(blocks[0].rpartition(".")[2])
+    if [int(b.rpartition(".")[2]) for b in blocks] != list(range(first, first + len(blocks))):
+        raise ConfigError(f"{doing} one unbroken run of blocks, and {', '.join(blocks)} is none")
+
+
 def block_modules(model: nn.Module) -> list[nn.Module]:
     """The decoder blocks, in order. Raises ConfigError as `block_names` does."""
     return [model.get_submodule(name) for name in block_names(model)]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.activations import processes
 from prunekit.activations.hooks import hook_activations, pass_tokens
-from prunekit.architecture.blocks import block_names
-from prunekit.errors import ConfigError
+from prunekit.architecture.blocks import block_names, check_unbroken
 from prunekit.registry import criteria
 from prunekit.types import Group, Run, Scores
 
@@ -40,6 +39,7 @@ def angular(
     """
     scores = {}
     for g in groups:
+        check_unbroken(g.modules, "criterion=angular removes")
         n = max(1, run.counts.get(g.name, 1))
         if choice == "angular":
             d = run_angles(model, g, run, n, tokens)
@@ -61,7 +61,6 @@ def run_angles(
     """(L + 1 - n,) mean over tokens of arccos(cos(x_l, x_{l+n})) / pi, where x_l enters block l and
     the last one leaves; what a batch has shown is dropped before the next.
     """
-    check_unbroken(group)
     seen: list[Tensor] = []
     sums = torch.zeros(group.units + 1 - n, dtype=torch.float64)
 
@@ -79,16 +78,3 @@ def run_angles(
         pass_tokens(processes.own_part(run), "angles between blocks")
     processes.add_up([sums])
     return sums / (len(run.tokens) if tokens == "last" else run.tokens.numel()) / math.pi
-
-
-def check_unbroken(group: Group) -> None:
-    """Raises ConfigError where the blocks are no unbroken run."""
-    places = [n.rpartition(".") for n in group.modules]
-    first = int(places[0][2])
-    if [(p, int(i)) for p, _, i in places] != [
-        (places[0][0], first + i) for i in range(len(places))
-    ]:
-        raise ConfigError(
-            "criterion=angular removes one unbroken run of blocks, and "
-            f"{', '.join(group.modules)} is none"
-        )

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from prunekit import graph
 from prunekit.activations.runs import forward
+from prunekit.architecture.blocks import check_unbroken
 from prunekit.errors import ConfigError
 from prunekit.graph.merging import (
     Merge,
@@ -144,6 +145,7 @@ def check_laco(
         )
     [group] = problem.groups(["blocks"])
     check_mergeable(problem.model, group.modules)
+    check_unbroken(group.modules, "pruner=laco merges within")
     if group.units <= merge:
         raise ConfigError(
             f"pruner.merge={merge}: {group.units} blocks may be merged, and the last of them is in "

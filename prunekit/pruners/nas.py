@@ -165,7 +165,7 @@ def nas(
     updates = Updates(linear_names(model, targets), r, alpha, 0.0) if r else None
     key: list[Any] = [list(kinds), depth, space, levels, aside, r, alpha, targets, weight, steps]
     key += [lr, warmup_steps, batch, micro_batch, seed]
-    key += [{name: units.tolist() for name, units in subnets.order.items()}]
+    key += [{g.name: [g.modules, subnets.order[g.name].tolist()] for g in groups}]
     if steps:
         train(problem, net, key, Lesson(problem.tokens[:-aside], updates, recipe, weight))
     costs = costs_of(model, problem.everything(), groups, of, request, problem.remember)

@@ -192,7 +192,7 @@ def sheared_llama(
         kept = keep_local(masks.log_alphas(), counts)
         masks.hold(kept)
         masks.fold()
-    kept = expand_to_all_blocks(kept, groups, problem.units([g.kind for g in pruned]))
+    kept = expand_to_all_blocks(kept, pruned, problem.units([g.kind for g in pruned]))
     graph.remove(model, kept, norm="rescale")
     config_follows(model, pruned, counts)
     notes = {

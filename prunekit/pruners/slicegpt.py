@@ -101,6 +101,8 @@ def slicegpt(
     """
     model, tokens = problem.model, problem.tokens
     [hidden] = problem.groups(["hidden"])
+    if problem.allocate([hidden]).empty:
+        return Pruned(model, {}, [], notes={"slicegpt": {"width": hidden.units}})
     chain = stream(model, hidden, problem.blocks())
     depth = sliced_blocks(chain, last)
     width = narrowed(problem, chain, hidden, depth, multiple, last)
@@ -130,6 +132,8 @@ def narrowed(
     """d': as many channels as are to stay, or the width whose parameters, added matrices included,
     come nearest to what the ratio asks for.
     """
+    if multiple > hidden.units:
+        raise ConfigError(f"pruner.multiple={multiple}: the residual stream has {hidden.units}")
     allocation = problem.allocate([hidden])
     wanted = allocation.counts[hidden.name]
     widths = range(multiple, hidden.units + 1, multiple)

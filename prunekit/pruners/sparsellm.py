@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import graph
+from prunekit.activations import processes
 from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.gram import grams
-from prunekit.activations.hooks import hook_activations
+from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.activations.runs import forward
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.linear import weight_of
@@ -132,6 +133,11 @@ def sparsellm(
         inside = [(f, n) for f, n in blocks if f.modules <= by_module.keys()]
         work = [Work(columns, f, n, {m: by_module[m] for m in f.modules}) for f, n in inside]
         with hook_activations(problem.model, inputs={w.first: w.see for w in work}):
+            if processes.count() == 1:
+                shown = grams(problem.model, part, run)
+            else:  # the turns are not sums over tokens: each process takes them on the whole text
+                pass_tokens(run, "inputs")
+        if processes.count() > 1:
             shown = grams(problem.model, part, run)
         factors: Factors = {}
         for alike, gram in shown:

@@ -15,7 +15,7 @@ from prunekit.problem import Problem
 from prunekit.registry import Above, Share, ratios
 from prunekit.scoring.wanda import input_norms, wanda_score
 from prunekit.selection.elements import floor_share
-from prunekit.types import Allocation, Group
+from prunekit.types import Allocation, Counts, Group
 
 
 @ratios.register(paper="arXiv 2310.05175", year=2023, needs="data")
@@ -50,9 +50,24 @@ def owl(
     units = [sum(g.units for g in groups if g.layer == i) for i in layers]
     found = outliers(problem, layers, M) if lamda else [0.0] * len(layers)
     by_layer = dict(zip(layers, shares(found, units, target, lamda), strict=True))
-    return Allocation(
-        {g.name: min(floor_share(g.units, by_layer[g.layer or 0]), g.units - 1) for g in groups}
-    )
+    return Allocation(rounded(groups, by_layer, target))
+
+
+def rounded(groups: list[Group], by_layer: dict[int, float], target: float) -> Counts:
+    """Whole units of each group by its block's share, one of each staying; those that rounding down
+    leaves to the total of `target` go where most of a unit was cut off.
+    """
+    wanted = {g.name: g.units * by_layer[g.layer or 0] for g in groups}
+    most = {g.name: g.units - 1 for g in groups}
+    counts = {
+        g.name: min(floor_share(g.units, by_layer[g.layer or 0]), most[g.name]) for g in groups
+    }
+    rest = floor_share(sum(g.units for g in groups), target) - sum(counts.values())
+    for name in sorted(counts, key=lambda n: counts[n] - wanted[n]):
+        if rest > 0 and wanted[name] > counts[name] < most[name]:
+            counts[name] += 1
+            rest -= 1
+    return counts
 
 
 @torch.no_grad()

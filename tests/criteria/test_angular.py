@@ -74,7 +74,8 @@ def test_angular_stays_inside_what_the_exclusion_left(model, tokens):
     assert (~without(scores, 2)).nonzero()[:, 0].tolist() == [first, first + 1]
 
 
-def test_angular_refuses_blocks_with_a_gap(model, tokens):
+@pytest.mark.parametrize("choice", ["angular", "last"])
+def test_angular_refuses_blocks_with_a_gap(model, tokens, choice):
     group = Group("blocks", "blocks", None, 2, modules=("model.layers.0", "model.layers.2"))
     with pytest.raises(ValueError, match=r"unbroken run"):
-        angular(model, [group], ModelRun(model, tokens, {"blocks": 1}))
+        angular(model, [group], ModelRun(model, tokens, {"blocks": 1}), choice=choice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -210,6 +211,17 @@ def test_what_cannot_be_is_said_from_shapes_alone(share, options, says):
     )
     with pytest.raises(ConfigError, match=says):
         check("laco", asked, **options)
+
+
+def test_blocks_with_one_spared_between_them_are_refused():
+    def spare(groups):
+        [g] = [g for g in groups if g.modules]
+        left = tuple(m for m in g.modules if not m.endswith(".2"))
+        return [dataclasses.replace(g, units=len(left), modules=left, shape=(len(left),))]
+
+    asked = problem(tiny_model("llama", layers=6, meta=True), ratio=uniform(0.5), exclude=spare)
+    with pytest.raises(ConfigError, match="pruner=laco merges within one unbroken run of blocks"):
+        check("laco", asked, merge=2)
 
 
 def test_blocks_of_another_build_are_refused():

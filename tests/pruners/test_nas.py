@@ -202,3 +202,23 @@ def test_what_cannot_be_is_said(over, says):
     entry = pruners.entry("nas")
     with pytest.raises(ConfigError, match=says):
         entry.meta["check"](ask(), **entry.defaults | over)
+
+
+def test_what_was_measured_of_other_blocks_is_not_taken():
+    """The exclusion is no part of the cache's own key."""
+    keys = []
+
+    def remember(module, name, parts, compute):
+        keys.append(f"{name} {parts}")
+        return compute()
+
+    for ends in ({"first": 1, "last": 0}, {"first": 0, "last": 1}):
+        of = problem(
+            tiny_model("llama", layers=4),
+            TEXT,
+            ratio=uniform(0.3, "units"),
+            criterion={"name": "random"},
+            exclude={"name": "ends", **ends},
+        )
+        run(dataclasses.replace(of, remember=remember), kinds=["blocks"], steps=0, samples=4)
+    assert len(set(keys)) == len(keys) == 2

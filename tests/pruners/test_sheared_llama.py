@@ -55,6 +55,13 @@ def test_the_shape_is_met_and_stock_transformers_loads_it(arch, tokens, tmp_path
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_blocks_may_all_stay(llama, tokens):
+    out = prune(problem(llama, tokens), shape={"hidden": 48, "blocks": 3})
+    assert llama.config.num_hidden_layers == 3
+    assert llama.config.hidden_size == 48
+    assert out.notes["counts"]["blocks"] == 0
+
+
 def test_a_ratio_chooses_the_same_counts_everywhere(llama, tokens):
     ratio = uniform(0.3, "prunable", loadable="stock")
     out = prune(problem(llama, tokens, ratio=ratio), kinds=["heads", "neurons"])

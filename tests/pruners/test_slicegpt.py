@@ -32,7 +32,7 @@ def cut(model, tokens, gone, **options):
     def ratio(_problem, _groups):
         return Allocation({"hidden": gone}, budget="units")
 
-    return slicegpt(problem(model, tokens, ratio=ratio), multiple=2, **options)
+    return slicegpt(problem(model, tokens, ratio=ratio), **{"multiple": 2, **options})
 
 
 def projected(model, tokens, width, last, weighting="signal"):
@@ -76,13 +76,17 @@ def logits(model, tokens):
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("last", ["whole", "output", "sliced"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_full_width_is_the_dense_model(tokens, tie, last, bias):
+def test_ratio_zero_changes_nothing(tokens, tie, last, bias):
     model = build(tie_word_embeddings=tie, attention_bias=bias, mlp_bias=bias)
-    want = logits(model, tokens)
-    got = logits(cut(model, tokens, 0, last=last).model, tokens)
-    torch.testing.assert_close(
-        got, want, rtol=0, atol=1e-5
-    )  # transformers' norms compute in float32 whatever the model's dtype
+    before = copy.deepcopy(model.state_dict())
+    after = cut(model, tokens, 0, last=last, multiple=8).model.state_dict()  # 24 are no 25
+    assert before.keys() == after.keys()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_a_width_that_there_is_not_is_refused(tokens):
+    with pytest.raises(ConfigError, match=r"multiple=128: the residual stream has \d+"):
+        cut(build(), tokens, 7, multiple=128)
 
 
 @pytest.mark.parametrize("weighting", ["signal", "direction"])

@@ -68,5 +68,15 @@ def test_owl_keeps_the_total(llama, tokens):
         / sum(g.units for g in groups if g.layer == i)
         for i in range(3)
     ]
+    assert sum(counts.values()) == int(0.7 * sum(g.units for g in groups))
     assert sum(by_layer) / 3 == pytest.approx(0.7, abs=1e-3)
     assert max(by_layer) - min(by_layer) == pytest.approx(0.16, abs=2e-3)
+
+
+def test_owl_keeps_the_total_of_small_groups(llama, tokens):
+    """Heads by twos: rounding each of them down would leave them all."""
+    asked = problem(llama, tokens, ratio={"name": "owl", "target": 0.4})
+    groups = asked.groups(["heads", "neurons"])
+    counts = asked.allocate(groups).counts
+    assert sum(counts.values()) == int(0.4 * sum(g.units for g in groups))
+    assert any(counts[g.name] for g in groups if g.kind == "heads")
