@@ -19,7 +19,7 @@ from prunekit.source import code_hash, components
 
 log = logging.getLogger("prunekit")
 MODES = ("strict", "config", "off")
-IGNORED = {"out", "track", "resume", "cache", "keep_stages"}
+IGNORED = {"out", "track", "resume", "cache", "keep_stages", "objective"}
 """Keys that change no number and leave nothing out of a job's folder."""
 RUNNER = "prunekit.runner.run"
 

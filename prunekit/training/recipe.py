@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
 
 from prunekit.errors import ConfigError
 from prunekit.types import Progress
+
+log = logging.getLogger("prunekit")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,18 @@ def learnt_from(step: int, examples: int, batch: int) -> int:
     """
     passes, rest = divmod(step, math.ceil(examples / batch))
     return passes * examples + rest * batch
+
+
+def warn_of_warmup(warmup_steps: int, steps: int) -> None:
+    """Warns of a training that ends before its learning rate is reached."""
+    if warmup_steps >= max(steps, 1):
+        log.warning(
+            "the learning rate is not reached: %d steps, of which warmup_steps=%d are the warm-up; "
+            "give warmup_steps=%d or so",
+            steps,
+            warmup_steps,
+            steps // 10,
+        )
 
 
 def linear_decay(step: int, warmup_steps: int, steps: int) -> float:

@@ -26,7 +26,13 @@ from prunekit.training.distillation import (
     said_by,
     summed_loss,
 )
-from prunekit.training.recipe import Recipe, check_patience, linear_decay, processes
+from prunekit.training.recipe import (
+    Recipe,
+    check_patience,
+    linear_decay,
+    processes,
+    warn_of_warmup,
+)
 from prunekit.training.resume import Beginning, Kept, Stateful
 from prunekit.training.sharding import (
     ShardingTrainer,
@@ -199,6 +205,7 @@ class _Trainer(ShardingTrainer):
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LambdaLR:
         warmup = int(self.args.warmup_steps)
+        warn_of_warmup(warmup, num_training_steps)
         decay = partial(linear_decay, warmup_steps=warmup, steps=num_training_steps)
         factors = [(lambda step: 1.0) if constant else decay for constant in self.constant]
         self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), factors)

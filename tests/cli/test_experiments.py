@@ -94,3 +94,15 @@ def test_the_peers_experiments_read_text_that_was_not_calibrated_on_and_tasks(pa
     assert {"ptb", "c4", "dialogue"} <= set(domains["texts"])
     assert set(domains["seen"]) == ({"ptb", "c4"} if path.stem == "copal" else set())
     assert tasks == ["docs_cloze", "arc_easy", "piqa"]
+
+
+@pytest.mark.parametrize("evals", ["quick", "none", "paper"])
+def test_the_demo_takes_another_evaluation(evals):
+    [cfg] = composed(["experiment=demo", f"eval={evals}"])
+    assert all("name" in node for node in (cfg["eval"] or {}).values())
+
+
+def test_the_demo_reads_a_part():
+    [cfg] = composed(["experiment=demo"])
+    assert (cfg["eval"]["ppl"]["limit"], cfg["eval"]["zeroshot"]["limit"]) == (64, 50)
+    assert {"size", "macs", "memory", "latency"} < cfg["eval"].keys()

@@ -15,6 +15,7 @@ from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.runner import run as runner
 from prunekit.runner.finished import Finished, described, restored
+from prunekit.runner.resume import result_key
 from prunekit.runner.run import run
 from prunekit.types import Group, Member
 
@@ -277,3 +278,9 @@ def test_a_name_is_one_file(tmp_path):
     done = Finished(tmp_path, config(), models=True)
     assert done.numbers("dense/a b", lambda: {"x": 1}) == ({"x": 1}, False)
     assert done.numbers("dense/a b", lambda: {"x": 2}) == ({"x": 1}, True)
+
+
+def test_what_a_sweeper_minimises_decides_no_number():
+    asked = {"seed": 0, "objective": None}
+    assert result_key(asked) == result_key(asked | {"objective": "pruned/params"})
+    assert result_key(asked) != result_key(asked | {"seed": 1})

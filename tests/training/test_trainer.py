@@ -297,6 +297,12 @@ def test_only_the_bar_is_printed(capfd):
     assert "loss=" in lines[-1]
 
 
+@pytest.mark.parametrize(("warmup", "warned"), [(0, False), (2, False), (3, True), (100, True)])
+def test_a_rate_that_is_never_reached_is_said(warmup, warned, caplog):
+    train(llama(), examples(), replace(RECIPE, warmup_steps=warmup))
+    assert (f"3 steps, of which warmup_steps={warmup}" in caplog.text) == warned
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
