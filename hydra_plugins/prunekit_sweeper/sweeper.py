@@ -59,6 +59,10 @@ class TableSweeper(Sweeper):
         config = self.config
         assert config is not None
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        if any(o.startswith("hydra.run.dir=") for o in config.hydra.overrides.hydra):
+            raise ConfigError(
+                "hydra.run.dir is of a single run; a sweep takes hydra.sweep.dir=FOLDER"
+            )
         typed = {o.get_key_element() for o in sweep.parse(arguments)}
         words = [
             *arguments,

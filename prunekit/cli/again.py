@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.cli.compose import composed
-from prunekit.cli.overrides import words_of
+from prunekit.cli.overrides import refuse_flags, words_of
 from prunekit.errors import ConfigError
 
 
@@ -86,10 +86,11 @@ def check_words(words: list[str]) -> None:
     from prunekit.runner import sweep
     from prunekit.runner.again import INHERITED, LOADING
 
+    refuse_flags(words, "overrides such as eval=quick, and --to FOLDER")
     for override in sweep.parse(words_of(words)):
         key = override.key_or_group
         top, _, option = key.partition(".")
-        if top == "hydra":
+        if top in ("hydra", "out"):
             raise ConfigError(f"{override.input_line}: here --to FOLDER says where results go")
         if top in INHERITED or (top == "model" and option not in LOADING):
             loading = ", ".join(f"model.{name}" for name in LOADING)

@@ -48,6 +48,10 @@ def check_keys(args: list[str]) -> None:
         raise ConfigError(two_lines(e)) from None
     check_table_words(overrides, cfg)
     for o in overrides:
+        if o.key_or_group == "out":
+            raise ConfigError(
+                f"{o.input_line}: give hydra.run.dir=FOLDER, or of a sweep hydra.sweep.dir=FOLDER"
+            )
         if (
             o.key_or_group in groups
             or o.is_add()
@@ -72,6 +76,13 @@ def check_choice(override: Any) -> None:
 def words_of(args: list[str]) -> list[str]:
     """The overrides among the arguments, without flags and their values."""
     return [a for a in args if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+
+
+def refuse_flags(args: list[str], possible: str, known: tuple[str, ...] = ()) -> None:
+    """Raises ConfigError for a flag that a command does not have; `possible` says what it takes."""
+    for word in args:
+        if word.startswith("-") and word not in known:
+            raise ConfigError(f"no flag {word!r} here; possible: {possible}")
 
 
 def check_table_words(overrides: list[Any], cfg: Any) -> None:

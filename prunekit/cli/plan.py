@@ -18,6 +18,7 @@ from torch import nn
 from prunekit import graph
 from prunekit.architecture.macs import macs
 from prunekit.checkpoint.construction import initialise_buffers
+from prunekit.cli.overrides import refuse_flags
 from prunekit.cli.peaks import recovery_peak, scoring_peak, weight_bytes
 from prunekit.errors import ConfigError
 from prunekit.export.engines import Engine, engines, lines
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> int:
     """Prints the forecast for the run that the same overrides would start."""
     from prunekit.cli.compose import composed
 
+    refuse_flags(argv, "overrides such as ratio.target=0.3, and -m", ("-m", "--multirun"))
     for cfg in composed(argv):
         show(forecast(cfg), title(cfg))
     return 0

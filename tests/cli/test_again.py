@@ -219,6 +219,9 @@ def test_zeros_of_stacked_experts_are_found_and_padding_is_none():
         (["eval", "PATH", *QUICK, "calib=pydocs"], "the checkpoint says that itself"),
         (["eval", "PATH", *QUICK, "model=tiny_llama"], "possible: recovery, eval, model.device"),
         (["eval", "PATH", *QUICK, "hydra.run.dir=there"], "--to FOLDER says where"),
+        (["eval", "PATH", *QUICK, "out=there"], "--to FOLDER says where"),
+        (["eval", "PATH", *QUICK, "-m"], "no flag '-m' here; possible: overrides such as"),
+        (["plan", "--json"], "no flag '--json' here; possible: overrides such as"),
     ],
 )
 def test_what_cannot_be_is_said(pruned, words, says, capsys):

@@ -32,6 +32,7 @@ BAD = {
     "~ratio.tarjet": ("tarjet", ""),
     "+ratio=uniform": ("ratio", ""),
     "hydra.run.dirr=x": ("dirr", ""),
+    "out=there": ("out=there: give hydra.run.dir=FOLDER", ""),
 }
 
 

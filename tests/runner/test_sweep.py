@@ -244,6 +244,13 @@ def done(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
+def test_a_folder_for_one_run_is_refused(tmp_path):
+    status, out = finish(tmp_path, "seed=0,1", "hydra.run.dir=there")
+    assert status == 2
+    assert "a sweep takes hydra.sweep.dir=FOLDER" in out.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_a_failure_stays_with_its_job_and_the_same_command_redoes_it_alone(tmp_path):
     status, out = finish(tmp_path, "ratio.target=0.1,0.95,0.2")
     assert status == 2
