@@ -44,6 +44,10 @@ def again(argv: list[str], *, recover: bool) -> int:
     except Exception as error:  # noqa: BLE001 (as a job does)
         note_failure(folder, error)
         print(f"prunekit: {described(error, folder)}", file=sys.stderr)
+        print(
+            f"  hint: the same command with --to {folder} goes on with what is kept there",
+            file=sys.stderr,
+        )
         return 1
     show(record, folder)
     return 0

@@ -1,5 +1,5 @@
-"""The stages of a job that are done, kept in its folder: the same command, started again after it
-was cut off, goes on with the next one.
+"""The stages of a job that are done, kept in its folder: the same command, started again in that
+folder after it was cut off, goes on with the next one.
 """
 
 from __future__ import annotations
@@ -45,13 +45,19 @@ class Standing:
 class Finished:
     """Numbers of evaluations and models on disk, under the configuration, the code and the `files`
     that made them; what others made is dropped. `models=False` keeps numbers alone. `others`: files
-    that decide results though `cfg` does not name them.
+    that decide results though `cfg` does not name them. `words`: what the same command needs, to
+    write into this folder again.
     """
 
     def __init__(
-        self, folder: Path, cfg: dict[str, Any], models: bool, others: Iterable[State] = ()
+        self,
+        folder: Path,
+        cfg: dict[str, Any],
+        models: bool,
+        others: Iterable[State] = (),
+        words: str = "",
     ):
-        self.top, self.models = folder / FOLDER, models
+        self.top, self.models, self.words = folder / FOLDER, models, words
         self.files = inputs(cfg)
         more = [state for state in others if state not in self.files]
         self.files += more
@@ -125,7 +131,13 @@ class Finished:
         for entry in folder.parent.glob(f"{name}-unfinished-*"):
             entry.unlink(missing_ok=True)
         size = sum(p.stat().st_size for p in self.top.rglob("*") if p.is_file())
-        log.info("stage %s is kept: %d MiB in %s", name, size // 2**20, self.top)
+        log.info(
+            "stage %s is kept: %d MiB in %s; the same command%s goes on from there",
+            name,
+            size // 2**20,
+            self.top,
+            f" with {self.words}" if self.words else "",
+        )
 
     def tensors(self, name: str) -> store.Entry:
         entry = self.entry(f"{name}-tensors")

@@ -44,7 +44,7 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
             if not sweeping() and (folder / "result.json").exists():
                 log.warning("%s holds a result, which this run replaces at its end", folder)
             (folder / "failed.txt").unlink(missing_ok=True)
-            record = run(cfg, folder)
+            record = run(cfg, folder, "" if sweeping() else f"hydra.run.dir={folder}")
     except KeyboardInterrupt:
         raise
     except Exception as e:  # noqa: BLE001 (any failure of one job must leave the others running)

@@ -56,13 +56,14 @@ class Job:
     dense: DenseModel
 
 
-def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+def run(cfg: dict[str, Any], folder: str | Path, words: str = "") -> dict[str, Any]:
     """One experiment from a plain config; writes into `folder` and returns what `result.json`
     holds.
 
     Everything that can be wrong with `cfg` raises ConfigError before a weight is read.
     `result.json` is written last and atomically: a folder without one is a run that did not finish.
-    Of several processes (torchrun, accelerate launch) the first one writes.
+    Of several processes (torchrun, accelerate launch) the first one writes. `words` are those with
+    which the same command goes on in `folder`.
     """
     path = Path(folder)
     join_others()
@@ -72,7 +73,7 @@ def run(cfg: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     )
     check_learnt(parts.recovery, parts.tokenizer)
     # Only now: it removes what another configuration kept, and a refused one is a typo.
-    kept = Finished(path, cfg, models=bool(cfg["save"]))
+    kept = Finished(path, cfg, models=bool(cfg["save"]), words=words)
     dense = DenseModel(stored, lambda: parts.model()[0])
     job = Job(cfg, path, parts, Stages(), {}, stored, kept, dense)
     job.folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from prunekit.errors import ConfigError
 from prunekit.models.tiny import byte_tokenizer
 from prunekit.runner import run as runner
 from prunekit.runner.finished import Finished, described, restored
+from prunekit.runner.job import run_job
 from prunekit.runner.resume import result_key
 from prunekit.runner.run import run
 from prunekit.types import Group, Member
@@ -213,6 +214,14 @@ def test_a_damaged_stage_is_made_anew_with_one_line(tmp_path, monkeypatch, caplo
     run(config(), tmp_path)
     assert "prune" in ran
     assert "stage pruned is made anew" in caplog.text
+
+
+def test_what_is_kept_says_with_which_words_a_run_goes_on(tmp_path, caplog):
+    caplog.set_level("INFO", "prunekit")
+    failures = []
+    run_job(config() | {"out": str(tmp_path)}, failures)
+    assert failures == []
+    assert f"the same command with hydra.run.dir={tmp_path} goes on from there" in caplog.text
 
 
 def test_stages_stay_where_they_are_asked_for(tmp_path):

@@ -17,7 +17,7 @@ from prunekit.runner import job
 
 
 def failing(monkeypatch, error: Exception) -> None:
-    def run(cfg, folder):
+    def run(cfg, folder, words):
         raise error
 
     monkeypatch.setattr(job, "run", run)
