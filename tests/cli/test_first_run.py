@@ -20,7 +20,12 @@ WORDS = [
     "track=silent",
     "calib.samples=4",
 ]
-WORDS += ["recovery.max_steps=2", "recovery.max_length=32", "eval.latency.repeats=2"]
+WORDS += [
+    "recovery.max_steps=2",
+    "recovery.warmup_steps=0",
+    "recovery.max_length=32",
+    "eval.latency.repeats=2",
+]
 WORDS += ["eval.ppl.limit=4", "eval.zeroshot.limit=2"]
 STAGES = r"loading the model|pruning|recovering|writing the checkpoint"
 STAGES += r"|stage \w+ is kept: \d+ MiB in .*|(dense|pruned|recovered): measuring \w+"
