@@ -102,6 +102,10 @@ def check_words(args: list[str]) -> None:
                 f"no flag {word!r}; what is asked for is typed as overrides, such as "
                 "ratio.target=0.3 (`prunekit --help`)"
             )
+        if word.startswith("out="):  # Hydra's folder, which code may name so
+            raise ConfigError(
+                f"{word}: give hydra.run.dir=FOLDER, or of a sweep hydra.sweep.dir=FOLDER"
+            )
         # A flag of Hydra may be followed by its value: --cfg job.
         valued = before.startswith("-") and before not in ("-m", "--multirun")
         if "=" in word[1:] or word.startswith(("-", "~")) or valued:

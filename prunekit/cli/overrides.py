@@ -48,10 +48,6 @@ def check_keys(args: list[str]) -> None:
         raise ConfigError(two_lines(e)) from None
     check_table_words(overrides, cfg)
     for o in overrides:
-        if o.key_or_group == "out":
-            raise ConfigError(
-                f"{o.input_line}: give hydra.run.dir=FOLDER, or of a sweep hydra.sweep.dir=FOLDER"
-            )
         if (
             o.key_or_group in groups
             or o.is_add()
