@@ -243,13 +243,13 @@ def expect(problem: Problem, groups: list[Group], *, smaller: bool = True) -> Ex
     return Expected(groups, allocation.counts, smaller, remark)
 
 
-def ranking_of(problem: Problem, expected: Expected) -> str | None:
-    """How the ratio ranks (`Allocation.ranking`), None where neither shapes nor its options tell
-    (`register(ranking=...)`).
+def ranking_of(problem: Problem, expected: Expected) -> str:
+    """How the ratio ranks (`Allocation.ranking`), `local` where neither shapes nor its options
+    (`register(ranking=...)`) tell.
     """
     if expected.counts is not None:
         return problem.allocate(expected.groups).ranking
     if isinstance(problem.ratio, Component) and "ranking" in problem.ratio.meta:
         found: str = problem.ratio.meta["ranking"](**problem.ratio.options)
         return found
-    return None
+    return "local"

@@ -59,7 +59,7 @@ class TableSweeper(Sweeper):
         config = self.config
         assert config is not None
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-        if any(o.startswith("hydra.run.dir=") for o in config.hydra.overrides.hydra):
+        if self.typed("hydra.run.dir"):
             raise ConfigError(
                 "hydra.run.dir is of a single run; a sweep takes hydra.sweep.dir=FOLDER"
             )
@@ -100,7 +100,7 @@ class TableSweeper(Sweeper):
         """
         config = self.config
         assert config is not None
-        if not self.placed():
+        if not self.typed("hydra.sweep.dir"):
             table = config.get("table") or config.hydra.runtime.choices.get("experiment")
             name = sweep.folder_of(plan.key, table, config.get("scale", "full"))
             OmegaConf.set_readonly(config, False)
@@ -110,17 +110,17 @@ class TableSweeper(Sweeper):
         top.mkdir(parents=True, exist_ok=True)
         return top
 
-    def placed(self) -> bool:
-        """Whether the user says where the sweep writes."""
+    def typed(self, key: str) -> bool:
+        """Whether the user gives `key` of Hydra's own configuration."""
         assert self.config is not None
-        return any(o.startswith("hydra.sweep.dir=") for o in self.config.hydra.overrides.hydra)
+        return any(o.startswith(f"{key}=") for o in self.config.hydra.overrides.hydra)
 
     def places(self, name: str) -> list[str]:
         """Overrides that put a job into its folder."""
         assert self.config is not None
         top = (
             []
-            if self.placed()
+            if self.typed("hydra.sweep.dir")
             else [f"hydra.sweep.dir={sweep.quoted(str(self.config.hydra.sweep.dir))}"]
         )
         return [f"hydra.sweep.subdir={sweep.quoted(name)}", *top]

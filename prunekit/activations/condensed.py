@@ -101,20 +101,23 @@ def measure(
     for i, (row, logits) in enumerate(_logits(model, windows, batch, name, prompt)):
         if reference is not None and i == 0:
             check_vocabulary(reference, logits.shape[-1])
+        # a device is waited for once a window, not once every few rows
+        stored = (
+            None if reference is None else {k: v[i].to(logits.device) for k, v in reference.items()}
+        )
+        targets = row[1:, None].to(logits.device)
         parts, sums = [], []
         for start in range(0, len(logits), ROWS):
-            log_q = logits[start : start + ROWS].float().log_softmax(-1)
-            targets = row[start + 1 : start + 1 + len(log_q), None].to(log_q.device)
-            if reference is None:
-                part = condense(log_q, top)
-                parts.append({k: v.cpu() for k, v in part.items()})
-            else:
-                part = {k: v[i, start : start + ROWS] for k, v in reference.items()}
-            found = {"nll": -log_q.gather(-1, targets)[:, 0], **compare(part, log_q)}
-            sums.append({k: v.double().sum() for k, v in found.items()})
-        means.append({k: sum(s[k] for s in sums).cpu() / len(logits) for k in sums[0]})  # type: ignore[union-attr]
-        if parts:
-            made.append({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
+            rows = slice(start, start + ROWS)
+            log_q = logits[rows].float().log_softmax(-1)
+            part = {k: v[rows] for k, v in stored.items()} if stored else condense(log_q, top)
+            found = {"nll": -log_q.gather(-1, targets[rows])[:, 0], **compare(part, log_q)}
+            sums.append(torch.stack([v.double().sum() for v in found.values()]))
+            parts.append(part)
+        mean = torch.stack(sums).sum(0).cpu() / len(logits)
+        means.append(dict(zip(found, mean, strict=True)))
+        if reference is None:
+            made.append({k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]})
     if reference is None:
         reference = {k: torch.stack([m[k] for m in made]) for k in made[0]}
     return reference, {k: torch.stack([m[k] for m in means]) for k in means[0]}

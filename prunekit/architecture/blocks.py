@@ -29,8 +29,9 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
 
 def check_unbroken(blocks: Sequence[str], doing: str) -> None:
     """Raises ConfigError where the named blocks are no unbroken run; `doing` begins the message."""
-    first = int(blocks[0].rpartition(".")[2])
-    if [int(b.rpartition(".")[2]) for b in blocks] != list(range(first, first + len(blocks))):
+    parent, dot, first = blocks[0].rpartition(".")
+    run = [f"{parent}{dot}{i}" for i in range(int(first), int(first) + len(blocks))]
+    if list(blocks) != run:
         raise ConfigError(f"{doing} one unbroken run of blocks, and {', '.join(blocks)} is none")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.architecture.modes import eval_mode
 from prunekit.architecture.offload import input_device, placed_like
 from prunekit.checkpoint.class_sizes import REFUSALS
 from prunekit.errors import ConfigError
@@ -42,12 +43,9 @@ def logit_gap(model: Any, copy: nn.Module) -> float:
 
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    was = model.training
-    try:
-        logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
-        return logits.float().nan_to_num()
-    finally:
-        model.train(was)
+    with eval_mode(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float().nan_to_num()
 
 
 @torch.no_grad()
@@ -58,13 +56,11 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     device = input_device(model)
     if device is None:
         return []
-    was = model.training
     try:
-        output = model.eval()(input_ids=torch.arange(4, device=device)[None], use_cache=True)
+        with eval_mode(model):
+            output = model(input_ids=torch.arange(4, device=device)[None], use_cache=True)
     except REFUSALS:  # where it cannot run at all `logit_gap` says why
         return []
-    finally:
-        model.train(was)
     layers = getattr(getattr(output, "past_key_values", None), "layers", [])
     keys: list[Any] = [getattr(layer, "keys", None) for layer in layers]
     if not all(isinstance(k, Tensor) and k.dim() == 4 for k in keys):

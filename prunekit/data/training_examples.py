@@ -90,23 +90,30 @@ def load_examples(
     return found
 
 
-def check_training_text(
+def first_examples(
     tokenizer: Any,
+    length: int,
+    least: int,
     *,
     dataset: Corpus,
     split: str | None,
     path: str | None,
     data_root: str | None,
-    max_length: int,
-    validation_size: int = 0,
-    seed: int = 0,
     **_: Any,
+) -> list[Example]:
+    """Of the text that a recovery's options name, at least so many examples if there are. It is
+    read whole and tokenized as far as that needs. Raises ConfigError as `load_examples` does.
+    """
+    return load_examples(tokenizer, dataset, split, path, data_root, length, least=least)
+
+
+def check_training_text(
+    tokenizer: Any, *, max_length: int, validation_size: int = 0, seed: int = 0, **text: Any
 ) -> None:
     """Raises ConfigError where a text cannot be read, holds nothing, or too little to set
-    `validation_size` examples aside. It is read whole and tokenized as far as that needs.
+    `validation_size` examples aside.
     """
-    where = (dataset, split, path, data_root)
-    found = load_examples(tokenizer, *where, max_length, least=validation_size + 1)
+    found = first_examples(tokenizer, max_length, validation_size + 1, **text)
     split_validation(found, validation_size, seed)
 
 

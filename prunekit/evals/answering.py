@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.architecture.modes import eval_mode
 from prunekit.data.generation import no_generation_config
 from prunekit.data.kept_prompt import behind, prompt_ids
 from prunekit.errors import ConfigError
-from prunekit.evals import eval_mode
 
 END = -1
 """In place of what would come after an answer's last token."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.activations.condensed import measure
+from prunekit.architecture.modes import eval_mode
 from prunekit.data.files import DataRoot
 from prunekit.data.kept_prompt import prompt_ids
 from prunekit.errors import ConfigError
-from prunekit.evals import eval_mode
 from prunekit.evals.named_texts import EvaluationText, Texts, check_seen, windows_of
 from prunekit.evals.windows import exponentiated
 from prunekit.registry import Component, Length, Positive, evals

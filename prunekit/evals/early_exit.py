@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.architecture.modes import eval_mode
 from prunekit.data.files import DataRoot
-from prunekit.evals import eval_mode
 from prunekit.evals.exits import all_blocks, gate_of, leaving, oracle, saved
 from prunekit.evals.named_texts import Texts, windows_of
 from prunekit.registry import Length, Positive, evals

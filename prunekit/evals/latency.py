@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import nn
 from tqdm import tqdm
 
+from prunekit.architecture.modes import eval_mode
 from prunekit.architecture.timing import prompt_ids, request, waiter
-from prunekit.evals import eval_mode
 from prunekit.registry import Natural, Positive, evals
 
 Repeats = Annotated[int, Field(ge=2)]

@@ -21,11 +21,11 @@ from pydantic import AfterValidator
 from torch import nn
 from tqdm import tqdm
 
+from prunekit.architecture.modes import eval_mode
 from prunekit.data import docs_cloze
 from prunekit.data.files import data_folder
 from prunekit.data.kept_prompt import kept_prompt
 from prunekit.errors import ConfigError
-from prunekit.evals import eval_mode
 
 # the metric that the paper reports of each task, and the folder of lm-eval that defines it
 PAPER = {

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.architecture.modes import eval_mode
 from prunekit.architecture.streaming import device_of
-from prunekit.evals import eval_mode
 from prunekit.profiling import Peak
 from prunekit.registry import Positive, evals
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.architecture.modes import eval_mode
 from prunekit.data.datasets import Dataset, check_split, default_split, evaluation_text
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.kept_prompt import prompt_ids
-from prunekit.evals import eval_mode
 from prunekit.evals.texts_read import splits_read
 from prunekit.evals.windows import check_block, cut, token_ids, window_nll
 from prunekit.registry import Component, Length, Positive, evals

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.architecture.modes import eval_mode
 from prunekit.data.files import DataRoot
 from prunekit.data.kept_prompt import prompt_ids
 from prunekit.errors import ConfigError
-from prunekit.evals import eval_mode
 from prunekit.evals.named_texts import Texts, windows_of
 from prunekit.evals.windows import exponentiated, token_nll
 from prunekit.registry import Component, Length, Positive, evals

@@ -15,7 +15,7 @@ from prunekit import graph
 from prunekit.architecture.matrices import elements_gone, matrix, module_name, to_out_in
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect, ranking_of
-from prunekit.pruners.matrixwise import check_local
+from prunekit.pruners.matrixwise import check_not_rows
 from prunekit.registry import Above, LearningRate, Natural, Positive, pruners
 from prunekit.scoring.kronecker import Factors, Place, kronecker_factors
 from prunekit.selection.elements import NM, Pattern, check_pattern, everywhere, of_each_run
@@ -88,14 +88,13 @@ def check_surgeon_matrices(
         )
     expected = expect(problem, problem.matrices(targets), smaller=False)
     check_pattern(problem.model, expected.groups, expected.counts, pattern)
-    check_ranking(ranking_of(problem, expected) or "local", pattern)
+    check_ranking(ranking_of(problem, expected), pattern)
     return expected
 
 
 def check_ranking(ranking: str, pattern: Pattern | None) -> None:
     """Raises ConfigError for a ranking that this pruner, or a pattern, cannot follow."""
-    if ranking == "rows":
-        check_local(ranking, "llm_surgeon_matrices")
+    check_not_rows(ranking, "llm_surgeon_matrices")
     possible = ("local",) if pattern else ("local", "global")
     if ranking not in possible:
         raise ConfigError(

@@ -42,14 +42,19 @@ def check_matrices(
     return expected
 
 
-def check_local(ranking: str | None, pruner: str) -> None:
-    """Raises ConfigError for a ratio that ranks matrices, or their rows, in another way."""
+def check_not_rows(ranking: str, pruner: str) -> None:
+    """Raises ConfigError for a ratio that gives each row a number of its own."""
     if ranking == "rows":
         raise ConfigError(
             f"pruner={pruner} takes a number of elements from each matrix, and the ratio gives "
             "each row one of its own: give ratio.per=matrix, or pruner=unstructured"
         )
-    if ranking not in ("local", None):
+
+
+def check_local(ranking: str, pruner: str) -> None:
+    """Raises ConfigError for a ratio that ranks matrices, or their rows, in another way."""
+    check_not_rows(ranking, pruner)
+    if ranking != "local":
         raise ConfigError(
             f"ratio.ranking={ranking}: pruner={pruner} sees one matrix at a time and cannot rank "
             "them together; give ratio.ranking=local"

@@ -119,10 +119,10 @@ def oneshot(
     everything = problem.units(kinds)
     state = State(everything, problem.groups(kinds))
     allocation = problem.allocate(state.eligible)
-    if allocation.ranking != "local":
-        state.unit = whole_sizes(problem.model, state.eligible, allocation)[0]
     counts = allocation.counts
     total = max(1, *counts.values()) if steps == "each" else steps
+    if total > 1 and allocation.ranking != "local":
+        state.unit = whole_sizes(problem.model, state.eligible, allocation)[0]
     how = Step(kinds, grouping, compensate, skip, norm, remove)
     for step in range(1, total + 1):
         by_now = {name: count * step // total for name, count in counts.items()}
@@ -163,7 +163,7 @@ def prune_once(problem: Problem, state: State, allocation: Allocation, how: Step
         groups, left = split(groups, left)
     run = problem.run(left)
     scores = problem.score(groups, run)
-    order = scores if how.remove else zeros_first(scores, groups, state)
+    order = zeros_first(scores, groups, state) if state.kept and not how.remove else scores
     chosen = choose(model, groups, order, dataclasses.replace(allocation, counts=left))
     mask = expand_to_all_blocks(chosen, groups, now)
     lost = lost_means(model, groups, mask, run, how.skip) if how.compensate == "bias" else {}

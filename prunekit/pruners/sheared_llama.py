@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit import graph
+from prunekit.architecture.modes import eval_mode
 from prunekit.checkpoint.stock_counts import StockClass, every_layer
 from prunekit.data.training_examples import Example, all_learnt, collate
 from prunekit.errors import ConfigError
@@ -262,17 +263,18 @@ def domain_losses(
     """
     if len(held) < 2:
         return dict.fromkeys(held, 0.0)
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    found = {}
-    for name, examples in held.items():
-        losses = [
-            model(
-                **{k: v.to(device) for k, v in collate(list(examples[i : i + batch])).items()}
-            ).loss
-            * len(examples[i : i + batch])
-            for i in range(0, len(examples), batch)
-        ]
-        found[name] = float(torch.stack(losses).sum()) / len(examples)
-    model.train(training)
-    return found
+    device = next(model.parameters()).device
+
+    def loss_of(examples: Sequence[Example]) -> Tensor:
+        batch_of = {k: v.to(device) for k, v in collate(list(examples)).items()}
+        loss: Tensor = model(**batch_of).loss
+        return loss * len(examples)
+
+    with eval_mode(model):
+        sums = {
+            name: torch.stack(
+                [loss_of(examples[i : i + batch]) for i in range(0, len(examples), batch)]
+            ).sum()
+            for name, examples in held.items()
+        }
+    return {name: float(total) / len(held[name]) for name, total in sums.items()}

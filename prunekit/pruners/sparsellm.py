@@ -4,6 +4,7 @@ feed-forward block again, by turns with what passes between them.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -132,12 +133,14 @@ def sparsellm(
         by_module = {module_name(g): g for g in part}
         inside = [(f, n) for f, n in blocks if f.modules <= by_module.keys()]
         work = [Work(columns, f, n, {m: by_module[m] for m in f.modules}) for f, n in inside]
-        with hook_activations(problem.model, inputs={w.first: w.see for w in work}):
-            if processes.count() == 1:
-                shown = grams(problem.model, part, run)
-            else:  # the turns are not sums over tokens: each process takes them on the whole text
+        seeing: AbstractContextManager[object] = hook_activations(
+            problem.model, inputs={w.first: w.see for w in work}
+        )
+        if processes.count() > 1:  # no sums over tokens: each process sees the whole text
+            with seeing:
                 pass_tokens(run, "inputs")
-        if processes.count() > 1:
+            seeing = nullcontext()
+        with seeing:
             shown = grams(problem.model, part, run)
         factors: Factors = {}
         for alike, gram in shown:

@@ -55,7 +55,7 @@ def check_unstructured(
     _permutable(permute, pattern, axes)
     expected = expect(problem, groups, smaller=False)
     check_pattern(problem.model, expected.groups, expected.counts, pattern, axes)
-    _rankable(ranking_of(problem, expected) or "local", pattern, schedule, axes)
+    _rankable(ranking_of(problem, expected), pattern, schedule, axes)
     return expected
 
 

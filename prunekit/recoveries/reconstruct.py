@@ -16,7 +16,13 @@ from prunekit.activations.storage import PassOptions, Store
 from prunekit.architecture.blocks import block_names, linear_names
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.kept_prompt import with_prompt
-from prunekit.data.training_examples import Corpus, Example, check_source, load_examples
+from prunekit.data.training_examples import (
+    Corpus,
+    Example,
+    check_source,
+    first_examples,
+    load_examples,
+)
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import LearningRate, Length, Positive, Seed, recoveries
@@ -60,20 +66,9 @@ def check_enough(found: list[Example], samples: int, length: int) -> None:
         )
 
 
-def check_text(
-    tokenizer: Any,
-    *,
-    dataset: Corpus,
-    split: str | None,
-    path: str | None,
-    data_root: str | None,
-    length: int,
-    samples: int,
-    **_: Any,
-) -> None:
+def check_text(tokenizer: Any, *, length: int, samples: int, **text: Any) -> None:
     """Raises ConfigError for a text that cannot be read or has too few samples."""
-    found = load_examples(tokenizer, dataset, split, path, data_root, length, least=samples)
-    check_enough(found, samples, length)
+    check_enough(first_examples(tokenizer, length, samples, **text), samples, length)
 
 
 @recoveries.register(

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit import checkpoint
 from prunekit.checkpoint.manifest import MANIFEST, check_manifest
 from prunekit.checkpoint.replay import kept_masks
 from prunekit.errors import ConfigError
@@ -111,13 +110,13 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
         raise ConfigError("eval needs an eval, for example eval=quick")
     if asks_for_dense(parts, recover):
         check_dense(path, cfg["model"].get("device"))
-    model = checkpoint.outline(path)
+    model, tokenizer = parts.model(meta=True)
     check_lengths(model, *parts.evals.values(), parts.recovery if recover else None)
     if recover and parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
     check_texts(*parts.evals.values(), learnt=[parts.recovery] if recover else [])
     if recover:
-        check_learnt(parts.recovery, parts.model(meta=True)[1])
+        check_learnt(parts.recovery, tokenizer)
     return parts
 
 

@@ -67,9 +67,9 @@ class Finished:
         before = {k: v for k, v in cfg.items() if k != "recovery"}
         self.before = key_of(before, inputs(before) + more)
         if first_process() and self.top.is_dir():
-            for folder in self.top.iterdir():
-                if folder.is_dir() and folder.name not in (self.key, self.before):
-                    shutil.rmtree(folder)
+            for kept in self.top.iterdir():
+                if kept.is_dir() and kept.name not in (self.key, self.before):
+                    shutil.rmtree(kept)
 
     def numbers(self, name: str, compute: Callable[[], Any]) -> tuple[Any, bool]:
         """What stage `name` gave, or `compute` gives, kept then; and whether it was kept."""

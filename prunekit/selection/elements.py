@@ -87,8 +87,6 @@ def everywhere(scores: Scores, count: int) -> Kept:
 
 
 Scope = Literal["row", "matrix", "alpha"]
-AGREE = 0.005
-"""By how much of a matrix a ratio may miss what a pattern takes."""
 SCOPES = {"row": per_row, "matrix": per_matrix, "alpha": by_alpha}
 """How the number of elements that a matrix loses is spread over it."""
 
@@ -96,6 +94,10 @@ SCOPES = {"row": per_row, "matrix": per_matrix, "alpha": by_alpha}
 def of_each_run(scores: Tensor, kept: int, m: int) -> Tensor:
     """The `kept` highest of each run of `m` consecutive inputs stay."""
     return drop_lowest(scores.reshape(-1, m), m - kept).view(scores.shape)
+
+
+AGREE = 0.005
+"""By how much of a matrix a ratio may miss what a pattern takes."""
 
 
 class Pattern(NamedTuple):

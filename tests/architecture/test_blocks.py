@@ -8,7 +8,12 @@ from tiny_models import tiny_model
 from torch import nn
 
 from prunekit import graph
-from prunekit.architecture.blocks import block_modules, block_names, linear_names
+from prunekit.architecture.blocks import (
+    block_modules,
+    block_names,
+    check_unbroken,
+    linear_names,
+)
 from prunekit.architecture.matrices import matrices, module_name
 from prunekit.errors import ConfigError
 
@@ -91,3 +96,14 @@ def test_a_block_that_is_itself_linear_and_an_empty_one():
 def test_a_model_without_a_list_is_refused():
     with pytest.raises(ConfigError, match=r"Linear has no nn\.ModuleList"):
         block_names(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("blocks", [("a.h.0", "a.h.2"), ("a.h.0", "b.h.1"), ("a.h.1", "a.h.0")])
+def test_blocks_with_a_gap_of_two_lists_or_out_of_order_are_no_run(blocks):
+    with pytest.raises(ConfigError, match="takes one unbroken run of blocks"):
+        check_unbroken(blocks, "it takes")
+
+
+@pytest.mark.parametrize("blocks", [("a.h.3", "a.h.4"), ("9", "10"), ("a.0",)])
+def test_a_run_of_blocks_is_one(blocks):
+    check_unbroken(blocks, "it takes")
