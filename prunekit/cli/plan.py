@@ -23,6 +23,7 @@ from prunekit.cli.peaks import recovery_peak, scoring_peak, weight_bytes
 from prunekit.errors import ConfigError
 from prunekit.export.engines import Engine, engines, lines
 from prunekit.runner import preflight
+from prunekit.selection.units import expand_to_all_blocks
 from prunekit.types import Counts, Group, Kept
 
 MIB = 2**20
@@ -87,21 +88,25 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     scoring = scoring_peak(model, parts, cfg)
     served = copy.deepcopy(model)
     initialise_buffers(served, "cpu")
+    counts = expected.counts
+    whole = {g.name: g for g in graph.discover(model, verify=False)}
     if expected.smaller:
-        kept = first_units(expected.groups, expected.counts)
+        kept = first_units(expected.groups, counts, list(whole.values()))
         graph.remove(model, kept)
         graph.remove(served, kept)
-    counts = expected.counts
-    widths = [(g, (g.units - counts.get(g.name, 0), g.units)) for g in expected.groups]
+    every = [whole.get(g.name, g) for g in expected.groups]
+    widths = [(g, (g.units - counts.get(g.name, 0), g.units)) for g in every]
     recovery = recovery_peak(model, cfg) if parts.recovery else None
     remarks = [expected.remark] if expected.remark else []
     left = figures(model)
     return Forecast(dense, left, widths, scoring, recovery, remarks, engines(served))
 
 
-def first_units(groups: Sequence[Group], counts: Counts) -> Kept:
-    """Which units go makes no difference to the sizes: the first ones."""
-    return {g.name: torch.arange(g.units) >= counts[g.name] for g in groups if counts.get(g.name)}
+def first_units(groups: Sequence[Group], counts: Counts, whole: list[Group]) -> Kept:
+    """Which units go makes no difference to the sizes: the first ones of those that may."""
+    cut = [g for g in groups if counts.get(g.name)]
+    kept = {g.name: torch.arange(g.units) >= counts[g.name] for g in cut}
+    return expand_to_all_blocks(kept, cut, whole)
 
 
 def figures(model: nn.Module) -> Figures:

@@ -63,22 +63,22 @@ def test_grouped_queries_are_counted_as_the_readme_of_the_paper_does():
     assert found.pruned.kv == 2 * 2 * 128 * (6 * 8 + 26 * 6)
 
 
-def test_a_plan_is_what_the_run_leaves(tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["exclude=none", "ratio.target=0.3"],
+        ["pruner=depth", "criterion=block_influence", "model.layers=8", "ratio.of=units"],
+    ],
+    ids=["width", "blocks, those at the ends excluded"],
+)
+def test_a_plan_is_what_the_run_leaves(words, tmp_path):
     from prunekit.runner.run import run
 
-    words = [
-        "model=tiny_llama",
-        "exclude=none",
-        "eval=quick",
-        "track=silent",
-        "save=false",
-        "cache=off",
-        "ratio.target=0.3",
-    ]
+    words = ["model=tiny_llama", "eval=quick", "track=silent", "save=false", "cache=off", *words]
     (cfg,) = composed(words)
     found = plan.forecast(cfg)
     record = run(cfg, tmp_path)
-    assert record["results"]["pruned/params"] == found.pruned.params
+    assert record["results"]["pruned/params"] == found.pruned.params < found.dense.params
     assert {n: tuple(w) for n, w in record["kept"].items()} == by_name(found)
 
 
