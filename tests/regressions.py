@@ -18,6 +18,27 @@ def data(
     return x, torch.randn(outputs, inputs, generator=g)
 
 
+def layer(
+    seed: int = 0, outputs: int = 6, inputs: int = 24, tokens: int = 80
+) -> tuple[Tensor, Tensor]:
+    """Weights `(outputs, inputs)` and the mean gram matrix of correlated inputs."""
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(outputs, inputs, generator=g)
+    mix = torch.randn(inputs, inputs, generator=g)
+    X = torch.randn(tokens, inputs, generator=g) @ mix
+    return W, X.T @ X / tokens
+
+
+def best_within(W: Tensor, H: Tensor, mask: Tensor) -> Tensor:
+    """Row by row, the weights of the mask that best stand in for all of `W` under the gram matrix
+    `H`.
+    """
+    out = torch.zeros_like(W, dtype=torch.float64)
+    for i, keep in enumerate(mask):
+        out[i, keep] = torch.linalg.solve(H[keep][:, keep], H[keep] @ W[i].double())
+    return out
+
+
 def gathered(x: Tensor, y: Tensor, w: Tensor | None = None) -> GramStatistics:
     stats = GramStatistics(x.shape[1], y.shape[1])
     for i in range(0, len(x), 90):  # several batches, the last one smaller

@@ -78,11 +78,10 @@ def adainfer(
 
     Every fifth sample is held out. Notes have, of these, the mean depth at which tokens leave, and
     that of an oracle that knows the whole model's answer; they are judged with every context whole.
-    In use tokens also read what others left behind early, so that fewer agree: `eval=exits`
-    tells how many, and what is saved. The paper decides for a prompt as a
-    whole, by its last token; here each token leaves by itself, so that reading and generating
-    agree. Raises ConfigError for a ratio, for a single
-    sample, and for a model whose output is not read with a norm and a matrix.
+    In use tokens also read what others left behind early, so that fewer agree: `eval=exits` tells
+    how many, and what is saved. The paper decides for a prompt as a whole, by its last token; here
+    each token leaves by itself, so that reading and generating agree. Raises ConfigError for a
+    ratio, for a single sample, and for a model whose output is not read with a norm and a matrix.
     """
     check_adainfer(problem, start=start)
     model, tokens = problem.model, problem.tokens
@@ -104,15 +103,17 @@ def adainfer(
     module.bias.fill_(bias)
     other = observed(model, module, tokens[held], batch)
     scores = module(other.features.to(module.weight.device)).cpu()
-    limit = lowest(scores, other.agrees, agreement) if threshold is None else threshold
+    limit = threshold
+    if limit is None:
+        limit = lowest_threshold(scores, other.agrees, agreement)
     set_threshold(module, limit)
     module.progress.never = False
     module.progress.clear()
     depths = torch.tensor([*module.tests, len(module.blocks)])
     scores = module(other.features.to(module.weight.device)).cpu()  # as it is in the model's dtype
-    told = outcome(scores > 0, other.agrees, depths)
+    in_use = outcome(scores > 0, other.agrees, depths)
     oracle = outcome(other.agrees, other.agrees, depths)
-    found = {"blocks": len(module.blocks), **told, "oracle_depth": oracle["depth"]}
+    found = {"blocks": len(module.blocks), **in_use, "oracle_depth": oracle["depth"]}
     return Pruned(model, {}, [], notes={"adainfer": {**found, "threshold": limit}})
 
 
@@ -133,8 +134,8 @@ def places(problem: Problem) -> dict[str, str]:
     """
     model, blocks = problem.model, problem.blocks()
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")  # type: ignore[operator]
-    norm, agrees = final_norm(model, blocks, head, problem.tokens[:1]) if head else ("", False)
-    if not agrees:
+    norm = final_norm(model, blocks, head, problem.tokens[:1]) if head else None
+    if norm is None:
         raise ConfigError(
             f"{type(model).__name__} has no norm and matrix that read the output from what any of "
             "its blocks puts out: pruner=adainfer cannot tell what a block would predict"
@@ -148,7 +149,8 @@ def places(problem: Problem) -> dict[str, str]:
         if r.name.startswith(f"{block}.")
     }
     reader = inside.pop() if len(inside) == 1 else ""
-    alike = all(has(model, f"{block}.{reader}") for block in blocks)
+    names = {n for n, _ in model.named_modules()}
+    alike = all(f"{block}.{reader}" in names for block in blocks)
     return {
         "blocks": blocks[0].rpartition(".")[0],
         "norm": norm,
@@ -157,16 +159,10 @@ def places(problem: Problem) -> dict[str, str]:
     }
 
 
-def has(model: nn.Module, name: str) -> bool:
-    return any(n == name for n, _ in model.named_modules())
-
-
-def final_norm(
-    model: nn.Module, blocks: tuple[str, ...], head: str, ids: Tensor
-) -> tuple[str, bool]:
-    """The module with a vector of weights that runs after the last block, "" where there is none;
-    and whether with it the output matrix gives the model's own predictions, and reads states as
-    wide as every block's.
+def final_norm(model: nn.Module, blocks: tuple[str, ...], head: str, ids: Tensor) -> str | None:
+    """The module with a vector of weights that runs after the last block, "" where there is none.
+    None where with it the output matrix does not give the model's own predictions, or reads states
+    of another width than some block's.
     """
     states: list[Tensor] = []
     after: list[str] = []
@@ -184,11 +180,11 @@ def final_norm(
         want = forward(model, ids).logits.argmax(-1)
     matrix: Any = model.get_submodule(head)
     if len(after) > 1 or {x.shape[-1] for x in states} != {matrix.weight.shape[1]}:
-        return "", False
+        return None
     x = states[-1]
     for name in (*after, head):
         x = model.get_submodule(name)(x)
-    return "".join(after), bool(torch.equal(x.argmax(-1), want))
+    return "".join(after) if torch.equal(x.argmax(-1), want) else None
 
 
 class Observed(NamedTuple):
@@ -207,19 +203,27 @@ def observed(model: nn.Module, module: EarlyExit, tokens: Tensor, batch: int | N
     at_once = batch or samples_at_once(tokens)
     with tqdm(total=len(tokens), desc="depths", unit="sample", leave=False) as bar:
         for ids in tokens.split(at_once):
-            row: list[tuple[Tensor, Tensor]] = []
-
-            def see(y: Tensor, row: list[tuple[Tensor, Tensor]] = row) -> None:
-                row.append(module.predictions(y.flatten(0, -2)))
-
-            names = {id(m): n for n, m in model.named_modules()}
-            wanted = [module.blocks[depth - 1] for depth in module.tests] + module.blocks[-1:]
-            with hook_activations(model, outputs={names[id(m)]: see for m in wanted}):
-                forward(model, ids, head=False)
-            features.append(torch.stack([f for f, _ in row[:-1]], 1).cpu())
-            agrees.append(torch.stack([i == row[-1][1] for _, i in row[:-1]], 1).cpu())
+            *early, (_, whole) = predictions(model, module, ids)
+            features.append(torch.stack([f for f, _ in early], 1).cpu())
+            agrees.append(torch.stack([i == whole for _, i in early], 1).cpu())
             bar.update(len(ids))
     return Observed(torch.cat(features), torch.cat(agrees))
+
+
+def predictions(model: nn.Module, module: EarlyExit, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """`module.predictions` of what each block puts out after which tokens may leave, and of what
+    the last one does.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def see(y: Tensor) -> None:
+        found.append(module.predictions(y.flatten(0, -2)))
+
+    names = {id(m): n for n, m in model.named_modules()}
+    wanted = [module.blocks[depth - 1] for depth in module.tests] + module.blocks[-1:]
+    with hook_activations(model, outputs={names[id(m)]: see for m in wanted}):
+        forward(model, ids, head=False)
+    return found
 
 
 def fitted(classifier: Classifier, features: Tensor, agrees: Tensor) -> tuple[Tensor, float]:
@@ -251,7 +255,7 @@ def outcome(leaves: Tensor, agrees: Tensor, depths: Tensor) -> dict[str, float]:
     return {"depth": float(depths[at].double().mean()), "agreement": float(right.double().mean())}
 
 
-def lowest(scores: Tensor, agrees: Tensor, agreement: float) -> float:
+def lowest_threshold(scores: Tensor, agrees: Tensor, agreement: float) -> float:
     """The lowest threshold from which on upwards `agreement` of the tokens leave with the right
     prediction.
     """

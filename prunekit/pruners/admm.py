@@ -10,12 +10,7 @@ from typing import Any
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
-from prunekit.pruners.matrixwise import (
-    Ridge,
-    check_matrices,
-    local_counts,
-    prune_matrices,
-)
+from prunekit.pruners.matrixwise import Ridge, check_matrices, prune_matrices
 from prunekit.registry import Natural, Positive, pruners
 from prunekit.selection.elements import NM, Pattern, Scope
 from prunekit.solvers import admm as solver
@@ -72,14 +67,12 @@ def admm(
 
     Raises ConfigError where a pattern fits no matrix or ratio, or the numbers are not finite.
     """
-    groups = problem.matrices(targets)
-    counts = local_counts(problem, groups, pattern, "admm")
     return prune_matrices(
         problem,
-        groups,
-        counts,
         partial(solver.admm, iterations=iterations, reselect=reselect, ridge=ridge),
+        pruner="admm",
         scope=scope,
         pattern=pattern,
+        targets=targets,
         options=PassOptions(store, precision),
     )

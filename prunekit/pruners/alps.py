@@ -9,12 +9,7 @@ from typing import Any
 
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.problem import Expected, Problem
-from prunekit.pruners.matrixwise import (
-    Ridge,
-    check_matrices,
-    local_counts,
-    prune_matrices,
-)
+from prunekit.pruners.matrixwise import Ridge, check_matrices, prune_matrices
 from prunekit.registry import Above, Natural, Positive, pruners
 from prunekit.selection.elements import NM, Pattern, Scope
 from prunekit.solvers import alps as solver
@@ -61,17 +56,15 @@ def alps(
 
     Raises ConfigError where a pattern fits no matrix or ratio, or the numbers are not finite.
     """
-    groups = problem.matrices(targets)
-    counts = local_counts(problem, groups, pattern, "alps")
     solve = partial(
         solver.alps, iterations=iterations, penalty=penalty, cg_steps=cg_steps, ridge=ridge
     )
     return prune_matrices(
         problem,
-        groups,
-        counts,
         solve,
+        pruner="alps",
         scope=scope,
         pattern=pattern,
+        targets=targets,
         options=PassOptions(store, precision),
     )

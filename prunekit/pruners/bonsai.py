@@ -82,6 +82,7 @@ class Gates:
 
     @staticmethod
     def open(groups: list[Group], device: torch.device) -> Gates:
+        """With every unit left."""
         kept = {g.name: torch.ones(g.units, dtype=torch.bool) for g in groups}
         return Gates(groups, torch.ones(sum(g.units for g in groups), device=device), kept)
 
@@ -92,7 +93,7 @@ class Gates:
         return {g.name: part for g, part in zip(self.groups, parts, strict=True)}
 
     def set(self, off: dict[str, Tensor]) -> None:
-        """All units that are left but those of `off`."""
+        """Let through all units that are left but those of `off`."""
         left = {name: kept.float() for name, kept in self.kept.items()}
         for name, index in off.items():
             left[name][index] = 0

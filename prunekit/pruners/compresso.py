@@ -14,7 +14,13 @@ from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import Corpus, Example, check_source, load_examples
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
-from prunekit.pruners.learned import Kinds, check_competing, size_constraint, take, told
+from prunekit.pruners.learned import (
+    Kinds,
+    apply_masks,
+    check_competing,
+    notes_of,
+    size_constraint,
+)
 from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, Share, pruners
 from prunekit.training.low_rank import Updates
 from prunekit.training.masks_and_updates import learn_with_updates
@@ -135,10 +141,10 @@ def compresso(
     )
     constraint = size_constraint(problem, groups, allocation, seed, round(warmup * steps))
     masks = constraint.masks
-    updates = Updates(linear_names(model, targets), r, alpha, 0.0)
+    updates = Updates(linear_names(model, targets), r, alpha, dropout=0.0)
     curve = learn_with_updates(masks, updates, examples, recipe, constraint, mask_lr)
-    kept = take(masks, allocation, remove)
-    notes = told(allocation, constraint, curve) | {"prompt": PROMPT if prompt else None}
+    kept = apply_masks(masks, allocation, remove)
+    notes = notes_of(allocation, constraint, curve) | {"prompt": PROMPT if prompt else None}
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
 
 

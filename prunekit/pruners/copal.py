@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunekit.activations.gram import grams
 from prunekit.activations.runs import ModelRun, samples_at_once
@@ -85,71 +85,71 @@ def copal(
     counts = local_counts(problem, groups, pattern, "copal")
     dense = {g.name: matrix(problem.model, g).cpu().clone() for g in groups}
 
-    def choose(row: list[Group], scores: Scores) -> Kept:
-        check_finite(scores)
-        masks = {
-            g: element_mask(scores[g.name], counts[g.name], scope, pattern, g.name) for g in row
-        }
-        return {g.name: to_out_in(problem.model, g, m).contiguous() for g, m in masks.items()}
+    def choose(g: Group, scores: Tensor) -> Tensor:
+        mask = element_mask(scores, counts[g.name], scope, pattern, g.name)
+        return to_out_in(problem.model, g, mask).contiguous()
 
     turns = _Turns(problem, groups, counts, texts, held_out, choose, PassOptions(store, precision))
     notes: dict[str, Any] = {"texts": list(texts), "dense": turns.perplexities()}
     if baseline:
-        notes["stasis"], _ = turns.prune(_WandaOfWhatIsLeft(problem.model), lambda: None)
+        notes["stasis"], _ = turns.prune(_wanda_of_what_is_left, None)
         turns.restore(dense)
-    scorer = _Accumulated(problem.model)
-    notes["copal"], kept = turns.prune(scorer, lambda: turns.restore(dense))
+    notes["copal"], kept = turns.prune(_Accumulated(), dense)
     gone = elements_gone(kept)
     return Pruned(problem.model, kept, groups, {}, {"counts": gone, "continual": notes})
 
 
-class _WandaOfWhatIsLeft:
+def _wanda_of_what_is_left(groups: list[Group], run: Run) -> Scores:
     """Zeros score zero: no weight returns."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, groups: list[Group], run: Run) -> Scores:
-        norms = input_norms(self.model, groups, run)
-        return {g.name: wanda_score(matrix(self.model, g), norms[g.name]) for g in groups}
+    norms = input_norms(run.model, groups, run)
+    return {g.name: wanda_score(matrix(run.model, g), norms[g.name]) for g in groups}
 
 
 class _Accumulated:
     """The sum of what all texts so far say."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self) -> None:
         self.total: Scores = {}
 
     def __call__(self, groups: list[Group], run: Run) -> Scores:
-        for alike, gram in grams(self.model, groups, run):
+        for alike, gram in grams(run.model, groups, run):
             for g in alike:
-                score = sensitivity(matrix(self.model, g), gram)
+                score = sensitivity(matrix(run.model, g), gram)
                 seen = self.total.get(g.name)
                 self.total[g.name] = score if seen is None else seen + score
         return {g.name: self.total[g.name] for g in groups}
 
 
 class _Turns(NamedTuple):
-    """Texts in turn, and what is done for each."""
+    """Texts in turn, and what is done for each.
+
+    Attributes:
+        held_out: the last so many samples of each text.
+        choose: from a matrix and its scores the mask of what stays, stored like the matrix.
+    """
 
     problem: Problem
     groups: list[Group]
     counts: Counts
     texts: dict[str, Tensor]
     held_out: int
-    choose: Callable[[list[Group], Scores], Kept]
+    choose: Callable[[Group, Tensor], Tensor]
     options: PassOptions
 
-    def prune(self, score: Scorer, begin: Callable[[], None]) -> tuple[dict[str, Any], Kept]:
-        """What `report` says, and the last masks; `begin` readies the weights for each text."""
+    def prune(self, score: Scorer, dense: dict[str, Tensor] | None) -> tuple[dict[str, Any], Kept]:
+        """What `report` says, and the last masks. Every text begins with the `dense` matrices, or
+        where none are given with what the text before left.
+        """
         steps, kept = [], Kept()
         for tokens in self.texts.values():
-            begin()
+            if dense is not None:
+                self.restore(dense)
             one = replace(self.problem, token_sets={CALIBRATION: tokens[: -self.held_out]})
             before, kept = kept, {}
             for row, run in one.by_block(self.groups, self.counts, self.options):
-                mask = self.choose(row, score(row, run))
+                scores = score(row, run)
+                check_finite(scores)
+                mask = {g.name: self.choose(g, scores[g.name]) for g in row}
                 zero_elements(one.model, row, mask)
                 kept |= {name: stays.cpu() for name, stays in mask.items()}
             steps.append(self.perplexities() | {"changed": _changed(before, kept)})

@@ -68,18 +68,21 @@ def local_solutions(
     **_: Any,
 ) -> ObsLevels:
     """The database that these options of `database` describe; nothing is solved yet."""
-    how = LevelOptions(
-        levels, whole, bias, token_weight == "relative", None if ridge == "auto" else ridge
-    )
     return ObsLevels(
         problem.model,
         problem.blocks(),
         readers,
-        groups,
-        lambda: problem.tokens,
-        how,
-        PassOptions(store, precision),
-        problem.remember,
+        wanted=groups,
+        tokens=lambda: problem.tokens,
+        how=LevelOptions(
+            levels=levels,
+            whole=whole,
+            bias=bias,
+            relative=token_weight == "relative",
+            ridge=None if ridge == "auto" else ridge,
+        ),
+        options=PassOptions(store, precision),
+        remember=problem.remember,
     )
 
 

@@ -21,7 +21,7 @@ from prunekit.scoring.expert_inputs import FusedExperts, fused_experts
 from prunekit.scoring.expert_neurons import NeuronScore, neuron_scores
 from prunekit.scoring.listed_experts import LoneNeurons, lone_neurons, lone_reader
 from prunekit.selection.units import check_finite, keep_local
-from prunekit.types import Group, Pruned
+from prunekit.types import Group, Pruned, Scores
 
 
 def neuron_groups(
@@ -115,10 +115,10 @@ def expert_neurons(
     changed = {name for name, n in counts.items() if n}
     fused = [f for f in fused if f.neurons.name in changed]
     lone = [one for one in lone if one.neurons.name in changed]
-    how = Refit(weighted, refit, min_tokens)
     if not changed:
         return Pruned(model, {}, groups, notes={"counts": counts})
-    scores: dict[str, Tensor] = {}
+    how = Refit(weighted, refit, min_tokens)
+    scores: Scores = {}
     if score != "obs":
         scores = neuron_scores(model, fused, lone, problem.run(), score, weighted)
         check_finite(scores)
@@ -128,14 +128,11 @@ def expert_neurons(
     ranked = {f.neurons.name: put_in_order(problem, f, scores[f.neurons.name]) for f in fused}
     ranked |= {one.neurons.name: scores[one.neurons.name][0] for one in lone}
     kept = keep_local(ranked, counts)
-    kept |= {f.neurons.name: first(f.neurons, counts) for f in fused}
+    for f in fused:  # by place: its neurons are in order, for each expert another one
+        neurons = f.neurons
+        kept[neurons.name] = torch.arange(neurons.units) < neurons.units - counts[neurons.name]
     graph.remove(model, kept)
     return Pruned(model, kept, groups, ranked, {"counts": counts, **how.notes()})
-
-
-def first(neurons: Group, counts: dict[str, int]) -> Tensor:
-    """The mask of the places that stay."""
-    return torch.arange(neurons.units) < neurons.units - counts[neurons.name]
 
 
 @torch.no_grad()

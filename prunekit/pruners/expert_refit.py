@@ -21,7 +21,7 @@ from prunekit.scoring.expert_inputs import FusedExperts
 from prunekit.scoring.listed_experts import LoneNeurons, lone_reader
 from prunekit.selection.units import without
 from prunekit.solvers.expert_obs import diagonal_scores, obs_scores, refitted_reader
-from prunekit.types import Counts
+from prunekit.types import Counts, Scores
 
 log = logging.getLogger("prunekit")
 
@@ -58,7 +58,7 @@ def prune_by_block(
     counts: Counts,
     how: Refit,
     options: PassOptions,
-) -> dict[str, Tensor]:
+) -> Scores:
     """Writes the `down_proj` that each expert has when `counts` of its neurons are gone, zeros for
     those, each block on what the pruned ones before it put out. Which go is said by the scores
     `given`, by OBS where there are none.
@@ -66,7 +66,8 @@ def prune_by_block(
     Returns by the neurons' group (E, F) scores of which the lowest went. Warns of experts that got
     too few tokens to be refitted.
     """
-    model, scores = problem.model, {}
+    model = problem.model
+    scores: Scores = {}
     groups = [f.neurons for f in fused] + [one.neurons for one in lone]
     for row, run in problem.by_block(groups, counts, options):
         names = {g.name for g in row if counts[g.name]}
@@ -77,12 +78,11 @@ def prune_by_block(
         for of in both:
             name = of.neurons.name
             own = given.get(name, [None] * len(grams[name]))
-            scores[name] = torch.stack(
-                [
-                    _prune_one(model, of, e, folds, own[e], counts[name], how)
-                    for e, folds in enumerate(grams[name])
-                ]
-            )
+            found = [
+                _prune_one(model, of, e, folds, own[e], counts[name], how)
+                for e, folds in enumerate(grams[name])
+            ]
+            scores[name] = torch.stack(found)
     if how.left:
         log.warning(
             "fewer than %d tokens reached %d experts (%s): their neurons are gone and their "

@@ -64,11 +64,10 @@ def candidates(
     shares: Sequence[float],
 ) -> list[Group]:
     """The matrices that may lose rank. Raises ConfigError as `check_laser` does."""
-    if not shares or (search == "none" and len(shares) > 1):
-        raise ConfigError(
-            f"pruner.shares={list(shares)}: "
-            + ("pruner.search=none takes one share" if shares else "there must be one")
-        )
+    if not shares:
+        raise ConfigError("pruner.shares=[]: there must be one")
+    if search == "none" and len(shares) > 1:
+        raise ConfigError(f"pruner.shares={list(shares)}: pruner.search=none takes one share")
     depth = len(problem.blocks())
     beyond = [n for n in layers or () if n >= depth]
     if beyond or layers == []:
@@ -142,7 +141,7 @@ def laser(
         if not found:
             log.warning("no reduction serves the text better than the dense matrices: none is made")
     before = sum(p.numel() for p in model.parameters())
-    notes["reduced"] = store(model, found, tokens[:1], factors)
+    notes["reduced"] = put_in(model, found, tokens[:1], factors)
     notes["parameters_removed"] = before - sum(p.numel() for p in model.parameters())
     return Pruned(model, {}, [], notes={"laser": notes})
 
@@ -210,13 +209,13 @@ def attempt(
     return costs, better
 
 
-def store(
+def put_in(
     model: nn.Module, found: list[Reduction], ids: Tensor, factors: bool
 ) -> list[dict[str, Any]]:
-    """Put the reduced matrices into the model, and tell of each. Raises ConfigError where the model
-    cannot do with factors, judged by its logits for `ids (n, T)`.
+    """Put the reduced matrices into the model. Returns the notes of each. Raises ConfigError where
+    the model cannot do with factors, judged by its logits for `ids (n, T)`.
     """
-    told = []
+    notes = []
     for r in found:
         matrix(model, r.group).copy_(r.factors.dense())
     want = forward(model, ids).logits.float()
@@ -228,11 +227,11 @@ def store(
             bias: Any = model.get_submodule(name).bias
             pair = LowRank.of(r.factors.left.to(W), r.factors.right.to(W), bias)
             insert(model, name, pair.requires_grad_(W.requires_grad))
-        told.append({"matrix": r.group.name, "share": r.share, "rank": rank, "as_factors": small})
+        notes.append({"matrix": r.group.name, "share": r.share, "rank": rank, "as_factors": small})
     far = float((forward(model, ids).logits.float() - want).norm() / want.norm())
     if not far < AGREES:
         raise ConfigError(
             f"{type(model).__name__} does not compute with factors what it does with their "
             f"products ({far:.2g} apart): give pruner.factors=false"
         )
-    return told
+    return notes

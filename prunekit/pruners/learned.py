@@ -49,7 +49,7 @@ def size_constraint(
     return SizeConstraint(masks, sizes.removed(allocation.counts), sizes.prunable(), warmup)
 
 
-def take(masks: LearnedMasks, allocation: Allocation, remove: bool) -> Kept:
+def apply_masks(masks: LearnedMasks, allocation: Allocation, remove: bool) -> Kept:
     """Removes, or zeroes, the units of lowest log alpha that an allocation takes, with the gates of
     the others folded into the weights. Returns what stays.
     """
@@ -64,10 +64,10 @@ def take(masks: LearnedMasks, allocation: Allocation, remove: bool) -> Kept:
     return kept
 
 
-def told(
+def notes_of(
     allocation: Allocation, constraint: SizeConstraint, curve: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Notes of either."""
+    """The notes that both have."""
     return {
         "counts": allocation.counts,
         "curve": curve,

@@ -131,10 +131,8 @@ def llm_surgeon(
         first = first or scores
         increases.append(nats)
         if correction_steps and shot < shots:
-            keep = graph.zero_masks(model, state.groups, state.kept)
-            correct(
-                model, problem.tokens, linear_names(model), keep, correction_steps, correction_lr
-            )
+            names, keep = linear_names(model), graph.zero_masks(model, state.groups, state.kept)
+            correct(model, problem.tokens, names, keep, correction_steps, correction_lr)
     if remove:
         graph.remove(model, state.kept)
     return Pruned(model, state.kept, state.groups, first, {"counts": counts, "expected": increases})
@@ -181,11 +179,8 @@ def writers(model: nn.Module, group: Group) -> Iterator[tuple[str, Tensor]]:
     for m in group.members:
         name, _, leaf = m.param.rpartition(".")
         module = model.get_submodule(name)
-        if (
-            leaf == "weight"
-            and is_linear(module)
-            and m.axis == int(not isinstance(module, nn.Linear))
-        ):
+        outputs = 0 if isinstance(module, nn.Linear) else 1  # its axis: Conv1D's is the last
+        if leaf == "weight" and is_linear(module) and m.axis == outputs:
             rows.setdefault(name, []).append(m.index)
     for name, index in rows.items():
         yield name, torch.cat(index, 1)

@@ -154,23 +154,18 @@ def llm_surgeon_matrices(
     check_ranking(allocation.ranking, pattern)
     counts = {name: count for name, count in allocation.counts.items() if count}
     groups = [g for g in groups if g.name in counts]
+    names = [module_name(g) for g in groups]
     pools = [groups] if allocation.ranking == "global" else [[g] for g in groups]
     how, state, increases = Shot(structure, pattern, ridge, together), State({}, {}), []
     for shot in tqdm(range(1, shots + 1) if groups else (), desc="shots", unit="shot", delay=2):
-        found = kronecker_factors(
-            model, [module_name(g) for g in groups], problem.run(), batch=batch, place=factors
-        )
+        found = kronecker_factors(model, names, problem.run(), batch=batch, place=factors)
         by_now = {name: count * shot // shots for name, count in counts.items()}
         increases.append(sum(shoot(model, pool, by_now, found, state, how) for pool in pools))
         if correction_steps and shot < shots:
             keep = graph.zero_masks(model, groups, masks(model, groups, state))
-            names = [module_name(g) for g in groups]
             correct(model, problem.tokens, names, keep, correction_steps, correction_lr)
     kept = masks(model, groups, state)
-    notes: dict[str, Any] = {
-        "counts": elements_gone(kept),
-        "expected": increases,
-    }
+    notes: dict[str, Any] = {"counts": elements_gone(kept), "expected": increases}
     if state.lines:
         notes["rows_and_columns"] = {
             name: [int(x.sum()) for x in lines] for name, lines in state.lines.items()

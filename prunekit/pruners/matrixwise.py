@@ -75,11 +75,9 @@ def local_counts(
 
 def selection(g: Group, count: int, scope: Scope, pattern: Pattern | None) -> Select:
     """The rule by which elements of a matrix go."""
-    return (
-        lowest_outside_runs(pattern.kept_of(count, g.units, g.name), pattern.m)
-        if pattern
-        else SCOPES[scope]
-    )
+    if pattern:
+        return lowest_outside_runs(pattern.kept_of(count, g.units, g.name), pattern.m)
+    return SCOPES[scope]
 
 
 def write(model: nn.Module, g: Group, new: Tensor, mask: Tensor) -> Tensor:
@@ -111,18 +109,19 @@ def warn_by_matrix(problem: Problem, groups: list[Group]) -> None:
 @torch.no_grad()
 def prune_matrices(
     problem: Problem,
-    groups: list[Group],
-    counts: Counts,
     solve: Solve,
     *,
+    pruner: str,
     scope: Scope,
     pattern: Pattern | None,
+    targets: list[str] | None,
     options: PassOptions,
 ) -> Pruned:
     """Every matrix by `solve`, block by block. The notes' `costs` are the squared errors of the
-    outputs, a token.
+    outputs, a token. Raises ConfigError as `local_counts` does.
     """
-    model = problem.model
+    model, groups = problem.model, problem.matrices(targets)
+    counts = local_counts(problem, groups, pattern, pruner)
     warn_by_matrix(problem, groups)
 
     def solved(part: list[Group], run: BlockRun) -> Outcome:

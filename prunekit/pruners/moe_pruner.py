@@ -5,6 +5,7 @@ counts times the router's weight.
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,15 +77,18 @@ def expert_matrices(problem: Problem) -> tuple[list[Group], dict[str, Stack | Si
                 continue
             name = f"weights.{f.group.layer}.{'.'.join(slab.param.split('.')[-2:])}"
             found[name] = Stack(f, slab, m)
-            numel = tensor_of(model, slab.param).numel()
-            groups.append(Group(name, "weights", f.group.layer, numel, (), (), shape, slab.param))
+            units = math.prod(shape)
+            groups.append(
+                Group(name, "weights", f.group.layer, units, shape=shape, matrix=slab.param)
+            )
     lists = [g for g in everything if g.kind == "experts" and g.modules]
-    for g in matrices(model) if lists else ():
-        name = module_name(g)
-        home = [e for e in lists if any(name.startswith(f"{path}.") for path in e.modules)]
-        if home:
-            found[g.name] = Single(name, home[0])
-            groups.append(g)
+    if lists:
+        for g in matrices(model):
+            name = module_name(g)
+            home = [e for e in lists if any(name.startswith(f"{path}.") for path in e.modules)]
+            if home:
+                found[g.name] = Single(name, home[0])
+                groups.append(g)
     if not groups:
         raise ConfigError(
             f"{type(model).__name__} has no experts: take pruner=unstructured criterion=wanda, "
@@ -102,18 +106,19 @@ def check_moe_pruner(problem: Problem, *, pattern: Pattern | None, **_: Any) -> 
     expected = expect(problem, groups, smaller=False)
     if expected.counts is not None and problem.allocate(groups).ranking != "local":
         raise ConfigError("pruner=moe_pruner sees one block at a time: give ratio.ranking=local")
-    for g in groups if pattern else ():
+    if pattern is None:
+        return expected
+    for g in groups:
         of = found[g.name]
-        size = (
-            g.shape[of.inputs]
-            if isinstance(of, Stack)
-            else weight_of(problem.model.get_submodule(of.module)).shape[1]
-        )
-        if pattern and size % pattern.m:
+        if isinstance(of, Stack):
+            size = g.shape[of.inputs]
+        else:
+            size = weight_of(problem.model.get_submodule(of.module)).shape[1]
+        if size % pattern.m:
             raise ConfigError(
                 f"{g.name} has {size} inputs, which the {pattern.m} of pruner.pattern do not divide"
             )
-        if pattern and expected.counts is not None and expected.counts[g.name]:
+        if expected.counts is not None and expected.counts[g.name]:
             pattern.kept_of(expected.counts[g.name], g.units, g.name)
     return expected
 

@@ -162,7 +162,7 @@ def nas(
         progress=problem.training,
         seed=seed,
     )
-    updates = Updates(linear_names(model, targets), r, alpha, 0.0) if r else None
+    updates = Updates(linear_names(model, targets), r, alpha, dropout=0.0) if r else None
     key: list[Any] = [list(kinds), depth, space, levels, aside, r, alpha, targets, weight, steps]
     key += [lr, warmup_steps, batch, micro_batch, seed]
     key += [{g.name: [g.modules, subnets.order[g.name].tolist()] for g in groups}]
@@ -170,12 +170,14 @@ def nas(
         train(problem, net, key, Lesson(problem.tokens[:-aside], updates, recipe, weight))
     costs = costs_of(model, problem.everything(), groups, of, request, problem.remember)
     key += [of, request if of != "params" else {}]
-    choices, points = measured(problem, net, subnets, costs, aside, search, samples, seed, key)
+    choices, points = measured(
+        problem, net, subnets, costs, key, aside=aside, search=search, samples=samples, seed=seed
+    )
     budget = costs.of(subnets.without(allocation.counts))
     best = within(points, budget)
     kept = subnets.kept(choices[best])
     notes: dict[str, Any] = {"of": of, "budget": budget, "predicted": points[best][1]}
-    notes["front"] = told(subnets, SubnetSizes(model, groups), choices, points)
+    notes["front"] = front_notes(subnets, SubnetSizes(model, groups), choices, points)
     everything = problem.units(list(dict.fromkeys(g.kind for g in groups)))
     graph.remove(model, expand_to_all_blocks(kept, groups, everything))
     if isinstance(costs, SubnetPrices):
@@ -197,6 +199,7 @@ def order(group: Group, scores: Scores) -> Tensor:
 
 
 def held_out(tokens: Tensor, share: float) -> int:
+    """How many samples are set aside."""
     return max(1, round(share * len(tokens)))
 
 
@@ -247,13 +250,14 @@ def measured(
     net: Supernet,
     subnets: Subnets,
     costs: SubnetSizes | SubnetPrices,
+    key: list[Any],
+    *,
     aside: int,
     search: Search,
     samples: int,
     seed: int,
-    key: list[Any],
 ) -> tuple[list[Choice], list[Point]]:
-    """Sub-networks with their loss on the samples set aside, and their cost."""
+    """Sub-networks with their loss on the last `aside` samples, and their cost."""
 
     def compute() -> dict[str, Tensor]:
         run = ModelRun(net.model, problem.tokens[-aside:])
@@ -289,12 +293,13 @@ def within(points: list[Point], budget: float) -> int:
     return min((i for i in front(points) if points[i][1] <= budget), key=lambda i: points[i][0])
 
 
-def told(
+def front_notes(
     subnets: Subnets, sizes: SubnetSizes, choices: list[Choice], points: list[Point]
 ) -> list[dict[str, Any]]:
     """What nothing dominates, the cheapest first."""
-    rows = [(*points[i], choices[i]) for i in front(points)]
-    return [
-        {"cost": cost, "params": sizes.of(subnets.kept(c)), "loss": loss, "choice": list(c)}
-        for loss, cost, c in rows
-    ]
+    notes = []
+    for i in front(points):
+        (loss, cost), choice = points[i], choices[i]
+        params = sizes.of(subnets.kept(choice))
+        notes.append({"cost": cost, "params": params, "loss": loss, "choice": list(choice)})
+    return notes

@@ -16,7 +16,13 @@ from prunekit.architecture.blocks import block_modules, linear_names
 from prunekit.data.training_examples import all_learnt
 from prunekit.graph.masks import stream_out
 from prunekit.problem import Expected, Problem
-from prunekit.pruners.learned import Kinds, check_competing, size_constraint, take, told
+from prunekit.pruners.learned import (
+    Kinds,
+    apply_masks,
+    check_competing,
+    notes_of,
+    size_constraint,
+)
 from prunekit.registry import Above, LearningRate, Natural, Positive, Seed, Share, pruners
 from prunekit.training.constraints import SizeConstraint
 from prunekit.training.distillation import Distillation
@@ -122,7 +128,7 @@ def nuteprune(
     constraint = size_constraint(problem, groups, allocation, seed, round(warmup * steps))
     masks = constraint.masks
     teachers = Teachers(masks, constraint, steps, gap)
-    how = Distillation(1.0, temperature)
+    how = Distillation(weight=1.0, temperature=temperature)
 
     @contextmanager
     def objective(updates: list[nn.Parameter]) -> Iterator[dict[str, Any]]:
@@ -139,19 +145,20 @@ def nuteprune(
                 "beside": [teachers],
             }
 
-    low_rank = Updates(linear_names(model, targets), r, alpha, 0.0)
+    low_rank = Updates(linear_names(model, targets), r, alpha, dropout=0.0)
     examples = [all_learnt(row) for row in problem.tokens.tolist()]
     curve = learn_with_updates(masks, low_rank, examples, recipe, constraint, mask_lr, objective)
-    kept = take(masks, allocation, remove)
-    notes = told(allocation, constraint, curve) | {"teachers": teachers.used}
+    kept = apply_masks(masks, allocation, remove)
+    notes = notes_of(allocation, constraint, curve) | {"teachers": teachers.used}
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
 
 
 def teacher_index(recorded: int, gap: int, done: float | None) -> int:
     """Which of `recorded` snapshots teaches, -1 for the dense model.
 
-    done: share of the steps since the target was met, None before: then teachers go back to the
-        dense model in equal parts.
+    Args:
+        done: share of the steps that were left when the target was met, over which teachers go back
+            to the dense model in equal parts; None before.
     """
     latest = max(recorded - gap, -1)
     if done is None:

@@ -69,9 +69,15 @@ class Step:
 
 @dataclass
 class State:
-    """Where a run over several steps stands: all groups and those that may lose units, at the
-    start, what is kept of them by now, how many tokens the experts got at first, and what a unit of
-    each group counts in a ranking of all.
+    """Where a run over several steps stands.
+
+    Attributes:
+        everything: all groups at the start.
+        eligible: of them, those that may lose units.
+        kept: what is left of them by now.
+        scores: of the first step.
+        seen: how many tokens the experts got in the first step.
+        unit: what a unit of each group counts in a ranking of all.
     """
 
     everything: list[Group]

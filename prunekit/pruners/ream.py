@@ -10,10 +10,7 @@ from prunekit.pruners.expert_blocks import check_merging, merge_by_block
 from prunekit.registry import Positive, pruners
 from prunekit.scoring.expert_outputs import expert_outputs
 from prunekit.scoring.experts import expert_statistics
-from prunekit.solvers.expert_merging import (
-    Clusters,
-    around_centroids,
-)
+from prunekit.solvers.expert_merging import Clusters, around_centroids
 from prunekit.types import Group, Pruned, Run
 
 

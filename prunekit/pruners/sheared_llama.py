@@ -222,7 +222,9 @@ def config_follows(model: nn.Module, groups: Sequence[Group], counts: Counts) ->
     config: Any = model.config
     text = config.get_text_config()
     for g in groups:
-        for name, value in list(vars(text).items()) if g.kind == "hidden" else ():
+        if g.kind != "hidden":
+            continue
+        for name, value in list(vars(text).items()):
             if "eps" in name and isinstance(value, float):
                 setattr(text, name, value * (g.units / (g.units - counts[g.name])))
 
@@ -264,17 +266,13 @@ def domain_losses(
     if len(held) < 2:
         return dict.fromkeys(held, 0.0)
     device = next(model.parameters()).device
-
-    def loss_of(examples: Sequence[Example]) -> Tensor:
-        batch_of = {k: v.to(device) for k, v in collate(list(examples)).items()}
-        loss: Tensor = model(**batch_of).loss
-        return loss * len(examples)
-
+    means = {}
     with eval_mode(model):
-        sums = {
-            name: torch.stack(
-                [loss_of(examples[i : i + batch]) for i in range(0, len(examples), batch)]
-            ).sum()
-            for name, examples in held.items()
-        }
-    return {name: float(total) / len(held[name]) for name, total in sums.items()}
+        for name, examples in held.items():
+            losses = []
+            for i in range(0, len(examples), batch):
+                part = examples[i : i + batch]
+                inputs = {k: v.to(device) for k, v in collate(list(part)).items()}
+                losses.append(model(**inputs).loss * len(part))
+            means[name] = float(torch.stack(losses).sum()) / len(examples)
+    return means

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -42,6 +42,47 @@ Weighting = Literal["signal", "direction"]
 Last = Literal["whole", "output", "sliced"]
 Rests = dict[str, tuple[Any, ...] | None]
 """sub-layer -> what follows the activation in its output, None for a bare tensor."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The text on its way through the sub-layers of a model.
+
+    Attributes:
+        inputs: the stream where the text is by now; `feed` are the other arguments of the blocks.
+    """
+
+    model: nn.Module
+    chain: Stream
+    inputs: Activations
+    feed: BlockInputs
+    rests: Rests
+
+    def stream(self) -> Iterator[Tensor]:
+        """The stream as it is, batch by batch."""
+        return (self.inputs[rows] for rows in self.feed.rows)
+
+    def through(self, b: int, part: Sublayer) -> Iterator[Tensor]:
+        """The stream after one sub-layer of block `b`, batch by batch; it replaces `inputs`."""
+        model = self.model
+        block = model.get_submodule(self.chain.blocks[b])
+        nothing = torch.zeros_like(weight_of(model.get_submodule(part.writers[0]))[0, 0])
+        with ExitStack() as others:
+            for other in self.chain.sublayers[b]:
+                if other is not part:
+                    module = model.get_submodule(other.module)
+                    others.enter_context(returning(module, nothing, self.rests[other.module]))
+            for i, rows in enumerate(self.feed.rows):
+                x = self.feed.forward(block, b, i, self.inputs[rows])
+                self.inputs[rows] = x
+                yield x
+
+    def project(self, Q: Basis) -> None:
+        """The stream becomes its part in the space of `Q`."""
+        for rows in self.feed.rows:
+            x = self.inputs[rows]
+            narrow = x.float() @ Q.to(x.device).float()
+            self.inputs[rows] = (narrow @ Q.T.to(x.device).float()).to(x.dtype)
 
 
 def check_slicegpt(problem: Problem, *, multiple: int, last: Last, **_: Any) -> Expected:
@@ -108,16 +149,17 @@ def slicegpt(
     width = narrowed(problem, chain, hidden, depth, multiple, last)
     for part in (part for parts in chain.sublayers for part in parts):
         gain_and_eps(model.get_submodule(part.norm))  # refuses other norms before the long pass
-    rests = forms(model, chain, tokens)
+    rests = output_forms(model, chain, tokens)
     # Small batches: capturing runs the whole model on two of them.
     options = PassOptions(store, precision, max(1, samples_at_once(tokens) // 4))
     inputs, feed = capture_inputs(model, chain.blocks, tokens, options)
-    found = principal(model, chain, feed, inputs, depth, width, weighting, rests, last)
+    passage = Passage(model, chain, inputs, feed, rests)
+    found = principal_bases(passage, depth, width, weighting, last)
     # Two a block, wide ones: they wait where the weights do.
     bases = [Q.cpu() if streaming(model) else Q for Q in turned(found)]
     before = Sizes(model, [hidden]).total
     assemble(model, chain, bases, depth)
-    same(model, chain, tokens, inputs, feed, depth)
+    check_same_stream(passage, tokens, depth)
     sizes = {
         "channels": hidden.units,
         "width": width,
@@ -150,52 +192,39 @@ def narrowed(
     return min(widths, key=lambda w: (abs(sizes[w] - goal), -w))
 
 
-def principal(
-    model: nn.Module,
-    chain: Stream,
-    feed: BlockInputs,
-    inputs: Activations,
-    depth: int,
-    width: int,
-    weighting: Weighting,
-    rests: Rests,
-    last: Last,
+def principal_bases(
+    passage: Passage, depth: int, width: int, weighting: Weighting, last: Last
 ) -> Iterator[Basis]:
     """Bases `(C, width)` of the stream before each sub-layer of the first `depth` blocks and after
-    the last; `inputs` ends projected. With last=output there is none after it.
+    the last; the passage ends there, projected. With last=output there is none after it.
     """
-
-    def gram(pieces: Iterator[Tensor]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for x in pieces:
-            x = x.flatten(0, 1).float()
-            if weighting == "direction":
-                x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            total = total.to(x.device) + (x.T @ x).double()
-        return total
-
-    def project(Q: Basis) -> None:
-        for rows in feed.rows:
-            x = inputs[rows]
-            inputs[rows] = (x.float() @ Q.to(x.device).float() @ Q.T.to(x.device).float()).to(
-                x.dtype
-            )
-
-    Q = directions(gram(inputs[rows] for rows in feed.rows), width)
-    project(Q)
+    chain = passage.chain
+    Q = directions(gram(passage.stream(), weighting), width)
+    passage.project(Q)
     yield Q
     final = chain.sublayers[depth - 1][-1]
     for b in tqdm(range(depth), desc="bases of the residual stream", unit="block", delay=2):
         for part in chain.sublayers[b]:
-            with turn(model.get_submodule(chain.blocks[b])):
-                stream_after = through(model, chain, feed, inputs, b, part, rests)
+            with turn(passage.model.get_submodule(chain.blocks[b])):
+                after = passage.through(b, part)
                 if last == "output" and part is final:
-                    for _ in stream_after:
+                    for _ in after:
                         pass
                     return
-                Q = directions(gram(stream_after), width)
-            project(Q)
+                Q = directions(gram(after, weighting), width)
+            passage.project(Q)
             yield Q
+
+
+def gram(pieces: Iterator[Tensor], weighting: Weighting) -> Tensor:
+    """(C, C) float64: the sum of `x x^T` over the tokens of `pieces (n, T, C)`."""
+    total = torch.zeros((), dtype=torch.float64)
+    for x in pieces:
+        x = x.flatten(0, 1).float()
+        if weighting == "direction":
+            x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        total = total.to(x.device) + (x.T @ x).double()
+    return total
 
 
 def directions(gram: Tensor, width: int) -> Basis:
@@ -204,34 +233,8 @@ def directions(gram: Tensor, width: int) -> Basis:
     return ascending.flip(1)[:, :width]
 
 
-def through(
-    model: nn.Module,
-    chain: Stream,
-    feed: BlockInputs,
-    inputs: Activations,
-    b: int,
-    part: Sublayer,
-    rests: Rests,
-) -> Iterator[Tensor]:
-    """The stream after one sub-layer of block `b`, batch by batch; it replaces `inputs`."""
-    block = model.get_submodule(chain.blocks[b])
-    nothing = torch.zeros_like(weight_of(model.get_submodule(part.writers[0]))[0, 0])
-    with ExitStack() as others:
-        for other in chain.sublayers[b]:
-            if other is not part:
-                others.enter_context(
-                    returning(model.get_submodule(other.module), nothing, rests[other.module])
-                )
-        for i, rows in enumerate(feed.rows):
-            x = feed.forward(block, b, i, inputs[rows])
-            inputs[rows] = x
-            yield x
-
-
-def forms(model: nn.Module, chain: Stream, tokens: Tensor) -> Rests:
-    """What follows the activation in the output of each sub-layer: None where it is a
-    bare tensor.
-    """
+def output_forms(model: nn.Module, chain: Stream, tokens: Tensor) -> Rests:
+    """What follows the activation in the output of each sub-layer."""
     found: Rests = {}
 
     def see(name: str, _module: nn.Module, _args: Any, out: Any) -> None:
@@ -247,28 +250,20 @@ def forms(model: nn.Module, chain: Stream, tokens: Tensor) -> Rests:
     return found
 
 
-def same(
-    model: nn.Module,
-    chain: Stream,
-    tokens: Tensor,
-    inputs: Activations,
-    feed: BlockInputs,
-    depth: int,
-) -> None:
+def check_same_stream(passage: Passage, tokens: Tensor, depth: int) -> None:
     """Raises ConfigError unless the sliced model's stream is the projected stream of the model as
     it was.
     """
+    model, chain, feed = passage.model, passage.chain, passage.feed
     rows = feed.rows[0]
     seen: list[Tensor] = []
     with hook_activations(model, inputs={(*chain.blocks, chain.norm)[depth]: seen.append}):
         forward(model, tokens[rows], head=False)
-    want = inputs[rows].float()
+    projected = passage.inputs[rows]
+    exact = projected.dtype in (torch.float32, torch.float64) and feed.precision == "model"
+    want = projected.float()
     far = float((seen[0].to(want.device).float() - want).norm() / want.norm())
-    if far > (
-        1e-2
-        if inputs[rows].dtype in (torch.float32, torch.float64) and feed.precision == "model"
-        else 0.2
-    ):
+    if far > (1e-2 if exact else 0.2):
         name = type(model).__name__
         raise ConfigError(
             f"slicegpt: the rotated {name} does not compute the projected one ({far:.2g} apart): "

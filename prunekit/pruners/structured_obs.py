@@ -43,14 +43,19 @@ Tokens = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True)
 class Regression:
-    """Which regression is solved, as the options of `pruner=obs` say it."""
+    """Which regression is solved, as the options of `pruner=obs` say it.
+
+    Attributes:
+        relative: a token's error counts relative to its size.
+        ridge: in tokens; None = chosen by text that is not fitted to.
+        dense_ridge: likewise.
+    """
 
     target: Literal["own", "dense"]
     bias: bool
     relative: bool
     ridge: float | None
     dense_ridge: float | None
-    """Tokens; None = chosen by text that was not fitted to."""
 
     @property
     def chosen(self) -> list[str]:
@@ -74,8 +79,13 @@ def regression(
     dense_ridge: float | Literal["auto"],
 ) -> Regression:
     """The options as they stand in a YAML, read."""
-    given = [None if r == "auto" else r for r in (ridge, dense_ridge)]
-    return Regression(target, bias, token_weight == "relative", *given)
+    return Regression(
+        target,
+        bias,
+        relative=token_weight == "relative",
+        ridge=None if ridge == "auto" else ridge,
+        dense_ridge=None if dense_ridge == "auto" else dense_ridge,
+    )
 
 
 def check_samples(pruner: str, how: Regression, tokens: Tensor) -> None:

@@ -68,14 +68,14 @@ def _scorable(problem: Problem, targets: list[str] | None) -> tuple[list[Group],
     if not isinstance(criterion, Component) or "axes" not in criterion.meta:
         return groups, {}
     axes: dict[str, int] = criterion.meta["axes"](problem.model, groups)
-    dense = [g.name for g in groups if g.name not in axes]
-    if len(dense) == len(groups):
+    unscored = [g.name for g in groups if g.name not in axes]
+    if len(unscored) == len(groups):
         raise ConfigError(
             f"criterion={criterion.name} scores none of the {len(groups)} matrices "
             f"({groups[0].name} .. {groups[-1].name})"
         )
-    if dense:
-        log.info("%d matrices, which the criterion does not score, stay dense", len(dense))
+    if unscored:
+        log.info("%d matrices, which the criterion does not score, stay dense", len(unscored))
     return [g for g in groups if g.name in axes], axes
 
 
@@ -160,11 +160,12 @@ def unstructured(
     kept: Kept = {}
     pruned: dict[str, Group] = {g.name: g for g in groups}
     options = PassOptions(store, precision)
+    choose = partial(_choose, model, allocation=allocation, scope=scope, pattern=pattern, axes=axes)
 
     def chosen(row: list[Group], run: Run) -> Kept:
         scores = _scored(problem, row, run)
         if allocation.ranking in ("local", "rows"):
-            return _choose(model, row, scores, allocation, scope, pattern, axes)
+            return choose(row, scores)
         return everywhere(scores, sum(counts.values()))
 
     for row, run in _passes(problem, groups, counts, schedule, options, resumable=order is None):
@@ -173,7 +174,7 @@ def unstructured(
             keep = {g.name: pattern.kept_of(counts[g.name], g.units, g.name) for g in row}
             row, scores = order.arrange(run, row, scores, keep)
             pruned |= {g.name: g for g in row}
-            mask = _choose(model, row, scores, allocation, scope, pattern, axes)
+            mask = choose(row, scores)
         else:
             mask = run.once(partial(chosen, row, run))
         zero_elements(model, row, mask)
@@ -228,6 +229,7 @@ def _choose(
     model: nn.Module,
     groups: list[Group],
     scores: Scores,
+    *,
     allocation: Allocation,
     scope: Scope,
     pattern: Pattern | None,
@@ -236,12 +238,13 @@ def _choose(
     """Masks, stored like the matrices, of what stays."""
     out: Kept = {}
     for g in groups:
+        along_outputs = axes.get(g.name, 1) == 0
         s = to_out_in(model, g, scores[g.name])
-        s = s if axes.get(g.name, 1) else s.T.contiguous()
+        s = s.T.contiguous() if along_outputs else s
         if allocation.ranking == "rows":
             mask = each_row(s, allocation.rows[g.name])
         else:
             mask = element_mask(s, allocation.counts[g.name], scope, pattern, g.name)
-        mask = mask if axes.get(g.name, 1) else mask.T
+        mask = mask.T if along_outputs else mask
         out[g.name] = to_out_in(model, g, mask).contiguous()
     return out

@@ -98,11 +98,13 @@ def learn(
 ) -> dict[str, Tensor]:
     """Name -> learned shares `(1)` of a matrix, or `(rows)`; not yet met exactly (`project`).
 
-    error: of a batch's outputs, for masked weights by name and the number of the step.
-    target: share of all weights that shall go.
-    per_row: a share for each row instead of one for each matrix.
-    rate: step size of Adam on theta.
-    pull: weight of `((share - target) / target)^2` beside the error, the paper's 5.
+    Args:
+        error: of a batch's outputs, for masked weights by name and the number of the step.
+        target: share of all weights that shall go.
+        per_row: a share for each row instead of one for each matrix.
+        candidates: D.
+        rate: step size of Adam on theta.
+        pull: weight of `((share - target) / target)^2` beside the error, the paper's 5.
     """
     total = sum(m.weight.numel() for m in matrices.values())
     thetas = {

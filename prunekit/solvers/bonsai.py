@@ -5,12 +5,14 @@ arXiv 2402.05406): pairs of complementary masks, and a linear regression of all 
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Floats = NDArray[np.float64]
 FOLDS = 5
 STRENGTHS = np.geomspace(1, 1e-4, 13)
 """Of the L1 penalty, as shares of the one at which all coefficients are zero."""
@@ -61,25 +63,22 @@ def regress(there: Tensor, outcomes: Tensor) -> Fit:
     """
     X, y = there.double().numpy(), outcomes.double().numpy()
     pair = np.arange(len(y)) // 2
-    taus = np.mean(
-        [_tau_of_fold(X, y, pair % FOLDS == fold) for fold in range(FOLDS)], axis=0
-    )  # (strengths,)
+    taus = np.mean([_tau_of_fold(X, y, pair % FOLDS == fold) for fold in range(FOLDS)], axis=0)
     best = int(taus.argmax())  # the first of equals: the strongest penalty
-    paths = _paths(X, y, STRENGTHS[: best + 1])
-    return Fit(
-        torch.from_numpy(paths[:, -1].copy()).float(), float(STRENGTHS[best]), float(taus[best])
-    )
+    worth = _paths(X, y, STRENGTHS[: best + 1])[:, -1]
+    return Fit(torch.from_numpy(worth.copy()).float(), float(STRENGTHS[best]), float(taus[best]))
 
 
-def _tau_of_fold(X: Any, y: Any, held: Any) -> Any:
+def _tau_of_fold(X: Floats, y: Floats, held: NDArray[np.bool_]) -> Floats:
     """(strengths,) Kendall's tau on the rows `held` of fits to the others; 0 for a constant."""
     from scipy.stats import kendalltau
 
     guesses = X[held] @ _paths(X[~held], y[~held], STRENGTHS)
-    return np.nan_to_num([kendalltau(guess, y[held]).statistic for guess in guesses.T])
+    taus: Floats = np.nan_to_num([kendalltau(guess, y[held]).statistic for guess in guesses.T])
+    return taus
 
 
-def _paths(X: Any, y: Any, strengths: Any) -> Any:
+def _paths(X: Floats, y: Floats, strengths: Floats) -> Floats:
     """(U, strengths) coefficients."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import lasso_path
@@ -90,5 +89,5 @@ def _paths(X: Any, y: Any, strengths: Any) -> Any:
         return np.zeros((X.shape[1], len(strengths)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of the weakest, which lose
-        _, paths, _ = lasso_path(X, y, alphas=largest * strengths)
+        paths: Floats = lasso_path(X, y, alphas=largest * strengths)[1]
     return paths

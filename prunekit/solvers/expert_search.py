@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class ExpertLayer:
         self.calls.append((args, kwargs))
         self.outputs.append(first_tensor(output))
 
-    def gates(self) -> Any:
+    def gates(self) -> AbstractContextManager[nn.Module]:
         """A context in which `loss` can be asked."""
         return gated(self.model, [self.group], {self.group.name: self.z}, self.known)
 

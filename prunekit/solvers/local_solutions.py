@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -103,23 +103,22 @@ class ObsLevels:
             return
         self.tokens()  # where only shapes are known, this says so
         dense = DenseStream(self.model, self.blocks, self.tokens, self.options)
-        places = [(b, row, r) for b, row in enumerate(self.readers) for r in row]
-        bar = tqdm(places, desc="local solutions", unit="sub-layer")
-        for b, row, r in bar:
-            if r not in self.chosen:
-                continue
+        places = [(b, r) for b, row in enumerate(self.readers) for r in row]
+        for b, r in tqdm(places, desc="local solutions", unit="sub-layer"):
+            if r in self.chosen:
+                name = f"solutions/{r.group.name}"
+                compute = partial(self._solution, dense, b, r)
+                self.solved[r.group.name] = self.remember(__name__, name, self.key, compute)
 
-            def compute(b: int = b, row: list[UnitReader] = row, r: UnitReader = r) -> Solution:
-                streams = dense.streams(b, [x.inside for x in row])
-                folds = 1 if self.how.ridge is not None else FOLDS
-                module = self.model.get_submodule(self.blocks[b])
-                with turn(module):
-                    stats = streams.regression(module, r, self.how.relative, folds)
-                    outputs = bypass_outputs(streams, self.blocks[b], r) if self.how.whole else 0
-                    return solve_levels(stats, r, self.how, outputs)
-
-            name = f"solutions/{r.group.name}"
-            self.solved[r.group.name] = self.remember(__name__, name, self.key, compute)
+    def _solution(self, dense: DenseStream, b: int, r: UnitReader) -> Solution:
+        """One sub-layer of block number `b`."""
+        streams = dense.streams(b, [other.inside for other in self.readers[b]])
+        folds = 1 if self.how.ridge is not None else FOLDS
+        module = self.model.get_submodule(self.blocks[b])
+        with turn(module):
+            stats = streams.regression(module, r, self.how.relative, folds)
+            outputs = bypass_outputs(streams, self.blocks[b], r) if self.how.whole else 0
+            return solve_levels(stats, r, self.how, outputs)
 
     def mask(self, group: str, removed: int) -> Tensor:
         """(U,) bool: the units of a group that stay when so many go."""

@@ -30,11 +30,11 @@ def greedy_removal(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -
     which are all inputs in play; `count <= U` units go.
     """
     owned = units.flatten().to(inverse.device)
-    order = torch.arange(units.numel(), device=inverse.device).view(units.shape)
     V, M = weight[:, owned].float(), inverse[owned][:, owned].float()
     if units.shape[1] == 1:
         return _single(V, M, count)
-    return _wide(V, M, order, count)
+    places = torch.arange(units.numel(), device=inverse.device).view(units.shape)
+    return _wide(V, M, places, count)
 
 
 def columns_left(units: Tensor, mask: Tensor, inputs: int) -> Tensor:

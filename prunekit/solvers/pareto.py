@@ -14,6 +14,7 @@ from prunekit.errors import ConfigError
 from prunekit.selection.subnets import Choice, Subnets
 
 Point = tuple[float, float]
+"""Loss and cost."""
 Evaluate = Callable[[Choice], Point]
 Search = Literal["random", "stratified", "local", "nsga2"]
 
@@ -54,11 +55,11 @@ def searched(
 ) -> tuple[list[Choice], list[Point]]:
     """So many choices with their numbers, the whole network and the smallest one first.
 
-    random: drawn by themselves.
-    stratified: likewise, the share that goes spread evenly over the samples.
-    local: networks of which every group lost the same share, up to half of `samples`, then
-        neighbours of a random one that nothing dominates.
-    nsga2: Deb et al., 2002, as optuna has it, from the same ones.
+    Args:
+        search: `random` draws each by itself; `stratified` likewise, the share that goes spread
+            evenly over the samples; `local` begins with networks of which every group lost the same
+            share, up to half of `samples`, then takes neighbours of a random one that nothing
+            dominates; `nsga2` (Deb et al., 2002, as optuna has it) begins with the same ones.
     """
     if search == "nsga2":
         return _nsga2(space, evaluate, samples, seed)

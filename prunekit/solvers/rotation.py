@@ -51,6 +51,7 @@ def shortcut(Q_r: Basis, Q_w: Basis) -> Tensor:
 
 
 def tied(model: nn.Module, chain: Stream) -> bool:
+    """Whether the output matrix is the embedding's."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return head is not None and head.weight is model.get_submodule(chain.embedding).weight
 

@@ -24,6 +24,7 @@ of columns j to the end of the block as they are now.
 """
 
 TRIES = 6
+"""Ridges, each ten times the one before it."""
 
 
 def inverse_factor(gram: Tensor, ridge: float, name: str) -> tuple[Tensor, float]:

@@ -160,8 +160,9 @@ def update_auxiliaries(
     """
     C, F = ffn.down.shape
     zeros = aux.x.new_zeros
-    sums = Sums(zeros(F, F), zeros(F, aux.x.shape[1]), zeros(C, F), None)
-    sums.sx = None if aux.s is None else zeros(F, aux.x.shape[1])
+    inputs = aux.x.shape[1]
+    sx = None if aux.s is None else zeros(F, inputs)
+    sums = Sums(pp=zeros(F, F), zx=zeros(F, inputs), yp=zeros(C, F), sx=sx)
     relu = aux.s is None and is_relu(ffn.act, aux.z)
     inner = curvature(ffn.down, terms, f"{name}, p")
     for start in range(0, len(aux.x), chunk):
@@ -203,9 +204,8 @@ def refit(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float, name: str) 
 def output_error(ffn: Ffn, aux: Auxiliaries, chunk: int = 4096) -> float:
     """Mean squared error of the block's output."""
     parts = zip(torch.split(aux.x, chunk), torch.split(aux.y, chunk), strict=True)
-    return float(sum((ffn(x) - y).square().sum(dtype=torch.float64) for x, y in parts)) / (
-        aux.y.numel()
-    )
+    total = sum((ffn(x) - y).square().sum(dtype=torch.float64) for x, y in parts)
+    return float(total) / aux.y.numel()
 
 
 @torch.no_grad()
@@ -233,15 +233,12 @@ def alternate(
     best = last = pruned
     for _ in range(steps - 1):
         sums = update_auxiliaries(aux, last, terms, name)
-        full = replace(
-            dense,
-            up=refit(dense.up, gram, sums.zx, ridge, f"{name}, up"),
-            down=refit(dense.down, sums.pp, sums.yp, ridge, f"{name}, down"),
-            gate=dense.gate
-            if dense.gate is None or sums.sx is None
-            else refit(dense.gate, gram, sums.sx, ridge, f"{name}, gate"),
-        )
-        last = reprune(full, sums.pp)
+        up = refit(dense.up, gram, sums.zx, ridge, f"{name}, up")
+        down = refit(dense.down, sums.pp, sums.yp, ridge, f"{name}, down")
+        gate = dense.gate
+        if gate is not None and sums.sx is not None:
+            gate = refit(gate, gram, sums.sx, ridge, f"{name}, gate")
+        last = reprune(replace(dense, up=up, down=down, gate=gate), sums.pp)
         errors.append(output_error(last, aux))
         if errors[-1] < min(errors[:-1]):
             best = last

@@ -98,7 +98,7 @@ def held_out_error(
 
 
 def _walk(error: Callable[[Ridges], float], start: Ridges, name: str) -> Ridges:
-    """From `start` towards smaller values, else towards larger ones, while the error falls."""
+    """From `start` towards larger values, else towards smaller ones, while the error falls."""
     lowest, best = error(start), start
     for factor in (FACTOR, 1 / FACTOR):
         for _ in range(STEPS):

@@ -14,7 +14,7 @@ import prunekit
 from prunekit import checkpoint
 from prunekit.checkpoint.remote_code.early_exit import EarlyExit
 from prunekit.errors import ConfigError
-from prunekit.pruners.adainfer import fitted, lowest, observed, outcome, set_threshold
+from prunekit.pruners.adainfer import fitted, lowest_threshold, observed, outcome, set_threshold
 from prunekit.registry import pruners
 
 
@@ -164,7 +164,7 @@ def test_no_classifier_saves_more_than_the_oracle():
     depths = torch.arange(1, 8)
     oracle = outcome(agrees, agrees, depths)
     assert oracle["agreement"] == 1
-    limit = lowest(scores, agrees, 1.0)
+    limit = lowest_threshold(scores, agrees, 1.0)
     told = outcome(scores > limit, agrees, depths)
     assert told["agreement"] == 1
     assert oracle["depth"] < told["depth"] <= 7
@@ -176,7 +176,7 @@ def test_the_threshold_is_the_lowest_that_keeps_the_agreement(agreement):
     agrees = torch.rand(300, 4, generator=rng) < 0.5
     scores = agrees + torch.randn(300, 4, generator=rng)
     depths = torch.arange(5)
-    limit = lowest(scores, agrees, agreement)
+    limit = lowest_threshold(scores, agrees, agreement)
     assert outcome(scores > limit, agrees, depths)["agreement"] >= agreement
     lower = float(scores.flatten().quantile(float((scores <= limit).float().mean()) - 0.01))
     assert outcome(scores > lower, agrees, depths)["agreement"] < agreement

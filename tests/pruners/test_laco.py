@@ -6,12 +6,11 @@ import copy
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 from blocks import lacking
 from compositions import config
-from paths import GOLDEN
+from paths import authors_numbers
 from problems import check, problem, uniform
 from tiny_models import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +45,7 @@ def logits(model, tokens):
 
 @pytest.fixture(scope="module")
 def golden():
-    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "laco.npz").items()}
+    return authors_numbers("laco")
 
 
 @pytest.fixture

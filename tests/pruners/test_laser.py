@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from compositions import config
-from paths import GOLDEN
+from paths import authors_numbers
 from problems import check, problem
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -89,7 +88,7 @@ def test_chosen_matrices_become_their_truncation_and_the_others_stay(arch, facto
 
 @pytest.mark.parametrize("kind", ["decay", "flat"])
 def test_the_authors_matrices_end_at_their_exact_truncation(kind):
-    golden = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "laser.npz").items()}
+    golden = authors_numbers("laser")
     W = golden[f"W_{kind}"]
     model = tiny_model("llama", hidden=W.shape[1], ffn=W.shape[0])
     with torch.no_grad():

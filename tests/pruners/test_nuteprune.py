@@ -7,10 +7,9 @@ from __future__ import annotations
 import copy
 import itertools
 
-import numpy as np
 import pytest
 import torch
-from paths import GOLDEN
+from paths import authors_numbers
 from problems import check, problem, uniform
 from tiny_models import tiny_model
 from torch import nn
@@ -81,8 +80,8 @@ def test_what_is_minimised_is_the_papers_sum(options, tokens, monkeypatch):
 
 
 def test_teachers_follow_as_those_of_the_authors():
-    with np.load(GOLDEN / "nuteprune.npz") as file:
-        sparsity, index = file["teacher.0.5.sparsity"], file["teacher.0.5.index"]
+    golden = authors_numbers("nuteprune")
+    sparsity, index = golden["teacher.0.5.sparsity"], golden["teacher.0.5.index"]
     rows = list(itertools.pairwise(zip(sparsity.tolist(), index.tolist(), strict=True)))
     before = [(s, theirs) for (s, _), (now, theirs) in rows if now < 0.5]  # recorded a step ago
     assert len(before) > 200

@@ -106,7 +106,7 @@ def test_sliced_is_the_projected_network(tokens, tie, last, weighting):
 
 
 def test_the_first_basis_loses_the_smallest_eigenvalues(tokens):
-    """Card 3: the error of the sliced signal at the first norm is the sum of the dropped
+    """The error of the sliced signal at the first norm is the sum of the dropped
     eigenvalues.
     """
     model = build(tie_word_embeddings=True)

@@ -4,11 +4,10 @@ that it converges to.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from paths import authors_numbers
+from regressions import best_within, layer
 
 from prunekit.errors import ConfigError
 from prunekit.selection.elements import per_matrix, per_row
@@ -16,29 +15,10 @@ from prunekit.solvers.admm import admm, cubic, fixed, lowest_outside_runs
 from prunekit.solvers.preconditioning import squared_error
 from prunekit.solvers.sparsegpt import inverse_factor, solve_columns
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "admm.npz"
-
-
-def problem(seed=0, outputs=6, inputs=24, tokens=80):
-    """Weights and the mean gram matrix of correlated inputs."""
-    rng = torch.Generator().manual_seed(seed)
-    W = torch.randn(outputs, inputs, generator=rng)
-    mix = torch.randn(inputs, inputs, generator=rng)
-    X = torch.randn(tokens, inputs, generator=rng) @ mix
-    return W, X.T @ X / tokens
-
 
 def ridged(gram, damp=0.1):
     """The gram matrix whose error the iteration reduces: each diagonal element a tenth larger."""
     return (gram + damp * torch.diag(gram.diagonal())).double()
-
-
-def least_squares(W, H, mask):
-    """Row by row, the weights of the mask that best stand in for all of `W`."""
-    out = torch.zeros_like(W, dtype=torch.float64)
-    for i, keep in enumerate(mask):
-        out[i, keep] = torch.linalg.solve(H[keep][:, keep], H[keep] @ W[i].double())
-    return out
 
 
 def plainly(W, gram, masks, damp=0.1):
@@ -58,8 +38,7 @@ def plainly(W, gram, masks, damp=0.1):
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(GOLDEN) as file:
-        return {k: torch.from_numpy(file[k]) for k in file.files}
+    return authors_numbers("admm")
 
 
 HALF, MORE = 48 * 64 // 2, int(0.7 * 48 * 64)
@@ -104,7 +83,7 @@ def test_the_authors_numbers_with_dead_inputs(golden):
 
 
 def test_the_formula_written_plainly_for_a_mask_that_grows():
-    W, gram = problem()
+    W, gram = layer()
     masks = []
 
     def select(scores, count):
@@ -123,9 +102,9 @@ def test_the_schedule_is_cubic_and_ends_at_the_count():
 
 
 def test_a_fixed_mask_converges_to_the_least_squares_solution():
-    W, gram = problem()
+    W, gram = layer()
     mask = per_matrix(W.abs(), 72)
-    best = least_squares(W, ridged(gram), mask)
+    best = best_within(W, ridged(gram), mask)
     gaps = [
         float((admm(W, gram, fixed(mask), 72, iterations=n, reselect=0)[0] - best).abs().max())
         for n in (5, 20, 400)
@@ -136,7 +115,7 @@ def test_a_fixed_mask_converges_to_the_least_squares_solution():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_for_one_mask_nearer_than_sparsegpt_and_zeroing(seed):
-    W, gram = problem(seed)
+    W, gram = layer(seed)
     H = gram + 0.01 * gram.diagonal().mean() * torch.eye(24)
     mask = per_matrix(W.abs() * gram.diagonal().sqrt(), 72)
     new, _ = admm(W, gram, fixed(mask), 72, iterations=300, reselect=0, ridge=0.01)
@@ -150,7 +129,7 @@ def test_for_one_mask_nearer_than_sparsegpt_and_zeroing(seed):
 def test_choosing_anew_is_better_than_the_first_mask():
     total = torch.zeros(2)
     for seed in range(8):
-        W, gram = problem(seed)
+        W, gram = layer(seed)
         for i, reselect in enumerate((15, 0)):
             new, _ = admm(W, gram, per_matrix, 72, reselect=reselect)
             total[i] += squared_error(W, new, gram)
@@ -159,20 +138,20 @@ def test_choosing_anew_is_better_than_the_first_mask():
 
 @pytest.mark.parametrize("count", [0, 1, 71, 72, 143, 144])
 def test_counts_are_exact(count):
-    W, gram = problem()
+    W, gram = layer()
     new, mask = admm(W, gram, per_matrix, count)
     assert int((~mask).sum()) == count == int((new == 0).sum())
 
 
 def test_every_row_loses_as_many():
-    W, gram = problem()
+    W, gram = layer()
     _, mask = admm(W, gram, per_row, 72)
     assert (mask.sum(1) == 12).all()
 
 
 @pytest.mark.parametrize(("kept", "length"), [(2, 4), (4, 8), (1, 4), (3, 4), (5, 12)])
 def test_patterns_of_any_length_hold(kept, length):
-    W, gram = problem()
+    W, gram = layer()
     _, mask = admm(W, gram, lowest_outside_runs(kept, length), 144 * (length - kept) // length)
     assert (mask.view(6, -1, length).sum(-1) == kept).all()
 
@@ -184,18 +163,18 @@ def test_a_pattern_grows_from_the_lowest_that_may_go():
 
 
 def test_nothing_to_remove_changes_nothing():
-    W, gram = problem()
+    W, gram = layer()
     torch.testing.assert_close(admm(W, gram, per_matrix, 0)[0], W, rtol=1e-5, atol=1e-6)
 
 
 def test_the_scale_of_the_inputs_does_not_matter():
-    W, gram = problem()
+    W, gram = layer()
     once = admm(W, gram, per_matrix, 72)[0]
     torch.testing.assert_close(admm(W, gram * 1e6, per_matrix, 72)[0], once)
 
 
 def test_weights_of_inputs_that_are_always_zero_go_first_and_otherwise_stay():
-    W, gram = problem()
+    W, gram = layer()
     gram[3] = gram[:, 3] = 0
     _, mask = admm(W, gram, per_matrix, 10)
     assert not mask[:, 3].any()

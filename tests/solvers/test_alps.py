@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from regressions import best_within, layer
 
 from prunekit.errors import ConfigError
 from prunekit.selection.elements import per_matrix, per_row
@@ -16,24 +17,8 @@ from prunekit.solvers.alps import alps, conjugate_gradient
 from prunekit.solvers.preconditioning import squared_error
 
 
-def problem(seed=0, outputs=6, inputs=24, tokens=80):
-    """Weights and the mean gram matrix of correlated inputs."""
-    rng = torch.Generator().manual_seed(seed)
-    W = torch.randn(outputs, inputs, generator=rng)
-    mix = torch.randn(inputs, inputs, generator=rng)
-    X = torch.randn(tokens, inputs, generator=rng) @ mix
-    return W, X.T @ X / tokens
-
-
 def damped(gram, damp=0.01):
     return (gram + damp * gram.diagonal().mean() * torch.eye(len(gram))).double()
-
-
-def least_squares(W, H, mask):
-    out = torch.zeros_like(W, dtype=torch.float64)
-    for i, keep in enumerate(mask):
-        out[i, keep] = torch.linalg.solve(H[keep][:, keep], H[keep] @ W[i].double())
-    return out
 
 
 def plainly(W, gram, count, iterations, rho=0.1):
@@ -68,7 +53,7 @@ def plainly(W, gram, count, iterations, rho=0.1):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_formula_written_plainly(seed):
-    W, gram = problem(seed)
+    W, gram = layer(seed)
     new, mask = alps(W, gram, per_matrix, 72, iterations=12, cg_steps=0)
     expected, kept, used = plainly(W, gram, 72, 12)
     assert len(set(used)) > 2
@@ -77,7 +62,7 @@ def test_the_formula_written_plainly(seed):
 
 
 def test_it_stops_when_the_mask_rests():
-    W, gram = problem()
+    W, gram = layer()
     counts = []
 
     def select(scores, count):
@@ -89,14 +74,14 @@ def test_it_stops_when_the_mask_rests():
 
 
 def test_many_steps_of_conjugate_gradients_are_the_least_squares_solution():
-    W, gram = problem()
+    W, gram = layer()
     new, mask = alps(W, gram, per_matrix, 72, cg_steps=100)
-    best = least_squares(W, damped(gram), mask)
+    best = best_within(W, damped(gram), mask)
     torch.testing.assert_close(new.double(), best, rtol=1e-3, atol=1e-4)
 
 
 def test_each_step_of_conjugate_gradients_lowers_every_rows_error():
-    W, gram = problem()
+    W, gram = layer()
     H = damped(gram).float()
     mask = per_matrix(W.abs(), 72)
     errors = []
@@ -108,7 +93,7 @@ def test_each_step_of_conjugate_gradients_lowers_every_rows_error():
 
 
 def test_a_row_that_is_solved_stays():
-    W, gram = problem()
+    W, gram = layer()
     mask = torch.ones_like(W, dtype=torch.bool)
     mask[0] = False
     out = conjugate_gradient(gram, W @ gram, W * mask, mask, 50)
@@ -121,7 +106,7 @@ def test_a_row_that_is_solved_stays():
 def test_smaller_errors_than_admm(share):
     total = torch.zeros(2)
     for seed in range(8):
-        W, gram = problem(seed, outputs=16, inputs=32)
+        W, gram = layer(seed, outputs=16, inputs=32)
         count = int(share * W.numel())
         for i, method in enumerate((alps, admm)):
             total[i] += squared_error(W, method(W, gram, per_matrix, count)[0], gram)
@@ -130,36 +115,36 @@ def test_smaller_errors_than_admm(share):
 
 @pytest.mark.parametrize("count", [0, 1, 71, 72, 143, 144])
 def test_counts_are_exact(count):
-    W, gram = problem()
+    W, gram = layer()
     new, mask = alps(W, gram, per_matrix, count)
     assert int((~mask).sum()) == count == int((new == 0).sum())
 
 
 def test_every_row_loses_as_many():
-    W, gram = problem()
+    W, gram = layer()
     assert (alps(W, gram, per_row, 72)[1].sum(1) == 12).all()
 
 
 @pytest.mark.parametrize(("kept", "length"), [(2, 4), (4, 8), (1, 4), (5, 12)])
 def test_patterns_hold(kept, length):
-    W, gram = problem()
+    W, gram = layer()
     _, mask = alps(W, gram, lowest_outside_runs(kept, length), 144 * (length - kept) // length)
     assert (mask.view(6, -1, length).sum(-1) == kept).all()
 
 
 def test_nothing_to_remove_changes_nothing():
-    W, gram = problem()
+    W, gram = layer()
     torch.testing.assert_close(alps(W, gram, per_matrix, 0)[0], W, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mask_that_is_given_stays():
-    W, gram = problem()
+    W, gram = layer()
     mask = per_matrix(W.abs(), 72)
     assert torch.equal(alps(W, gram, fixed(mask), 72)[1], mask)
 
 
 def test_weights_of_inputs_that_are_always_zero_go_first():
-    W, gram = problem()
+    W, gram = layer()
     gram[3] = gram[:, 3] = 0
     new, mask = alps(W, gram, per_matrix, 60)
     assert torch.isfinite(new).all()

@@ -42,8 +42,8 @@ def zeroed(model, groups, kept):
 
 @pytest.mark.parametrize("kind", UNITS)
 def test_the_bias_takes_exactly_the_mean_off_the_error(model, tokens, kind):
-    """Card 2's check: the output's mean squared error falls by |W_P E[x_P]|^2 (GQA: a kv head owns
-    the columns of its own queries).
+    """The output's mean squared error falls by |W_P E[x_P]|^2; a key head owns the columns of its
+    own queries.
     """
     [group] = [g for g in llama_groups(model, (kind,)) if g.layer == 0]
     kept = choice([group])
@@ -73,10 +73,8 @@ def test_the_bias_does_not_depend_on_what_the_criterion_looked_at(model, tokens,
     kept = choice(groups)
     run = ModelRun(model, tokens)
     flap(model, groups, run, skip=2)
-    used, fresh = (
-        lost_means(model, groups, kept, run, skip),
-        lost_means(model, groups, kept, ModelRun(model, tokens), skip),
-    )
+    used = lost_means(model, groups, kept, run, skip)
+    fresh = lost_means(model, groups, kept, ModelRun(model, tokens), skip)
     x = inputs_of(model, tokens, list(used))
     for name, bias in used.items():
         assert torch.equal(bias, fresh[name])

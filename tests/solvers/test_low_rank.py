@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from paths import GOLDEN
+from paths import authors_numbers
 
 from prunekit.solvers.low_rank import rank_of, smaller_as_factors, spectrum
 
@@ -14,7 +13,7 @@ RATES = ["9.5", "9", "8", "6", "4", "2"]
 
 @pytest.fixture(scope="module")
 def golden():
-    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "laser.npz").items()}
+    return authors_numbers("laser")
 
 
 @pytest.mark.parametrize("rate", RATES)

@@ -12,7 +12,7 @@ from prunekit.solvers.obs import greedy_removal
 
 
 def plain_removal(W, H, units, count):
-    """Card B of structured.md, step by step with explicit inverses."""
+    """The formulas of `solvers.obs`, step by step with explicit inverses."""
     W, M = W.double().clone(), torch.linalg.inv(H.double())
     left, order, costs = list(range(len(units))), [], []
     for _ in range(count):

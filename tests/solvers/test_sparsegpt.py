@@ -100,7 +100,7 @@ def test_counts_are_exact(count, block):
 
 
 @pytest.mark.parametrize(("keep", "length"), [(2, 4), (4, 8), (1, 4)])
-def test_patterns(keep, length):
+def test_patterns_hold(keep, length):
     W, _, _, U = problem()
     _, kept, _ = solve_columns(W, U, highest_of_runs(keep, length), 8)
     assert (kept.view(6, -1, length).sum(-1) == keep).all()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from paths import authors_numbers
 from torch.nn.functional import gelu, relu, silu
 
 from prunekit.errors import ConfigError
@@ -21,13 +20,10 @@ from prunekit.solvers.sparsegpt import (
 )
 from prunekit.solvers.sparsellm import Auxiliaries, Ffn, Terms
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "sparsellm_llama.npz"
-
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(GOLDEN) as file:
-        return {k: torch.from_numpy(file[k]) for k in file.files}
+    return authors_numbers("sparsellm_llama")
 
 
 def block(gated=True, act=silu, seed=0, tokens=200, biases=True):
