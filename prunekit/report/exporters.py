@@ -10,6 +10,8 @@ from prunekit.report.formatting import HEADS, heads, ours, remarks, theirs, trou
 from prunekit.report.load import Found
 from prunekit.report.table import ReportTable
 
+BELOW = "After the slash"
+"""Where the paper's number stands in a cell."""
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     c: f"\\{c}" for c in "&%$#_{}"
 }
@@ -37,11 +39,7 @@ def markdown(tables: Sequence[ReportTable], found: Found) -> str:
             lines.append(
                 "| " + " | ".join(t.replace("|", "\\|") for t in (*heads(row), *texts)) + " |"
             )
-        lines += [
-            "",
-            *[line.replace("Second line of a cell", "After the slash") for line in remarks(table)],
-            "",
-        ]
+        lines += ["", *remarks(table, below=BELOW), ""]
     return "\n".join([*lines, *[f"- {line}" for line in troubles(found)]]).rstrip() + "\n"
 
 
@@ -72,7 +70,7 @@ def latex(tables: Sequence[ReportTable], found: Found) -> str:
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
-            *[f"% {line}" for line in remarks(table)],
+            *[f"% {line}" for line in remarks(table, below=BELOW)],
             "",
         ]
     return "\n".join([*lines, *[f"% {line}" for line in troubles(found)]]).rstrip() + "\n"
@@ -89,23 +87,10 @@ def table_csv(tables: Sequence[ReportTable], found: Found) -> str:
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        [
-            "table",
-            "method",
-            "removed",
-            "zeros",
-            "target",
-            "stage",
-            "metric",
-            "unit_title",
-            "mean",
-            "spread",
-            "seeds",
-            "paper",
-            "note",
-        ]
+    titles = (
+        "table method removed zeros target stage metric unit_title mean spread seeds paper note"
     )
+    writer.writerow(titles.split())
     for table in tables:
         for row in table.rows:
             for column in table.columns:

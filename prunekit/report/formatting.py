@@ -13,11 +13,9 @@ HEADS = ("method", "ratio", "tuned")
 def ours(cell: Cell, column: Column, plus_minus: str = " ± ") -> str:
     """`19.31 ± 0.20`."""
     text = column.text(cell.mean)
-    return (
-        text
-        if cell.mean is None or not cell.spread
-        else f"{text}{plus_minus}{column.text(cell.spread, cell.mean)}"
-    )
+    if cell.mean is None or not cell.spread:
+        return text
+    return f"{text}{plus_minus}{column.text(cell.spread, cell.mean)}"
 
 
 def theirs(cell: Cell, column: Column, comparable: bool) -> str:
@@ -37,8 +35,12 @@ def heads(row: Row) -> tuple[str, str, str]:
     return row.label, ratio, {"dense": "-", "pruned": "no", "recovered": "yes"}[row.stage]
 
 
-def remarks(table: ReportTable, *, with_sentences: bool = True) -> list[str]:
-    """What a reader must know about the numbers of one table, and what each row lost in words."""
+def remarks(
+    table: ReportTable, *, below: str = "Second line of a cell", with_sentences: bool = True
+) -> list[str]:
+    """What a reader must know about the numbers of one table, and what each row lost in words;
+    `below` says where in a cell the paper's number stands.
+    """
     lines = []
     seeds = {c.n for r in table.rows for c in r.cells.values() if c.n and r.stage != "dense"}
     if max(seeds, default=0) > 1:
@@ -59,7 +61,7 @@ def remarks(table: ReportTable, *, with_sentences: bool = True) -> list[str]:
         )
     if table.paper:
         how = ", with ours less theirs" if table.comparable else ""
-        lines.append(f"Second line of a cell: {table.paper.title}, {table.paper.source}{how}.")
+        lines.append(f"{below}: {table.paper.title}, {table.paper.source}{how}.")
         if not table.comparable:
             lines.append(
                 "The model is not the paper's: compare the order of the rows, not the numbers."

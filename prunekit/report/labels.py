@@ -49,11 +49,10 @@ def names(results: Sequence[Result]) -> list[str]:
     leaves = [settings(r.config) for r in results]
     rows = [r.config.get("row") for r in results]
     labels = []
-    by_row = {
-        row: apart(varying(own), own)
-        for row in dict.fromkeys(rows)
-        if (own := [x for x, r in zip(leaves, rows) if r == row])
-    }
+    by_row = {}
+    for row in dict.fromkeys(rows):
+        own = [leaf for leaf, r in zip(leaves, rows, strict=True) if r == row]
+        by_row[row] = apart(varying(own), own)
     for leaf, row in zip(leaves, rows, strict=True):
         parts = [str(row)] if row else []
         for key in by_row[row]:
@@ -76,8 +75,8 @@ def apart(keys: Sequence[str], leaves: Sequence[dict[str, str]]) -> list[str]:
 
 
 def varying(leaves: Sequence[dict[str, str]]) -> list[str]:
-    """Keys that take several values; an option only counts among jobs that use the
-    same component.
+    """Keys that take several values; an option only counts among jobs that use the same
+    component.
     """
     out = []
     for key in dict.fromkeys(k for leaf in leaves for k in leaf):

@@ -75,8 +75,8 @@ class Column:
 
 
 def column(key: str) -> Column | None:
-    """The column of a metric; None for metrics that a table leaves out (standard
-    errors, details).
+    """The column of a metric; None for metrics that a table leaves out (standard errors,
+    details).
     """
     if key.endswith("_stderr"):
         return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from prunekit.report.fidelity import Panel, panels
 from prunekit.report.formatting import HEADS, heads, ours, remarks, theirs, troubles
 from prunekit.report.load import STAGES, Found, Result
-from prunekit.report.metrics import QUALITY
+from prunekit.report.metrics import QUALITY, Column
 from prunekit.report.table import ReportTable, Row
 
 OPEN = 6
@@ -133,28 +133,30 @@ def plots(table: ReportTable) -> dict[str, Any]:
     recovery.
     """
     pruned = [r for r in table.rows if r.stage == "pruned"]
+
+    def widths(r: Result) -> dict[str, float]:
+        return {name: kept / of for name, (kept, of) in r.record.get("kept", {}).items() if of}
+
+    def importance(r: Result) -> dict[str, float]:
+        return {name: s["mean"] for name, s in r.record.get("importance", {}).items()}
+
     return {
-        "metrics": [
-            {
-                "key": c.key,
-                "title": c.title,
-                "better": c.better,
-                "quality": c.key.startswith(QUALITY),
-            }
-            for c in table.columns
-        ],
+        "metrics": [metric(c) for c in table.columns],
         "points": [point(table, row) for row in table.rows],
-        "widths": by_layer(
-            pruned,
-            lambda r: {
-                name: kept / of for name, (kept, of) in r.record.get("kept", {}).items() if of
-            },
-        ),
-        "importance": by_layer(
-            pruned,
-            lambda r: {name: s["mean"] for name, s in r.record.get("importance", {}).items()},
-        ),
+        "widths": by_layer(pruned, widths),
+        "importance": by_layer(pruned, importance),
         "curves": [c for row in table.rows if row.stage == "recovered" and (c := curve(row))],
+    }
+
+
+def metric(column: Column) -> dict[str, Any]:
+    """One column as the plots see it."""
+    quality = column.key.startswith(QUALITY)
+    return {
+        "key": column.key,
+        "title": column.title,
+        "better": column.better,
+        "quality": quality,
     }
 
 
@@ -176,7 +178,9 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def by_layer(rows: Sequence[Row], values: Any) -> dict[str, dict[str, Any]]:
+def by_layer(
+    rows: Sequence[Row], values: Callable[[Result], dict[str, float]]
+) -> dict[str, dict[str, Any]]:
     """kind of unit -> a value for each row and layer; members of split groups and the experts of a
     layer are averaged.
     """
@@ -186,9 +190,8 @@ def by_layer(rows: Sequence[Row], values: Any) -> dict[str, dict[str, Any]]:
             kind, _, rest = name.partition("/")[0].partition(".")
             layer = rest.partition(".")[0]
             if layer.isdigit() and value is not None and math.isfinite(value):
-                kinds.setdefault(kind, {}).setdefault(titled(row), {}).setdefault(
-                    int(layer), []
-                ).append(value)
+                layers = kinds.setdefault(kind, {}).setdefault(titled(row), {})
+                layers.setdefault(int(layer), []).append(value)
     return {kind: grid(rows_of_kind) for kind, rows_of_kind in kinds.items()}
 
 
@@ -208,12 +211,7 @@ def grid(rows: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
 
 def curve(row: Row) -> dict[str, Any] | None:
     """Steps and losses of the first seed's recovery."""
-    logged: list[dict[str, Any]] = first_curve(row.results)
+    logged = row.results[0].record.get("notes", {}).get("recovery_curve") or []
     trained = [(e["step"], e["loss"]) for e in logged if finite(e.get("loss")) is not None]
     held = [(e["step"], e["eval_loss"]) for e in logged if finite(e.get("eval_loss")) is not None]
     return {"label": titled(row), "loss": trained, "eval_loss": held} if trained or held else None
-
-
-def first_curve(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """What the recovery noted, if it did."""
-    return results[0].record.get("notes", {}).get("recovery_curve") or []

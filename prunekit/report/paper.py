@@ -30,12 +30,12 @@ class Paper:
     rows: dict[tuple[str, bool], dict[str, float]]
 
     def numbers(self, label: str, tuned: bool) -> dict[str, float]:
-        """The row that `label` names, or the dense row for `dense`; empty where the
-        paper has none.
+        """The row that `label` names, or the dense row for `dense`, of two the last one: the
+        authors' own measurement; empty where the paper has none.
         """
         if label == "dense":
             dense = [v for (method, _), v in self.rows.items() if method.startswith("dense")]
-            return dense[0 if len(dense) == 1 else 1] if dense else {}
+            return dense[-1] if dense else {}
         return self.rows.get((label, tuned), {})
 
 
@@ -68,8 +68,8 @@ def paper(table: str | None) -> Paper | None:
 
 
 def same_model(config: dict[str, Any], name: str) -> bool:
-    """Whether a job's model is the paper's, so that the difference of two numbers
-    means something.
+    """Whether a job's model is the paper's, so that the difference of two numbers means
+    something.
     """
     model = config["model"]
     return model["name"] in MODELS.get(name, ()) or model.get("path") in MODELS.get(name, ())

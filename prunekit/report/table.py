@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prunekit.report.labels import names
@@ -87,10 +87,8 @@ def report_table(name: str, model: str, results: Sequence[Result]) -> ReportTabl
     rows = rows_of(results, columns, numbers)
     for column in columns:
         mark_best(rows, column)
-    found = ReportTable(
-        name, f"{name}: {numbers.title}" if numbers else name or "results", columns, rows, numbers
-    )
-    found.title += f" ({model})"
+    title = f"{name}: {numbers.title}" if numbers else name or "results"
+    found = ReportTable(name, f"{title} ({model})", columns, rows, numbers)
     if numbers:
         found.comparable = all(same_model(r.config, numbers.model) for r in results)
         found.orders = agreement(rows, columns)
@@ -113,11 +111,9 @@ def rows_of(
     for stage in STAGES:
         for label, r in zip(labels, results, strict=True):
             if stage in r.numbers:
-                key = (
-                    ("dense", stage, 0.0)
-                    if stage == "dense"
-                    else (label, stage, r.config["ratio"].get("target"))
-                )
+                key = (label, stage, r.config["ratio"].get("target"))
+                if stage == "dense":
+                    key = ("dense", stage, 0.0)
                 grouped.setdefault(key, []).append(r)
     order = {label: i for i, label in enumerate(row_order(labels, numbers))}
     keys = sorted(grouped, key=lambda k: (STAGES.index(k[1]), k[2] or 0.0, order.get(k[0], 0)))
@@ -191,28 +187,21 @@ def share_gone(results: Sequence[Result], stage: str, key: str) -> float | None:
 
 
 def mark_best(rows: Sequence[Row], column: Column) -> None:
-    """The best of each block with at least two numbers; ties share the mark."""
-    blocks: dict[tuple[str, float], list[Row]] = {}
+    """In a column of quality the best of each block with at least two numbers; ties share the
+    mark.
+    """
+    if not column.key.startswith(QUALITY):
+        return
+    blocks: dict[tuple[str, float], list[tuple[float, Row]]] = {}
     for r in rows:
         mean = r.cells[column.key].mean
         if mean is not None and math.isfinite(mean):
-            blocks.setdefault(r.block, []).append(r)
+            blocks.setdefault(r.block, []).append((mean, r))
     for block in blocks.values():
-        if (
-            len(block) < 2
-            or column.key not in {c for r in block for c in r.cells}
-            or not column.key.startswith(QUALITY)
-        ):
-            continue
-        top = (
-            max(block, key=lambda r: column.better * (r.cells[column.key].mean or 0.0))
-            .cells[column.key]
-            .mean
-        )
-        for r in block:
-            cell = r.cells[column.key]
-            if cell.mean == top:
-                r.cells[column.key] = Cell(cell.mean, cell.spread, cell.n, cell.paper, best=True)
+        best = max(column.better * mean for mean, _ in block)
+        for mean, r in block:
+            if len(block) > 1 and column.better * mean == best:
+                r.cells[column.key] = replace(r.cells[column.key], best=True)
 
 
 def agreement(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, tuple[int, int]]:

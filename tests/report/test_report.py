@@ -205,6 +205,16 @@ def test_jobs_stand_in_the_order_of_their_numbers_and_name_what_says_the_same_on
     ]
 
 
+def test_every_form_says_where_in_a_cell_the_papers_number_stands(table1):
+    found = load([table1])
+    tables = report_tables(found)
+    for form in (exporters.markdown, exporters.latex):
+        text = form(tables, found)
+        assert "After the slash: " in text
+        assert "Second line" not in text
+    assert any(line.startswith("Second line of a cell: ") for line in remarks(tables[0]))
+
+
 def test_latex_escapes_what_it_must():
     assert exporters.tex("a_b & 5 %") == r"a\_b \& 5 \%"
 
