@@ -1,10 +1,10 @@
 """What a pruned checkpoint costs and brings, next to the dense one, in one process: size, load
 time, prefill and decode.
 
-python benchmarks/checkpoint.py                  # smollm2_135m, half of its layers' parameters
-gone, different in every layer python benchmarks/checkpoint.py tiny_llama 5     # another model, and
-how often each thing is timed (default 7)
+    python benchmarks/checkpoint.py                 # smollm2_135m
+    python benchmarks/checkpoint.py tiny_llama 5    # another model, each thing timed so often (7)
 
+About half of the layers' parameters are gone, not the same share in any two neighbouring layers.
 Dense and pruned take turns, so that whatever else runs on the machine touches both; ratios are
 medians of the turns' own ratios.
 """
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,10 +32,8 @@ from prunekit.checkpoint import load, save
 from prunekit.registry import models
 
 PROMPT, NEW = 128, 16
-SHARES = (0.4, 0.6, 0.5)
-"""Of the neurons of every third layer; a third of the key/value heads goes from all but every
-third.
-"""
+SHARES = {"neurons": (0.4, 0.6, 0.5), "heads": (0.34, 0.67, 0.34)}
+"""Of a kind's units that go, for three layers in turn."""
 
 
 def halved(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor], list[Any]]:
@@ -42,13 +41,9 @@ def halved(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor], list[A
     groups = graph.discover(model)
     generator, kept = torch.Generator().manual_seed(0), {}
     for group in groups:
-        share = (
-            {"neurons": SHARES[group.layer % 3], "heads": (0.34, 0.67, 0.34)[group.layer % 3]}.get(
-                group.kind, 0
-            )
-            if group.layer is not None
-            else 0
-        )
+        if group.layer is None or group.kind not in SHARES:
+            continue
+        share = SHARES[group.kind][group.layer % 3]
         gone = min(round(group.units * share), group.units - 1)
         if gone:
             kept[group.name] = torch.ones(group.units, dtype=torch.bool)
@@ -93,7 +88,14 @@ def decode(model: nn.Module, ids: torch.Tensor) -> None:
         )
 
 
+def without_embedding(model: nn.Module) -> int:
+    """Parameters but those of the input embedding."""
+    whole = sum(p.numel() for p in model.parameters())
+    return whole - model.get_input_embeddings().weight.numel()
+
+
 def size(folder: Path, ending: str = "") -> float:
+    """MiB of the folder's files."""
     return sum(f.stat().st_size for f in folder.iterdir() if f.name.endswith(ending)) / 2**20
 
 
@@ -104,16 +106,12 @@ def main(words: list[str]) -> None:
     model, tokenizer = models.build({"name": name})()
     with tempfile.TemporaryDirectory() as top:
         dense, pruned = Path(top) / "dense", Path(top) / "pruned"
-        inner = (
-            sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-        )
+        inner = without_embedding(model)
         start = time.perf_counter()
         save(model, tokenizer, dense)
         took = time.perf_counter() - start
         model, kept, groups = halved(model)
-        left = (
-            sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-        )
+        left = without_embedding(model)
         start = time.perf_counter()
         save(model, tokenizer, pruned, kept=kept, groups=groups)
         again = time.perf_counter() - start
@@ -149,16 +147,9 @@ def main(words: list[str]) -> None:
         show("load", turns(ways, times), "dense")
         one, two = load(dense)[0], load(pruned)[0]
     ids = torch.randint(10, 100, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    show(
-        "prefill",
-        turns({"dense": lambda: prefill(one, ids), "pruned": lambda: prefill(two, ids)}, times),
-        "dense",
-    )
-    show(
-        "decode",
-        turns({"dense": lambda: decode(one, ids), "pruned": lambda: decode(two, ids)}, times),
-        "dense",
-    )
+    for title, act in (("prefill", prefill), ("decode", decode)):
+        ways = {"dense": partial(act, one, ids), "pruned": partial(act, two, ids)}
+        show(title, turns(ways, times), "dense")
 
 
 if __name__ == "__main__":

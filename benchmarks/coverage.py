@@ -1,9 +1,9 @@
 """Coverage of discovery: every causal LM architecture of transformers, tiny and random, kind by
 kind; writes docs/coverage.md.
 
-python benchmarks/coverage.py                  all architectures (about half an hour on one core),
-then the table python benchmarks/coverage.py llama mixtral    only these, merged into the results so
-far python benchmarks/coverage.py --table          only write the table from the results so far
+    python benchmarks/coverage.py                  # all (about half an hour on one core)
+    python benchmarks/coverage.py llama mixtral    # only these, merged into the results so far
+    python benchmarks/coverage.py --table          # only write the table from the results so far
 
 For each kind of unit every group of the model loses a random share of its units at once,
 differently in each, and the logits after removal are compared with those of zeroing (statistics
@@ -45,6 +45,12 @@ class NotBuilt(Exception):
     """The config class accepts none of the tiny sizes."""
 
 
+def in_short(error: Exception, most: int) -> str:
+    """The error's class and so many characters of its first line; many have no message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:most]}"
+
+
 def tools() -> Any:
     spec = importlib.util.spec_from_file_location("tiny_archs", SHARED / "tools" / "tiny_archs.py")
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
@@ -64,10 +70,8 @@ def build(tiny: Any, name: str, choices: Any = SIZES) -> tuple[Any, Any]:
             with torch.no_grad():
                 model(**inputs)
             return model, inputs
-        except (
-            Exception
-        ) as e:  # a tiny config that its own class refuses is not this benchmark's subject
-            errors.append(f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80]}")
+        except Exception as e:  # a class that refuses a tiny config is another subject
+            errors.append(in_short(e, 80))
     raise NotBuilt(errors[-1])
 
 
@@ -103,23 +107,16 @@ def measure(name: str) -> dict[str, Any]:
     out["kinds"] = {}
     for kind in KINDS:
         if any(g.kind == kind for g in found.groups):
+            kept = random_masks(found, kind)
             try:
-                out["kinds"][kind] = check(
-                    model, inputs, found, kind, random_masks(found, kind), dense
-                )
+                out["kinds"][kind] = check(model, inputs, found, kind, kept, dense)
             except Exception as e:  # a pruned model that does not run is the finding
-                out["kinds"][kind] = {
-                    **WRONG,
-                    "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}",
-                }
+                out["kinds"][kind] = {**WRONG, "error": in_short(e, 120)}
     together = {n: m for kind in TOGETHER for n, m in random_masks(found, kind).items()}
     try:
         out["together"] = check(model, inputs, found, "together", together, dense)
     except Exception as e:  # likewise
-        out["together"] = {
-            **WRONG,
-            "error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}",
-        }
+        out["together"] = {**WRONG, "error": in_short(e, 120)}
     out["generate"] = generates(model, inputs, together)
     return out
 
@@ -185,7 +182,7 @@ def generates(model: Any, inputs: Any, kept: dict[str, Any]) -> str:
     try:
         after = cache_difference(remove(copy.deepcopy(model), kept), inputs)
     except Exception as e:  # this is the finding
-        after = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80]}"
+        after = in_short(e, 80)
     return f"fails: {after}" if after else "same"
 
 
@@ -204,11 +201,7 @@ def one(job: tuple[str, int]) -> tuple[str, dict[str, Any]]:
     except NotBuilt as e:
         return name, {"build": str(e)}
     except Exception as e:  # the finding
-        return name, {
-            "error": f"{type(e).__name__}: "
-            f"{str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}",
-            "category": tools().CATEGORY(name),
-        }
+        return name, {"error": in_short(e, 200), "category": tools().CATEGORY(name)}
     finally:
         signal.alarm(0)
 

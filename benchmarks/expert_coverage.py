@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage import NotBuilt, build, tools
+from coverage import NotBuilt, build, in_short, tools
 from kept_results import KeptResults
 
 from prunekit import graph
@@ -127,12 +127,12 @@ def measure(name: str) -> dict[str, Any]:
         try:
             out[key] = ask(model, ids, found, groups)
         except (ConfigError, *ERRORS) as e:
-            out[key] = f"{type(e).__name__}: {str(e).splitlines()[0][:110]}"
+            out[key] = in_short(e, 110)
     try:
         small = graph.remove(copy.deepcopy(model), masks(groups, found.least, same=True))
         out["stock"] = stock_config(small) is not None
     except (ConfigError, *ERRORS) as e:
-        out["stock"] = f"{type(e).__name__}: {str(e).splitlines()[0][:110]}"
+        out["stock"] = in_short(e, 110)
     return out | {"seconds": time.process_time() - start}
 
 

@@ -1,9 +1,9 @@
 """What Taylor scoring costs: gradients folded as they appear, against all of them kept, and against
 a bare forward and backward.
 
-python benchmarks/taylor.py            # smollm2_135m and a random Llama of TinyLlama's shape (1.1
-B, bfloat16), 10 x 64 tokens
+    python benchmarks/taylor.py
 
+On smollm2_135m and a random Llama of TinyLlama's shape (1.1 B, bfloat16), 10 x 64 tokens.
 Every way runs in a process of its own (peaks do not mix) and all of them in one go; the table has
 seconds, the peak above the loaded model in MiB, and the two ratios that the project promises:
 memory over weights (at most 0.5) and time over bare (at most 1.15).
@@ -77,8 +77,8 @@ def bare(model, run) -> None:
 
 
 def measure(name: str, way: str, repeats: int) -> dict[str, float]:
-    """Median-free on purpose: the fastest of `repeats` is the least disturbed; the peak is the
-    first's, when nothing is cached yet.
+    """Seconds of the fastest of `repeats`, the least disturbed; the peak above the model is that of
+    the first, when nothing is cached yet.
     """
     from prunekit.graph import discover
 
@@ -87,9 +87,8 @@ def measure(name: str, way: str, repeats: int) -> dict[str, float]:
     run = ModelRun(
         model, torch.randint(3, 30000, (10, 64), generator=torch.Generator().manual_seed(0))
     )
-    sum(
-        float(p.detach().float().sum()) for p in model.parameters()
-    )  # weights are mapped from the file: read them all in first
+    for p in model.parameters():  # weights are mapped from the file: read them all in first
+        p.detach().float().sum()
     bare(model, ModelRun(model, run.tokens[:1, :8]))  # what libraries allocate once
     seconds = []
     for i in range(repeats):
@@ -136,10 +135,8 @@ def main() -> None:
         for way in WAYS:
             # Seconds with the allocator as it is. Peaks with a fixed limit: glibc else keeps freed
             # blocks, and a peak would count them.
-            timed, sized = (
-                one(name, way, args.repeats, {}),
-                one(name, way, 1, {"MALLOC_MMAP_THRESHOLD_": "65536"}),
-            )
+            timed = one(name, way, args.repeats, {})
+            sized = one(name, way, 1, {"MALLOC_MMAP_THRESHOLD_": "65536"})
             rows[way] = sized | {"seconds": timed["seconds"]}
         for way, r in rows.items():
             print(

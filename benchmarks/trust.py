@@ -176,13 +176,13 @@ def ranks(results: list[Result]) -> str:
         order = {
             key: {id(r): i + 1 for i, r in enumerate(sorted(own, key=sorting(key)))} for key in keys
         }
-        lines = [
-            [
-                str(r.config["row"]),
-                *[f"{stage_of(r).get(k) or 0:.4g} ({order[k][id(r)]})" for k in keys],
+        lines = []
+        for r in sorted(own, key=sorting(keys[0])):
+            values = {k: stage_of(r).get(k) for k in keys}
+            cells = [
+                "-" if v is None else f"{v:.4g} ({order[k][id(r)]})" for k, v in values.items()
             ]
-            for r in sorted(own, key=sorting(keys[0]))
-        ]
+            lines.append([str(r.config["row"]), *cells])
         text += f"\n**{share:.0%} removed** (rank)\n\n" + table(["method", *keys], lines)
         for key in keys[1:]:
             pairs = [

@@ -1,10 +1,10 @@
 """Torch-Pruning on the tiny models of coverage.py, beside ours: neurons, heads and residual
 channels; writes docs/torch_pruning.md.
 
-python benchmarks/vs_torch_pruning.py             all architectures (about a quarter of an hour on
-one core), then the table python benchmarks/vs_torch_pruning.py --sample    a dozen that are well
-known python benchmarks/vs_torch_pruning.py llama opt   only these, merged into the results so far
-python benchmarks/vs_torch_pruning.py --table     only write the table
+    python benchmarks/vs_torch_pruning.py             # all (a quarter of an hour on one core)
+    python benchmarks/vs_torch_pruning.py --sample    # a dozen that are well known
+    python benchmarks/vs_torch_pruning.py llama opt   # only these, merged into the results so far
+    python benchmarks/vs_torch_pruning.py --table     # only write the table
 
 Torch-Pruning runs twice. *Recipe*: its example for LLMs (examples/LLMs/prune_llm.py of its
 repository), everything at once: modules by the example's names, heads, neurons and residual
@@ -46,10 +46,8 @@ from vs_torch_pruning_runs import (
     prune,
 )
 
-RESULTS, TABLE = (
-    ours.ROOT / "outputs" / "torch_pruning.json",
-    ours.ROOT / "docs" / "torch_pruning.md",
-)
+RESULTS = ours.ROOT / "outputs" / "torch_pruning.json"
+TABLE = ours.ROOT / "docs" / "torch_pruning.md"
 KINDS = ("neurons", "heads", "hidden")
 SAMPLE = "llama mistral qwen2 qwen3 gemma2 phi3 gpt2 gpt_neox opt bloom falcon mixtral".split()
 LIMIT = 1
@@ -98,10 +96,7 @@ def attempt(
             why.append(ENDLESS)
         except Exception as e:  # this is the finding
             seconds += time.perf_counter() - start
-            why.append(
-                f"{type(e).__name__}: "
-                f"{str(e).strip().splitlines()[0][:80] if str(e).strip() else ''}"
-            )
+            why.append(ours.in_short(e, 80))
         if not why[-1]:
             break
     return {"wrong": why[-1] and why[0], "seconds": seconds, "tied": ties}
@@ -182,10 +177,7 @@ def one(name: str) -> tuple[str, dict[str, Any]]:
     except ours.NotBuilt as e:
         return name, {"build": str(e)}
     except Exception as e:  # a model that our find_candidates does not get through
-        return name, {
-            "error": f"{type(e).__name__}: "
-            f"{str(e).strip().splitlines()[0][:120] if str(e).strip() else ''}"
-        }
+        return name, {"error": ours.in_short(e, 120)}
 
 
 # ---- the table

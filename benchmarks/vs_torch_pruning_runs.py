@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from coverage import in_short
+
 RATIO, ROUND = 1 / 3, 4
 """Share removed (2 of 6 heads and 16 of 48 channels: the widths of heads and channels stay equal),
 and the example's `round_to`.
@@ -149,11 +151,7 @@ def judge(
             with torch.no_grad():
                 off = float((logits_of(tried(**inputs)).float() - expected).abs().max()) / scale
         except ERRORS as e:
-            why = (
-                why
-                or f"{type(e).__name__}: "
-                f"{str(e).strip().splitlines()[0][:80] if str(e).strip() else ''}"
-            )
+            why = why or in_short(e, 80)
             continue
         if off < 1e-4:
             return ""
@@ -212,10 +210,8 @@ def example_sizes(before: Any) -> Callable[[Any], None]:
             elif name.endswith("mlp"):
                 halves = hasattr(m, "gate_up_proj")
                 layer = m.gate_up_proj if halves else m.gate_proj
-                m.hidden_size, config.intermediate_size = (
-                    layer.in_features,
-                    layer.out_features // (2 if halves else 1),
-                )
+                m.hidden_size = layer.in_features
+                config.intermediate_size = layer.out_features // (2 if halves else 1)
         if not grouped:
             config.num_key_value_heads = config.num_attention_heads
 

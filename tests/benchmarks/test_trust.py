@@ -85,6 +85,12 @@ def test_methods_that_are_ordered_differently_are_named(tmp_path):
     assert "ordered differently by ppl_in_256 and kl_in_256: A / B\n" in text
 
 
+def test_what_was_not_measured_has_no_number(tmp_path):
+    job(tmp_path, "A", 0.2, {"ppl_in_256": 19.0}, {"ppl_in_256": 20.0, "kl_in_256": 0.3})
+    job(tmp_path, "B", 0.2, {"ppl_in_256": 19.0}, {"ppl_in_256": 21.0})
+    assert line(trust.ranks(load([tmp_path]).results), "| B")[2:4] == ["21 (2)", "-"]
+
+
 @pytest.mark.parametrize("key", ["ppl_x", "kl_x", "flips_mean", "loop_greedy"])
 def test_less_is_better_of(key):
     assert trust.better(key) == -1
