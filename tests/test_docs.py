@@ -12,6 +12,7 @@ from paths import ROOT
 
 from prunekit.cli.compose import composed
 from prunekit.cli.main import COMMANDS, one_experiment_each
+from prunekit.cli.suggestions import kinds, yaml_names
 from prunekit.runner.preflight import build_components
 
 PAGES = sorted(
@@ -81,6 +82,19 @@ def test_counts_of_architectures_are_those_of_the_table():
     )
     assert f"Right on {right} of {all_there} decoder-only architectures" in readme
     assert f"{all_there} decoder-only architectures" in index
+
+
+MADE_UP = "weight_spread tailor NAME"
+"""Names that the documentation gives to what is not there."""
+
+
+def test_components_that_pages_and_comments_name_are_there():
+    named = rf"(?<![\w.{{/])({'|'.join(kinds())})=([A-Za-z]\w*(?:/\w+)?)"
+    for path in [*map(ROOT.joinpath, PAGES), *(ROOT / "conf").rglob("*.yaml")]:
+        if path.name != "CHANGELOG.md":
+            for kind, name in re.findall(named, path.read_text()):
+                there = name in yaml_names(kind) or name.rpartition("/")[2] in MADE_UP.split()
+                assert there or name == "peers", f"{path}: {kind}={name}"
 
 
 def documented(path: Path) -> list[tuple[str, set[str], set[str]]]:

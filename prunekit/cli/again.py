@@ -17,10 +17,6 @@ from prunekit.errors import ConfigError
 
 def again(argv: list[str], *, recover: bool) -> int:
     """Composes, runs, shows. Raises ConfigError."""
-    from prunekit.runner.again import configured, run_again
-    from prunekit.runner.job import alone, described, note_failure
-    from prunekit.runner.summary import show
-
     words, folder = list(argv), Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     if "--to" in words:
         at = words.index("--to")
@@ -29,6 +25,10 @@ def again(argv: list[str], *, recover: bool) -> int:
         folder = Path(words.pop(at + 1))
         words.pop(at)
     path = checkpoint_of(words, "recover" if recover else "eval")
+    from prunekit.runner.again import configured, run_again  # takes seconds: not before the folder
+    from prunekit.runner.job import alone, described, note_failure
+    from prunekit.runner.summary import show
+
     check_words(words)
     configs = list(composed(["model=hf", *words]))
     if len(configs) > 1:

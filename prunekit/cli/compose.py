@@ -22,6 +22,9 @@ def composed(words: Sequence[str]) -> Iterator[dict[str, Any]]:
     from prunekit.runner import sweep
 
     words = [w for w in words if w not in ("-m", "--multirun")]
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"{word!r} is no override, such as ratio.target=0.3")
     check_keys(list(words))
     try:
         with composing():

@@ -1,14 +1,17 @@
-"""`prunekit list [KIND]`: every component and every YAML of options for one, a line each;
-`--markdown` prints the documentation's table of methods.
+"""`prunekit list [KIND [NAME]]`: every component and every YAML of options for one, a line each, or
+one with what its options mean; `--markdown` prints the documentation's table of methods.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from prunekit.cli.paths import PACKAGES, conf_dirs
+from prunekit.cli.suggestions import chosen_wrong, homes, yaml_names
 from prunekit.errors import ConfigError
 from prunekit.source import Listed, components
 
@@ -16,15 +19,20 @@ METHOD_KINDS = ("criterion", "ratio", "pruner", "recovery")
 
 
 def main(argv: list[str]) -> int:
-    """Prints the components of one kind, or of all."""
+    """Prints one component, those of one kind, or all. Raises ConfigError."""
     console = Console()
     if argv == ["--markdown"]:
         console.out(methods_table(), end="", highlight=False)
         return 0
-    unknown = [k for k in argv if k not in PACKAGES]
-    if unknown:
-        raise ConfigError(f"no kind {unknown[0]!r}; kinds: {', '.join(PACKAGES)}")
-    for kind in argv or PACKAGES:
+    words = [word for given in argv for word in given.split("=")]  # criterion=taylor
+    if len(words) == 2 and words[0] in PACKAGES and words[1] not in PACKAGES:
+        print(described(*words))
+        return 0
+    for word in [w for w in words if w not in PACKAGES]:
+        asked = [f"`prunekit list {home.replace('=', ' ')}`" for home in homes(word)]
+        hint = f"\n  hint: {' or '.join(asked)} shows its options" if asked else ""
+        raise ConfigError(f"no kind {word!r}; kinds: {', '.join(PACKAGES)}{hint}")
+    for kind in words or PACKAGES:
         table = Table(title=kind, title_justify="left", box=None, pad_edge=False)
         for column in ("name", "what it does", "options"):
             table.add_column(column, overflow="fold")
@@ -34,6 +42,39 @@ def main(argv: list[str]) -> int:
             table.add_row(name, summary, said)
         console.print(table, "")
     return 0
+
+
+def described(kind: str, name: str) -> str:
+    """What a component says of itself, and the YAMLs that set its options, whose comments say what
+    they mean: its own first, then those that it starts from. Raises ConfigError.
+    """
+    if name not in yaml_names(kind):
+        raise ConfigError(chosen_wrong(kind, name))
+    parts = []
+    if entry := components(PACKAGES[kind]).get(name):
+        about = [f"{k}: {v}" for k, v in entry.meta.items() if v != "-" and k != "scored"]
+        parts += [entry.doc.strip(), ", ".join(about)]
+    place = f"eval.{name}" if kind == "eval" and entry else kind
+    for file, places in yaml_files(kind, name, place).items():
+        typed = ", ".join(f"{p}.OPTION=VALUE" for p in places)
+        text = file.read_text(encoding="utf-8").strip()
+        parts.append(f"--- conf/{kind}/{file.name}: {typed}\n{text}")
+    return "\n\n".join(p for p in parts if p)
+
+
+def yaml_files(kind: str, name: str, place: str) -> dict[Path, list[str]]:
+    """The YAML of that name and those of its `defaults`: where in a configuration each puts its
+    options, such as `eval.ppl`.
+    """
+    file = next(f for top in conf_dirs() if (f := top / kind / f"{name}.yaml").is_file())
+    found = {file: [place]}
+    for base in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", ()):
+        other, _, key = base.partition("@")
+        if other != "_self_":
+            below = yaml_files(kind, other, f"{place}.{key}" if key else place)
+            for path, places in below.items():
+                found[path] = found.get(path, []) + places
+    return found
 
 
 def options(entry: Listed) -> str:
@@ -51,7 +92,11 @@ def presets(kind: str) -> list[tuple[str, str, str]]:
             text = path.read_text(encoding="utf-8")
             node = yaml.safe_load(text)
             own = (
-                {k: v for k, v in node.items() if k != "defaults" and not isinstance(v, dict)}
+                {
+                    k: v
+                    for k, v in node.items()
+                    if k not in ("name", "defaults") and not isinstance(v, dict)
+                }
                 if isinstance(node, dict)
                 else {}
             )

@@ -8,9 +8,12 @@ import importlib
 import logging
 import os
 import sys
+from difflib import get_close_matches
 from typing import Any
 
+from prunekit import __version__
 from prunekit.cli.paths import conf_dir
+from prunekit.cli.suggestions import homes
 from prunekit.errors import ConfigError, cannot_write
 
 COMMANDS = {
@@ -20,18 +23,19 @@ COMMANDS = {
     ),
     "export": (
         "prunekit.export.command",
-        "export CHECKPOINT --to gguf|nemotron-nas|list [--out PATH] [--type f32|f16|bf16|q8_0]: a "
-        "file for llama.cpp; a folder for engines that know DeciLM; which engines take the "
-        "checkpoint",
+        "export CHECKPOINT --to gguf|nemotron-nas|list [--out PATH] "
+        "[--type f32|f16|bf16|q8_0|q4_k]: a file for llama.cpp; a folder for engines that know "
+        "DeciLM; which engines take the checkpoint",
     ),
     "groups": (
         "prunekit.inventory.command",
-        "groups [OVERRIDE ...] [--json] [--all] [--to FILE]: what goes together in a model, as "
-        "tree, JSON or picture",
+        "groups [OVERRIDE ...] [--json] [--all] [--block N] [--to FILE]: what goes together in a "
+        "model, as tree, JSON or picture",
     ),
     "list": (
         "prunekit.cli.list",
-        "list [KIND]: every registered component, its options, one line each",
+        "list [KIND [NAME]]: every registered component, its options, one line each; one of them: "
+        "what its options mean",
     ),
     "plan": (
         "prunekit.cli.plan",
@@ -66,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     if args and args[0] in (*HELP, "help"):
         print(USAGE + "\n".join(f"prunekit {line}" for _, line in COMMANDS.values()))
         return 0
+    if args == ["--version"]:
+        print(f"prunekit {__version__}")
+        return 0
     try:
         if args and args[0] in COMMANDS:
             if args[0] not in WITH_FLAGS and any(word in HELP for word in args[1:]):
@@ -95,7 +102,15 @@ FLAGS += " config-name config-dir experimental-rerun info"
 
 
 def check_words(args: list[str]) -> None:
-    """Raises ConfigError for words that are no override, no flag and no flag's value."""
+    """Raises ConfigError for words that are no override, no flag and no flag's value, and for flags
+    that exclude each other.
+    """
+    shown = {"-c", "--cfg", "-i", "--info"} & {word.partition("=")[0] for word in args}
+    if shown and {"-m", "--multirun"} & set(args):
+        raise ConfigError(
+            f"{shown.pop()} shows one configuration and runs nothing, -m runs several: give one of "
+            "the two"
+        )
     for before, word in zip(["", *args], args):
         if word.startswith("--") and word[2:].partition("=")[0] not in FLAGS.split():
             raise ConfigError(
@@ -112,9 +127,11 @@ def check_words(args: list[str]) -> None:
             continue
         if word == "=" or word.startswith("=") or args[args.index(word) + 1 :][:1] == ["="]:
             raise ConfigError(f"{' '.join(args)!r}: an override is one word: key=value")
+        meant = get_close_matches(word, COMMANDS) or homes(word)
+        hint = f"\n  hint: did you mean {' or '.join(meant[:3])}?" if meant else ""
         raise ConfigError(
             f"no command {word!r}; there are: {', '.join(COMMANDS)}, or overrides such as "
-            "ratio.target=0.3"
+            f"ratio.target=0.3{hint}"
         )
 
 

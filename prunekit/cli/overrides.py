@@ -29,7 +29,10 @@ def check_keys(args: list[str]) -> None:
     choices = [o for o in overrides if o.key_or_group in groups]
     for o in choices:
         check_choice(o)
-    first = [f"{o.key_or_group}={first_value(o)}" for o in choices]
+    first = [
+        f"{o.key_or_group if o.is_delete() else o.get_key_element()}={first_value(o)}"
+        for o in choices
+    ]
     try:
         with composing():
             cfg: Any = OmegaConf.to_container(compose("config", overrides=first), resolve=False)
@@ -47,6 +50,7 @@ def check_keys(args: list[str]) -> None:
     except HydraException as e:
         raise ConfigError(two_lines(e)) from None
     check_table_words(overrides, cfg)
+    check_evals(cfg["eval"])
     for o in overrides:
         if (
             o.key_or_group in groups
@@ -92,6 +96,26 @@ def check_table_words(overrides: list[Any], cfg: Any) -> None:
             )
 
 
+def check_evals(evals: Any) -> None:
+    """Raises ConfigError for an evaluation where a suite of them belongs, and for options under a
+    name that has no evaluation.
+    """
+    if not isinstance(evals, dict):
+        return
+    if isinstance(name := evals.get("name"), str):
+        raise ConfigError(
+            f"eval={name} is one evaluation, and a run measures a suite of them\n  hint: "
+            f"+eval@eval.{name}={name} adds it to the suite that there is, after eval=none to none"
+        )
+    for name, node in evals.items():
+        if isinstance(node, dict) and not node.get("name"):
+            there = ", ".join(k for k, v in evals.items() if v and v is not node) or "none"
+            raise ConfigError(
+                f"eval.{name} has options but no evaluation; there are: {there}\n  hint: "
+                f"+eval@eval.{name}=perplexity makes it one"
+            )
+
+
 def check_composition(args: list[str]) -> None:
     """Raises ConfigError for what Hydra would refuse of a single run: values that it cannot set,
     interpolations that lead nowhere, lists of values. The jobs of a sweep are composed there.
@@ -119,7 +143,8 @@ def check_composition(args: list[str]) -> None:
                 )
             with open_dict(cfg):
                 del cfg["hydra"], cfg["out"]
-            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            whole: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            check_evals(whole["eval"])
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(two_lines(e)) from None
 
@@ -165,11 +190,9 @@ def check_path(cfg: Any, path: str) -> None:
         if not isinstance(node, dict) or step not in node:
             where = ".".join(walked) or "the config"
             chosen = f" ({node['name']})" if isinstance(node, dict) and "name" in node else ""
-            possible = (
-                ", ".join(k for k in node if k != "name") if isinstance(node, dict) else "none"
-            )
+            possible = ", ".join(k for k in node if k != "name") if isinstance(node, dict) else ""
             raise ConfigError(
-                f"{where}{chosen} has no key {step!r}; possible: {possible}"
+                f"{where}{chosen} has no key {step!r}; possible: {possible or 'none'}"
                 + key_wrong(cfg, path, step, node)
             )
         node, walked = node[step], [*walked, step]

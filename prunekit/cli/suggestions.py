@@ -18,9 +18,8 @@ def chosen_wrong(group: str, name: Any) -> str:
             f"{group}={name} must be a name; possible: {', '.join(names)}\n  hint: numbers go to "
             f"options, such as {group}.KEY={name}"
         )
-    elsewhere = [g for g in kinds() if g != group and name in yaml_names(g)]
     near = get_close_matches(name, names, n=3) or [n for n in names if name in n.split("/")]
-    meant = [f"{g}={name}" for g in elsewhere] + [f"{group}={n}" for n in near]
+    meant = homes(name) + [f"{group}={n}" for n in near]
     hint = f"\n  hint: did you mean {' or '.join(meant[:3])}?" if meant else ""
     return f"no {group} called {name!r}; possible: {', '.join(names)}{hint}"
 
@@ -32,16 +31,23 @@ def key_wrong(cfg: Any, path: str, step: str, node: Any) -> str:
     parent = path.removesuffix(step) if path.endswith(step) else ""
     near = [parent + k for k in get_close_matches(step, keys, n=2)]
     below = [f"{k}.{step}" for k in cfg if not rest and isinstance(cfg[k], dict) and step in cfg[k]]
-    others = [f"{group}={n}" for n in yaml_names(group) if rest and _has(group, n, rest)]
-    if near or below:
-        return f"\n  hint: did you mean {' or '.join(near or below)}?"
-    return f"\n  hint: {', '.join(others[:4])} has it" if others else ""
+    others = [n for n in yaml_names(group) if rest and _has(group, n, rest)]
+    if meant := near or below or (homes(step)[:3] if not others else []):
+        return f"\n  hint: did you mean {' or '.join(meant)}?"
+    others.sort(key=lambda n: not _has(group, n, "name"))  # components before YAMLs built on them
+    said = ", ".join(f"{group}={n}" for n in others[:4])
+    return f"\n  hint: {said} {'have' if len(others) > 1 else 'has'} it" if others else ""
+
+
+def homes(name: str) -> list[str]:
+    """`kind=name` of every kind that has a YAML of that name."""
+    return [f"{kind}={name}" for kind in kinds() if name in yaml_names(kind)]
 
 
 def kinds() -> list[str]:
     """What is chosen by name: `model`, `criterion` and so on."""
     folders = [p.name for top in conf_dirs() for p in top.iterdir() if p.is_dir()]
-    return sorted({*folders} - {"hydra"})
+    return sorted({*folders} - {"accelerate", "hydra"})  # files for their own commands
 
 
 def yaml_names(group: str) -> list[str]:

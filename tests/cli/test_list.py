@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from paths import ROOT
 
 from prunekit.cli.list import main, methods_table, presets
+from prunekit.errors import ConfigError
 from prunekit.registry import REGISTRIES
 
 
@@ -28,3 +30,27 @@ def test_every_yaml_of_a_kind_is_listed(capsys):
     assert "path=huggyllama/llama-7b" in by_name["llama_7b"][1]
     assert main(["model"]) == 0
     assert "vicuna_7b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["criterion", "taylor"], ["criterion=taylor"]])
+def test_one_component_is_shown_with_what_its_options_mean(words, capsys):
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Change of the loss when a unit goes")
+    assert "paper: arXiv 2305.11627, year: 2023, needs: gradients" in said
+    assert "conf/criterion/taylor.yaml: criterion.OPTION=VALUE" in said
+    assert "mode: param_first   # vectorize |" in said
+
+
+def test_what_is_built_on_other_yamls_is_shown_with_them(capsys):
+    assert main(["eval", "paper"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("name: perplexity") == 1
+    assert "perplexity.yaml: eval.wikitext2.OPTION=VALUE, eval.ptb.OPTION=VALUE" in said
+
+
+def test_what_is_not_there_to_list_is_answered_with_what_is():
+    with pytest.raises(ConfigError, match=r"kinds: model, .*\n.*`prunekit list criterion taylor`"):
+        main(["taylor"])
+    with pytest.raises(ConfigError, match=r"no criterion called 'tailor'.*\n.*criterion=taylor"):
+        main(["criterion", "tailor"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import prunekit
 from prunekit.cli.main import flags_first, main
 
 BAD = {
@@ -16,12 +17,19 @@ BAD = {
     "eval=[quick,nothing]": ("no eval called 'nothing'", "possible: answers, default"),
     "ratio=0.3": ("ratio=0.3 must be a name; possible: besa, ", "ratio.KEY=0.3"),
     "exclude.heads=[0,4]": ("exclude (ends) has no key 'heads'", "exclude=range has it"),
-    "model.path=x": ("model (tiny_llama) has no key 'path'", "model=hf, "),
+    "model.path=x": ("model (tiny_llama) has no key 'path'", "hint: model=hf, "),
     "device=cuda": ("the config has no key 'device'", "mean model.device?"),
     "calib.sampels=3": ("calib (crop) has no key 'sampels'", "mean calib.samples?"),
     "--ratio": ("no flag '--ratio'", "ratio.target=0.3"),
     "=": ("an override is one word: key=value", ""),
     "prune": ("no command 'prune'; there are: eval, ", "ratio.target=0.3"),
+    "taylor": ("no command 'taylor'", "did you mean criterion=taylor?"),
+    "reprot": ("no command 'reprot'", "did you mean report"),
+    "taylor=1": ("the config has no key 'taylor'", "did you mean criterion=taylor?"),
+    "criterion.wanda=1": ("criterion (taylor) has no key 'wanda'", "did you mean criterion=wanda?"),
+    "accelerate=fsdp2": ("the config has no key 'accelerate'", "possible: seed"),
+    "eval=perplexity": ("eval=perplexity is one evaluation", "+eval@eval.perplexity=perplexity"),
+    "+eval.extra.limit=4": ("eval.extra has options but no evaluation", "+eval@eval.extra="),
     "ratio.tarjet=0.2": ("ratio (uniform) has no key 'tarjet'", "possible: "),
     "ratio.target.x=1": ("has no key 'x'", "possible: none"),
     "row=L2": ("row=... is for the table of an experiment", "experiment="),
@@ -45,6 +53,31 @@ def test_two_lines_say_what_is_wrong_and_what_helps(word, capsys, monkeypatch):
     assert len(said.strip().splitlines()) <= 2
     for words in BAD[word]:
         assert words in said
+
+
+def test_one_more_evaluation_leaves_the_others(capsys):
+    words = ["+eval@eval.more=perplexity", "eval.ppl.limit=3", "eval.more.limit=2"]
+    assert main(["--cfg", "job", "-p", "eval", "eval=quick", *words]) == 0
+    said = capsys.readouterr().out
+    assert "limit: 3" in said
+    assert "limit: 2" in said
+
+
+@pytest.mark.parametrize("command", ["plan", "recover"])
+def test_a_bare_word_is_no_override_of_a_command(command, tmp_path, capsys):
+    words = [str(tmp_path)] if command == "recover" else []
+    assert main([command, *words, "taylor"]) == 2
+    assert "'taylor' is no override, such as ratio.target=0.3" in capsys.readouterr().err
+
+
+def test_one_configuration_is_shown_not_several(capsys):
+    assert main(["--cfg", "job", "-m", "seed=1,2"]) == 2
+    assert "--cfg shows one configuration" in capsys.readouterr().err
+
+
+def test_the_version_is_ours(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"prunekit {prunekit.__version__}\n"
 
 
 def test_flags_may_stand_among_the_overrides():

@@ -82,6 +82,7 @@ track.tags=x                             | track: tags='x'
 +eval.twice={name:size}                  | eval.size and eval.twice both report the same
 +eval.twice={name:perplexity,window:32,limit:1} | eval.ppl and eval.twice both report ppl_pydocs_32
 eval.ppl=3                               | eval.ppl=3 must be a mapping
++eval.extra.limit=4                      | eval.extra=.*limit.* name of an eval; there are: answers
 eval=3                                   | eval=3 must be a mapping
 eval.ppl.window=1                        | window=1
 eval.ppl.window=4096                     | perplexity: window = 4096 tokens
