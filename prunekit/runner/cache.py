@@ -75,7 +75,7 @@ class Cache:
             self.cfg["criterion"],
             self.cfg["seed"],
             model_print(model),
-            provenance.token_hash(run.tokens),
+            tokens_print(run.tokens),
             *map(group_print, groups),
         )
         entry = Entry.of_scores(key)
@@ -128,7 +128,7 @@ class Cache:
             if not (self.on and module_file(module) and at_hand(model)):
                 return seeded()
             if not known:
-                hashes = {n: provenance.token_hash(t) for n, t in texts.items()}
+                hashes = {n: tokens_print(t) for n, t in texts.items()}
                 known.extend([model_print(model), hashes])
             key = digest([module, __name__], "kept", name, list(parts), *known)
             found: dict[str, Tensor] = self.remember(Entry.of_kept(key, name), seeded)
@@ -210,6 +210,11 @@ def model_print(model: nn.Module) -> str:
 def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's own bytes, whatever its dtype."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tokens_print(tokens: Tensor) -> list[Any]:
+    """Shape and hash of tokens `(N, T)`: the same ones in other rows are another text."""
+    return [list(tokens.shape), provenance.token_hash(tokens)]
 
 
 def group_print(group: Group) -> str:

@@ -75,6 +75,7 @@ def test_what_scores_depend_on_is_in_the_key(tiny, tokens):
     assert not asked(criterion, tiny, tokens, node)[1]
     assert asked(criterion, tiny, tokens, node)[1]
     assert not asked(criterion, tiny, tokens[:2], node)[1]
+    assert not asked(criterion, tiny, tokens.view(2 * len(tokens), -1), node)[1]
     other = node | {"mode": "vectorize"}
     assert not asked(registry.criteria.build(other), tiny, tokens, other)[1]
     with torch.no_grad():
@@ -225,6 +226,16 @@ def test_what_is_kept_of_a_model_moves_no_generator(tiny, on):
         outside.append(draw()["drawn"].tolist())
     assert inside == [first, first]
     assert outside == [after(5), after(5)]
+
+
+def test_what_is_kept_is_kept_for_rows_of_this_length(tiny, tokens):
+    found = []
+    for text in (tokens, tokens.view(2 * len(tokens), -1)):
+        keep = cache.Cache({"seed": 0}, True).keeper(tiny, {"calibration": text})
+        shape = torch.tensor(text.shape)
+        kept = keep(cache.__name__, "shape", [], lambda shape=shape: {"shape": shape})
+        found.append(kept["shape"].tolist() == shape.tolist())
+    assert found == [True, True]
 
 
 def test_the_switch_is_checked():
