@@ -219,14 +219,17 @@ def split_validation(
 
 
 def collate(batch: list[Example], pad: int = 0, multiple: int = 8) -> dict[str, Tensor]:
-    """Examples padded on the left to a common multiple of 8; `(B, T)` each, pads masked and not
+    """Examples padded on the right to a common multiple of 8; `(B, T)` each, pads masked and not
     learnt.
+
+    On the left they would move the positions that some models count from the first token (GPT-2),
+    and be read by recurrent ones: an example would depend on those beside it.
     """
     longest = -(-max(len(e["input_ids"]) for e in batch) // multiple) * multiple
     rows = [(longest - len(e["input_ids"]), e) for e in batch]
-    ids = [[pad] * gap + e["input_ids"] for gap, e in rows]
-    mask = [[0] * gap + [1] * len(e["input_ids"]) for gap, e in rows]
-    labels = [[-100] * gap + e["labels"] for gap, e in rows]
+    ids = [e["input_ids"] + [pad] * gap for gap, e in rows]
+    mask = [[1] * len(e["input_ids"]) + [0] * gap for gap, e in rows]
+    labels = [e["labels"] + [-100] * gap for gap, e in rows]
     return {
         "input_ids": torch.tensor(ids),
         "attention_mask": torch.tensor(mask),

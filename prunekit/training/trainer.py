@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from prunekit.data.training_examples import Example, collate
 from prunekit.errors import ConfigError
@@ -142,6 +143,7 @@ def train(
             _Additions(teacher, distillation or Distillation(), penalty),
             constant,
             kept,
+            compute_loss_func=text_loss,
             model=student,
             args=arguments(recipe, folder, weights_dtype(model), device, bool(validation)),
             train_dataset=examples,
@@ -223,17 +225,15 @@ class _Trainer(ShardingTrainer):
         if model.training:
             loss = self.with_additions(loss, outputs, inputs, num_items_in_batch)
         else:
-            loss = loss * self.share(inputs["labels"], num_items_in_batch)
+            loss = loss * self.share(len(inputs["labels"]), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def share(self, labels: Tensor, items: Tensor | int | None) -> Any:
-        """Labels of a micro-batch, or of one in each process, over what as many examples have on
-        average. The Trainer weighs validation losses by their examples: with this every label
-        counts alike, however they fall into micro-batches and processes.
+    def share(self, examples: int, items: Any) -> Any:
+        """Labels of a micro-batch of so many examples, or of one in each process, over what as many
+        examples have on average. The Trainer weighs validation losses by their examples: with this
+        every label counts alike, however they fall into micro-batches and processes.
         """
-        if self.model_accepts_loss_kwargs and items is not None:
-            return items / (self.accelerator.num_processes * len(labels) * self.labels_each)
-        return learnt_positions(labels).sum() / (len(labels) * self.labels_each)
+        return items / (self.accelerator.num_processes * examples * self.labels_each)
 
     @cached_property
     def labels_each(self) -> float:
@@ -243,36 +243,39 @@ class _Trainer(ShardingTrainer):
         return float(labels / len(examples))
 
     def with_additions(
-        self,
-        loss: Tensor,
-        outputs: Any,
-        batch: dict[str, Tensor],
-        items: Tensor | int | None,
+        self, loss: Tensor, outputs: Any, batch: dict[str, Tensor], items: Any
     ) -> Tensor:
         """The loss of one micro-batch with the teacher's and the penalty's part.
 
-        Most models divide their loss by the labels of the whole step (`items`, over all processes),
-        so that micro-batches add up, and the Trainer makes up for the mean over the processes. The
-        others give the mean of the micro-batch, which the Trainer divides by their number.
+        Both, as the text's, are divided by the labels of the whole step (`items`, over all
+        processes), so that micro-batches add up; the mean that is taken over the processes is made
+        up for.
         """
         teacher, distillation, penalty = self.additions
-        adds_up = bool(self.model_accepts_loss_kwargs) and items is not None
         if teacher is not None:
             learnt = learnt_positions(batch["labels"])
             if self.shards and isinstance(teacher, nn.Module):
                 teacher = self.shards.teacher_of(teacher, self.accelerator)
             target = said_by(teacher, batch, hidden=distillation.hidden > 0)
             taught = summed_loss(distillation, outputs, target, learnt).to(loss.device)
-            if adds_up and items is not None:
-                taught = taught / items * self.accelerator.num_processes
-            else:
-                taught = taught / learnt.sum()
+            taught = taught / items * self.accelerator.num_processes
             loss = (1 - distillation.weight) * loss + taught
         if penalty is not None:
-            share = self.current_gradient_accumulation_steps if adds_up else 1
             value = penalty(cast(nn.Module, self.model), self.state.global_step)
-            loss = loss + value.to(loss.device) / share
+            loss = loss + value.to(loss.device) / self.current_gradient_accumulation_steps
         return loss
+
+
+def text_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Cross entropy of the next token, summed over the learnt ones of a micro-batch and divided by
+    those of the whole step.
+
+    Not left to the model: some take no count and give the mean of the micro-batch, or take it and
+    do not use it, so that a step would depend on how it is cut.
+    """
+    size = outputs.logits.shape[-1]
+    loss: Tensor = ForCausalLMLoss(outputs.logits, labels, size, num_items_in_batch)
+    return loss
 
 
 @contextmanager

@@ -43,12 +43,12 @@ def test_only_the_answer_is_learnt_and_the_end_is_appended_if_it_fits():
     assert "paired" not in plain
 
 
-def test_padding_is_on_the_left_to_a_multiple_of_eight():
+def test_padding_is_on_the_right_to_a_multiple_of_eight():
     batch = training_examples.collate([{"input_ids": [5] * n, "labels": [5] * n} for n in (3, 11)])
     assert batch["input_ids"].shape == (2, 16)
-    assert batch["input_ids"][0].tolist() == [0] * 13 + [5] * 3
-    assert batch["attention_mask"].sum(1).tolist() == [3, 11]
-    assert batch["labels"][1].tolist() == [-100] * 5 + [5] * 11
+    assert batch["input_ids"][0].tolist() == [5] * 3 + [0] * 13
+    assert batch["attention_mask"].tolist() == [[1] * n + [0] * (16 - n) for n in (3, 11)]
+    assert batch["labels"][1].tolist() == [5] * 11 + [-100] * 5
 
 
 def test_text_is_packed_into_whole_blocks():

@@ -65,7 +65,8 @@ open(f"{sys.argv[1]}.{rank}.json", "w").write(json.dumps(found))
 
 
 def run(out: Path, trained: str, *launcher: str) -> None:
-    paths = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (ROOT, here, here.parent)))
     env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = out.parent / "script.py"
     script.write_text(SCRIPT)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -121,23 +122,46 @@ def test_a_step_with_a_teacher_is_the_plain_formula_over_all_its_micro_batches(d
     assert history.best_step is None
 
 
-def test_models_that_average_their_own_micro_batch_keep_their_scale():
+class Swallowing(Plain):
+    """Its forward takes a count of labels and does not look at it."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: object):
+        return super().forward(input_ids, labels=labels)
+
+
+@pytest.mark.parametrize("model", [Plain, Swallowing])
+def test_every_label_of_a_step_counts_alike_whatever_loss_the_model_itself_gives(model):
     teacher, distillation = llama(), Distillation(0.5, 2.0)
-    batches = []
+    plain = model()
+    loss = objective(plain, teacher, examples(), distillation)
+    loss.backward()
     history = train(
-        Plain(),
+        model(),
         examples(),
         replace(RECIPE, max_steps=1),
-        teacher=lambda batch: (
-            batches.append(batch["input_ids"].tolist()) or teacher(**batch).logits
-        ),
+        teacher=teacher,
         distillation=distillation,
         penalty=lambda model, step: torch.tensor(5.0),
     )
-    found = {tuple(e["input_ids"]): e for e in examples()}
-    halves = [[found[tuple(row[-12:])] for row in batch] for batch in batches]
-    loss = sum(objective(Plain(), teacher, half, distillation) for half in halves) / 2
     assert history.curve[0]["loss"] == pytest.approx(loss.item() + 5, rel=1e-5)
+    assert history.curve[0]["grad_norm"] == pytest.approx(gradient_norm(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "rwkv"])
+def test_a_step_does_not_depend_on_how_it_is_cut(arch):
+    """Of models that count positions from the first token, or read what comes before."""
+    rows = [{k: v[: 12 - 3 * i] for k, v in e.items()} for i, e in enumerate(examples(3))]
+    rows += [{k: v + v for k, v in e.items()} for e in examples(1)]
+    found = []
+    for micro_batch in (4, 2, 1):
+        model = tiny_model(arch)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        recipe = replace(RECIPE, max_steps=1, micro_batch=micro_batch)
+        record = train(model, rows, recipe).curve[0]
+        found.append([record["loss"], record["grad_norm"]])
+    assert found[1:] == [pytest.approx(found[0], rel=1e-4)] * 2
 
 
 def test_a_model_that_is_its_own_teacher_stays_as_it_is():
