@@ -14,6 +14,8 @@ from prunekit.registry import Component, built, calibs, draw
 def _components(nodes: Any) -> dict[str, Component]:
     if not isinstance(nodes, dict) or len(nodes) < 2:
         raise ValueError("a sequence names two texts or more: {name: {name: crop, ...}, ...}")
+    if "calibration" in nodes:
+        raise ValueError("all texts together are called calibration: call this one otherwise")
     return {str(name): built("calib", node) for name, node in nodes.items()}
 
 

@@ -184,7 +184,8 @@ def texts(dataset: str, split: str, data_root: str | None = None) -> Sequence[st
     """
     rows = records(dataset, split, data_root)
     if dataset == "alpaca":
-        return ["\n".join(r[k] for k in ("instruction", "input", "output") if r[k]) for r in rows]
+        fields = ("instruction", "input", "output")
+        return ["\n".join(r[k] for k in fields if r.get(k)) for r in rows]
     if dataset == "dailydialog":
         return ["\n".join(turn.strip() for turn in r["dialog"]) for r in rows]
     key = "text" if dataset == "pydocs" else SOURCES[dataset].column

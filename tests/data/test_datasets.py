@@ -136,3 +136,11 @@ def test_cloze_items_are_fair_and_fixed():
     assert all(0.18 < s < 0.32 for s in share), share
     test = " ".join(datasets.texts("pydocs", "test"))
     assert all(i["context"] + i["choices"][i["label"]] in test for i in items)
+
+
+def test_an_alpaca_record_may_lack_its_input(tmp_path):
+    (tmp_path / "alpaca").mkdir()
+    rows = '{"instruction": "Add.", "output": "3"}\n'
+    rows += '{"instruction": "Add.", "input": "1 2", "output": "3"}\n'
+    (tmp_path / "alpaca" / "train.jsonl").write_text(rows)
+    assert datasets.texts("alpaca", "train", str(tmp_path)) == ["Add.\n3", "Add.\n1 2\n3"]

@@ -170,6 +170,8 @@ def test_a_sequence_names_two_texts_of_one_length():
     one = {"name": "crop", "dataset": "pydocs"}
     with pytest.raises(ConfigError, match="two texts or more"):
         calibs.build({"name": "sequence", "texts": {"a": one}})
+    with pytest.raises(ConfigError, match="all texts together are called calibration"):
+        calibs.build({"name": "sequence", "texts": {"a": one, "calibration": one}})
     made = calibs.build({"name": "sequence", "texts": {"a": one, "b": one | {"length": 32}}})
     model, tokenizer = tiny_llama()
     with pytest.raises(ConfigError, match="one length"):
