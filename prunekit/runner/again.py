@@ -31,7 +31,7 @@ from prunekit.runner.finished import Finished
 from prunekit.runner.inputs import inputs
 from prunekit.runner.relations import check_keys, check_lengths, check_streamed
 from prunekit.runner.run import Job, check_finite, measure, pose, save, stage
-from prunekit.runner.texts_at_hand import check_learnt, check_texts
+from prunekit.runner.texts_at_hand import check_learnt, check_texts, warn_of_learnt
 from prunekit.types import Group, Kept, Pruned
 
 INHERITED = ("calib", "criterion", "ratio", "exclude", "pruner", "table", "row")
@@ -62,7 +62,7 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
     parts = check_again(cfg, path, recover)
     stored = cache.open_cache(cfg)
     teacher = inputs(made_of(path)) if asks_for_dense(parts, recover) else ()
-    standing = Finished(folder, cfg, models=bool(cfg["save"]), others=teacher)
+    standing = Finished(folder, cfg, models=bool(cfg["save"]), others=teacher, own=True)
     dense = DenseModel(stored, lambda: dense_model(path, cfg["model"].get("device"))()[0])
     job = Job(cfg, folder, parts, Stages(), {}, stored, standing, dense)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,9 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
     check_lengths(model, *parts.evals.values(), parts.recovery if recover else None)
     if recover and parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
-    check_texts(*parts.evals.values(), learnt=[parts.recovery] if recover else [])
+    learn = [parts.recovery] if recover else []
+    check_texts(*parts.evals.values(), learnt=learn)
+    warn_of_learnt(parts.evals, learn)
     if recover:
         check_learnt(parts.recovery, tokenizer)
     return parts

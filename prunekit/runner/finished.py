@@ -44,9 +44,10 @@ class Standing:
 
 class Finished:
     """Numbers of evaluations and models on disk, under the configuration, the code and the `files`
-    that made them; what others made is dropped. `models=False` keeps numbers alone. `others`: files
-    that decide results though `cfg` does not name them. `words`: what the same command needs, to
-    write into this folder again.
+    that made them; what others made is dropped, with a line. `models=False` keeps numbers alone.
+    `others`: files that decide results though `cfg` does not name them. `words`: what the same
+    command needs, to write into this folder again. `own=True` drops nothing where all is of others,
+    and raises ConfigError.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Finished:
         models: bool,
         others: Iterable[State] = (),
         words: str = "",
+        own: bool = False,
     ):
         self.top, self.models, self.words = folder / FOLDER, models, words
         self.files = inputs(cfg)
@@ -67,9 +69,22 @@ class Finished:
         before = {k: v for k, v in cfg.items() if k != "recovery"}
         self.before = key_of(before, inputs(before) + more)
         if first_process() and self.top.is_dir():
-            for kept in self.top.iterdir():
-                if kept.is_dir() and kept.name not in (self.key, self.before):
-                    shutil.rmtree(kept)
+            self.drop_others(own)
+
+    def drop_others(self, own: bool) -> None:
+        """What another configuration, other code or files left. Raises ConfigError with `own` where
+        nothing else is there.
+        """
+        there = [kept for kept in self.top.iterdir() if kept.is_dir()]
+        gone = [kept for kept in there if kept.name not in (self.key, self.before)]
+        if own and gone and gone == there:
+            raise ConfigError(
+                f"{self.top} holds what another command, code or text has done so far, which would "
+                "be lost: give another folder, or remove that one"
+            )
+        for kept in gone:
+            log.warning("%s is dropped: another configuration, code or text made it", kept)
+            shutil.rmtree(kept)
 
     def numbers(self, name: str, compute: Callable[[], Any]) -> tuple[Any, bool]:
         """What stage `name` gave, or `compute` gives, kept then; and whether it was kept."""

@@ -34,7 +34,7 @@ from prunekit.runner.distributed import first_process, join_others
 from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.inputs import located
 from prunekit.runner.preflight import Components, check
-from prunekit.runner.texts_at_hand import check_learnt, check_texts
+from prunekit.runner.texts_at_hand import check_learnt, check_texts, warn_of_learnt
 from prunekit.types import Pruned
 
 log = logging.getLogger("prunekit")
@@ -68,9 +68,9 @@ def run(cfg: dict[str, Any], folder: str | Path, words: str = "") -> dict[str, A
     path = Path(folder)
     join_others()
     parts, stored = check(cfg), cache.open_cache(cfg)
-    check_texts(
-        *parts.evals.values(), calibrated=parts.calib, learnt=(parts.pruner, parts.recovery)
-    )
+    learn = (parts.pruner, parts.recovery)
+    check_texts(*parts.evals.values(), calibrated=parts.calib, learnt=learn)
+    warn_of_learnt(parts.evals, learn)
     check_learnt(parts.recovery, parts.tokenizer)
     # Only now: it removes what another configuration kept, and a refused one is a typo.
     kept = Finished(path, cfg, models=bool(cfg["save"]), words=words)

@@ -131,6 +131,15 @@ def test_results_of_others_are_not_replaced_and_its_own_may_be(pruned, tmp_path,
     assert "the result of another command" in capsys.readouterr().err
 
 
+def test_what_another_command_has_done_so_far_is_not_lost(pruned, tmp_path, capsys):
+    kept = tmp_path / "stages" / "ofanother" / "pruned"
+    kept.mkdir(parents=True)
+    words = ["eval", str(pruned[1]), *QUICK, "--to", str(tmp_path)]
+    assert main(words) == 2
+    assert "has done so far, which would be lost" in capsys.readouterr().err
+    assert kept.is_dir()
+
+
 def test_a_repeat_that_succeeds_is_no_failure(pruned, tmp_path):
     (tmp_path / "failed.txt").write_text("RuntimeError: the other time")
     assert main(["eval", str(pruned[1]), *QUICK, "--to", str(tmp_path)]) == 0

@@ -132,7 +132,7 @@ def test_the_pruned_model_is_on_disk_before_the_recovery(tmp_path, monkeypatch):
     assert load(folder)[0].config.model_type == "llama"
 
 
-def test_stages_of_another_configuration_are_not_taken_up(tmp_path, monkeypatch):
+def test_stages_of_another_configuration_are_not_taken_up(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         cut_off(patch, "pruned/ppl")
         with pytest.raises(Cut):
@@ -140,6 +140,7 @@ def test_stages_of_another_configuration_are_not_taken_up(tmp_path, monkeypatch)
     ran = stages_run(monkeypatch)
     run(config("ratio.target=0.3"), tmp_path)
     assert "prune" in ran
+    assert "is dropped: another configuration, code or text made it" in caplog.text
 
 
 def test_a_typo_in_the_repeated_command_takes_no_stage_away(tmp_path, monkeypatch):

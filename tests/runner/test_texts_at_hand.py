@@ -6,9 +6,9 @@ import pytest
 from compositions import config
 
 from prunekit.errors import ConfigError
-from prunekit.registry import calibs
+from prunekit.registry import calibs, evals, recoveries
 from prunekit.runner.run import run
-from prunekit.runner.texts_at_hand import check_texts
+from prunekit.runner.texts_at_hand import check_texts, warn_of_learnt
 
 FILES = ("wikitext2/train.txt", "ptb/validation.txt", "alpaca/train.jsonl", "c4/a.jsonl")
 
@@ -70,3 +70,44 @@ def test_tasks_that_cannot_be_had_are_named_too(name, folder, tmp_path, monkeypa
     node = f"+eval.extra={{name: {name}, tasks: [piqa], data_root: {place}}}"
     with pytest.raises(ConfigError, match=r"tasks piqa: .* does not hold them, and the hub did"):
         run(config("exclude=none", node), tmp_path / "out")
+
+
+def test_what_the_dense_model_writes_is_asked_for_nowhere(folder):
+    check_texts(learnt=[recoveries.build({"name": "distill", "dataset": "generated"})])
+    assert folder[1] == []
+
+
+@pytest.mark.parametrize(
+    ("learns", "reads", "said"),
+    [
+        ({"dataset": "alpaca"}, {"dataset": "alpaca"}, "alpaca (train)"),
+        ({"dataset": "alpaca"}, {"texts": {"a": {"dataset": "alpaca"}}}, "alpaca (train)"),
+        ({"dataset": "ptb"}, {"dataset": "ptb"}, None),
+        ({"dataset": "ptb", "split": "validation"}, {"dataset": "ptb"}, "ptb (validation)"),
+        ({"dataset": "text", "path": "a.txt"}, {"path": "../{here}/a.txt"}, "a.txt"),
+        ({"dataset": "text", "path": "a.txt"}, {"texts": {"a": {"path": "a.txt"}}}, "a.txt"),
+        ({"dataset": "text", "path": "a.txt"}, {"path": "b.txt"}, None),
+        ({"dataset": "generated"}, {"dataset": "alpaca"}, None),
+    ],
+)
+def test_a_text_that_is_learnt_from_and_tested_on_is_said(
+    learns, reads, said, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+    reads = {k: v.format(here=tmp_path.name) if k == "path" else v for k, v in reads.items()}
+    recovery = recoveries.build({"name": "distill", **learns})
+    evaluate = evals.build({"name": "positions" if "texts" in reads else "perplexity", **reads})
+    warn_of_learnt({"ppl": evaluate}, [None, recovery])
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == (said is not None)
+    assert all(f"{said}, which eval ppl reads" in line for line in lines)
+
+
+def test_a_run_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("prunekit.runner.run.stage", lambda *_: pytest.fail("a stage began"))
+    words = ["recovery=lora_text", "recovery.split=test"]
+    with pytest.raises(pytest.fail.Exception):
+        run(config("exclude=none", *words), tmp_path / "out")
+    assert "lora learns from pydocs (test), which eval ppl reads" in caplog.text
