@@ -36,7 +36,7 @@ def ends(groups: list[Group], *, first: Natural = 3, last: Natural = 1) -> list[
     channels stay in.
     """
     depth = depth_of(groups)
-    found = [between(g, first, g.units - last) if g.modules else g for g in groups]
+    found = [between(g, first, g.units - last) if g.kind == "blocks" else g for g in groups]
     return [g for g in found if g.units and (g.layer is None or first <= g.layer < depth - last)]
 
 
@@ -85,5 +85,7 @@ def layer_range(
         bounds = heads if g.kind == "heads" else neurons
         return g.layer is None or bounds is None or bounds[0] <= g.layer < bounds[1]
 
-    found = [between(g, *blocks) if g.modules and blocks is not None else g for g in groups]
+    found = [
+        between(g, *blocks) if g.kind == "blocks" and blocks is not None else g for g in groups
+    ]
     return [g for g in found if g.units and inside(g)]

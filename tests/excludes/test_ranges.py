@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from blocks import blocks
+from foreign import ListedMixtral
 from reference import tiny_llama
 
+from prunekit import graph
 from prunekit.errors import ConfigError
 from prunekit.excludes.ranges import ends, layer_range
 from prunekit.selection.eligible import apply_exclusion
@@ -28,3 +30,10 @@ def test_exclusions_narrow_the_blocks(model):
     with pytest.raises(ConfigError, match=r"leaves nothing of 1 groups.*exclude=none"):
         apply_exclusion([group], lambda groups: ends(groups, first=5, last=3))
     assert layer_range([group], heads=[0, 0], neurons=[0, 0]) == [group]
+
+
+def test_experts_of_a_list_are_no_blocks():
+    groups = [g for g in graph.discover(ListedMixtral()) if g.kind == "experts"]
+    assert [g.layer for g in groups] == [0, 1, 2]
+    assert ends(groups, first=1, last=1) == [groups[1]]
+    assert layer_range(groups, blocks=[0, 2], neurons=[1, 3]) == groups[1:]
