@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.activations import processes
-from prunekit.activations.hooks import hook_activations, pass_tokens
+from prunekit.activations.hooks import Observer, hook_activations, pass_tokens
+from prunekit.architecture.blocks import block_names
 from prunekit.architecture.linear import weight_of
 from prunekit.errors import ConfigError
 from prunekit.types import Run
@@ -73,7 +74,8 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
     """Moments of the input channels of the linear modules named: one pass of the calibration
     tokens, none for what this run has seen.
 
-    `skip` leaves out that many tokens at the start of each sample. Raises ConfigError where that is
+    `skip` leaves out that many tokens at the start of each sample; a module inside an expert, which
+    sees a list of tokens and no samples, counts all of its own. Raises ConfigError where that is
     all of them.
     """
     check_skip(run, skip)
@@ -86,9 +88,17 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
         name: Moments(W.shape[1], "cpu" if W.is_meta else W.device) for name, W in weights.items()
     }
     if missing:
-        with hook_activations(
-            model, inputs={name: partial(_add, m, skip) for name, m in missing.items()}
-        ):
+        samples = [0]  # of the batch on its way
+
+        def enter(x: Tensor) -> None:
+            samples[0] = len(x)
+
+        def see(found: Moments, x: Tensor) -> None:
+            found.add(without_skipped(x, samples[0], run.tokens.shape[1], skip))
+
+        inputs: dict[str, Observer] = dict.fromkeys(block_names(model) if skip else (), enter)
+        inputs |= {name: partial(see, m) for name, m in missing.items()}
+        with hook_activations(model, inputs=inputs):
             pass_tokens(processes.own_part(run), "activations")
         for found in missing.values():
             found.add_up()
@@ -106,7 +116,10 @@ def check_skip(run: Run, skip: int) -> None:
         )
 
 
-def _add(found: Moments, skip: int, x: Tensor) -> None:
-    found.add(
-        x[:, skip:] if skip else x
-    )  # a module inside an expert sees a flat list of tokens, which has no beginning to skip
+def without_skipped(x: Tensor, samples: int, length: int, skip: int) -> Tensor:
+    """`x (N, T, channels)`, or as flat a list of these tokens (OPT's feed-forward), without the
+    first `skip` of each sample. Any other list of tokens (an expert's) is left as it is.
+    """
+    if skip and x.dim() == 2 and len(x) == samples * length:
+        x = x.view(samples, length, -1)
+    return x[:, skip:] if x.dim() > 2 else x

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from foreign import ListedMixtral, with_an_idle_expert
 from reference import inputs_of, llama_groups, reader_of, tiny_llama
+from tiny_models import tiny_model
 
 from prunekit import graph
+from prunekit.activations.hooks import hook_activations
 from prunekit.activations.runs import ModelRun
+from prunekit.architecture.linear import readers
 from prunekit.criteria.flap import flap, wanda_sp
 from prunekit.errors import ConfigError
 
@@ -105,3 +109,29 @@ def test_units_without_a_reader_are_refused(model, tokens):
     bare = dataclasses.replace(group, members=group.members[:2])
     with pytest.raises(ConfigError, match=r"no linear module reads"):
         flap(model, [bare], ModelRun(model, tokens))
+
+
+def test_skipped_tokens_are_found_in_a_flat_list_of_them(tokens):
+    """OPT's feed-forward reads samples and tokens along one axis."""
+    model, tokens = tiny_model("opt"), tokens % 60 + 3
+    groups = [g for g in graph.discover(model) if g.kind == "neurons"]
+    names = {g.name: readers(model, g)[0].name for g in groups}
+    seen: dict[str, torch.Tensor] = {}
+    watched = {name: partial(seen.__setitem__, name) for name in names.values()}
+    with hook_activations(model, watched):
+        model(input_ids=tokens)
+    got = flap(model, groups, ModelRun(model, tokens), metric="IFV", standardize=False, skip=2)
+    for name, reader in names.items():
+        z = seen[reader].unflatten(0, tokens.shape)[:, 2:].flatten(0, 1)
+        torch.testing.assert_close(got[name], z.var(0, unbiased=False), rtol=1e-4, atol=1e-6)
+
+
+def test_an_expert_counts_all_of_its_tokens(tokens):
+    torch.manual_seed(0)
+    model, tokens = ListedMixtral().eval(), tokens % 97
+    groups = [g for g in graph.discover(model) if g.kind == "neurons"]
+    found, skipped = (
+        flap(model, groups, ModelRun(model, tokens), standardize=False, skip=s) for s in (0, 2)
+    )
+    for name in found:
+        torch.testing.assert_close(skipped[name], found[name])
