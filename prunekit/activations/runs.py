@@ -24,11 +24,22 @@ def forward(model: nn.Module, ids: Tensor, *, head: bool = True, labels: bool = 
 
     Args:
         head: false stops before the output matrix, for callers that only watch what happens inside.
-        labels: outputs carry `.loss`, the mean over the shifted tokens.
+        labels: outputs carry `.loss`, the mean over the shifted tokens. What a config adds to it
+            for a router (`output_router_logits`) is left out: it depends on the batch.
     """
     ids = ids.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
     body = model if head else getattr(model, "base_model", model)
-    return body(input_ids=ids, use_cache=False, **({"labels": ids} if labels else {}))
+    more: dict[str, Any] = {"labels": ids} if labels else {}
+    if labels and adds_router_loss(model):
+        more["output_router_logits"] = False
+    return body(input_ids=ids, use_cache=False, **more)
+
+
+def adds_router_loss(model: nn.Module) -> bool:
+    """Whether the config has the model add its routers' balance to the loss."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(config, "output_router_logits", False))
 
 
 class ModelRun:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from blocks import blocks, lacking
 from reference import tiny_llama
+from tiny_models import tiny_model
 
-from prunekit.activations.runs import ModelRun
+from prunekit.activations.runs import ModelRun, mean_loss
 from prunekit.criteria.shortened_llama import block_magnitude, block_ppl, block_taylor
 
 L = 6
@@ -53,3 +54,13 @@ def test_ppl_is_that_of_a_model_without_the_block(model, tokens, reuse, batch):
         "forward" not in vars(b) and not b._forward_hooks and not b._forward_pre_hooks
         for b in model.model.layers
     )
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_what_a_config_adds_for_the_router_is_no_part_of_the_loss(tokens, reuse):
+    model, tokens = tiny_model("qwen3_moe", layers=3), tokens % 60 + 3
+    group, run = blocks(model), ModelRun(model, tokens)
+    want = block_ppl(model, [group], run, reuse=reuse)["blocks"], mean_loss(run)
+    model.config.output_router_logits = True
+    got = block_ppl(model, [group], run, reuse=reuse)["blocks"], mean_loss(run)
+    torch.testing.assert_close(got, want)
