@@ -136,7 +136,7 @@ def kv_prices(model: nn.Module, groups: list[Group], request: Mapping[str, int])
     """In MiB of the keys and values that the request leaves in the cache. Raises ConfigError where
     they do not become fewer with the heads (latent attention).
     """
-    tokens = request["batch"] * (request["prompt"] + request["new_tokens"])
+    tokens = request["prompt"] + request["new_tokens"]
 
     def by_layer(of: nn.Module) -> list[tuple[int, float]]:
         """Heads, and MiB, of each layer's cache."""
@@ -145,9 +145,13 @@ def kv_prices(model: nn.Module, groups: list[Group], request: Mapping[str, int])
         found = []
         for layer in getattr(out.past_key_values, "layers", []):
             keys = getattr(layer, "keys", None)
-            parts = [] if keys is None else [keys, layer.values]
-            size = sum(t.numel() * t.element_size() for t in parts) / 2 * tokens / MIB
-            found.append((0 if keys is None else keys.shape[1], size))
+            if keys is None:
+                found.append((0, 0.0))
+                continue
+            # transformers keeps one token less than a sliding window, for the next one to come.
+            held = min(tokens, getattr(layer, "sliding_window", tokens + 1) - 1)
+            one = sum(t.numel() * t.element_size() for t in (keys, layer.values)) / keys.shape[-2]
+            found.append((keys.shape[1], request["batch"] * held * one / MIB))
         return found
 
     layers = by_layer(model)

@@ -124,3 +124,15 @@ def test_the_table_is_measured_once(arch, monkeypatch):
     modules = latency.timed_modules(model, groups)
     last = "model.decoder.layers.0.fc2" if arch == "opt" else "model.layers.0.mlp"
     assert modules["neurons.0"][-1] == last
+
+
+@pytest.mark.parametrize("arch", ["mistral", "gemma2"])  # a window in every layer, in every other
+def test_a_sliding_window_holds_no_more_than_itself(arch):
+    model = tiny_model(arch, sliding_window=32)
+    groups = problem(model).units(["heads"])
+    found = kv_prices(model, groups, {"batch": 2, "prompt": 40, "new_tokens": 10})
+    cache = model(input_ids=torch.ones(2, 50, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(t.numel() * t.element_size() for k in cache.layers for t in (k.keys, k.values))
+    assert found.dense == pytest.approx(held / 2**20)
+    whole = {g.name: g.units for g in groups}
+    assert found.saved(whole) == pytest.approx(found.dense)
