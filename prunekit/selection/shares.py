@@ -169,8 +169,12 @@ def fill(
     units = {g.name: g.units for groups in steps for g in groups}
     order = sorted(steps, key=lambda s: share * s[0].units - counts[s[0].name], reverse=True)
 
+    def next_count(g: Group) -> int:
+        multiple = multiples.get(g.kind, 1)
+        return counts[g.name] + ((g.units - counts[g.name]) % multiple or multiple)
+
     def one_more(groups: list[Group]) -> Counts | None:
-        more = {g.name: counts[g.name] + multiples.get(g.kind, 1) for g in groups}
+        more = {g.name: next_count(g) for g in groups}
         return counts | more if all(n < units[name] for name, n in more.items()) else None
 
     fitted = True

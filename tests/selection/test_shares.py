@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from prunekit.selection.shares import rounded, units_removed
-from prunekit.types import Group
+from prunekit.architecture.sizes import Sizes
+from prunekit.selection.shares import rounded, solve, units_removed
+from prunekit.types import Group, Member
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,14 @@ def test_multiple_rounds_kept_neurons():
     group = Group("g", "neurons", 0, 1536)
     assert (1536 - rounded(group, 504, {"neurons": 64})) % 64 == 0
     assert rounded(group, 0, {"neurons": 64}) == 0
+
+
+def test_what_fills_the_gap_keeps_to_the_multiple():
+    """The first step of 90 neurons leaves 80, not 74."""
+    model = nn.ModuleDict({"a": nn.Linear(90, 100, False), "b": nn.Linear(4, 1700, False)})
+    groups = [
+        Group("a", "neurons", 0, 90, (Member("a.weight", 1, torch.arange(90)[:, None]),)),
+        Group("b", "heads", 0, 4, (Member("b.weight", 1, torch.arange(4)[:, None]),)),
+    ]
+    counts = solve(groups, Sizes(model, groups), 909.0, {"neurons": 16}, "this")
+    assert counts == {"a": 10, "b": 0}
