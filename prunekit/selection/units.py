@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
+from prunekit.graph.discovery import discovery
 from prunekit.selection.elements import drop_lowest
 from prunekit.types import Allocation, Counts, Group, Kept, Scores
 
@@ -30,14 +31,25 @@ def choose(model: nn.Module, groups: list[Group], scores: Scores, allocation: Al
             )
             kept |= choose(model, same_kind, {g.name: scores[g.name] for g in same_kind}, part)
         return kept
+    least = must_stay(model, groups)
     if allocation.cut == "nearest":
-        return keep_nearest(scores, *whole_sizes(model, groups, allocation))
+        return keep_nearest(scores, *whole_sizes(model, groups, allocation), least)
     if allocation.budget == "units":
         total = sum(counts.values())
-        return keep_pooled(scores, lambda c: sum(c.values()) <= total)
+        return keep_pooled(scores, lambda c: sum(c.values()) <= total, least)
     sizes = Sizes(model, groups)
     parameters = sizes.removed(counts)
-    return keep_pooled(scores, lambda c: sizes.removed(c) <= parameters)
+    return keep_pooled(scores, lambda c: sizes.removed(c) <= parameters, least)
+
+
+def must_stay(model: nn.Module, groups: list[Group]) -> Counts:
+    """How many units of a group must stay, where that is more than one: the experts that a router
+    picks for a token.
+    """
+    if not any(g.kind == "experts" for g in groups):
+        return {}
+    least = discovery(model).least
+    return {g.name: least.get(g.whole or g.name, 1) for g in groups}
 
 
 def keep_local(scores: Scores, counts: Counts) -> Kept:
@@ -51,19 +63,29 @@ def without(scores: Tensor, n: int) -> Tensor:
     return drop_lowest(scores.reshape(1, -1).float().cpu(), n).view(scores.shape)
 
 
-def keep_pooled(scores: Scores, fits: Callable[[Counts], bool]) -> Kept:
+def without_the_best(scores: Scores, least: Counts | None) -> list[Tensor]:
+    """Copies on the CPU, flat, in which the best `least[name]` (one where it is not told) of every
+    group are infinite: those are not in play, so that no module is emptied.
+    """
+    flat = [s.flatten().float().cpu().clone() for s in scores.values()]
+    for name, s in zip(scores, flat, strict=True):
+        s[s.argsort(descending=True, stable=True)[: (least or {}).get(name, 1)]] = torch.inf
+    return flat
+
+
+def keep_pooled(
+    scores: Scores, fits: Callable[[Counts], bool], least: Counts | None = None
+) -> Kept:
     """Rank the units of all groups together and remove the longest prefix of the ranking for which
     `fits(counts)` holds.
 
     Each unit counts as one, whatever its kind, with no normalisation (LLM-Pruner's global pruning).
-    The best unit of every group is not in play, so that no module is emptied. `fits` must be
-    monotone: false stays false as counts grow.
+    The best `least` units of every group stay. `fits` must be monotone: false stays false as counts
+    grow.
     """
     check_finite(scores)
     names = list(scores)
-    flat = [scores[n].flatten().float().cpu().clone() for n in names]
-    for s in flat:
-        s[int(s.argmax())] = torch.inf
+    flat = without_the_best(scores, least)
     group = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(flat)])
     position = torch.cat([torch.arange(s.numel()) for s in flat])
     values = torch.cat(flat)
@@ -100,14 +122,14 @@ def whole_sizes(
     return whole, sizes.removed(counts) / sizes.prunable()
 
 
-def keep_nearest(scores: Scores, sizes: Mapping[str, int], share: float) -> Kept:
+def keep_nearest(
+    scores: Scores, sizes: Mapping[str, int], share: float, least: Counts | None = None
+) -> Kept:
     """FLAP's cut: from the best unit down sizes add up, and where the sum comes nearest to what is
-    to stay, that unit and all below it go. The best unit of every group stays.
+    to stay, that unit and all below it go. The best `least` units of every group stay.
     """
     check_finite(scores)
-    flat = {n: s.flatten().float().cpu().clone() for n, s in scores.items()}
-    for s in flat.values():
-        s[int(s.argmax())] = torch.inf
+    flat = dict(zip(scores, without_the_best(scores, least), strict=True))
     values = torch.cat(list(flat.values()))
     weights = torch.cat([torch.full((s.numel(),), sizes[n]) for n, s in flat.items()])
     order = torch.argsort(values, descending=True, stable=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import llama_groups, pooled_by_hand, tiny_llama
+from tiny_models import tiny_model
 
 from prunekit.errors import ConfigError
+from prunekit.graph import discover, remove
 from prunekit.selection.units import (
     choose,
     keep_local,
@@ -147,3 +149,15 @@ def test_a_unit_counts_as_whole_smallest_units(model):
     assert whole_sizes(model, groups, Allocation(counts))[0] == dict.fromkeys(counts, 1)
     gone = sum(int((~m).sum()) for m in cut.values())
     assert gone == sum(counts.values()) + 1  # the unit at the cut goes too
+
+
+@pytest.mark.parametrize("cut", ["within", "nearest"])
+def test_as_many_experts_stay_as_a_router_picks(cut):
+    model = tiny_model("qwen3_moe")
+    groups = [g for g in discover(model) if g.kind == "experts"]
+    scores = {g.name: torch.arange(5.0) + 10 * i for i, g in enumerate(groups)}
+    allocation = Allocation({"experts.0": 3, "experts.1": 2}, "global", cut=cut)
+    kept = choose(model, groups, scores, allocation)
+    assert kept["experts.0"].tolist() == [False] * 3 + [True] * 2
+    assert 1 <= int((~kept["experts.1"]).sum()) <= 3
+    remove(model, kept)
