@@ -165,4 +165,6 @@ def _logits(model: nn.Module, name: str, given: list[Tensor]) -> Tensor:
     weight = tensor_of(model, name)
     if not given or given[0].shape[-1] != weight.shape[1]:
         raise ConfigError(f"{name} does not read what its module is given")
-    return given[0].reshape(-1, weight.shape[1]).float() @ weight.float().T
+    bias = getattr(model.get_submodule(name.rpartition(".")[0]), "bias", None)
+    logits = given[0].reshape(-1, weight.shape[1]).float() @ weight.float().T
+    return logits if bias is None else logits + bias.float()
