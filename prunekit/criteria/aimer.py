@@ -37,9 +37,9 @@ def aimer(model: nn.Module, groups: list[Group], run: Run) -> Scores:
         total, squares = torch.zeros(2, g.units, dtype=torch.float64).index_add_(
             1, torch.tensor(experts), both
         )
-        rms = (squares / count).sqrt()
-        tiny = torch.finfo(torch.float64).tiny
-        scores[g.name] = -(total / count / rms.clamp(min=tiny)).float()
+        spread = total / count / (squares / count).sqrt()
+        # Zeros are all of one size too.
+        scores[g.name] = -torch.where(squares == 0, 1.0, spread).float()
     return scores
 
 

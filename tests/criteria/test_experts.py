@@ -282,3 +282,13 @@ def test_aimer_reads_listed_experts():
     found = aimer(model, [group], None)["experts.0"]
     w = model.experts[1].weight.detach()
     torch.testing.assert_close(found[1], -w.abs().mean() / w.square().mean().sqrt())
+
+
+def test_aimer_takes_an_expert_of_zeros_first(tokens):
+    model = tiny_model("qwen3_moe")
+    with torch.no_grad():
+        for name in ("gate_up_proj", "down_proj"):
+            getattr(model.model.layers[0].mlp.experts, name)[3] = 0
+    found = aimer(model, groups_of(model), ModelRun(model, tokens))["experts.0"]
+    assert int(found.argmin()) == 3
+    assert float(found[3]) == -1
