@@ -271,7 +271,8 @@ def text_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> T
     those of the whole step.
 
     Not left to the model: some take no count and give the mean of the micro-batch, or take it and
-    do not use it, so that a step would depend on how it is cut.
+    do not use it, so that a step would depend on how it is cut. So does the balance of routers that
+    a config can have added.
     """
     size = outputs.logits.shape[-1]
     loss: Tensor = ForCausalLMLoss(outputs.logits, labels, size, num_items_in_batch)
