@@ -4,6 +4,7 @@ one with what its options mean; `--markdown` prints the documentation's table of
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -13,7 +14,7 @@ from rich.table import Table
 from prunekit.cli.paths import PACKAGES, conf_dirs
 from prunekit.cli.suggestions import chosen_wrong, homes, yaml_names
 from prunekit.errors import ConfigError
-from prunekit.source import Listed, components
+from prunekit.source import Listed, components, first_sentence
 
 METHOD_KINDS = ("criterion", "ratio", "pruner", "recovery")
 
@@ -25,23 +26,29 @@ def main(argv: list[str]) -> int:
         console.out(methods_table(), end="", highlight=False)
         return 0
     words = [word for given in argv for word in given.split("=")]  # criterion=taylor
-    if len(words) == 2 and words[0] in PACKAGES and words[1] not in PACKAGES:
+    kinds = [*PACKAGES, "experiment"]
+    if len(words) == 2 and words[0] in kinds and words[1] not in kinds:
         print(described(*words))
         return 0
-    for word in [w for w in words if w not in PACKAGES]:
+    for word in [w for w in words if w not in kinds]:
         asked = [f"`prunekit list {home.replace('=', ' ')}`" for home in homes(word)]
         hint = f"\n  hint: {' or '.join(asked)} shows its options" if asked else ""
-        raise ConfigError(f"no kind {word!r}; kinds: {', '.join(PACKAGES)}{hint}")
-    for kind in words or PACKAGES:
+        raise ConfigError(f"no kind {word!r}; kinds: {', '.join(kinds)}{hint}")
+    for kind in words or PACKAGES:  # of experiments there are many: asked for alone
         table = Table(title=kind, title_justify="left", box=None, pad_edge=False)
         for column in ("name", "what it does", "options"):
             table.add_column(column, overflow="fold")
-        for name, entry in sorted(components(PACKAGES[kind]).items()):
+        for name, entry in sorted(registered(kind).items()):
             table.add_row(name, entry.summary, options(entry))
         for name, summary, said in presets(kind):
-            table.add_row(name, summary, said)
+            table.add_row(name, summary, said if kind != "experiment" else "")
         console.print(table, "")
     return 0
+
+
+def registered(kind: str) -> dict[str, Listed]:
+    """The components of a kind; experiments are YAMLs alone."""
+    return components(PACKAGES[kind]) if kind in PACKAGES else {}
 
 
 def described(kind: str, name: str) -> str:
@@ -51,14 +58,14 @@ def described(kind: str, name: str) -> str:
     if name not in yaml_names(kind):
         raise ConfigError(chosen_wrong(kind, name))
     parts = []
-    if entry := components(PACKAGES[kind]).get(name):
+    if entry := registered(kind).get(name):
         about = [f"{k}: {v}" for k, v in entry.meta.items() if v != "-" and k != "scored"]
         parts += [entry.doc.strip(), ", ".join(about)]
     place = f"eval.{name}" if kind == "eval" and entry else kind
     for file, places in yaml_files(kind, name, place).items():
-        typed = ", ".join(f"{p}.OPTION=VALUE" for p in places)
-        text = file.read_text(encoding="utf-8").strip()
-        parts.append(f"--- conf/{kind}/{file.name}: {typed}\n{text}")
+        typed = ": " + ", ".join(f"{p}.OPTION=VALUE" for p in places) if kind in PACKAGES else ""
+        where = next(file.relative_to(top.parent) for top in conf_dirs() if top in file.parents)
+        parts.append(f"--- {where}{typed}\n{file.read_text(encoding='utf-8').strip()}")
     return "\n\n".join(p for p in parts if p)
 
 
@@ -69,8 +76,8 @@ def yaml_files(kind: str, name: str, place: str) -> dict[Path, list[str]]:
     file = next(f for top in conf_dirs() if (f := top / kind / f"{name}.yaml").is_file())
     found = {file: [place]}
     for base in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", ()):
-        other, _, key = base.partition("@")
-        if other != "_self_":
+        other, _, key = str(base).removeprefix(f"/{kind}/").partition("@")
+        if other in yaml_names(kind):
             below = yaml_files(kind, other, f"{place}.{key}" if key else place)
             for path, places in below.items():
                 found[path] = found.get(path, []) + places
@@ -83,13 +90,14 @@ def options(entry: Listed) -> str:
 
 
 def presets(kind: str) -> list[tuple[str, str, str]]:
-    """(name, its first comment, the options that it sets) of every YAML that is no component of its
-    own, such as model=llama_7b.
+    """(name, the first line of its comment or of an experiment's the first sentence, the options
+    that it sets) of every YAML that is no component of its own, such as model=llama_7b.
     """
     found = []
-    for path in sorted(p for top in conf_dirs() for p in (top / kind).glob("*.yaml")):
-        if path.stem not in components(PACKAGES[kind]):
-            text = path.read_text(encoding="utf-8")
+    for name in yaml_names(kind):
+        if name not in registered(kind):
+            path = next(iter(yaml_files(kind, name, kind)))
+            text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
             node = yaml.safe_load(text)
             own = (
                 {
@@ -100,10 +108,10 @@ def presets(kind: str) -> list[tuple[str, str, str]]:
                 if isinstance(node, dict)
                 else {}
             )
-            comment = (
-                text.partition("\n")[0].removeprefix("#").strip() if text.startswith("#") else ""
-            )
-            found.append((path.stem, comment, ", ".join(f"{k}={v}" for k, v in own.items())))
+            lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
+            said = [line.removeprefix("#").strip() for line in lines] or [""]
+            comment = first_sentence(" ".join(said)) if kind == "experiment" else said[0]
+            found.append((name, comment, ", ".join(f"{k}={v}" for k, v in own.items())))
     return found
 
 

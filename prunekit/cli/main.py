@@ -11,7 +11,7 @@ import sys
 from difflib import get_close_matches
 from typing import Any
 
-from prunekit import __version__
+import prunekit
 from prunekit.cli.paths import conf_dir
 from prunekit.cli.suggestions import homes
 from prunekit.errors import ConfigError, cannot_write
@@ -35,7 +35,7 @@ COMMANDS = {
     "list": (
         "prunekit.cli.list",
         "list [KIND [NAME]]: every registered component, its options, one line each; one of them: "
-        "what its options mean",
+        "what its options mean; `list experiment`: whole runs",
     ),
     "plan": (
         "prunekit.cli.plan",
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE + "\n".join(f"prunekit {line}" for _, line in COMMANDS.values()))
         return 0
     if args == ["--version"]:
-        print(f"prunekit {__version__}")
+        print(f"prunekit {prunekit.__version__}")
         return 0
     try:
         if args and args[0] in COMMANDS:
@@ -80,12 +80,16 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             hush_libraries()
             status: int = importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
+            sys.stdout.flush()
             return status
         check_words(args)
         return max([launch(words) for words in one_experiment_each(flags_first(args))])
     except ConfigError as e:
         print(f"prunekit: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as with `| head`; nothing more may be written, at the exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as e:
         if (words := cannot_write(e)) is None:
             raise

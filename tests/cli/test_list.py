@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from paths import ROOT
 
@@ -47,6 +51,26 @@ def test_what_is_built_on_other_yamls_is_shown_with_them(capsys):
     said = capsys.readouterr().out
     assert said.count("name: perplexity") == 1
     assert "perplexity.yaml: eval.wikitext2.OPTION=VALUE, eval.ptb.OPTION=VALUE" in said
+
+
+def test_experiments_are_listed_and_shown_when_asked_for(capsys):
+    assert main(["experiment"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "llm_pruner/table6 Table 6: what the dependency is worth." in said
+    assert main(["experiment", "llm_pruner/table6"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("--- conf/experiment/llm_pruner/table6.yaml\n")
+    assert "--- conf/experiment/llm_pruner/common.yaml\n" in said
+
+
+def test_a_reader_that_stops_early_sees_no_traceback():
+    gone, end = os.pipe()
+    os.close(gone)
+    asked = [sys.executable, "-m", "prunekit", "list", "criterion", "taylor"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(asked, stdout=end, stderr=subprocess.PIPE, env=env, text=True)
+    os.close(end)
+    assert done.stderr == ""
 
 
 def test_what_is_not_there_to_list_is_answered_with_what_is():
