@@ -38,7 +38,7 @@ class Member:
 
     param: str
     axis: int
-    index: Tensor
+    index: Tensor = field(repr=False)
     reads: bool = False
 
     @property

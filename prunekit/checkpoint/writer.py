@@ -168,6 +168,7 @@ def appears_when_complete(folder: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        _let_read(part)
         _sync(part)
         old = folder.parent / f".{folder.name}.old{os.getpid()}"
         if folder.is_dir():
@@ -176,6 +177,14 @@ def appears_when_complete(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _let_read(folder: Path) -> None:
+    """Give every file the permissions of the folder, without those to enter one: safetensors lets
+    nobody but its writer read what it writes.
+    """
+    for path in folder.rglob("*"):
+        path.chmod(folder.stat().st_mode & (0o777 if path.is_dir() else 0o666))
 
 
 def _sync(folder: Path) -> None:

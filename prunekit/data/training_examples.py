@@ -83,9 +83,13 @@ def load_examples(
         text = file_text(path) if path else document(texts(dataset, part, data_root))
         found = packed(tokenizer, text, max_length, least)
     if not found:
+        remedy = (
+            "raise max_length: prompts alone have more"
+            if dataset == "alpaca"
+            else ("lower max_length or take more text")
+        )
         raise ConfigError(
-            f"{path or f'{dataset} ({part})'} gives no example of {max_length} tokens; lower "
-            "max_length or take more text"
+            f"{path or f'{dataset} ({part})'} gives no example of {max_length} tokens; {remedy}"
         )
     return found
 

@@ -30,6 +30,17 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     load(tmp_path / "good")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path: Path, packed: bool) -> None:
+    before = os.umask(0o027)
+    try:
+        save(llama(), None, tmp_path / "out", packed=packed)
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").rglob("*")}
+    assert set(modes.values()) == {0o640}
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: torch.Tensor
 ) -> None:
