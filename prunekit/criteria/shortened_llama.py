@@ -62,7 +62,14 @@ def block_taylor(
     block at a time, with the memory of one (default: where `model.weights=disk`); what the blocks
     read waits in `store`.
     """
-    owner = {n: b for g in groups for b in g.modules for n in weights_of(model, b)}
+    # A weight that blocks share (Zamba2) has one gradient, under the first of its names.
+    first = {p: n for n, p in model.named_parameters()}
+    owned = {
+        b: [first[model.get_parameter(n)] for n in weights_of(model, b)]
+        for g in groups
+        for b in g.modules
+    }
+    names = [n for own in owned.values() for n in own]
     parts: dict[str, Tensor] = {}
 
     def fold(name: str, weight: Tensor, gradient: Tensor, _squares: Tensor | None) -> None:
@@ -70,13 +77,10 @@ def block_taylor(
 
     with lean_activations(model.get_submodule(b) for g in groups for b in g.modules):
         gradients(
-            model, owner, run, fold, squares=False, batch=batch, by_block=by_block, store=store
+            model, names, run, fold, squares=False, batch=batch, by_block=by_block, store=store
         )
     # In one order, whatever that in which gradients come.
-    found: dict[str, list[Tensor]] = {}
-    for name, block in owner.items():
-        found.setdefault(block, []).append(parts[name])
-    totals = {block: torch.stack(sums).sum().cpu() for block, sums in found.items()}
+    totals = {b: torch.stack([parts[n] for n in own]).sum().cpu() for b, own in owned.items()}
     return {g.name: torch.stack([totals[b] for b in g.modules]) for g in groups}
 
 

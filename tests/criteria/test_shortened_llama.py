@@ -64,3 +64,15 @@ def test_what_a_config_adds_for_the_router_is_no_part_of_the_loss(tokens, reuse)
     model.config.output_router_logits = True
     got = block_ppl(model, [group], run, reuse=reuse)["blocks"], mean_loss(run)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_weight_that_blocks_share_counts_in_each(model, tokens, by_block):
+    layers = model.model.layers
+    layers[4].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    want = [sum((w * w.grad).abs().sum() for w in b.parameters()) for b in layers]
+    model.zero_grad()
+    run = ModelRun(model, tokens)
+    got = block_taylor(model, [blocks(model)], run, by_block=by_block)["blocks"]
+    torch.testing.assert_close(got, torch.stack(want).detach(), rtol=1e-4, atol=1e-6)
