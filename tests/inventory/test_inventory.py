@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import torch
+from foreign import ListedMixtral
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
@@ -338,3 +339,11 @@ def tiny(config: str, **sizes: int) -> nn.Module:
         made = getattr(transformers, config)(**SIZES, **sizes)
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(made).eval()
+
+
+def test_an_expert_of_a_list_is_told_with_its_row_of_the_router():
+    model = ListedMixtral()
+    found = {e.group.name: e for e in look(model, verify=False).entries}
+    layer = model.layers[0]
+    own = sum(p.numel() for p in layer.experts[0].parameters())
+    assert found["experts.0"].each == (own + layer.gate.weight.shape[1],)
