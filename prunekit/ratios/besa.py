@@ -81,7 +81,15 @@ def besa(
             if not (row := rows[run.block]):
                 continue
             block = _Block(run, row, _order(problem, row, run), store)
-            removed, seen = _allocate(block, target, per == "row", candidates, epochs, rate, pull)
+            removed, seen = _allocate(
+                block,
+                target,
+                epochs,
+                per_row=per == "row",
+                candidates=candidates,
+                rate=rate,
+                pull=pull,
+            )
             for name, error in seen.items():
                 errors[name].append(error)
             per_row |= removed
@@ -164,16 +172,10 @@ class _Block:
 
 
 def _allocate(
-    block: _Block,
-    target: float,
-    per_row: bool,
-    candidates: int,
-    epochs: int,
-    rate: float,
-    pull: float,
+    block: _Block, target: float, epochs: int, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """(outputs,) weights to remove of each row by matrix, and the error of learned and of equal
-    shares.
+    shares; `options` are those of `learn`.
     """
     batches = len(block.run.feed.rows)
     steps = tqdm(range(epochs * batches), desc="shares", unit="step", leave=False, delay=2)
@@ -182,16 +184,7 @@ def _allocate(
         steps.update()
         return block.error(weights, step % batches)
 
-    found = learn(
-        block.matrices,
-        error,
-        target,
-        epochs * batches,
-        per_row=per_row,
-        candidates=candidates,
-        rate=rate,
-        pull=pull,
-    )
+    found = learn(block.matrices, error, target, epochs * batches, **options)
     steps.close()
     count = floor_share(sum(m.weight.numel() for m in block.matrices.values()), target)
     learned = _whole(block, found, count)
@@ -203,9 +196,8 @@ def _allocate(
 def _whole(block: _Block, shares: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Whole numbers for each row that meet the count."""
     shapes = [m.weight.shape for m in block.matrices.values()]
-    numbers = project(
-        [shares[n] for n in block.matrices], [s[1] for s in shapes], [s[0] for s in shapes], count
-    )
+    inputs, rows = [s[1] for s in shapes], [s[0] for s in shapes]
+    numbers = project([shares[n] for n in block.matrices], inputs, rows, count)
     return {
         name: n.expand(len(m.weight)).contiguous()
         for (name, m), n in zip(block.matrices.items(), numbers, strict=True)

@@ -97,13 +97,19 @@ def expert_evolution(
 
     Which of a layer's experts go is the criterion's say, on the dense model; no layer keeps fewer
     than its router picks. The authors take 32 choices, 50 generations, 64 samples. Notes have the
-    fitness after each generation, lower is better. Raises ConfigError for other units than experts.
+    fitness after each generation, lower is better. Raises ConfigError for other units than experts,
+    and for as many parents as a generation has choices.
     """
     other = next((g for g in groups if g.kind != "experts"), None)
     if other is not None:
         raise ConfigError(
             f"ratio=expert_evolution counts experts, and {other.name} is of kind {other.kind}: "
             "give pruner.kinds=[experts]"
+        )
+    if parents >= population:
+        raise ConfigError(
+            f"ratio.parents={parents} leave no room for children in ratio.population={population}: "
+            f"at most {population - 1}"
         )
     if not problem.has_data:
         raise NeedsData("ratio=expert_evolution needs the weights and the text")

@@ -57,11 +57,10 @@ def rounded(groups: list[Group], by_layer: dict[int, float], target: float) -> C
     """Whole units of each group by its block's share, one of each staying; those that rounding down
     leaves to the total of `target` go where most of a unit was cut off.
     """
-    wanted = {g.name: g.units * by_layer[g.layer or 0] for g in groups}
+    share = {g.name: by_layer[g.layer] for g in groups if g.layer is not None}
+    wanted = {g.name: g.units * share[g.name] for g in groups}
     most = {g.name: g.units - 1 for g in groups}
-    counts = {
-        g.name: min(floor_share(g.units, by_layer[g.layer or 0]), most[g.name]) for g in groups
-    }
+    counts = {g.name: min(floor_share(g.units, share[g.name]), most[g.name]) for g in groups}
     rest = floor_share(sum(g.units for g in groups), target) - sum(counts.values())
     for name in sorted(counts, key=lambda n: counts[n] - wanted[n]):
         if rest > 0 and wanted[name] > counts[name] < most[name]:

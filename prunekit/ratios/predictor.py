@@ -56,7 +56,7 @@ def predictor(
         request: the prompt and the request of the last three.
         samples: models that are measured to learn from, all within the budget: half at random, half
             some switches away from the choice of ratio=milp.
-        rounds: of the search by what was learned.
+        rounds: of the search by what was learned; 0 takes the best of the samples.
         verified: choices of the search that are measured.
         goal: what is learned: log `perplexity` (the paper), `kl` from the dense model, expected
             `acceptance` of its tokens.
@@ -89,7 +89,7 @@ def predictor(
         return found
 
     best = searched(levels.menu, predict, known, rounds, verified, rng)
-    measured = fitness(best, tokens)
+    measured = fitness(list(best), tokens)
     known |= dict(zip(best, measured, strict=True))
     chosen = min(known, key=known.__getitem__)
     return levels.allocation(
@@ -97,7 +97,7 @@ def predictor(
         fitness=known[chosen],
         tau=tau,
         sampled=values,
-        verified=[[float(p), m] for p, m in zip(predict(best), measured, strict=True)],
+        verified=[[p, m] for p, m in zip(best.values(), measured, strict=True)],
     )
 
 
@@ -164,9 +164,9 @@ def searched(
     rounds: int,
     verified: int,
     rng: np.random.Generator,
-) -> list[Choice]:
-    """The choices that `predict` finds best and that nobody measured, by level switches from the
-    best that were measured.
+) -> dict[Choice, float]:
+    """The choices that `predict` finds best and that nobody measured, with what it says of them, by
+    level switches from the best that were measured.
     """
     pool = sorted(known, key=known.__getitem__)[:POOL]
     seen: dict[Choice, float] = {}
@@ -177,4 +177,4 @@ def searched(
         if new:
             seen |= {c: float(v) for c, v in zip(new, predict(new), strict=True)}
         pool = sorted(seen, key=seen.__getitem__)[:POOL] or pool
-    return sorted(seen, key=seen.__getitem__)[:verified]
+    return {c: seen[c] for c in sorted(seen, key=seen.__getitem__)[:verified]}

@@ -120,3 +120,8 @@ def test_other_units_and_shapes_alone_are_refused(mixtral):
         ratio(problem(mixtral, TOKENS), neurons)
     with pytest.raises(NeedsData):
         ratio(problem(mixtral), groups_of(mixtral))
+
+
+def test_a_generation_without_room_for_children_is_refused(mixtral):
+    with pytest.raises(ConfigError, match=r"parents=8 leave no room .* at most 7"):
+        allocation(mixtral, parents=8, population=8)

@@ -197,6 +197,13 @@ def test_trees_learn_a_sum_and_what_they_choose_is_measured():
         assert predicted == pytest.approx(measured, abs=1.0)
 
 
+def test_without_rounds_the_best_of_the_samples_is_taken():
+    asked, groups, _ = toy()
+    found = allocate("predictor", asked, groups, rounds=0)
+    assert found.notes["fitness"] == min(found.notes["sampled"])
+    assert found.notes["verified"] == []
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_seeds_repeat_and_differ(name):
     found = []
