@@ -40,16 +40,10 @@ def write(tensors: Mapping[str, Tensor], path: str | Path) -> None:
         tensor = tensor.detach().cpu().contiguous()
         held = raw(tensor).ne(0).any(1)
         bits = torch.from_numpy(np.packbits(held.numpy()))
-        if (
-            tensor.numel()
-            and bits.numel() + int(held.sum()) * tensor.element_size()
-            < tensor.numel() * tensor.element_size()
-        ):
-            out[name + BITS], out[name + VALUES], shapes[name] = (
-                bits,
-                tensor.flatten()[held].clone(),
-                list(tensor.shape),
-            )
+        zeros = tensor.numel() - int(held.sum())
+        if zeros * tensor.element_size() > bits.numel():
+            out[name + BITS], out[name + VALUES] = bits, tensor.flatten()[held].clone()
+            shapes[name] = list(tensor.shape)
         else:
             out[name] = tensor.clone()
     save_file(out, path, {SHAPES: json.dumps(shapes)})
@@ -112,9 +106,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
                     f"{path}: {name}{VALUES} has {values.numel()} elements, its mask says "
                     f"{int(held.sum())}"
                 )
-            out[name] = (
-                torch.zeros(count, dtype=values.dtype).masked_scatter_(held, values).view(shape)
-            )
+            flat = torch.zeros(count, dtype=values.dtype).masked_scatter_(held, values)
+            out[name] = flat.view(shape)
     return out
 
 

@@ -34,15 +34,13 @@ def rows(model: nn.Module) -> Rows:
     from prunekit.checkpoint.remote_code.runtime_modules import kind_of
 
     added = tuple(f"{n}." for n, m in model.named_modules() if kind_of(m) is not None)
-    found: Rows = {
-        (name, axis): size
-        for name, t in tensors(model).items()
-        for axis, size in enumerate(t.shape)
-        if not name.startswith(added)
-    }
+    found: Rows = {}
+    for name, tensor in tensors(model).items():
+        if not name.startswith(added):
+            found |= {(name, axis): size for axis, size in enumerate(tensor.shape)}
     for path, module in model.named_modules():
         if not f"{path}.".startswith(added):
-            found.update({(path, "." + k): v for k, v in numbers(module).items()})
+            found |= {(path, "." + k): v for k, v in numbers(module).items()}
     return found
 
 
@@ -66,14 +64,11 @@ def edited(config: Any, **edits: Any) -> Any | None:
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    fields = config.to_dict()
+    fields = target = config.to_dict()
     text = config.get_text_config()
-    inner = (
-        next((k for k, v in vars(config).items() if v is text), None)
-        if text is not config
-        else None
-    )
-    target = fields if inner is None else fields[inner]
+    if text is not config:
+        inner = next((k for k, v in vars(config).items() if v is text), None)
+        target = fields if inner is None else fields[inner]
     for name, value in edits.items():
         part, _, field = name.rpartition(".")
         (target[part] if part else target)[text.attribute_map.get(field, field)] = value
@@ -97,9 +92,10 @@ def integers(config: Any, parts: bool) -> dict[str, int]:
         for k, v in vars(config).items()
         if type(v) is int and v > 0 and not k.startswith("_") and not k.endswith("token_id")
     }
-    for name, part in vars(config).items() if parts else ():
-        if isinstance(part, PreTrainedConfig):
-            found |= {f"{name}.{k}": v for k, v in integers(part, False).items()}
+    if parts:
+        for name, part in vars(config).items():
+            if isinstance(part, PreTrainedConfig):
+                found |= {f"{name}.{k}": v for k, v in integers(part, parts=False).items()}
     return found
 
 

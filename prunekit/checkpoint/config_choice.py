@@ -15,11 +15,7 @@ from prunekit.checkpoint.config_fit import fit
 from prunekit.checkpoint.construction import clean_config, rebuild, stock_class
 from prunekit.checkpoint.equality import cache_shapes, logit_gap
 from prunekit.checkpoint.layout import difference
-from prunekit.checkpoint.per_layer_config import (
-    fit_layers,
-    layers_of_config,
-    with_layers,
-)
+from prunekit.checkpoint.per_layer_config import fit_layers, layers_of_config, with_layers
 from prunekit.checkpoint.stock_config import builds, mirrored
 from prunekit.errors import ConfigError
 

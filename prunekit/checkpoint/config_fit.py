@@ -36,11 +36,9 @@ class Fit:
 
     def _rows_of(self, config: Any | None) -> Rows | None:
         found = rows_of_config(self.kind, config)
-        return (
-            None
-            if found is None
-            else {k: v for k, v in found.items() if k[0].startswith(self.prefix)}
-        )
+        if found is None:
+            return None
+        return {k: v for k, v in found.items() if k[0].startswith(self.prefix)}
 
     def _wrong(self, found: Rows) -> tuple[int, int]:
         far = [k for k, v in self.target.items() if found.get(k) != v]

@@ -67,8 +67,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_index(folder: Path, held: dict[str, str]) -> None:
-    """Compare the index of a sharded checkpoint with where the tensors are (`held`: tensor ->
-    file).
+    """Raises CheckpointError where the index of a sharded checkpoint is missing, or does not say
+    where the tensors are (`held`: tensor -> file).
     """
     files = sorted(set(held.values()))
     index = folder / "model.safetensors.index.json"

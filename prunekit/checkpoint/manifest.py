@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,14 +25,24 @@ def build_manifest(
     folder: Path,
     kept: Kept,
     groups: list[Group],
+    *,
     config: dict[str, Any],
     counts: dict[str, Any],
     layout: dict[str, Any],
-    merges: Sequence[Mapping[str, Any]] = (),
-    bypassed: Mapping[str, int] = MappingProxyType({}),
-    blocks: Mapping[str, Any] = MappingProxyType({}),
+    merges: Sequence[Mapping[str, Any]],
+    bypassed: Mapping[str, int],
+    blocks: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `pruning.json` says of the files in `folder`, the groups and the run that made them."""
+    """What `pruning.json` says of the files in `folder`, the groups and the run that made them.
+
+    Args:
+        config: the run's configuration.
+        counts: what was measured.
+        layout: as config.json has it; {} where transformers' own class loads the folder.
+        merges: blocks that became part of others.
+        bypassed: path of each sub-layer that went -> outputs of what is in its place.
+        blocks: path of a list of blocks -> which of them are left.
+    """
     entries: dict[str, Any] = {}
     for group in groups:
         entries[group.name] = {
@@ -58,15 +67,18 @@ def build_manifest(
         loader = "prunekit.load, or from_pretrained(path, trust_remote_code=True)"
     else:
         loader = "from_pretrained(path)"
+    changes = {
+        "merges": [dict(m) for m in merges],
+        "bypassed": dict(bypassed),
+        "blocks": dict(blocks),
+    }
     return {
         "version": VERSION,
         "loads_with": loader,
         "config": config,
         "counts": counts,
         "groups": entries,
-        **({"merges": [dict(m) for m in merges]} if merges else {}),
-        **({"bypassed": dict(bypassed)} if bypassed else {}),
-        **({"blocks": dict(blocks)} if blocks else {}),
+        **{name: value for name, value in changes.items() if value},
         "files": {file.name: digest(file) for file in sorted(folder.iterdir()) if file.is_file()},
     }
 

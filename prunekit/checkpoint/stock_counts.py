@@ -24,7 +24,7 @@ from prunekit.types import Counts, Group
 PerPlace = dict[str, int]
 """place -> units to remove from each of its groups."""
 TRIES = 64
-"""How many neighbouring counts are offered to the class before giving up."""
+"""How many neighbouring counts of a large group are offered to the class before giving up."""
 FAR = 1 / 8
 """The share of its neurons by which a group may lose more or fewer than were asked for."""
 
@@ -191,4 +191,4 @@ def units_for(
 def nearest(wanted: int, units: int) -> Iterable[int]:
     """Counts around `wanted`, the closest first, none that would empty a group."""
     around = sorted(range(units), key=lambda n: (abs(n - wanted), n))
-    return around[: max(TRIES, 1)] if units > 256 else around
+    return around[:TRIES] if units > 256 else around

@@ -48,18 +48,21 @@ def save(
     """Write model, tokenizer and `pruning.json` into `folder`, which appears only when it is
     complete.
 
+    Args:
+        kept: as a pruner returns it.
+        groups: likewise.
+        config: the run's configuration, only noted.
+        counts: what was measured, likewise.
+        merges: blocks that became part of others (`graph.merging.Merge`), for a replay.
+        max_shard_size: bytes, or a text such as "5GB", which is the default; 1GB of a model whose
+            weights lie in files.
+        packed: zeros are stored as a bitmask: lossless, and only `prunekit.load` reads it.
+        check: a few tokens go through the model as a loader would build it and through the model
+            itself; the logits must be the same to the bit.
+
     A model that accelerate spread over devices, host memory or disk stays as it is; its weights are
     written one shard at a time. Raises ConfigError for a model that no config can describe, and for
     a folder that holds something else.
-
-    kept, groups: as a pruner returns them.
-    config: the run's configuration. counts: what was measured. Both are only noted.
-    merges: blocks that became part of others (`graph.merging.Merge`), for a replay.
-    max_shard_size: bytes, or a text such as "5GB", which is the default; 1GB of a model whose
-        weights lie in files.
-    packed: zeros are stored as a bitmask: lossless, and only `prunekit.load` reads it.
-    check: a few tokens go through the model as a loader would build it and through the model
-        itself; the logits must be the same to the bit.
     """
     folder = Path(folder)
     _check_target(folder)
@@ -85,12 +88,12 @@ def save(
             part,
             kept or {},
             groups or [],
-            config or {},
-            counts or {},
-            layout,
-            merges,
-            {m["path"]: m["outputs"] for m in gone},
-            edits(model)["blocks"],
+            config=config or {},
+            counts=counts or {},
+            layout=layout,
+            merges=merges,
+            bypassed={m["path"]: m["outputs"] for m in gone},
+            blocks=edits(model)["blocks"],
         )
         write_manifest(part, manifest)
     return folder

@@ -51,7 +51,7 @@ def _vllm(model: Any, stock: bool) -> Engine:
         return Engine(name, True, "its own class, where it has one")
     gone = [half for layer in block_modules(model) for half in bypassed(layer) if "mlp" not in half]
     if gone:
-        other = _asked(name, lambda: bool(nemotron_nas_content(model)) * "export --to nemotron-nas")
+        other = _as_nemotron_nas(name, model, "export --to nemotron-nas")
         missing = Engine(name, False, "a layer has no attention", "pruner.kinds=[heads,neurons]")
         return other if other.takes else missing
     kinds = {entry["kind"] for entry in describe_runtime_modules(model)} - {"bypass"}
@@ -79,6 +79,14 @@ def _asked(name: str, how: Callable[[], str]) -> Engine:
         return Engine(name, False, why.rstrip("."), override)
 
 
+def _as_nemotron_nas(name: str, model: Any, how: str) -> Engine:
+    def written() -> str:
+        nemotron_nas_content(model)
+        return how
+
+    return _asked(name, written)
+
+
 def _block_configs(model: Any, stock: bool) -> list[Engine]:
     names = ("SGLang", "TensorRT-LLM", "mlx-lm")
     if stock:
@@ -86,12 +94,8 @@ def _block_configs(model: Any, stock: bool) -> list[Engine]:
     if model.config.model_type not in LIKE_LLAMA:
         why = "the same sizes in every layer"
         return [Engine(name, False, why, "ratio.loadable=stock") for name in names]
-
-    def how() -> str:
-        nemotron_nas_content(model)
-        return "export --to nemotron-nas (run in vLLM, not in this engine)"
-
-    return [_asked(name, how) for name in names]
+    how = "export --to nemotron-nas (run in vLLM, not in this engine)"
+    return [_as_nemotron_nas(name, model, how) for name in names]
 
 
 def lines(found: list[Engine]) -> list[list[str]]:

@@ -62,11 +62,15 @@ UNUSED = (
 class Family:
     """How one `model_type` is written.
 
-    arch: its name in GGUF. facts: what `GGUFWriter.add_<name>` takes -> field of the config.
-    presumed: field -> the values at which the engine's graph is this model.
-    pairs: the engine pairs neighbouring channels for rotary embedding. factors: and reads factors
-    of its frequencies. gain: norms add one to their weight. square: heads times their width must be
-    the hidden size. eps: facts about norms.
+    Attributes:
+        arch: its name in GGUF.
+        eps: facts about norms, as `facts`.
+        facts: what `GGUFWriter.add_<name>` takes -> field of the config.
+        presumed: field -> the values at which the engine's graph is this model.
+        pairs: the engine pairs neighbouring channels for rotary embedding.
+        factors: it reads factors of the rotary frequencies.
+        gain: norms add one to their weight.
+        square: heads times their width must be the hidden size.
     """
 
     arch: str

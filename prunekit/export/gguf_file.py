@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from prunekit.export.k_quants import engine_quantiser
 
 log = logging.getLogger("prunekit")
 Type = Literal["f32", "f16", "bf16", "q8_0", "q4_k"]
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k")
+TYPES: tuple[Type, ...] = get_args(Type)
 BLOCK = 32
 """Weights that share a scale in Q8_0, along the last axis."""
 SUPER_BLOCK = 256
@@ -56,8 +56,8 @@ def coding_of(name: str, shape: tuple[int, ...], type: Type) -> Any:
 
 
 def write_file(file: Path, content: Content, words: Words | None, type: Type | None) -> None:
-    """Facts, and with `type` the tensors, one after another. `words` is a tokenizer and how it
-    splits text.
+    """Facts, the tokenizer of `words` where there is one, and with a `type` the tensors, one after
+    another.
     """
     from gguf import GGMLQuantizationType as Q
     from gguf import GGUFWriter, LlamaFileType, quant_shape_to_byte_shape
@@ -116,6 +116,7 @@ def add_tokenizer(writer: Any, words: Words, rows: int) -> None:
     model, added = content["model"], {a["id"]: a for a in content["added_tokens"]}
     if model["type"] != "BPE":
         raise ConfigError(f"GGUF export writes byte-pair tokenizers, this one is {model['type']}")
+    fallback = model.get("byte_fallback")
     by_id = {i: t for t, i in model["vocab"].items()} | {i: a["content"] for i, a in added.items()}
     kinds = []
     for i in range(rows):
@@ -125,13 +126,10 @@ def add_tokenizer(writer: Any, words: Words, rows: int) -> None:
         elif i in added:
             kinds.append(T.CONTROL if added[i]["special"] else T.USER_DEFINED)
         else:
-            kinds.append(
-                T.BYTE
-                if model.get("byte_fallback") and text.startswith("<0x") and len(text) == 6
-                else T.NORMAL
-            )
-    writer.add_tokenizer_model("llama" if model.get("byte_fallback") else "gpt2")
-    writer.add_tokenizer_pre("default" if model.get("byte_fallback") else words.split)
+            byte = fallback and text.startswith("<0x") and len(text) == 6
+            kinds.append(T.BYTE if byte else T.NORMAL)
+    writer.add_tokenizer_model("llama" if fallback else "gpt2")
+    writer.add_tokenizer_pre("default" if fallback else words.split)
     writer.add_token_list([by_id.get(i, f"[PAD{i}]") for i in range(rows)])
     writer.add_token_scores([float(-i) for i in range(rows)])
     writer.add_token_types(kinds)
@@ -140,12 +138,8 @@ def add_tokenizer(writer: Any, words: Words, rows: int) -> None:
         value = getattr(tokenizer, f"{key}_token_id")
         if value is not None:
             getattr(writer, f"add_{key}_token_id")(value)
-    first = tokenizer("a").input_ids
-    writer.add_add_bos_token(
-        tokenizer.bos_token_id is not None and first[:1] == [tokenizer.bos_token_id]
-    )
-    writer.add_add_eos_token(
-        tokenizer.eos_token_id is not None and first[-1:] == [tokenizer.eos_token_id]
-    )
+    ids, bos, eos = tokenizer("a").input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id
+    writer.add_add_bos_token(bos is not None and ids[:1] == [bos])
+    writer.add_add_eos_token(eos is not None and ids[-1:] == [eos])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)

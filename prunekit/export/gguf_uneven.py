@@ -25,12 +25,7 @@ from prunekit.export.gguf_content import (
     whole_heads,
 )
 from prunekit.export.gguf_families import FAMILIES, check_fields, facts_of, head_sizes
-from prunekit.export.llama_like import (
-    check_difference,
-    empty_attention,
-    empty_ffn,
-    split_fused,
-)
+from prunekit.export.llama_like import check_difference, empty_attention, empty_ffn, split_fused
 
 ARCH = "deci"
 EMPTY_FFN = 32
@@ -56,10 +51,10 @@ def uneven_content(model: Any) -> Content:
         )
     check_fields(config, FAMILIES[kind])
     check_difference(model, config, "llama.cpp")
-    whole_heads(model, head_sizes(config)[2])
+    head_dim = head_sizes(config)[2]
+    whole_heads(model, head_dim)
     layers = [
-        Layer(model, i, head_sizes(config)[2], config.hidden_size)
-        for i in range(config.num_hidden_layers)
+        Layer(model, i, head_dim, config.hidden_size) for i in range(config.num_hidden_layers)
     ]
     facts = facts_of(model, config, FAMILIES[kind]) | {
         "head_count": [layer.heads for layer in layers],
@@ -74,7 +69,7 @@ def uneven_content(model: Any) -> Content:
     ]
     for layer in layers:
         entries += layer.entries()
-    return Content(ARCH, facts, entries + rope_factors(model, head_sizes(config)[2]))
+    return Content(ARCH, facts, entries + rope_factors(model, head_dim))
 
 
 class Layer:

@@ -22,11 +22,7 @@ from prunekit.checkpoint.writer import appears_when_complete
 from prunekit.errors import ConfigError
 from prunekit.export.gguf_content import own_tensors
 from prunekit.export.gguf_families import FAMILIES, check_fields, head_sizes
-from prunekit.export.llama_like import (
-    check_difference,
-    empty_attention,
-    split_fused,
-)
+from prunekit.export.llama_like import check_difference, empty_attention, split_fused
 
 CODE = Path(__file__).with_name("configuration_decilm.py")
 WEIGHTS_OF = {
@@ -91,19 +87,17 @@ def nemotron_nas_content(model: Any) -> Content:
     share = config.rope_parameters.get("partial_rotary_factor", 1.0)
     if share != 1.0:
         raise ConfigError(f"nemotron-nas: partial_rotary_factor={share}; possible: 1.0")
-    tensors = dict(own_tensors(model))
+    tensors, head_dim = dict(own_tensors(model)), head_sizes(config)[2]
     layers = [
-        own_of(tensors, f"model.layers.{i}.", i == 0, head_sizes(config)[2])
+        own_of(tensors, f"model.layers.{i}.", i == 0, head_dim)
         for i in range(config.num_hidden_layers)
     ]
-    heads = query_heads(layers, head_sizes(config)[2])
+    heads = query_heads(layers, head_dim)
     fill_biases(layers)
     fields = shared_fields(config, heads) | {
         "attention_bias": any("self_attn.o_proj.bias" in own for own in layers),
         "mlp_bias": any("mlp.down_proj.bias" in own for own in layers),
-        "block_configs": [
-            block_config(own, config.hidden_size, heads, head_sizes(config)[2]) for own in layers
-        ],
+        "block_configs": [block_config(own, config.hidden_size, heads, head_dim) for own in layers],
     }
     kept = {n: t for n, t in tensors.items() if not n.startswith("model.layers.")}
     for i, own in enumerate(layers):
