@@ -61,9 +61,8 @@ def domains(
             source, tokenizer, window=window, limit=limit, bos=bos, data_root=data_root
         )
         with eval_mode(model):
-            nll = float(
-                window_nll(model, windows, batch, name, prompt_ids(model, tokenizer)).mean()
-            )
+            losses = window_nll(model, windows, batch, name, prompt_ids(model, tokenizer))
+        nll = float(losses.mean())
         found[f"ppl_{name}_{window}"] = exponentiated(nll)
         if name not in seen:
             logs.append(nll)

@@ -27,6 +27,7 @@ def measured(
     script: str,
     model: nn.Module,
     dense: Dense,
+    *,
     write: Callable[[nn.Module, Path], Path],
     request: dict[str, Any],
     key: str,
@@ -35,7 +36,10 @@ def measured(
     those of the dense one, measured with it in turns. Where the engine does not take the model the
     log says why, and there are none.
 
-    write: makes what the engine reads of a model, given a path for it.
+    Args:
+        script: that times a request inside the engine's interpreter.
+        write: makes what the engine reads of a model, given a path for it.
+        request: what `script` reads.
     """
     with TemporaryDirectory() as folder:
         try:
@@ -50,12 +54,12 @@ def measured(
     if "error" in answer:
         log.warning("%s is skipped: %s", key, answer["error"])
         return {}
-    tokens = (request["prompt"], request["new_tokens"])
     batch = request.get("batch", 1)
-    found = rates(answer["times"][0], [batch * n for n in tokens])
+    tokens = [batch * request["prompt"], batch * request["new_tokens"]]
+    found = rates(answer["times"][0], tokens)
     found["mib"] = size / 2**20
     if len(paths) > 1:
-        found |= compared(answer["times"], [batch * n for n in tokens])
+        found |= compared(answer["times"], tokens)
     return {f"{key}_{name}": value for name, value in found.items()}
 
 

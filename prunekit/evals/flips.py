@@ -81,10 +81,8 @@ def flipped(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, fl
     for task, items in after.items():
         numbers = paired(before[task], items)
         shares.append(numbers["flips"])
-        found |= {
-            f"{key.removesuffix('_stderr')}_{task}{'_stderr' * key.endswith('_stderr')}": value
-            for key, value in numbers.items()
-        }
+        found[f"change_{task}_stderr"] = numbers.pop("change_stderr")
+        found |= {f"{key}_{task}": value for key, value in numbers.items()}
     return found | {"flips_mean": sum(shares) / len(shares)}
 
 
@@ -99,7 +97,9 @@ def leaves(name: str, samples: Container[str], children: Mapping[str, Sequence[s
 
 
 def correct(found: dict[str, Any], task: str) -> Tensor:
-    """(N,) 0 or 1 for each item of a task, or of all tasks of a group. Raises ConfigError."""
+    """(N,) 0 or 1 for each item of a task, or of all tasks of a group. Raises ConfigError where an
+    item is neither.
+    """
     samples = found["samples"]
     values: list[float] = []
     for name in leaves(task, samples, found.get("group_subtasks", {})):

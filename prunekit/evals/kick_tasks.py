@@ -63,7 +63,7 @@ def kick_tasks(
         run_code: lets humaneval run what the model writes, on this machine.
         seed: of examples in front of an item.
 
-    Raises ConfigError.
+    Raises ConfigError where a data set is not to be had.
     """
     with allowed(run_code):
         found = run_tasks(

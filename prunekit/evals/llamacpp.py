@@ -63,7 +63,7 @@ def llamacpp(
         "time_llamacpp.py",
         model,
         dense,
-        write,
-        request | {"threads": threads},
-        f"llamacpp_{type}",
+        write=write,
+        request=request | {"threads": threads},
+        key=f"llamacpp_{type}",
     )

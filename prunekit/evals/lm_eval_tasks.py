@@ -27,7 +27,6 @@ from prunekit.data.files import data_folder
 from prunekit.data.kept_prompt import kept_prompt
 from prunekit.errors import ConfigError
 
-# the metric that the paper reports of each task, and the folder of lm-eval that defines it
 PAPER = {
     "boolq": ("acc", "super_glue/boolq"),
     "piqa": ("acc", "piqa"),
@@ -37,6 +36,9 @@ PAPER = {
     "arc_challenge": ("acc_norm", "arc"),
     "openbookqa": ("acc_norm", "openbookqa"),
 }
+"""The metric that the paper (LLM-Pruner) reports of each task, and the folder of lm-eval that
+defines it.
+"""
 WRITTEN = {
     "gsm8k": ("gsm8k", {"test": "", "train": "_train"}),
     "ifeval": ("ifeval", {"train": ""}),
@@ -71,12 +73,9 @@ def known_tasks(tasks: list[str]) -> list[str]:
         }
         for task in strange:
             if task not in there:
-                near = get_close_matches(task, sorted(there | {CLOZE}), n=4)
-                hint = (
-                    f"near it are: {', '.join(near)}"
-                    if near
-                    else f"the usual ones are: {', '.join([*PAPER, CLOZE])}"
-                )
+                hint = f"the usual ones are: {', '.join([*PAPER, CLOZE])}"
+                if near := get_close_matches(task, sorted(there | {CLOZE}), n=4):
+                    hint = f"near it are: {', '.join(near)}"
                 raise ValueError(f"lm-eval has no task or group {task!r}; {hint}")
     return tasks
 
@@ -141,11 +140,9 @@ def _spec(task: str, folder: Path | None) -> Any:
         files = {split: str(at / f"{task}{end}.jsonl") for split, end in WRITTEN[task][1].items()}
     else:
         main, other = (at / f"{task}{part}.jsonl" for part in ("", "_validation"))
-        files = (
-            {"validation": str(other), "test": str(main)}
-            if other.is_file()
-            else {"validation": str(main)}
-        )
+        files = {"validation": str(main)}
+        if other.is_file():
+            files = {"validation": str(other), "test": str(main)}
         changes["training_split"] = None
     local = {
         "task": task,
@@ -250,7 +247,9 @@ def metric_of(task: str, values: Sequence[str]) -> str:
     """Which of the metrics that lm-eval gives of a task counts: the paper's, else accuracy, else
     the first.
     """
-    return PAPER[task][0] if task in PAPER else "acc" if "acc" in values else next(iter(values))
+    if task in PAPER:
+        return PAPER[task][0]
+    return "acc" if "acc" in values else values[0]
 
 
 def accuracies(results: dict[str, dict[str, Any]], tasks: Sequence[str]) -> dict[str, float]:

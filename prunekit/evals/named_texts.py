@@ -57,9 +57,11 @@ def windows_of(
     bos: bool,
     data_root: str | None,
 ) -> Tensor:
-    """At most `limit` windows `(N, window)` at even distances over a text. Raises ConfigError."""
+    """At most `limit` windows `(N, window)` at even distances over a text. Raises ConfigError where
+    the text is not there or shorter than a window.
+    """
     text = evaluation_text(source.dataset, source.split, source.path, data_root)
-    return spread(cut(token_ids(text, tokenizer, bos), window, None, 1, None), limit)
+    return spread(cut(token_ids(text, tokenizer, bos), window), limit)
 
 
 def check_seen(

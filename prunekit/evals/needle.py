@@ -82,7 +82,9 @@ def needle(
 def haystack(
     text: Tensor, tokenizer: Any, length: int, depth: float, item: int, draw: random.Random
 ) -> tuple[Tensor, str]:
-    """A prompt `(length,)`, and the number that answers it. Raises ConfigError."""
+    """A prompt `(length,)`, and the number that answers it. Raises ConfigError where needle and
+    question leave no room for text, or the text does not fill it.
+    """
     owner, number = OWNERS[item % len(OWNERS)], str(draw.randint(1000, 9999))
     hidden = token_ids(f"\n\nThe number of {owner} is {number}.\n\n", tokenizer, False)
     asked = token_ids(

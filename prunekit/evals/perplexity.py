@@ -73,14 +73,24 @@ def perplexity(
     error.
 
     The token mean of the cross entropy, exponentiated; the error by the delta method over windows.
-    `path` names a text or jsonl file in place of `dataset`, and `label` (default: the file's stem)
-    stands for it in the key. The text is cut into blocks of `block` tokens, of which each
-    `every`-th is read, and these into windows. A prompt that a pruner left with the model stands
-    before each. Raises ConfigError.
+    A prompt that a pruner left with the model stands before each.
+
+    Args:
+        path: a text or jsonl file in place of `dataset`.
+        label: in place of the data set's name, or of the file's stem, in the key.
+        window: tokens.
+        batch: windows at a time.
+        limit: the first so many windows.
+        every: each so-manieth block is read, and cut into windows.
+        block: tokens of a block; null is a window.
+        bos: one BOS in front of the text; null is what the tokenizer puts around it.
+
+    Raises ConfigError where the text is not there or shorter than a block.
     """
     text = evaluation_text(dataset, split, path, data_root)
     key = key_of(dataset=dataset, path=path, label=label, window=window)
-    windows = cut(token_ids(text, tokenizer, bos), window, block, every, limit)
+    ids = token_ids(text, tokenizer, bos)
+    windows = cut(ids, window, block=block, every=every, limit=limit)
     with eval_mode(model):
         nll = window_nll(model, windows, batch, key, prompt_ids(model, tokenizer))
     value = float(nll.mean().exp())

@@ -69,4 +69,6 @@ def vllm(
             return saved
         return export_nemotron_nas(saved, path.with_name("nemotron"))
 
-    return measured("vLLM", "time_vllm.py", model, dense, write, request | more, "vllm")
+    return measured(
+        "vLLM", "time_vllm.py", model, dense, write=write, request=request | more, key="vllm"
+    )

@@ -15,7 +15,7 @@ from prunekit.errors import ConfigError
 
 def token_ids(text: str, tokenizer: Any, bos: bool | None) -> Tensor:
     """The whole text tokenized once, with what the tokenizer puts around a text (None), one BOS in
-    front (True) or nothing (False).
+    front (True) or nothing (False). Raises ConfigError where the tokenizer has no BOS.
     """
     ids = tokenizer(text, add_special_tokens=bos is None).input_ids
     if bos:
@@ -25,9 +25,21 @@ def token_ids(text: str, tokenizer: Any, bos: bool | None) -> Tensor:
     return torch.tensor(ids)
 
 
-def cut(ids: Tensor, window: int, block: int | None, every: int, limit: int | None) -> Tensor:
-    """Non-overlapping windows `(N, window)` of a token stream, the tail dropped, of every
-    `every`-th block. Raises ConfigError.
+def cut(
+    ids: Tensor,
+    window: int,
+    *,
+    block: int | None = None,
+    every: int = 1,
+    limit: int | None = None,
+) -> Tensor:
+    """Non-overlapping windows `(N, window)` of a token stream, the tail dropped.
+
+    Args:
+        block: tokens of a block, of which every `every`-th is read; None is a window.
+        limit: the first so many windows.
+
+    Raises ConfigError for blocks that windows do not fill, and for less text than a block.
     """
     block = block or window
     check_block(window, block)
@@ -51,7 +63,9 @@ def token_nll(
     """Negative log-likelihood of every token but the first of each window, `(N, T - 1)` float64 on
     the CPU; the logarithm is taken in float32.
 
-    prompt: tokens before each window, of which none is predicted.
+    Args:
+        name: of the text, on the progress bar.
+        prompt: tokens before each window, of which none is predicted.
     """
     device = next(model.parameters()).device
     found = []
@@ -61,9 +75,8 @@ def token_nll(
             before = torch.tensor([*prompt], dtype=rows.dtype, device=device).expand(len(rows), -1)
             whole = torch.cat([before, rows], 1)
             logits = model(input_ids=whole, use_cache=False).logits[:, len(prompt) :]
-            for row, scores in zip(
-                rows, logits, strict=True
-            ):  # one at a time: float32 logits of a batch can be gigabytes
+            # One window at a time: float32 logits of a batch can be gigabytes.
+            for row, scores in zip(rows, logits, strict=True):
                 loss = nn.functional.cross_entropy(
                     scores[:-1].float(), row[1:].to(scores.device), reduction="none"
                 )

@@ -29,8 +29,16 @@ def zeroshot(
     needs no download.
 
     Keys: `acc_<task>` or `acc_norm_<task>`, as the paper reports the task, the same with `_stderr`,
-    and `acc_mean` over this eval's tasks. `limit` takes the first so many items of each. Raises
-    ConfigError.
+    and `acc_mean` over this eval's tasks.
+
+    Args:
+        tasks: of lm-eval, or docs_cloze.
+        limit: the first so many items of each; null takes all.
+        batch: requests at a time.
+        bos: BOS in front of each request; null is what lm-eval does for the model.
+        seed: of examples in front of an item, where a task has them.
+
+    Raises ConfigError where a data set is not to be had.
     """
     found = run_tasks(
         model,

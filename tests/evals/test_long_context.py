@@ -23,7 +23,7 @@ def test_the_parts_of_a_window_are_those_of_a_loop(tmp_path):
     model, tokenizer = tiny_model("llama", vocab_size=259), byte_tokenizer()
     node = {"name": "positions", "texts": {"mine": {"path": str(path)}}, "window": 32}
     found = evals.build(node | {"edges": [5, 20], "limit": 2})(model, tokenizer)
-    windows = cut(token_ids(path.read_text(), tokenizer, False), 32, None, 1, None)[[0, 3]]
+    windows = cut(token_ids(path.read_text(), tokenizer, False), 32)[[0, 3]]
     with torch.no_grad():
         log_p = model(input_ids=windows).logits.double().log_softmax(-1)
     for start, end in ((1, 5), (5, 20), (20, 32)):

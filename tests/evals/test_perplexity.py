@@ -24,13 +24,13 @@ def tiny():
 
 def test_windows_do_not_overlap_and_the_tail_is_dropped():
     ids = torch.arange(103)
-    assert torch.equal(cut(ids, 10, None, 1, None).flatten(), torch.arange(100))
-    assert torch.equal(cut(ids, 10, None, 1, 3).flatten(), torch.arange(30))
-    assert torch.equal(cut(ids, 10, 20, 2, None)[:, 0], torch.tensor([0, 10, 40, 50, 80, 90]))
+    assert torch.equal(cut(ids, 10).flatten(), torch.arange(100))
+    assert torch.equal(cut(ids, 10, limit=3).flatten(), torch.arange(30))
+    assert torch.equal(cut(ids, 10, block=20, every=2)[:, 0], torch.tensor([0, 10, 40, 50, 80, 90]))
     with pytest.raises(ConfigError, match="103 tokens, not one block of 128"):
-        cut(ids, 128, None, 1, None)
+        cut(ids, 128)
     with pytest.raises(ConfigError, match="block=25 is no multiple of window=10"):
-        cut(ids, 10, 25, 1, None)
+        cut(ids, 10, block=25)
 
 
 def test_one_bos_in_front_of_everything():
