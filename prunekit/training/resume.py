@@ -68,12 +68,14 @@ class Kept:
             tensors |= {f"beside:{i}:{k}": v for k, v in of.state().items()}
         tensors["loss"] = trainer._tr_loss.detach()
         drawn: Any = np.random.get_state()
+        scaler = trainer.accelerator.scaler
         facts = {
             "trainer": asdict(trainer.state),
             "groups": [
                 {k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]
             ],
             "schedule": trainer.lr_scheduler.state_dict(),
+            "scale": scaler.state_dict() if scaler else None,
             "logged": trainer._globalstep_last_logged,
             "curve": self.curve.records,
             "best": [best.loss, best.step, best.waited],
@@ -119,6 +121,11 @@ class Kept:
         told = [own | kept for own, kept in zip(groups, self.facts["groups"], strict=True)]
         optimizer.load_state_dict({"state": state, "param_groups": told})
         trainer.lr_scheduler.load_state_dict(self.facts["schedule"])
+
+    def scale(self, trainer: Any) -> None:
+        """By what losses are multiplied in mixed float16, which grows and falls with the steps."""
+        if trainer.accelerator.scaler:
+            trainer.accelerator.scaler.load_state_dict(self.facts["scale"])
 
     def generators(self) -> None:
         """Every generator of random numbers as it was. Nothing is asked for after them: the tensors

@@ -199,6 +199,10 @@ class _Trainer(ShardingTrainer):
         if self.kept and checkpoint is not None:
             self.kept.optimizer(self)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.kept and checkpoint is not None:
+            self.kept.scale(self)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.kept and checkpoint is not None:
             self.kept.generators()
@@ -218,22 +222,18 @@ class _Trainer(ShardingTrainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         asked = {"output_hidden_states": True} if self.additions.distillation.hidden else {}
         loss, outputs = super().compute_loss(model, inputs | asked, True, num_items_in_batch)
         if model.training:
             loss = self.with_additions(loss, outputs, inputs, num_items_in_batch)
         else:
-            loss = loss * self.share(len(inputs["labels"]), num_items_in_batch)
+            # The Trainer weighs validation losses by their examples: this way every label counts
+            # alike, however they fall into micro-batches and processes.
+            examples = self.accelerator.num_processes * len(inputs["labels"])
+            loss = loss * num_items_in_batch / (examples * self.labels_each)
         return (loss, outputs) if return_outputs else loss
-
-    def share(self, examples: int, items: Any) -> Any:
-        """Labels of a micro-batch of so many examples, or of one in each process, over what as many
-        examples have on average. The Trainer weighs validation losses by their examples: with this
-        every label counts alike, however they fall into micro-batches and processes.
-        """
-        return items / (self.accelerator.num_processes * examples * self.labels_each)
 
     @cached_property
     def labels_each(self) -> float:
@@ -245,11 +245,8 @@ class _Trainer(ShardingTrainer):
     def with_additions(
         self, loss: Tensor, outputs: Any, batch: dict[str, Tensor], items: Any
     ) -> Tensor:
-        """The loss of one micro-batch with the teacher's and the penalty's part.
-
-        Both, as the text's, are divided by the labels of the whole step (`items`, over all
-        processes), so that micro-batches add up; the mean that is taken over the processes is made
-        up for.
+        """The loss of one micro-batch with the teacher's and the penalty's part, by the labels of
+        the whole step (`items`): micro-batches add up, and processes are averaged.
         """
         teacher, distillation, penalty = self.additions
         if teacher is not None:

@@ -86,3 +86,16 @@ def test_merged_is_what_was_trained(arch, form, tokens):
             assert not torch.equal(weight, before[name])
         else:
             assert torch.equal(weight, before[name])
+
+
+def test_the_update_of_mask_lora_is_alpha_over_r_of_the_product():
+    model = tiny_model("llama")
+    name = "model.layers.0.mlp.down_proj"
+    before = model.get_parameter(f"{name}.weight").detach().clone()
+    mask = before > 0
+    with masked_updates(model, MaskedUpdates([name], "mask", 2, 6), {f"{name}.weight": mask}):
+        update = model.get_submodule(name).parametrizations["weight"][0]
+        update.B.data.fill_(0.1)
+        product = update.B.detach() @ update.A.detach()
+    after = model.get_parameter(f"{name}.weight").detach()
+    torch.testing.assert_close(after, before + 3 * product * mask)

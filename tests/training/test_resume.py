@@ -15,7 +15,7 @@ from torch import nn
 
 from prunekit.training.low_rank import Updates, train_and_merge
 from prunekit.training.recipe import Recipe
-from prunekit.training.trainer import train
+from prunekit.training.trainer import _Trainer, train
 
 RECIPE = Recipe(
     lr=1e-2, warmup_steps=2, epochs=3, batch=4, micro_batch=2, eval_every=3, log_every=4, seed=0
@@ -79,6 +79,26 @@ def test_it_is_cut_off_again_and_again():
     assert torch.equal(
         whole.model.layers[1].mlp.up_proj.weight, resumed.model.layers[1].mlp.up_proj.weight
     )
+
+
+def test_the_scale_of_mixed_float16_goes_on(monkeypatch):
+    """On the CPU, which has none of its own: accelerate takes the one that is there."""
+    scalers, real = [], _Trainer.create_accelerator_and_postprocess
+
+    def with_scaler(self):
+        real(self)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=3)
+        scalers.append(self.accelerator.scaler)
+
+    monkeypatch.setattr(_Trainer, "create_accelerator_and_postprocess", with_scaler)
+    trained(None)
+    progress = Progress(7)
+    with pytest.raises(CutOff):
+        trained(progress)
+    trained(progress)
+    whole, _, resumed = (scaler.state_dict() for scaler in scalers)
+    assert whole["scale"] == 2.0 * 2 ** (12 // 3)
+    assert resumed == whole
 
 
 def test_kept_every_so_many_steps():
