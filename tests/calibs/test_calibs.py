@@ -139,3 +139,10 @@ def test_first_tokens_are_the_peers_calibration(shared, smollm2, samples, length
         smollm2[1]
     )
     assert torch.equal(ours, peer.calibration(smollm2[1], samples, length))
+
+
+def test_a_stretch_may_begin_wherever_it_still_fits():
+    rows = [chr(ord("a") + i) * 2 + "xyz" for i in range(20)]  # six tokens with the first one
+    drawn = crops(rows, byte_tokenizer(), samples=20, length=5, seed=0, join=False)
+    begins = [row[0] == byte_tokenizer().bos_token_id for row in drawn.tolist()]
+    assert 0 < sum(begins) < 20

@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny_model
 
 from prunekit import graph
-from prunekit.training.hard_concrete import LIMITS, deterministic, sample
+from prunekit.training.constraints import KindConstraint
+from prunekit.training.hard_concrete import LIMITS, deterministic, open_probability, sample
 from prunekit.training.learned_masks import LearnedMasks
 
 
@@ -19,6 +20,26 @@ def masks():
     with torch.no_grad():
         found.log_alpha.copy_(torch.linspace(-3, 3, len(found.log_alpha)))
     return found
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 0.0), (4, 0.4), (10, 1.0), (50, 1.0)])
+def test_the_target_grows_during_the_warmup(masks, step, share):
+    targets = {"heads": 0.25, "neurons": 0.5, "blocks": 0.125}
+    constraint = KindConstraint(masks, targets, warmup=10)
+    with torch.no_grad():
+        constraint.multipliers.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    closed = {g.name: 1 - open_probability(a).mean() for g, a in masks_by_group(masks)}
+    value = 0.0
+    for (kind, target), (first, second) in zip(
+        targets.items(), constraint.multipliers.tolist(), strict=True
+    ):
+        gaps = [float(closed[g.name]) - share * target for g in masks.groups if g.kind == kind]
+        value += first * sum(gaps) / len(gaps) + second * sum(x * x for x in gaps) / len(gaps)
+    assert constraint(masks.model, step).item() == pytest.approx(value, rel=1e-5)
+
+
+def masks_by_group(masks):
+    return zip(masks.groups, masks.log_alphas().values(), strict=True)
 
 
 def test_gradients_reach_log_alpha_as_through_the_gates(masks, tokens, monkeypatch):
