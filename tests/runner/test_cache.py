@@ -12,6 +12,7 @@ from fakes import config
 
 from prunekit import graph, registry
 from prunekit.activations.runs import ModelRun
+from prunekit.architecture.compute import compute_in_float32
 from prunekit.errors import ConfigError
 from prunekit.profiling import Stages
 from prunekit.registry import Component, Entry
@@ -206,6 +207,22 @@ def test_versions_are_in_the_key(package, monkeypatch):
     assert len({before, one, cache.digest(["prunekit.runner.cache"])}) == 3
     monkeypatch.setattr(cache.platform, "python_version", lambda: "3.99")
     assert cache.digest(["prunekit.runner.cache"]) != one
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("get_num_threads", 99), ("get_float32_matmul_precision", "medium")],
+)
+def test_what_the_bits_hang_on_is_in_the_key(name, other, monkeypatch):
+    before = cache.digest(["prunekit.runner.cache"])
+    monkeypatch.setattr(torch, name, lambda: other)
+    assert cache.digest(["prunekit.runner.cache"]) != before
+
+
+def test_half_precision_that_computes_in_float32_is_another_model(tiny):
+    before = cache.model_print(tiny.bfloat16())
+    compute_in_float32(tiny)
+    assert cache.model_print(tiny) != before
 
 
 @pytest.mark.parametrize("on", [True, False])
