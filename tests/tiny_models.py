@@ -178,3 +178,10 @@ def draw(model: nn.Module) -> None:
             p.add_(0.1 * noise)
         else:
             p.copy_(noise * (max(p.shape[-2:]) if p.dim() > 2 else p.shape[-1]) ** -0.5)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(N, T, V) of what a model says of tokens (N, T), without a cache."""
+    found: Tensor = model(tokens, use_cache=False).logits
+    return found

@@ -20,7 +20,7 @@ def sparse(dtype, zeros, *shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("zeros", [0.5, 0.7])
-def test_round_trip_and_size(dtype, zeros, tmp_path):
+def test_packed_zeros_come_back_in_the_size_of_the_formula(dtype, zeros, tmp_path):
     x = sparse(dtype, zeros, 512, 768)
     bitmask.write({"w": x}, tmp_path / "w.bitmask.safetensors")
     found = bitmask.read(tmp_path / "w.bitmask.safetensors")["w"]
@@ -30,7 +30,7 @@ def test_round_trip_and_size(dtype, zeros, tmp_path):
     assert (tmp_path / "w.bitmask.safetensors").stat().st_size == pytest.approx(formula, rel=0.01)
 
 
-def test_odd_sizes_dense_tensors_and_signed_zeros(tmp_path):
+def test_odd_sizes_dense_tensors_and_signed_zeros_come_back(tmp_path):
     x = torch.zeros(3, 7)
     x[0, 0], x[2, 6], x[1, 1] = -0.0, float("nan"), 2.0
     tensors = {

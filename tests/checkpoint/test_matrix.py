@@ -135,7 +135,9 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("arch", "kind"), CELLS)
-def test_everything_works(arch: str, kind: str, tmp_path: Path, table: dict) -> None:
+def test_every_feature_works_on_a_loaded_checkpoint(
+    arch: str, kind: str, tmp_path: Path, table: dict
+) -> None:
     model = dense(arch)
     before = sum(p.numel() for p in model.parameters())
     graph.remove(model, masks(model, kind))

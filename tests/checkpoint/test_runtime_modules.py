@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import llama, narrow, uneven
-from tiny_models import tiny_model
+from tiny_models import logits, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
@@ -33,11 +33,6 @@ from prunekit.checkpoint.remote_code.runtime_modules import (
 )
 from prunekit.checkpoint.remote_code.stream_modules import LateSum, Rotation
 from prunekit.errors import ConfigError
-
-
-def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import llama, uneven
+from tiny_models import logits
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -83,11 +84,6 @@ def changed(tie: bool) -> nn.Module:
     nn.init.normal_(rotation.weight)
     insert(model, "model.layers.2.mlp.rotation", rotation)
     return model.eval()
-
-
-def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -89,7 +89,7 @@ def test_manifest_tells_what_was_kept(tmp_path: Path) -> None:
     assert manifest["counts"] == {"params": 5}
 
 
-def test_sharded(tmp_path: Path, tokens: torch.Tensor) -> None:
+def test_a_model_in_shards_comes_back(tmp_path: Path, tokens: torch.Tensor) -> None:
     model = uneven(llama())
     save(model, None, tmp_path / "out", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
@@ -116,7 +116,7 @@ def test_zeros_packed_as_a_bitmask(tmp_path: Path, tokens: torch.Tensor, shard: 
         LlamaForCausalLM.from_pretrained(packed)
 
 
-def test_saved_again(tmp_path: Path, tokens: torch.Tensor) -> None:
+def test_a_loaded_model_can_be_saved_again(tmp_path: Path, tokens: torch.Tensor) -> None:
     model = uneven(llama())
     save(model, None, tmp_path / "one")
     once = load(tmp_path / "one")[0]
@@ -124,7 +124,9 @@ def test_saved_again(tmp_path: Path, tokens: torch.Tensor) -> None:
     same(model, load(tmp_path / "two")[0], tokens)
 
 
-def test_added_bias_and_own_numbers(tmp_path: Path, tokens: torch.Tensor) -> None:
+def test_an_added_bias_and_a_number_of_one_module_come_back(
+    tmp_path: Path, tokens: torch.Tensor
+) -> None:
     model = uneven(llama())
     model.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(48))
     model.model.layers[1].input_layernorm.variance_epsilon = 0.125
@@ -132,7 +134,7 @@ def test_added_bias_and_own_numbers(tmp_path: Path, tokens: torch.Tensor) -> Non
     same(model, load(tmp_path / "out")[0], tokens)
 
 
-def test_changed_buffer_travels(tmp_path: Path, tokens: torch.Tensor) -> None:
+def test_a_changed_buffer_comes_back(tmp_path: Path, tokens: torch.Tensor) -> None:
     model = llama()
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.37
     save(model, None, tmp_path / "out")
@@ -254,7 +256,7 @@ def test_stock_where_the_class_can_build_it(tmp_path: Path, tokens: torch.Tensor
 
 
 @pytest.mark.slow
-def test_real_model(smollm2, tmp_path: Path) -> None:
+def test_the_real_model_comes_back_and_generates_the_same(smollm2, tmp_path: Path) -> None:
     """Half of a trained model, uneven: the same numbers to the bit, the same text with and without
     cache.
     """

@@ -1,3 +1,5 @@
+"""What a request takes: its parts, its passes, what is waited for, and the memory of both."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Multiply-accumulates: the paper's table, formulas by hand, and what torch counts."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""How big a model is: what counts once, and what does not count."""
+
 from __future__ import annotations
 
 import torch

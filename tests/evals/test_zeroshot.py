@@ -39,7 +39,7 @@ def test_seven_tasks_on_local_files_with_the_papers_metrics(tiny, shared):
     assert found["acc_mean"] == pytest.approx(sum(found[k] for k in keys) / 7)
 
 
-def test_tasks_mix(tiny, shared):
+def test_the_mean_is_over_local_and_stock_tasks(tiny, shared):
     found = evals.build(
         {
             "name": "zeroshot",

@@ -1,4 +1,4 @@
-"""What the learned masks' tests share."""
+"""What the pruners' tests share: a text, and what a model with its final masks on says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import pytest
 import torch
 
 from prunekit.training.learned_masks import LearnedMasks
+
+
+@pytest.fixture
+def text():
+    """(16, 32) token ids below 100."""
+    return torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from problems import check, problem, uniform
-from tiny_models import tiny_model
+from tiny_models import logits, tiny_model
 
 import prunekit
 from prunekit import checkpoint
@@ -22,11 +22,6 @@ def leave_early(model, tokens, **options):
     """The pruner's answer, and the module that it put in."""
     out = pruners.build({"name": "adainfer", "agreement": 0.3, **options})(problem(model, tokens))
     return out, next(m for m in model.modules() if type(m).__name__ == "EarlyExit")
-
-
-@torch.no_grad()
-def logits(model, tokens):
-    return model(tokens, use_cache=False).logits
 
 
 @pytest.fixture

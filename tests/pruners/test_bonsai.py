@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from problems import check, problem, uniform
-from tiny_models import tiny_model
+from tiny_models import logits, tiny_model
 
 from prunekit import graph
 from prunekit.activations.runs import ModelRun
@@ -24,11 +24,6 @@ def prune(model, tokens, share=0.3, of="prunable", exclude=None, ranking="local"
     pruner = pruners.build({"name": "bonsai", "masks": 20, "rounds": 2, **options})
     ratio = uniform(share, of, ranking=ranking)
     return pruner(problem(model, tokens, ratio=ratio, exclude=exclude))
-
-
-@torch.no_grad()
-def logits(model, tokens):
-    return model(tokens, use_cache=False).logits
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fakes import config
 from problems import check, part, problem
-from tiny_models import tiny_model
+from tiny_models import logits, tiny_model
 
 from prunekit import checkpoint, graph
 from prunekit.errors import ConfigError
@@ -21,12 +21,6 @@ from prunekit.runner.run import run
 from prunekit.types import Allocation
 
 OPTIONS = {"precision": "model", "levels": 4}
-
-
-@pytest.fixture
-def text():
-    """(16, 32) token ids below 100."""
-    return torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(0))
 
 
 def ratio(**counts):
@@ -49,11 +43,6 @@ def solutions(model, text, **options):
 
     prune("database", model, text, ask, **OPTIONS | options)
     return found[0]
-
-
-def logits(model, text):
-    with torch.no_grad():
-        return model(text, use_cache=False).logits
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from blocks import lacking
 from compositions import config
 from paths import authors_numbers
 from problems import check, problem, uniform
-from tiny_models import tiny_model
+from tiny_models import logits, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunekit import checkpoint
@@ -36,11 +36,6 @@ def run_merges(model, into, count, rule):
     merge_blocks(
         model, [Merge(into=names[into], blocks=names[into + 1 : into + 1 + count], rule=rule)]
     )
-
-
-@torch.no_grad()
-def logits(model, tokens):
-    return model(tokens, use_cache=False).logits
 
 
 @pytest.fixture(scope="module")

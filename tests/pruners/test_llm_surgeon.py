@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from problems import check, problem, uniform
-from tiny_models import tiny_model
+from tiny_models import logits, tiny_model
 
 from prunekit.architecture.linear import readers
 from prunekit.architecture.sizes import Sizes
@@ -23,11 +23,6 @@ def prune(model, tokens, share=0.3, of="prunable", exclude=None, ranking="local"
     return pruner(problem(model, tokens, ratio=ratio, exclude=exclude))
 
 
-@torch.no_grad()
-def logits(model, tokens):
-    return model(tokens, use_cache=False).logits
-
-
 def drift(model, tokens, dense) -> float:
     return float((logits(model, tokens) - dense).norm() / dense.norm())
 
@@ -35,12 +30,6 @@ def drift(model, tokens, dense) -> float:
 @pytest.fixture
 def llama():
     return tiny_model("llama", layers=3)
-
-
-@pytest.fixture
-def text():
-    """(16, 32) token ids below 100."""
-    return torch.randint(8, 100, (16, 32), generator=torch.Generator().manual_seed(0))
 
 
 def test_ratio_zero_changes_nothing(llama, tokens):
@@ -204,7 +193,7 @@ def test_how_the_text_goes_through_does_not_matter(llama, text, options):
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gpt_neox", "bloom"])
-def test_other_architectures(text, arch):
+def test_other_architectures_shrink_and_stay_near_the_dense_model(text, arch):
     model = tiny_model(arch)
     dense = logits(model, text)
     before = sum(p.numel() for p in model.parameters())

@@ -76,7 +76,7 @@ def test_a_contiguous_run_goes(model, tokens, kind):
 
 
 def test_greedy_takes_the_best_single_removal_at_every_step(model, tokens):
-    """SLEB, card 7: the loss after step k is the least over all single removals at that step; the
+    """SLEB: the loss after step k is the least over all single removals at that step; the
     ends stay.
     """
     alive, want = list(range(L)), []

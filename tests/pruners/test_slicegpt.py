@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import problem, uniform
 from reference import tiny_llama
-from tiny_models import tiny_model
+from tiny_models import logits, tiny_model
 
 from prunekit import checkpoint
 from prunekit.architecture.residual import stream
@@ -66,11 +66,6 @@ def projected(model, tokens, width, last, weighting="signal"):
     if blocks == len(net.layers):
         x = project(x)
     return model.lm_head(net.norm(x))
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -19,7 +19,7 @@ def prune(model, tokens, target=0.5, exclude=None, **options):
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "gpt_neox", "phi3", "opt"])
-def test_architectures(tokens, arch):
+def test_half_of_every_matrix_goes_and_the_others_move(tokens, arch):
     model = tiny_model(arch)
     before = copy.deepcopy(model)
     out = prune(model, tokens, block=16)

@@ -99,7 +99,7 @@ def test_wanda_beats_magnitude_where_an_input_is_large():
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2", "gpt_neox", "phi3", "opt"])
-def test_other_architectures(tokens, arch):
+def test_every_output_loses_half_on_other_architectures(tokens, arch):
     model = tiny_model(arch)
     out = prune(model, tokens)
     for g in out.groups:

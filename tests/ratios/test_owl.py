@@ -25,7 +25,7 @@ def prune(model, tokens, ratio):
     return pruner(problem(model, tokens, criterion={"name": "wanda"}, ratio=ratio))
 
 
-def test_owls_shares():
+def test_shares_fall_with_outliers_and_keep_their_mean():
     found = [1.0, 3.0, 2.0, 7.0]
     s = shares(found, [10] * 4, 0.7, 0.08)
     assert sum(s) / 4 == pytest.approx(0.7, abs=1e-9)

@@ -76,7 +76,7 @@ def test_the_knee_is_furthest_from_the_chord():
         knee({0.0: 1.0})
 
 
-def test_rank_correlation():
+def test_rank_correlation_by_hand_and_none_of_constants():
     assert spearman([1, 2, 3, 4], [10, 20, 30, 40])[0] == pytest.approx(1)
     assert spearman([1, 2, 3, 4], [4, 3, 2, 1])[0] == pytest.approx(-1)
     assert spearman([1, 2, 2, 3], [1, 2, 3, 4])[0] == pytest.approx(0.9486833)
