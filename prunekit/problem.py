@@ -110,11 +110,14 @@ class Problem:
 
     def groups(self, kinds: Sequence[str]) -> list[Group]:
         """The groups of these kinds that may lose units. Raises ConfigError where none may."""
-        return apply_exclusion(self.units(kinds), self.exclude)
+        everything = self.everything()
+        return apply_exclusion(of_kinds(self.model, everything, kinds), self.exclude, everything)
 
     def matrices(self, targets: list[str] | None = None) -> list[Group]:
         """The linear matrices of the blocks whose elements may go, as groups of kind `weights`."""
-        return apply_exclusion(matrices(self.model, targets), self.exclude)
+        found, blocks = matrices(self.model, targets), self.blocks()
+        whole = Group("blocks", "blocks", None, len(blocks), modules=blocks)
+        return apply_exclusion(found, self.exclude, [whole])
 
     def blocks(self) -> tuple[str, ...]:
         """Names of the decoder blocks, in order. Raises ConfigError where there is no list."""

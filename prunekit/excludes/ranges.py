@@ -41,7 +41,7 @@ def ends(groups: list[Group], *, first: Natural = 3, last: Natural = 1) -> list[
 
 
 def depth_of(groups: list[Group]) -> int:
-    """How many blocks the groups tell of."""
+    """How many blocks the model has, as its groups tell."""
     return max(len(g.modules) if g.layer is None else 1 + g.layer for g in groups)
 
 

@@ -82,12 +82,13 @@ def inventory(
     """
     found = discovery(model, verify)
     groups, lists = found.groups, block_lists(model)
-    of_kinds = [g for g in groups if not kinds or g.kind in kinds]
-    remain = {g.name for g in (exclude(of_kinds) if exclude and of_kinds else of_kinds)}
-    left_out = {
-        g.name: None if g.name in remain else excluded_by if g in of_kinds else kinds_by
-        for g in groups
-    }
+    remain = {g.name for g in (exclude(groups) if exclude and groups else groups)}
+
+    def left_out_by(g: Group) -> str | None:
+        if kinds and g.kind not in kinds:
+            return kinds_by
+        return None if g.name in remain else excluded_by
+
     names: dict[int, list[str]] = defaultdict(list)
     for name, p in [
         *model.named_parameters(remove_duplicate=False),
@@ -102,7 +103,7 @@ def inventory(
             each(model, g, sizes),
             found.least.get(g.name, 1),
             block_path(g, lists),
-            left_out[g.name],
+            left_out_by(g),
         )
         for g in groups
     ]

@@ -94,7 +94,7 @@ def expert_matrices(problem: Problem) -> tuple[list[Group], dict[str, Stack | Si
             f"{type(model).__name__} has no experts: take pruner=unstructured criterion=wanda, "
             "which prunes linear modules"
         )
-    return apply_exclusion(groups, problem.exclude), found
+    return apply_exclusion(groups, problem.exclude, everything), found
 
 
 def check_moe_pruner(problem: Problem, *, pattern: Pattern | None, **_: Any) -> Expected:

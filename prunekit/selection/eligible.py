@@ -22,10 +22,17 @@ def of_kinds(model: nn.Module, groups: Sequence[Group], kinds: Sequence[str]) ->
 
 
 def apply_exclusion(
-    groups: list[Group], exclude: Callable[[list[Group]], list[Group]]
+    groups: list[Group],
+    exclude: Callable[[list[Group]], list[Group]],
+    others: Sequence[Group] = (),
 ) -> list[Group]:
-    """What the exclusion leaves of `groups`. Raises ConfigError where that is nothing."""
-    remaining = exclude(groups)
+    """What the exclusion leaves of `groups`. It is shown the model's `others` too: the last block
+    is the model's, also where that one has none of `groups`. Raises ConfigError where nothing is
+    left.
+    """
+    names = {g.name for g in groups}
+    everything = [*groups, *(g for g in others if g.name not in names)]
+    remaining = [g for g in exclude(everything) if g.name in names]
     if not remaining:
         raise ConfigError(
             f"the exclusion leaves nothing of {len(groups)} groups "

@@ -1,11 +1,13 @@
-"""Exclusions narrow the blocks that may go as a whole."""
+"""Which groups exclusions leave, counted from the ends of the model."""
 
 from __future__ import annotations
 
 import pytest
 from blocks import blocks
 from foreign import ListedMixtral
+from problems import problem
 from reference import tiny_llama
+from tiny_models import tiny_model
 
 from prunekit import graph
 from prunekit.errors import ConfigError
@@ -37,3 +39,30 @@ def test_experts_of_a_list_are_no_blocks():
     assert [g.layer for g in groups] == [0, 1, 2]
     assert ends(groups, first=1, last=1) == [groups[1]]
     assert layer_range(groups, blocks=[0, 2], neurons=[1, 3]) == groups[1:]
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    """Jamba of four blocks; attention in 0 and 2."""
+    return tiny_model("jamba", 4, meta=True, attn_layer_period=2, attn_layer_offset=0)
+
+
+def spared_the_last(model):
+    return problem(model, exclude={"name": "ends", "first": 0, "last": 1})
+
+
+def test_the_last_block_is_the_models_not_the_last_with_such_units(hybrid):
+    assert [g.layer for g in spared_the_last(hybrid).groups(["heads"])] == [0, 2]
+    assert [g.layer for g in spared_the_last(hybrid).groups(["neurons"])] == [0, 1, 2]
+
+
+def test_the_last_block_is_the_models_not_the_last_with_such_matrices(hybrid):
+    assert [g.layer for g in spared_the_last(hybrid).matrices(["q_proj"])] == [0, 2]
+
+
+def test_a_range_may_reach_the_models_end_beyond_the_last_attention(hybrid):
+    whole = problem(hybrid, exclude={"name": "range", "heads": [1, 4]})
+    assert [g.name for g in whole.groups(["heads"])] == ["heads.2"]
+    beyond = problem(hybrid, exclude={"name": "range", "heads": [1, 5]})
+    with pytest.raises(ConfigError, match="the model has 4 blocks"):
+        beyond.groups(["heads"])
