@@ -4,8 +4,8 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from prunekit.activations.hooks import hook_activations
 from prunekit.activations.runs import forward
+from prunekit.architecture.modes import forward_replaced
 from prunekit.architecture.streaming import without_weights
 from prunekit.graph.masks import bypass
 from prunekit.types import Run
@@ -26,21 +27,14 @@ def siblings(model: nn.Module, name: str) -> tuple[list[nn.Module], int]:
     return list(model.get_submodule(parent).children()), int(leaf)
 
 
-@contextmanager
-def returning(block: nn.Module, activation: Tensor, rest: tuple[Any, ...] | None) -> Iterator[None]:
+def returning(
+    block: nn.Module, activation: Tensor, rest: tuple[Any, ...] | None
+) -> AbstractContextManager[None]:
     """Inside, the block computes nothing and returns `activation`; `rest` is what used to follow
     it, None for a bare tensor.
     """
-    before = block.__dict__.get("forward")  # accelerate's, which moves tensors for a device_map
-    block.forward = without_weights(
-        lambda *_, **__: activation if rest is None else (activation, *rest)
-    )
-    try:
-        yield
-    finally:
-        del block.forward  # the instance attribute; the class's method shows again
-        if before is not None:
-            block.forward = before
+    out = activation if rest is None else (activation, *rest)
+    return forward_replaced(block, without_weights(lambda *_, **__: out))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ logits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from prunekit.architecture.modes import forward_replaced
 
 _SAVED = {
     torch.ops.aten.mm.default,
@@ -41,24 +43,16 @@ def lean_activations(blocks: Iterable[nn.Module]) -> Iterator[None]:
     Costs a few percent of time (norms, rotations, activations run twice) and saves about two thirds
     of the activations.
     """
-    context = partial(create_selective_checkpoint_contexts, _policy)
-    changed = []
-    for block in blocks:
-        changed.append((block, block.__dict__.get("forward")))
-        block.forward = partial(
-            checkpoint,
-            block.forward,
-            use_reentrant=False,
-            context_fn=context,
-            preserve_rng_state=False,
-        )
-    try:
+    lean = partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, _policy),
+        preserve_rng_state=False,
+    )
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(forward_replaced(block, partial(lean, block.forward)))
         yield
-    finally:
-        for block, own in changed:
-            del block.forward  # the instance attribute; the class's method shows again
-            if own is not None:
-                block.forward = own  # accelerate's, which moves tensors between devices
 
 
 class _OneBufferLoss(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.activations.blockwise import BlockInputs
 from prunekit.activations.hooks import first_tensor
+from prunekit.architecture.modes import forward_replaced
 from prunekit.architecture.streaming import without_weights
 from prunekit.errors import ConfigError
 
@@ -28,16 +29,11 @@ def left_out(
         rest = [*args[1:], *(v for k, v in kwargs.items() if args or k != "hidden_states")]
         return answer(number, first_tensor(args, kwargs), rest)
 
-    own = [block.__dict__.get("forward") for block in blocks]
-    for number, block in enumerate(blocks):
-        block.forward = without_weights(partial(stand_in, number))
-    try:
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks):
+            stand = without_weights(partial(stand_in, number))
+            stack.enter_context(forward_replaced(block, stand))
         yield
-    finally:
-        for block, before in zip(blocks, own, strict=True):
-            del block.forward  # the instance attribute; the class's method shows again
-            if before is not None:
-                block.forward = before
 
 
 def like(form: Any, x: Tensor) -> Any:
