@@ -24,6 +24,14 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
+def makes(model: nn.Module, member: Member) -> bool:
+    """Whether a member is the output side of a linear module's weight."""
+    path, _, leaf = member.param.rpartition(".")
+    module = model.get_submodule(path)
+    outputs = int(not isinstance(module, nn.Linear))
+    return leaf == "weight" and is_linear(module) and member.axis == outputs
+
+
 class Reader(NamedTuple):
     """A linear module (`o_proj`, `down_proj`) whose input channels belong to the units as `member`
     says.

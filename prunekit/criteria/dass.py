@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunekit import graph
-from prunekit.architecture.linear import is_linear, readers
+from prunekit.architecture.linear import makes, readers
 from prunekit.architecture.matrices import matrix, module_name, to_out_in
 from prunekit.registry import criteria
 from prunekit.scoring.dass import maker_score
 from prunekit.scoring.wanda import module_norms, wanda_score
-from prunekit.types import Group, Member, Run, Scores
+from prunekit.types import Group, Run, Scores, tensor_of
 
 
 class Maker(NamedTuple):
@@ -41,21 +41,11 @@ def ffn_matrices(model: nn.Module) -> tuple[dict[str, Maker], set[str]]:
             continue
         reading.add(found[0].name)
         for member in group.members:
-            module, _, leaf = member.param.rpartition(".")
-            if leaf == "weight" and _makes(model, module, member):
+            outputs = tensor_of(model, member.param).shape[member.axis]
+            if makes(model, member) and member.index.numel() == outputs:
+                module = member.param.removesuffix(".weight")
                 makers[module] = Maker(member.index, found[0].name, found[0].member.index)
     return makers, reading
-
-
-def _makes(model: nn.Module, name: str, member: Member) -> bool:
-    module = model.get_submodule(name)
-    outputs = int(not isinstance(module, nn.Linear))  # Conv1D stores them along axis 1
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return (
-        is_linear(module)
-        and member.axis == outputs
-        and member.index.numel() == weight.shape[outputs]
-    )
 
 
 def competing_axes(model: nn.Module, groups: list[Group]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunekit import graph
 from prunekit.activations.hooks import hook_activations, raise_stop, stop_early
-from prunekit.architecture.linear import is_linear, readers
+from prunekit.architecture.linear import makes, readers
 from prunekit.architecture.matrices import shared_parameters
 from prunekit.types import Group, Member, Run, tensor_of
 
@@ -127,7 +127,7 @@ def _ways(
             yield [FreeChannels(read.index, group.members)]
         return
     width = read.index.shape[1]
-    makers = [m for m in group.members if _makes(model, m, read)]
+    makers = [m for m in group.members if m is not read and makes(model, m)]
     sizes = {d for m in makers for d in range(multiple, width + 1) if m.width % d == 0}
     for size in sorted((d for d in sizes if width % d == 0 and d % multiple == 0), reverse=True):
         for maker in reversed(makers):
@@ -135,14 +135,6 @@ def _ways(
                 way = [_inside(group, u, read, maker, part, size) for u in range(group.units)]
                 if all(_in_runs(c.read, multiple) for c in way):
                     yield way
-
-
-def _makes(model: nn.Module, m: Member, read: Member) -> bool:
-    """Whether a member is the output side of a linear module."""
-    path, _, leaf = m.param.rpartition(".")
-    module = model.get_submodule(path)
-    outputs = int(not isinstance(module, nn.Linear))
-    return leaf == "weight" and is_linear(module) and m is not read and m.axis == outputs
 
 
 def _inside(
