@@ -56,7 +56,7 @@ def scores_off(model: Any, ids: Any, found: Any, groups: Any) -> float:
             seen.setdefault(name, (m, args, kwargs))
 
         def keep_routed(m: Any, args: Any, kwargs: Any, out: Any, name: str = g.name) -> None:
-            if routed(args, kwargs) is not None:
+            if routed(m, args, kwargs) is not None:
                 seen.setdefault(name, (m, args, kwargs))
 
         # Where no experts are called with a routing, the innermost module around them.

@@ -21,7 +21,7 @@ from prunekit.graph.expert_neurons import (
     places,
     single_experts,
 )
-from prunekit.scoring.experts import Routed, expert_parents, output_of, routed
+from prunekit.scoring.experts import Routed, expert_parents, routed
 from prunekit.types import Group, Member, Run
 
 
@@ -141,13 +141,13 @@ def watch_fused(model: nn.Module, fused: Sequence[FusedExperts], see: Sees) -> I
 
     def after(f: FusedExperts, path: str) -> Any:
         def shown(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call, name = routed(args, kwargs), f.group.name
+            call, name = routed(module, args, kwargs), f.group.name
             if call is None or owner.setdefault(name, path) != path:
                 return
             x = first_tensor(args, kwargs)
             x = x.reshape(-1, x.shape[-1])
             for pick in range(call.picks.shape[1]):
-                a = neuron_outputs(model, f, module, args, kwargs, call, pick)
+                a = neuron_outputs(model, f, call, pick)
                 see(f, call.picks[:, pick], call.weight[:, pick], x, a)
 
         return shown
@@ -171,15 +171,7 @@ def watch_fused(model: nn.Module, fused: Sequence[FusedExperts], see: Sees) -> I
         )
 
 
-def neuron_outputs(
-    model: nn.Module,
-    f: FusedExperts,
-    module: nn.Module,
-    args: Any,
-    kwargs: Any,
-    call: Routed,
-    pick: int,
-) -> Tensor:
+def neuron_outputs(model: nn.Module, f: FusedExperts, call: Routed, pick: int) -> Tensor:
     """(T, F) what the neurons of every token's pick number `pick` put out."""
     slab, neurons = f.writer
     path, _, leaf = slab.param.rpartition(".")
@@ -189,7 +181,7 @@ def neuron_outputs(
 
     def with_ones(value: Tensor) -> Tensor:
         holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        return output_of(module, args, kwargs, call, pick)
+        return call.output_of(pick)
 
     try:
         none = with_ones(torch.zeros_like(own))  # its biases

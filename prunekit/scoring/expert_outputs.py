@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from prunekit.activations.hooks import first_tensor, pass_tokens
 from prunekit.errors import ConfigError
 from prunekit.graph.expert_neurons import expert_numbers, expert_slabs
-from prunekit.scoring.experts import (
-    Routed,
-    expert_parents,
-    output_by,
-    routed,
-)
+from prunekit.scoring.experts import expert_parents, routed
 from prunekit.types import Group, Run, tensor_of
 
 
@@ -98,11 +93,12 @@ def expert_outputs(model: nn.Module, group: Group, run: Run) -> ExpertOutputs:
 
     def see(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = routed(args, kwargs)
+            call = routed(module, args, kwargs)
             if call is None or (owner and owner[0] != path):
                 return
             owner[:] = [path]
-            found.add(_all(module, args, kwargs, call, found.experts), _logits(model, name, given))
+            outputs = torch.stack([call.output_by(e) for e in range(found.experts)])
+            found.add(outputs, _logits(model, name, given))
 
         return hook
 
@@ -155,10 +151,6 @@ def _check_read(path: str, given: list[Tensor], module: nn.Module, args: Any, kw
     same = given and given[0].shape[1] == first.shape[1]
     if len(first) and not (same and bool((given[0] == first).all(1).any())):
         raise ConfigError(f"{path} reads something else than its router: it cannot be merged")
-
-
-def _all(module: nn.Module, args: Any, kwargs: Any, call: Routed, experts: int) -> Tensor:
-    return torch.stack([output_by(module, args, kwargs, call, e) for e in range(experts)])
 
 
 def _logits(model: nn.Module, name: str, given: list[Tensor]) -> Tensor:

@@ -79,67 +79,58 @@ class ExpertStatistics:
 
 
 class Routed(NamedTuple):
-    """The arguments of one call of experts: tokens, and for each of them `(T, k)` experts and
-    weights; `at` are the places of the last two.
+    """One call of experts: of `module`, with for each token `(T, k)` experts and weights among its
+    arguments, at the places `at`.
     """
 
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     picks: Tensor
     weight: Tensor
     at: tuple[int | str, int | str]
 
+    def output_of(self, pick: int) -> Tensor:
+        """(T, C) what the expert of every token's pick number `pick` puts out, before its
+        weight.
+        """
+        one = torch.ones_like(self.weight[:, :1])
+        try:
+            found = self._again(self.picks[:, pick : pick + 1], one)
+        except ERRORS:  # code that squeezes a single pick away gets all, the others' weights zero
+            only = torch.zeros_like(self.weight)
+            only[:, pick] = 1
+            found = self._again(self.picks, only)
+        return found.reshape(len(one), -1)
 
-def routed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routed | None:
-    """The routing among the arguments of a module, told by its types and shapes: integers `(T, k)`
-    and floats of the same shape. None where there is none.
+    def output_by(self, expert: int) -> Tensor:
+        """(T, C) what one expert would put out for every token, before a weight."""
+        only = torch.zeros_like(self.weight)
+        only[:, 0] = 1
+        return self._again(torch.full_like(self.picks, expert), only).reshape(len(only), -1)
+
+    def _again(self, picks: Tensor, weight: Tensor) -> Tensor:
+        new = dict(zip(self.at, (picks, weight), strict=True))
+        args = [new.get(i, a) for i, a in enumerate(self.args)]
+        out: Tensor = self.module.forward(
+            *args, **{k: new.get(k, v) for k, v in self.kwargs.items()}
+        )
+        return out
+
+
+def routed(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routed | None:
+    """A module's call with the routing among its arguments, told by types and shapes: integers
+    `(T, k)` and floats of the same shape. None where there is none.
     """
-    named: list[tuple[int | str, Any]] = [*enumerate(args)]
-    named += kwargs.items()
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     given = [(k, v) for k, v in named if isinstance(v, Tensor)]
     for at, index in given:
         if index.dim() != 2 or index.dtype not in (torch.int64, torch.int32):
             continue
         for place, weight in given:
             if weight.is_floating_point() and weight.shape == index.shape:
-                return Routed(index, weight, (at, place))
+                return Routed(module, args, kwargs, index, weight, (at, place))
     return None
-
-
-def output_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Routed, pick: int
-) -> Tensor:
-    """(T, C) what the expert of every token's pick number `pick` puts out, before its weight."""
-    one = torch.ones_like(call.weight[:, :1])
-    try:
-        found = _called(module, args, kwargs, call, call.picks[:, pick : pick + 1], one)
-    except ERRORS:  # code that squeezes a single pick away gets all, the others' weights zero
-        only = torch.zeros_like(call.weight)
-        only[:, pick] = 1
-        found = _called(module, args, kwargs, call, call.picks, only)
-    return found.reshape(len(one), -1)
-
-
-def output_by(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Routed, expert: int
-) -> Tensor:
-    """(T, C) what one expert would put out for every token, before a weight."""
-    only = torch.zeros_like(call.weight)
-    only[:, 0] = 1
-    picks = torch.full_like(call.picks, expert)
-    return _called(module, args, kwargs, call, picks, only).reshape(len(only), -1)
-
-
-def _called(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    call: Routed,
-    index: Tensor,
-    weight: Tensor,
-) -> Tensor:
-    new = dict(zip(call.at, (index, weight), strict=True))
-    again = tuple(new.get(i, a) for i, a in enumerate(args))
-    out: Tensor = module.forward(*again, **{k: new.get(k, v) for k, v in kwargs.items()})
-    return out
 
 
 def check_experts(groups: Sequence[Group]) -> None:
@@ -185,14 +176,14 @@ def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
 
     def after(group: Group, path: str) -> Any:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = routed(args, kwargs)
+            call = routed(module, args, kwargs)
             if call is None or again or owner.setdefault(group.name, path) != path:
                 return
             if group.name not in found:
                 found[group.name] = ExpertStatistics.zeros(group.units, call.picks.device)
             unit = units[group.name].to(call.picks.device)
             for pick in range(call.picks.shape[1]):
-                f = output_of(module, args, kwargs, call, pick)
+                f = call.output_of(pick)
                 index = call.picks[:, pick]
                 known = unit[index.clamp(max=len(unit) - 1)]
                 # Experts without weights of their own come after the others, and count for none.

@@ -250,9 +250,9 @@ def test_what_is_no_expert_is_refused(tokens):
 def test_the_routing_is_told_by_types_and_shapes():
     index, weight = torch.zeros(6, 2, dtype=torch.int64), torch.ones(6, 2)
     x = torch.ones(6, 8)
-    assert routed((x, index, weight), {}).at == (1, 2)
-    assert routed((x, weight), {"picks": index}).at == ("picks", 1)
-    assert routed((x, weight), {}) is None
+    assert routed(None, (x, index, weight), {}).at == (1, 2)
+    assert routed(None, (x, weight), {"picks": index}).at == ("picks", 1)
+    assert routed(None, (x, weight), {}) is None
 
 
 def test_aimer_is_one_for_equal_sizes_and_free_of_scale(tokens):
