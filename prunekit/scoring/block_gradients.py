@@ -25,7 +25,14 @@ from prunekit.architecture.blocks import block_names
 from prunekit.architecture.mapped import mapped, release
 from prunekit.architecture.streaming import outside_blocks, streaming, turn
 from prunekit.errors import ConfigError
-from prunekit.scoring.gradients import TOKENS, Sink, backward, check_in_memory, only_these_train
+from prunekit.scoring.gradients import (
+    TOKENS,
+    Sink,
+    backward,
+    check_in_memory,
+    gradient_of,
+    only_these_train,
+)
 from prunekit.scoring.left_out import check_alone, left_out, like, tensors_in, without_first
 from prunekit.types import Run, tensor_of
 
@@ -161,7 +168,7 @@ class _ByBlock:
             with torch.enable_grad(), left_out(self.modules, partial(self._through, x)):
                 loss = forward(self.model, self.tokens[rows], labels=True).loss
                 (loss * self._share(rows)).backward()
-            ends[rows] = _gradient(x)
+            ends[rows] = gradient_of(x)
         self._release_ends()
 
     def _through(self, end: Tensor, number: int, x: Tensor, _rest: Any) -> Any:
@@ -184,7 +191,7 @@ class _ByBlock:
                 torch.autograd.backward([out], [self.inputs[b + 1][rows].to(out)])
             del out
             if needs_input:
-                self.inputs[b][rows] = _gradient(x)
+                self.inputs[b][rows] = gradient_of(x)
             if sums:
                 sums.add()
         self.inputs.pop()
@@ -219,7 +226,7 @@ class _ByBlock:
             if sums:
                 self.sink(name, p, *sums.of(name))
                 continue
-            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            gradient = gradient_of(p)
             processes.add_up([gradient])
             self.sink(name, p, gradient, None)
             p.grad = None
@@ -252,7 +259,3 @@ class _Squares:
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
         return self.sums.pop(name)
-
-
-def _gradient(x: Tensor) -> Tensor:
-    return torch.zeros_like(x) if x.grad is None else x.grad

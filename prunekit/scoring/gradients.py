@@ -23,6 +23,7 @@ from prunekit.activations.runs import samples_at_once
 from prunekit.architecture.blocks import block_modules
 from prunekit.architecture.linear import is_linear
 from prunekit.architecture.mapped import release
+from prunekit.architecture.matrices import shared_parameters
 from prunekit.errors import ConfigError
 from prunekit.types import Run, tensor_of
 
@@ -53,6 +54,11 @@ def only_these_train(model: nn.Module, names: set[str]) -> Iterator[None]:
         for n, p in model.named_parameters():
             p.requires_grad_(flags[n])
             p.grad = held[n]
+
+
+def gradient_of(x: Tensor) -> Tensor:
+    """Zeros where no backward reached `x`."""
+    return torch.zeros_like(x) if x.grad is None else x.grad
 
 
 def check_in_memory(model: nn.Module, names: Iterable[str]) -> None:
@@ -200,7 +206,7 @@ def _whole_batch(
     # The last batch did not reach them (experts that had no token), or other processes add theirs.
     for name in list(waiting):
         p = tensor_of(model, name)
-        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        gradient = gradient_of(p)
         processes.add_up([gradient])
         sink(name, p, gradient, None)
         p.grad = None
@@ -228,16 +234,11 @@ def _sample_by_sample(
 
 def _linear_owners(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     """Names of weights that only one linear module applies."""
-    wanted = set(names)
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                users[id(p)] = users.get(id(p), 0) + 1
+    shared, wanted = shared_parameters(model), set(names)
     found = {}
     for prefix, module in model.named_modules():
         name = f"{prefix}.weight"
-        if name in wanted and is_linear(module) and users[id(module.weight)] == 1:
+        if name in wanted and is_linear(module) and id(module.weight) not in shared:
             found[name] = module
     return found
 
