@@ -44,9 +44,10 @@ def angular(
         if choice == "angular":
             d = run_angles(model, g, run, n, tokens)
         else:
-            # An exclusion may have left the last block out already.
+            # The model's last block stays; an exclusion may have left it out already.
             spared = int(g.modules[-1] == block_names(model)[-1])
-            d = (torch.arange(g.units - n + 1) - max(0, g.units - n - spared)).abs() / g.units
+            start = max(0, g.units - n - spared)
+            d = (torch.arange(g.units - n + 1) - start).abs() / g.units
         best = int(d.argmin())
         inside = torch.stack([d[max(0, i - n + 1) : i + 1].min() for i in range(g.units)])
         outside = torch.ones(g.units)
@@ -58,8 +59,8 @@ def angular(
 def run_angles(
     model: nn.Module, group: Group, run: Run, n: int, tokens: Literal["last", "all"]
 ) -> Tensor:
-    """(L + 1 - n,) mean over tokens of arccos(cos(x_l, x_{l+n})) / pi, where x_l enters block l and
-    the last one leaves; what a batch has shown is dropped before the next.
+    """(U + 1 - n,) mean over tokens of arccos(cos(x_l, x_{l+n})) / pi: x_l enters block l of the
+    group's U, and x_U leaves the last one.
     """
     seen: list[Tensor] = []
     sums = torch.zeros(group.units + 1 - n, dtype=torch.float64)

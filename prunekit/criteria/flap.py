@@ -45,7 +45,10 @@ def flap(
     `skip` leaves that many tokens at the start of each sample out (the bias has `pruner.skip`): the
     first one often carries huge activations.
     """
-    return reader_scores(model, groups, run, metric, standardize, skip, heads == "squared")
+    squared = heads == "squared"
+    return reader_scores(
+        model, groups, run, metric, standardize=standardize, squared=squared, skip=skip
+    )
 
 
 @criteria.register(paper="arXiv 2306.11695, 2312.11983", year=2023, needs="data", kinds=KINDS)
@@ -53,7 +56,7 @@ def wanda_sp(model: nn.Module, groups: list[Group], run: Run) -> Scores:
     """Wanda's |w| * norm of the input, its mean over the columns of a unit: the structured Wanda
     that FLAP compares with.
     """
-    return reader_scores(model, groups, run, "WIFN", False, 0)
+    return reader_scores(model, groups, run, "WIFN")
 
 
 @torch.no_grad()
@@ -62,12 +65,17 @@ def reader_scores(
     groups: list[Group],
     run: Run,
     metric: Metric,
-    standardize: bool,
-    skip: int,
+    *,
+    standardize: bool = False,
     squared: bool = False,
+    skip: int = 0,
 ) -> Scores:
     """Channel values at the readers of each group, averaged over a unit's channels and over
     readers.
+
+    squared: values of heads are squared first.
+
+    Raises ConfigError for a group that no linear module reads.
     """
     found = {g.name: readers(model, g) for g in groups}
     for name, rs in found.items():
@@ -77,18 +85,18 @@ def reader_scores(
                 "down_proj)"
             )
     seen = moments(model, dict.fromkeys(r.name for rs in found.values() for r in rs), run, skip)
-    scores, kinds = {}, {g.name: g.kind for g in groups}
-    for name, rs in found.items():
+    scores = {}
+    for g in groups:
         parts = []
-        for r in rs:
+        for r in found[g.name]:
             values = channel_values(r, seen[r.name], metric)
-            if squared and kinds[name] == "heads":
+            if squared and g.kind == "heads":
                 values = values.square()
             s = values[r.member.index.to(r.weight.device)]  # (U, width)
             if standardize:  # channels that are all alike, as those of an idle expert, get 0
                 s = (s - s.mean()) / s.std().clamp(min=torch.finfo(s.dtype).tiny)
             parts.append(s.mean(1))
-        scores[name] = torch.stack(parts).mean(0)
+        scores[g.name] = torch.stack(parts).mean(0)
     return scores
 
 

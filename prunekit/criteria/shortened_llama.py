@@ -20,15 +20,6 @@ from prunekit.scoring.lean_backward import lean_activations
 from prunekit.types import Group, Run, Scores, tensor_of
 
 
-def weights_of(model: nn.Module, block: str) -> list[str]:
-    """Names of the weights of a block, norms included; biases are not scored."""
-    return [
-        f"{block}.{n}"
-        for n, _ in model.get_submodule(block).named_parameters()
-        if not n.endswith("bias")
-    ]
-
-
 @criteria.register(paper="arXiv 2402.02834", year=2024, needs="-", kinds=("blocks",))
 @torch.no_grad()
 def block_magnitude(
@@ -96,3 +87,12 @@ def block_ppl(
     more than those.
     """
     return {g.name: losses_without(model, g.modules, run, batch, reuse) for g in groups}
+
+
+def weights_of(model: nn.Module, block: str) -> list[str]:
+    """Names of the weights of a block, norms included; biases are not scored."""
+    return [
+        f"{block}.{n}"
+        for n, _ in model.get_submodule(block).named_parameters()
+        if not n.endswith("bias")
+    ]

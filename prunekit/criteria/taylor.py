@@ -4,6 +4,7 @@ to 5).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal
 
@@ -16,14 +17,13 @@ from prunekit.registry import Positive, criteria
 from prunekit.scoring.aggregate import Reduce, channel_sum, scored, unit_scores
 from prunekit.scoring.block_gradients import gradients
 from prunekit.scoring.lean_backward import lean_activations, lean_loss
-from prunekit.types import STRUCTURES, Group, Run, Scores
+from prunekit.types import STRUCTURES, Group, Run, Scores, tensor_of
 
 Mode = Literal["vectorize", "param_first", "param_second", "param_mix"]
-_CHUNK = {"cpu": 2**18}
+CHUNK, CHUNK_ON_CPU = 2**24, 2**18
 """Elements folded at a time: on a CPU a MiB of float32, which stays in cache between the operations
 on it.
 """
-_CHUNK_ELSEWHERE = 2**24
 
 
 @criteria.register(paper="arXiv 2305.11627", year=2023, needs="gradients", kinds=STRUCTURES)
@@ -51,38 +51,34 @@ def taylor(
     `by_block` differentiates one block at a time, with the memory of one (default: where
     `model.weights=disk`); what the blocks read waits in `store`.
     """
-    axes: dict[str, list[int]] = {}
+    axes: dict[str, set[int]] = defaultdict(set)
     for g in groups:
         for m in scored(g):
-            if m.axis not in axes.setdefault(m.param, []):
-                axes[m.param].append(m.axis)
+            axes[m.param].add(m.axis)
     per_channel: dict[tuple[str, int], Tensor] = {}
 
     def fold(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
-        for axis, values in channel_importance(
-            weight, gradient, mean_squared, mode, axes[name]
-        ).items():
-            per_channel[name, axis] = values
+        found = channel_importance(weight, gradient, mean_squared, mode, axes[name])
+        per_channel.update({(name, axis): values for axis, values in found.items()})
 
     trained = {n for n, _ in model.named_parameters()}
-    names = [n for n in axes if n in trained]  # buffers have no gradient
+    names = [n for n in axes if n in trained]
     with lean_activations(block_modules(model)), lean_loss(model):
         second = mode in ("param_second", "param_mix")
         gradients(
             model, names, run, fold, squares=second, batch=batch, by_block=by_block, store=store
         )
-    for name, used in axes.items():
-        if name not in trained:
-            for axis in used:
-                per_channel[name, axis] = torch.zeros(dict(model.named_buffers())[name].shape[axis])
+    for name in axes.keys() - trained:  # buffers have no gradient
+        shape = tensor_of(model, name).shape
+        per_channel.update({(name, axis): torch.zeros(shape[axis]) for axis in axes[name]})
     return {g.name: unit_scores(g, per_channel, reduce) for g in groups}
 
 
 def channel_importance(
     w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode, axes: Iterable[int]
 ) -> dict[int, Tensor]:
-    """Importance of each index of each axis in `axes` of weight `w`, in float32 on `w`'s device.
-    Norm weights (1-D): per element.
+    """By axis in `axes` of the weight `w` the importance of each index, float32 on `w`'s device; of
+    a vector that of each element.
 
     A stretch of rows at a time, in one buffer that stays in the processor's cache: a fold costs
     little more than reading `w` and `g`.
@@ -90,7 +86,8 @@ def channel_importance(
     shape = w.shape
     matrix = (shape[0], -1) if w.dim() < 3 else shape  # a vector is a matrix of one column
     w, g = w.reshape(matrix), g.reshape(matrix)
-    rows = min(len(w), max(1, _CHUNK.get(w.device.type, _CHUNK_ELSEWHERE) // max(1, w[0].numel())))
+    chunk = CHUNK_ON_CPU if w.device.type == "cpu" else CHUNK
+    rows = min(len(w), max(1, chunk // max(1, w[0].numel())))
     sums = {a: torch.zeros(shape[a], dtype=torch.float32, device=w.device) for a in axes}
     buffer = torch.empty((rows, *w.shape[1:]), dtype=torch.float32, device=w.device)
     across, down = buffer.new_ones(w.shape[-1]), buffer.new_ones(rows)
@@ -106,9 +103,8 @@ def channel_importance(
             if s.dim() > 2:  # fused experts
                 where = slice(i * rows, i * rows + len(s)) if a == 0 else slice(None)
                 total[where] += channel_sum(s, a)
-            elif (
-                a == 0
-            ):  # products with ones: several times faster than sum() along the first dimension
+            # Products with ones: several times faster than sum() along the first dimension.
+            elif a == 0:
                 torch.mv(s, across, out=total[i * rows : i * rows + len(s)])
             else:
                 total.addmv_(s.T, down[: len(s)])
@@ -118,8 +114,8 @@ def channel_importance(
 def element_importance(
     out: Tensor, w: Tensor, g: Tensor, squares: Tensor | None, mode: Mode
 ) -> None:
-    """Into `out`: signed for `vectorize` (the sum over a channel is taken before the absolute
-    value), else non-negative.
+    """Writes the importance of each weight to `out`: signed for `vectorize`, whose absolute value
+    is taken of a channel's sum, else non-negative.
     """
     out.copy_(w)
     if mode in ("vectorize", "param_first"):
