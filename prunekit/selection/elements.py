@@ -178,20 +178,22 @@ def check_pattern(
     or takes nothing at all; `counts` None where only weights and text can tell them. `axes` names
     matrices whose runs lie along the outputs (0) and not the inputs (1).
     """
+    if pattern is None:
+        return
     took = 0
-    for g in groups if pattern else ():
+    for g in groups:
+        if counts is not None and not counts.get(g.name):
+            continue
         axis = (axes or {}).get(g.name, 1)
         size = matrix(model, g).shape[axis]
-        if pattern and (counts is None or counts.get(g.name)):
-            if size % pattern.m:
-                raise ConfigError(
-                    f"{g.name} has {size} {('outputs', 'inputs')[axis]}, which the {pattern.m} of "
-                    "pruner.pattern do not divide: narrow pruner.targets"
-                )
-            if counts is None:
-                continue
+        if size % pattern.m:
+            raise ConfigError(
+                f"{g.name} has {size} {('outputs', 'inputs')[axis]}, which the {pattern.m} of "
+                "pruner.pattern do not divide: narrow pruner.targets"
+            )
+        if counts is not None:
             took += pattern.gone_of(counts[g.name], g.units, g.name)
-    if pattern and any((counts or {}).values()) and not took:
+    if any((counts or {}).values()) and not took:
         raise ConfigError(
             f"pruner.pattern=N:{pattern.m} takes nothing where the ratio asks for less than half "
             f"of {1 / pattern.m:.4g}: give a larger ratio, or longer runs"

@@ -27,8 +27,6 @@ Budgeted = Literal["prunable", "model", "memory_mib", "kv_cache", "macs", "laten
 values, multiply-accumulates of the prompt, milliseconds of the request.
 """
 MIB = 2**20
-
-
 REQUEST = {"batch": 1, "prompt": 128, "new_tokens": 16, "repeats": 3}
 
 

@@ -66,9 +66,14 @@ def uniform_counts(
     else:
         sizes = Sizes(model, groups)
         budget = target * (sizes.total if of == "model" else sizes.prunable())
-        together = ("heads",) if loadable == "deci" else ()
-        what = f"{target} of {of}"
-        wanted = solve(groups, sizes, budget, {} if stock else multiples, what, together)
+        wanted = solve(
+            groups,
+            sizes,
+            budget,
+            {} if stock else multiples,
+            what=f"{target} of {of}",
+            together=("heads",) if loadable == "deci" else (),
+        )
     if stock:
         share = {g.kind: wanted[g.name] / g.units for g in groups}
         return same_in_every_layer(
@@ -126,11 +131,17 @@ def solve(
     sizes: Sizes,
     budget: float,
     multiples: Multiples,
+    *,
     what: str,
     together: tuple[str, ...] = (),
 ) -> Counts:
     """Counts, proportional to each group's units, whose parameters come as near `budget` as one
-    unit (or one multiple) allows. All groups of a kind in `together` have the same count.
+    unit (or one multiple) allows.
+
+    what: the budget in words.
+    together: kinds of which all groups have the same count.
+
+    Raises ConfigError where the groups hold less than the budget.
     """
 
     def at(share: float) -> Counts:

@@ -33,7 +33,8 @@ def choose(model: nn.Module, groups: list[Group], scores: Scores, allocation: Al
         return kept
     least = must_stay(model, groups)
     if allocation.cut == "nearest":
-        return keep_nearest(scores, *whole_sizes(model, groups, allocation), least)
+        sizes_of_units, share = whole_sizes(model, groups, allocation)
+        return keep_nearest(scores, sizes_of_units, share, least)
     if allocation.budget == "units":
         total = sum(counts.values())
         return keep_pooled(scores, lambda c: sum(c.values()) <= total, least)

@@ -49,5 +49,5 @@ def test_what_fills_the_gap_keeps_to_the_multiple():
         Group("a", "neurons", 0, 90, (Member("a.weight", 1, torch.arange(90)[:, None]),)),
         Group("b", "heads", 0, 4, (Member("b.weight", 1, torch.arange(4)[:, None]),)),
     ]
-    counts = solve(groups, Sizes(model, groups), 909.0, {"neurons": 16}, "this")
+    counts = solve(groups, Sizes(model, groups), 909.0, {"neurons": 16}, what="this")
     assert counts == {"a": 10, "b": 0}
