@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import takewhile
 
 from torch import nn
 
@@ -25,6 +26,12 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
     # Outer modules are named before inner ones, and max takes the first of equals.
     path, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return tuple(f"{path}.{i}" if path else str(i) for i in range(len(blocks)))
+
+
+def innermost_around(names: Iterable[str]) -> str:
+    """The innermost module that holds all the named ones, or is one of them."""
+    levels = zip(*(name.split(".") for name in names))
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels))
 
 
 def check_unbroken(blocks: Sequence[str], doing: str) -> None:

@@ -15,6 +15,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
+from prunekit.architecture.blocks import innermost_around
 from prunekit.architecture.linear import is_linear
 from prunekit.errors import ConfigError
 from prunekit.types import Group, Member, tensor_of
@@ -82,22 +83,12 @@ def _sublayers(
                 f"{block} is no chain of norm, sub-layer and sum: on the residual stream stand "
                 f"{', '.join(names)}"
             )
-        readers, writers = (
-            names[at + 1 : at + 1 + counts[1]],
-            names[at + 1 + counts[1] : at + sum(counts)],
-        )
-        shared = [
-            parts[0]
-            for parts in takewhile(
-                lambda parts: len(set(parts)) == 1, zip(*(n.split(".") for n in readers + writers))
-            )
-        ]
-        module = ".".join(shared)
-        if not module.startswith(block + ".") or module in readers + writers:
-            raise ConfigError(
-                f"{block}: {', '.join(readers + writers)} are not inside one sub-layer"
-            )
-        found.append(Sublayer(module, names[at], tuple(readers), tuple(writers)))
+        norm, *linear = names[at : at + sum(counts)]
+        module = innermost_around(linear)
+        if not module.startswith(block + ".") or module in linear:
+            raise ConfigError(f"{block}: {', '.join(linear)} are not inside one sub-layer")
+        readers, writers = linear[: counts[1]], linear[counts[1] :]
+        found.append(Sublayer(module, norm, tuple(readers), tuple(writers)))
         at += sum(counts)
     return tuple(found)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from prunekit.architecture.blocks import innermost_around
 from prunekit.types import Group, Member, tensor_of
 
 
@@ -24,10 +25,8 @@ def expert_slabs(model: nn.Module, group: Group) -> list[Member]:
 
 def module_around(group: Group) -> str:
     """The innermost module that holds a router and all of its experts."""
-    names = [m.param.split(".")[:-1] for m in group.members]
-    names += [path.split(".")[:-1] for path in group.modules]
-    same = [parts[0] for parts in zip(*names) if len(set(parts)) == 1]
-    return ".".join(same)
+    inside = [*(m.param for m in group.members), *group.modules]
+    return innermost_around(name.rpartition(".")[0] for name in inside)
 
 
 def around(path: str) -> list[str]:

@@ -12,7 +12,8 @@ from torch import nn
 
 from prunekit.errors import ConfigError
 from prunekit.graph import discover, edits, remove, report
-from prunekit.types import Group
+from prunekit.graph.expert_neurons import module_around
+from prunekit.types import Group, Member
 
 
 def by_name(groups: list[Group]) -> dict[str, Group]:
@@ -190,3 +191,10 @@ def test_rescale_is_refused_where_a_norm_has_no_such_correction(architecture: nn
     units = by_name(discover(architecture))["hidden"].units
     with pytest.raises(ConfigError, match="LayerNorm"):
         remove(architecture, {"hidden": torch.arange(units) < units - 4}, norm="rescale")
+
+
+def test_the_module_around_experts_ends_where_their_names_part() -> None:
+    unit = torch.arange(4)[:, None]
+    names = ("block.moe.router.layer.weight", "block.moe.experts.layer.w1")
+    members = tuple(Member(name, 0, unit) for name in names)
+    assert module_around(Group("experts.0", "experts", 0, 4, members)) == "block.moe"
