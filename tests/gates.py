@@ -4,6 +4,8 @@ norms and routers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,10 +52,10 @@ parameters.
 """
 
 
-def build(name: str) -> nn.Module:
+def build(config: str, sizes: dict[str, Any]) -> nn.Module:
+    """A causal LM of transformers' class `config`, with random weights that all matter."""
     import transformers
 
-    config, sizes = MODELS[name]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, config)(**sizes)

@@ -184,17 +184,11 @@ def block_kinds(model: nn.Module, path: str) -> list[int]:
             settings = [
                 (k, v)
                 for k, v in sorted(vars(module).items())
-                if isinstance(v, (int, str, bool, type(None)))
+                if isinstance(v, (int, str, type(None)))
+                and (sub, k) not in numbered
+                and k != "training"
             ]
-            parts.append(
-                (
-                    sub,
-                    type(module).__qualname__,
-                    tuple(
-                        (k, v) for k, v in settings if (sub, k) not in numbered and k != "training"
-                    ),
-                )
-            )
+            parts.append((sub, type(module).__qualname__, settings))
         parts += [(n, tuple(p.shape)) for n, p in tensors(block)]
         out.append(first.setdefault(repr(parts), i))
     return out

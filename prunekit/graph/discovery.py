@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -72,15 +72,11 @@ def find_candidates(model: nn.Module, each: int = 1) -> tuple[nn.Module, Discove
     if skip:
         labels, _ = trace(small, inputs, Trace(small, skip))
     labels = with_generation(small, inputs, skip, labels)
-    typed, refused, solution = type_units(small, labels)
-    typed, refused, solution, labels = with_all_experts(
-        small, inputs, skip, (typed, refused, solution, labels)
-    )
-    found = candidates(solution, typed, small, representatives, model)
-    left = refused + [LeftAlone(n, UNTOUCHED) for n in untouched(small, labels)]
-    used = [
-        path for path in block_lists(model) if any(n.startswith(path + ".") for n in labels.touched)
-    ]
+    units = with_all_experts(small, inputs, skip, type_units(small, labels))
+    found = candidates(units.solution, units.typed, small, representatives, model)
+    left = units.refused + [LeftAlone(n, UNTOUCHED) for n in untouched(small, units.labels)]
+    touched = units.labels.touched
+    used = [path for path in block_lists(model) if any(n.startswith(path + ".") for n in touched)]
     blocks = blocks_of(model, used)
     if blocks is None:
         where = f"{len(used)} lists ({', '.join(used[:4])})"
@@ -116,7 +112,23 @@ def with_generation(
     return both if len(untouched(small, both)) < len(untouched(small, first)) else first
 
 
-TypedUnits = tuple[list[TypedFamily], list[LeftAlone], Solution, Trace]
+class TypedUnits(NamedTuple):
+    """What a trace comes to: its labels, solved, and the kinds of what can be pruned."""
+
+    labels: Trace
+    solution: Solution
+    typed: list[TypedFamily]
+    refused: list[LeftAlone]
+
+    @property
+    def experts(self) -> int:
+        """How many families are experts."""
+        return sum(t.kind == "experts" for t in self.typed)
+
+
+def type_units(small: nn.Module, labels: Trace) -> TypedUnits:
+    solution = Solution(labels)
+    return TypedUnits(labels, solution, *type_families(small, solution, solution.families()))
 
 
 def with_all_experts(
@@ -125,30 +137,17 @@ def with_all_experts(
     """Where a top-k did not lead to experts in stacked weights, trace again with all experts
     picked: one that no token took has no labels.
     """
-    typed, _, _, labels = first
-    routed = {t.block for t in typed if t.kind == "experts" and not t.modules}
-    picks = [p for p in labels.picks if block_of(p[0], block_lists(small)) not in routed]
+    routed = {t.block for t in first.typed if t.kind == "experts" and not t.modules}
+    picks = [p for p in first.labels.picks if block_of(p[0], block_lists(small)) not in routed]
     if not picks or not pick_all_experts(small, picks):
         return first
     try:
         again, _ = trace(small, inputs, Trace(small, skip))
     except ERRORS:
         return first
-    again.least = labels.least
-    second = (*type_units(small, again), again)
-    return (
-        second
-        if sum(t.kind == "experts" for t in second[0]) >= sum(t.kind == "experts" for t in typed)
-        else first
-    )
-
-
-def type_units(
-    small: nn.Module, labels: Labels
-) -> tuple[list[TypedFamily], list[LeftAlone], Solution]:
-    solution = Solution(labels)
-    typed, refused = type_families(small, solution, solution.families())
-    return typed, refused, solution
+    again.least = first.labels.least
+    second = type_units(small, again)
+    return second if second.experts >= first.experts else first
 
 
 def blocks_of(model: nn.Module, used: Sequence[str]) -> Group | None:
@@ -238,23 +237,17 @@ def keep_proven(
     found: Discovery, verdicts: dict[Pattern, Verdict], uncached: str | None
 ) -> Discovery:
     """Keep for each place the first candidate that is proven; say why the others are not."""
+    proven = {pattern for pattern, verdict in verdicts.items() if verdict.recipe is not None}
     kept, left = [], list(found.left_alone)
     for c in found.candidates:
-        chosen = next(
-            (
-                o
-                for o in [c, *c.alternatives]
-                if verdicts.get(o.pattern, Verdict(None)).recipe is not None
-            ),
-            None,
-        )
+        chosen = next((o for o in (c, *c.alternatives) if o.pattern in proven), None)
         if chosen is None:
             none = Verdict(None, "its small version has no such units")
             left.append(LeftAlone(c.group.name, verdicts.get(c.pattern, none).reason))
         else:
             kept.append(chosen)
     blocks = found.blocks
-    if blocks and verdicts[BLOCKS].recipe is None:
+    if blocks and BLOCKS not in proven:
         blocks = None
         left.append(LeftAlone("blocks", verdicts[BLOCKS].reason))
     return Discovery(kept, verdicts, left, found.skip, blocks, uncached)

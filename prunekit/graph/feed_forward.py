@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunekit.architecture.linear import is_linear, weight_of
+from prunekit.architecture.linear import is_linear, makes, weight_of
 from prunekit.errors import ConfigError
 from prunekit.graph.replay import Replay
-from prunekit.types import Group, Member
+from prunekit.types import Group
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def feed_forwards(model: nn.Module, groups: Iterable[Group]) -> list[FeedForward
                 continue
             if not (leaf == "weight" and is_linear(model.get_submodule(module))):
                 break
-            if _outputs(model, m):
+            if makes(model, m):
                 makers += [Rows(module, index) for index in m.index.unbind(1)]
             else:
                 readers.append((module, m.index))
@@ -65,12 +65,6 @@ def feed_forwards(model: nn.Module, groups: Iterable[Group]) -> list[FeedForward
                 (reader, columns), rows = readers[0], tuple(makers)
                 found.append(FeedForward(g.name, g.layer, rows, reader, columns[:, 0]))
     return found
-
-
-def _outputs(model: nn.Module, member: Member) -> bool:
-    """Whether a weight's axis is the one of its outputs."""
-    module = model.get_submodule(member.param.removesuffix(".weight"))
-    return member.axis == (0 if isinstance(module, nn.Linear) else 1)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.graph.expert_neurons import around
 from prunekit.graph.sample_run import ERRORS, inputs_for
 
 IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
@@ -66,18 +67,12 @@ def pick_all_experts(model: nn.Module, picks: Sequence[tuple[str, int, int]]) ->
     """
     changed = False
     for scope, k, n in picks:
-        parts = scope.split(".")
-        holders = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts), 0, -1)]
-        for holder in [
-            *holders,
-            *(c for h in holders if hasattr(c := getattr(h, "config", None), "__dict__")),
-        ]:
+        modules = [model.get_submodule(path) for path in around(scope)]
+        own = [m.config for m in modules if hasattr(getattr(m, "config", None), "__dict__")]
+        for holder in [*modules, *own]:
             for attr, value in list(vars(holder).items()):
-                if (
-                    type(value) is int
-                    and value == k < n
-                    and any(part in attr for part in ("top", "per_tok"))
-                ):
+                picked = type(value) is int and value == k < n
+                if picked and any(part in attr for part in ("top", "per_tok")):
                     setattr(holder, attr, n)
                     changed = True
     return changed

@@ -110,9 +110,8 @@ def contraction(lab: Labels, op: Op) -> None:
     vector, scalar = op.name in ("mv", "addmv"), op.name == "dot"
 
     def left(f: Tensor) -> Tensor:
-        return (
-            (f[None] if scalar else f) if f.dim() == 3 else (f[None] if scalar else f)[None]
-        ).unsqueeze(-1)
+        f = f[None] if scalar else f
+        return (f if f.dim() == 3 else f[None]).unsqueeze(-1)
 
     def right(f: Tensor) -> Tensor:
         f = f.unsqueeze(-1) if vector or scalar else f
@@ -200,13 +199,8 @@ def reduction(lab: Labels, op: Op) -> None:
         elementwise(lab, op)
         return
     keepdim = op.outs[0].dim() == x.dim()
-    flag = (
-        "sum"
-        if op.name in ("sum", "nansum")
-        else "order"
-        if op.name in ("max", "argmax")
-        else "statistic"
-    )
+    flags = {"sum": "sum", "nansum": "sum", "max": "order", "argmax": "order"}
+    flag = flags.get(op.name, "statistic")
     fields = reduce_fields(lab, lab.fields(x), dims, flag, keepdim)
     for t in op.outs:
         lab.write(t, [f for f in fields if f.dim() == t.dim()])
@@ -243,6 +237,7 @@ def along(lab: Labels, op: Op) -> None:
     """
     dims = reduced_dims(op) or []
     order = op.name in ("topk", "sort", "argsort", "kthvalue")
+    flag = "order" if order else "statistic" if "softmax" in op.name else "scan"
     out = []
     for f in lab.fields(op.args[0]):
         hit = [d for d in dims if f.size(d) > 1]
@@ -250,10 +245,7 @@ def along(lab: Labels, op: Op) -> None:
             if op.name == "topk":
                 lab.least.append((np.unique(lab.group(f, hit).numpy()), int(op.args[1])))
                 lab.picks.append((lab.scope[-1], int(op.args[1]), f.size(hit[0])))
-            lab.flag(
-                "order" if order else "statistic" if "softmax" in op.name else "scan",
-                lab.group(f, hit),
-            )
+            lab.flag(flag, lab.group(f, hit))
             if order:
                 left = [i for i in varying(f) if i not in hit]
                 if not left:
@@ -273,15 +265,9 @@ def norm(lab: Labels, op: Op) -> None:
         hit = [d for d in dims if f.size(d) > 1]
         if hit:
             lab.flag("statistic", lab.group(f, hit))
-    for t in op.args[2 if op.name != "native_group_norm" else 1 :]:
-        if isinstance(t, Tensor):
-            for f in lab.fields(t):
-                fields.append(
-                    ranked(
-                        f.reshape((1, -1) + (1,) * (rank - 2))
-                        if op.name == "native_group_norm"
-                        else f,
-                        rank,
-                    )
-                )
+    by_group = op.name == "native_group_norm"  # whose channels are dim 1
+    for t in op.args[1 if by_group else 2 :]:
+        for f in lab.fields(t) if isinstance(t, Tensor) else ():
+            f = f.reshape((1, -1) + (1,) * (rank - 2)) if by_group else f
+            fields.append(ranked(f, rank))
     lab.write(op.outs[0], lab.merge(fields))

@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import gates
 import pytest
-import torch
 from torch import nn
-
-from prunekit.graph.small_model import randomised
 
 LLAMA = {
     "hidden_size": 48,
@@ -51,34 +48,22 @@ ARCHITECTURES = {
             "n_ctx": 64,
         },
     ),
-    "phi3": ("Phi3Config", {k: v for k, v in BIG.items() if k != "head_dim"} | {}),
+    "phi3": ("Phi3Config", {k: v for k, v in BIG.items() if k != "head_dim"}),
     "opt": ("OPTConfig", {**OLD, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "bloom": ("BloomConfig", {"hidden_size": 64, "n_head": 8, "n_layer": 3, "vocab_size": 128}),
 }
 
 
-def build(name: str) -> nn.Module:
-    import transformers
-
-    config, sizes = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, config)(**sizes)
-    ).eval()
-    model.config.use_cache = False
-    return randomised(model)
-
-
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> nn.Module:
     """A tiny model; copy it before changing it."""
-    return build(request.param)
+    return gates.build(*ARCHITECTURES[request.param])
 
 
 @pytest.fixture(scope="session")
 def llama() -> nn.Module:
     """A tiny tied GQA Llama; copy it before changing it."""
-    return build("llama")
+    return gates.build(*ARCHITECTURES["llama"])
 
 
 @pytest.fixture(scope="session", params=gates.MODELS)
@@ -86,10 +71,10 @@ def passing_norms_and_routers(request: pytest.FixtureRequest) -> nn.Module:
     """Experts; ranks with a norm over them; LayerNorms without parameters. Copy it before changing
     it.
     """
-    return gates.build(request.param)
+    return gates.build(*gates.MODELS[request.param])
 
 
 @pytest.fixture(scope="session")
 def mixtral() -> nn.Module:
     """Two blocks with five experts each; copy it before changing it."""
-    return gates.build("mixtral")
+    return gates.build(*gates.MODELS["mixtral"])
