@@ -151,5 +151,10 @@ def of_run(cfg: dict[str, Any]) -> Inventory:
         else f"pruner={pruner}"
     )
     return inventory(
-        model, title, True, parts.exclude, f"exclude={cfg['exclude']['name']}", kinds, asks
+        model,
+        title,
+        exclude=parts.exclude,
+        excluded_by=f"exclude={cfg['exclude']['name']}",
+        kinds=kinds,
+        kinds_by=asks,
     )

@@ -68,6 +68,7 @@ class Inventory:
 def inventory(
     model: nn.Module,
     title: str = "",
+    *,
     verify: bool = True,
     exclude: Callable[[list[Group]], list[Group]] | None = None,
     excluded_by: str = "exclude",

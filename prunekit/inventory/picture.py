@@ -32,26 +32,22 @@ def svg(found: Inventory, block: int | None = None) -> str:
 
 def chosen(blocks: Sequence[Stack], block: int | None) -> tuple[Stack, str]:
     """The stack and the path of the block with that number; by default the first one of the most
-    common make.
+    common make. Raises ConfigError for a number that none has.
     """
     if block is None:
         stack = max(blocks, key=lambda s: len(s.blocks))
         return stack, stack.blocks[0]
+    there: dict[int, tuple[Stack, str]] = {}
     for stack in blocks:
-        for alike in stack.alike:
-            for e in alike.entries:
-                if e.group.layer == block and e.block:
-                    return stack, e.block
-    there = sorted(
-        e.group.layer
-        for s in blocks
-        for a in s.alike
-        for e in a.entries
-        if e.group.layer is not None
-    )
-    raise ConfigError(
-        f"groups: no block {block} with groups of its own; there are {there[0]} to {there[-1]}"
-    )
+        for e in (e for alike in stack.alike for e in alike.entries):
+            if e.group.layer is not None and e.block:
+                there.setdefault(e.group.layer, (stack, e.block))
+    if block not in there:
+        raise ConfigError(
+            f"groups: no block {block} with groups of its own; there are {min(there)} to "
+            f"{max(there)}"
+        )
+    return there[block]
 
 
 def rows(lanes: Sequence[Alike], path: str) -> list[Row]:

@@ -64,7 +64,7 @@ def group_node(above: Tree, alike: Alike, whole: bool) -> None:
 
 
 def size(e: Entry) -> str:
-    """`3 units of 221,184 parameters, at least 1 stays`."""
+    """`8 units of 221,184 parameters, at least 2 must stay`."""
     each = f"{e.each[0]:,}" if len(e.each) == 1 else f"{min(e.each):,} to {max(e.each):,}"
     least = f", at least {e.least} must stay" if e.least > 1 else ""
     return f"{e.group.units} units of {each} parameters{least}"
