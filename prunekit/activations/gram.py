@@ -51,9 +51,8 @@ class GramStatistics:
         x = x.reshape(-1, x.shape[-1]).float()
         w = torch.ones(len(x), device=x.device) if w is None else w.reshape(-1).float()
         root = w.sqrt()[:, None]
-        xw = (
-            (x * root).bfloat16().float() if self.bf16 else x * root
-        )  # the same rounding in all sums: a centred gram stays positive
+        # The same rounding in all sums: a centred gram stays positive.
+        xw = (x * root).bfloat16().float() if self.bf16 else x * root
         with rounding(self.bf16):
             self.gram += xw.T @ xw
         self.sum_x += xw.T @ root[:, 0]

@@ -35,10 +35,8 @@ class Moments:
         x = x.reshape(-1, x.shape[-1]).float()
         if not len(x):
             return
-        self.mean, self.m2 = (
-            self.mean.to(x.device),
-            self.m2.to(x.device),
-        )  # offloaded modules run elsewhere than they rest
+        # Offloaded modules run elsewhere than they rest.
+        self.mean, self.m2 = self.mean.to(x.device), self.m2.to(x.device)
         mean = x.mean(0)
         gap = mean - self.mean
         total = self.count + len(x)

@@ -18,9 +18,8 @@ class Sizes:
 
     def __init__(self, model: nn.Module, groups: Iterable[Group]):
         self.groups = {g.name: g for g in groups}
-        self.shapes = {
-            name: tuple(p.shape) for name, p in model.named_parameters()
-        }  # tied tensors appear once
+        # Tied tensors appear once.
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.total = sum(math.prod(s) for s in self.shapes.values())
         self._modules = {
             name: sum(p.numel() for p in model.get_submodule(name).parameters())

@@ -86,18 +86,7 @@ def test_a_matrix_of_the_gate_is_scored_by_what_the_ffn_puts_into_down(tokens):
 
 def test_one_fused_matrix_of_gate_and_up_is_scored_channel_by_channel(tokens):
     """Phi-3 makes gate and up in one matrix: both rows of a channel have its norm."""
-    from transformers import AutoModelForCausalLM, Phi3Config
-
-    torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = tiny_model("phi3")
     asked = pose(model, tokens)
     groups = asked.matrices(["gate_up_proj"])
     assert competing_axes(model, groups) == {g.name: 0 for g in groups}
