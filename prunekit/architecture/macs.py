@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.architecture.linear import is_linear
+from prunekit.architecture.linear import is_linear, weight_of
 from prunekit.architecture.modes import eval_mode
 from prunekit.errors import ConfigError
 
@@ -99,14 +99,8 @@ def _linears(module: nn.Module) -> list[tuple[int, int]]:
     for child in module.children():
         parts = list(child.children()) if isinstance(child, nn.Sequential) else [child]
         if parts and all(is_linear(p) for p in parts):
-            shapes.append((_features(parts[0])[0], _features(parts[-1])[1]))
+            shapes.append((weight_of(parts[0]).shape[1], weight_of(parts[-1]).shape[0]))
     return shapes
-
-
-def _features(linear: nn.Module) -> tuple[int, int]:
-    weight = cast(Tensor, linear.weight)
-    a, b = weight.shape
-    return (a, b) if type(linear).__name__ == "Conv1D" else (b, a)
 
 
 def _matrix_elements(module: nn.Module) -> int:
@@ -148,18 +142,12 @@ def _visited(model: nn.Module, name: str, module: nn.Module) -> float:
     """Share of this module that one token meets: top_k / E for what lies inside of E routed
     experts, else 1.
     """
-    fused = _fused_experts(module)
-    if fused:
-        return (
-            min(_number(_TOP_K, module, model, fused[0].shape[0]), fused[0].shape[0])
-            / fused[0].shape[0]
-        )
-    path = name.split(".")
+    fused, path = _fused_experts(module), name.split(".")
+    experts = len(fused[0]) if fused else 0
     for i, (a, b) in enumerate(pairwise(path)):
-        if a == "experts" and b.isdigit():
+        if not experts and a == "experts" and b.isdigit():
             experts = len(list(model.get_submodule(".".join(path[: i + 1])).children()))
-            return min(_number(_TOP_K, module, model, experts), experts) / experts
-    return 1
+    return min(_number(_TOP_K, module, model, experts), experts) / experts if experts else 1
 
 
 def _number(names: tuple[str, ...], module: nn.Module, model: nn.Module, otherwise: int = 0) -> int:
@@ -218,8 +206,6 @@ def _widths(shapes: list[tuple[int, int]]) -> tuple[int, int]:
 
 def _config_head_dim(model: nn.Module) -> int:
     config: Any = getattr(model, "config", None)
-    hidden, heads = (
-        getattr(config, "hidden_size", None),
-        getattr(config, "num_attention_heads", None),
-    )
+    hidden = getattr(config, "hidden_size", None)
+    heads = getattr(config, "num_attention_heads", None)
     return hidden // heads if hidden and heads else 0

@@ -11,6 +11,7 @@ import operator
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,19 +60,19 @@ def stream(model: nn.Module, hidden: Group, blocks: tuple[str, ...]) -> Stream:
             f"the stream must start in one embedding and end in one norm, found {embeddings} and "
             f"{norms}"
         )
-    sides = {m.param.rpartition(".")[0]: m for m in hidden.members if m.param.endswith("weight")}
+    weights = {m.param.rpartition(".")[0]: m for m in hidden.members if m.param.endswith("weight")}
     return Stream(
         embeddings[0],
         blocks,
-        tuple(_sublayers(model, b, part, sides) for b, part in zip(blocks, inside, strict=True)),
+        tuple(_sublayers(model, b, part, weights) for b, part in zip(blocks, inside, strict=True)),
         norms[0],
     )
 
 
 def _sublayers(
-    model: nn.Module, block: str, names: list[str], members: dict[str, Member]
+    model: nn.Module, block: str, names: list[str], weights: dict[str, Member]
 ) -> tuple[Sublayer, ...]:
-    sides = [_side(model, n, members[n]) for n in names]
+    sides = [_side(model, n, weights[n]) for n in names]
     found, at = [], 0
     while at < len(names):
         counts: list[int] = []
@@ -102,12 +103,25 @@ def _side(model: nn.Module, name: str, member: Member) -> str:
     return "reads" if (member.axis == 1) == isinstance(module, nn.Linear) else "writes"
 
 
-@torch.no_grad()
-def gain_and_eps(norm: nn.Module) -> tuple[Tensor, float, str, float]:
-    """(C,) gain that an RMSNorm applies, what it adds to its weight to get it (0 or 1), the name of
-    its eps, and eps.
+class RmsNorm(NamedTuple):
+    """What an RMSNorm computes with.
 
-    Raises ConfigError for a norm that is not `x * gain / sqrt(mean(x^2) + eps)`.
+    Attributes:
+        gain: (C,), `offset` and its weight.
+        offset: 0 or 1.
+        eps_name: the module's attribute that holds `eps`.
+    """
+
+    gain: Tensor
+    offset: float
+    eps_name: str
+    eps: float
+
+
+@torch.no_grad()
+def gain_and_eps(norm: nn.Module) -> RmsNorm:
+    """Found by trying the norm. Raises ConfigError for one that is not `x * gain / sqrt(mean(x^2) +
+    eps)`.
     """
     weight: Tensor = norm.weight  # type: ignore[assignment]
     names = [k for k, v in vars(norm).items() if "eps" in k and isinstance(v, float)]
@@ -122,7 +136,7 @@ def gain_and_eps(norm: nn.Module) -> tuple[Tensor, float, str, float]:
             if torch.allclose(
                 seen, (weight.float() + offset).expand_as(seen), rtol=2e-2, atol=1e-3
             ):
-                return weight.float() + offset, offset, name, eps
+                return RmsNorm(weight.float() + offset, offset, name, eps)
     raise ConfigError(
         f"{type(norm).__name__} is no RMSNorm: its statistics would not survive a rotation of the "
         "residual stream"
