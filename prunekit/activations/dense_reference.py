@@ -94,10 +94,13 @@ def forward_until(
     batch: int,
     x: Tensor,
     names: list[str],
+    *,
     last: str | None = None,
 ) -> Seen:
-    """Run a block on the hidden state `x (n, T, C)`, no further than the reader `last`; readers
-    stand in `names` in order.
+    """Run `module`, standing where block number `block` stands, on the hidden state `x (n, T, C)`
+    of a batch, no further than the reader `last`; readers stand in `names` in order.
+
+    Raises ConfigError for a reader that does not see every token.
     """
     seen = Seen({}, {}, {}, x)
     out = x
@@ -203,34 +206,26 @@ class PairedStreams:
         # a process that sees a part of the batches.
         ends = p.inside == self.names[-1] and processes.count() == 1
         for i, rows in processes.own(list(enumerate(self.feed.rows))):
-            mine = forward_until(
-                self.feed, module, self.block, i, self.own[rows], self.names, p.inside
-            )
+            mine = self._seen(module, i, self.own[rows], p.inside)
             after, move = mine.after[p.inside], None
             if self.dense is not None:
-                theirs = forward_until(
-                    self.feed,
-                    self.before,
-                    self.block,
-                    i,
-                    self.dense[rows],
-                    self.names,
-                    None if ends else p.inside,
-                )
+                theirs = self._seen(self.before, i, self.dense[rows], None if ends else p.inside)
                 if ends:
                     self.dense[rows] = theirs.out
                 after = theirs.after[p.inside]
-                move = (
-                    after - mine.after[p.inside]
-                    if self.adds
-                    else theirs.y[p.inside] - mine.y[p.inside]
-                )
+                if self.adds:
+                    move = after - mine.after[p.inside]
+                else:
+                    move = theirs.y[p.inside] - mine.y[p.inside]
             add_in_turn(stats, rows, mine.x[p.inside], move, token_weights(after, relative))
         if processes.count() > 1:
             for sums in stats:
                 sums.add_up()
         self.passed = ends and self.dense is not None
         return stats
+
+    def _seen(self, module: nn.Module, batch: int, x: Tensor, last: str | None) -> Seen:
+        return forward_until(self.feed, module, self.block, batch, x, self.names, last=last)
 
     def advance(self, module: nn.Module) -> None:
         """Bring both streams to the next block."""

@@ -161,7 +161,9 @@ def _calls_inside(
 
 
 @contextmanager
-def watch_experts(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+def watch_experts(
+    model: nn.Module, groups: Sequence[Group]
+) -> Iterator[dict[str, ExpertStatistics]]:
     """Inside, every call of the groups' experts adds to their statistics, which come out by name;
     a group whose experts' outputs and weights cannot be had gets none.
 
