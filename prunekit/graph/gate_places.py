@@ -24,7 +24,7 @@ from prunekit.graph.gate_hooks import (
 )
 from prunekit.graph.groups import Candidate, Cut, Pattern
 from prunekit.graph.masks import zero_slices
-from prunekit.graph.sample_run import ERRORS, inputs_for
+from prunekit.graph.sample_run import ERRORS, in_words, inputs_for
 from prunekit.graph.small_model import small_version
 from prunekit.graph.verification import (
     MOVES,
@@ -177,7 +177,7 @@ def _try_places(
     try:
         cuts, reference = _reference(small, inputs, same, known.skip, routed)
     except ERRORS as error:
-        return Found(None, f"{type(error).__name__}: {str(error)[:100]}")
+        return Found(None, in_words(error))
     written = writers_of(known.candidates)
     sites = [
         Site(small, c.candidate.group, c.units.mask.float(), c.candidate.norms, written)
