@@ -21,7 +21,7 @@ TABLE = {
     "__main__": "cli",
     "__init__": "runner checkpoint graph",
     "inventory": "cli runner graph architecture errors types",
-    "cli": "export runner scoring activations checkpoint graph architecture registry source errors types",  # noqa: E501
+    "cli": "export runner selection scoring activations checkpoint graph architecture registry source errors types",  # noqa: E501
     "runner": "report problem checkpoint activations data architecture registry source errors types profiling",  # noqa: E501
     "report": "errors",
     "models": "checkpoint data graph architecture registry errors types",
