@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
@@ -27,14 +27,23 @@ from prunekit.runner.sweep import Plan
 log = logging.getLogger("prunekit")
 
 
+class Job(NamedTuple):
+    """Where a job writes, its overrides, and the configuration that they make."""
+
+    folder: Path
+    words: list[str]
+    cfg: dict[str, Any]
+
+
 class TableSweeper(Sweeper):
     """`params` are more overrides, swept or not, that hold for every job; what the user types wins
     over them.
     """
 
+    config: DictConfig
+
     def __init__(self, params: dict[str, Any] | None = None):
         self.params = dict(params or {})
-        self.config: DictConfig | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -56,9 +65,7 @@ class TableSweeper(Sweeper):
 
     def sweep_jobs(self, arguments: list[str], failures: list[str]) -> list[Any]:
         """Expands, skips, launches, and looks at how every job ended."""
-        config = self.config
-        assert config is not None
-        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         if self.typed("hydra.run.dir"):
             raise ConfigError(
                 "hydra.run.dir is of a single run; a sweep takes hydra.sweep.dir=FOLDER"
@@ -68,30 +75,23 @@ class TableSweeper(Sweeper):
             *arguments,
             *[sweep.override(k, v) for k, v in self.params.items() if k not in typed],
         ]
-        # Unresolved: an interpolation such as ${seed} is for each job to fill in.
-        base, rows, scales = (
-            OmegaConf.to_container(config[k]) if config.get(k) else None
-            for k in ("base", "rows", "scales")
-        )
-        plan = sweep.expand(words, rows, base, sweep.scale_of(config.get("scale", "full"), scales))  # type: ignore[arg-type]
+        plan = sweep.planned(words, self.config)
         top = self.choose_folder(plan)
-        jobs = [(top / name, [*said, *self.places(name)]) for name, said in plan.jobs]
-        todo = [
-            (folder, said)
-            for folder, said in jobs
-            if not resume.finished(folder, self.resolved(folder, said))
-        ]
+        jobs = [self.job(top / name, [*said, *self.places(name)]) for name, said in plan.jobs]
+        todo = [job for job in jobs if not resume.finished(job.folder, job.cfg)]
         log.info("%s: %d jobs, %d finished before", top, len(jobs), len(jobs) - len(todo))
         result = self.launch(todo)
         # Jobs in this process noted their failures themselves; the folders know those of all, but
         # for what a full disk did not take.
-        own = list(failures)
-        failures[:] = [
-            next((f for f in own if state == "unfinished" and f.startswith(start)), start + state)
-            for folder, _ in jobs
-            if (state := sweep.state(folder)) != "finished"
-            and (start := f"prunekit: job {folder} ")
-        ]
+        noted = list(failures)
+        failures.clear()
+        for job in jobs:
+            state, start = sweep.state(job.folder), f"prunekit: job {job.folder} "
+            own = [line for line in noted if line.startswith(start)]
+            if state == "unfinished" and own:
+                failures.append(own[0])
+            elif state != "finished":
+                failures.append(start + state)
         return result
 
     def choose_folder(self, plan: Plan) -> Path:
@@ -99,7 +99,6 @@ class TableSweeper(Sweeper):
         command finds again.
         """
         config = self.config
-        assert config is not None
         if not self.typed("hydra.sweep.dir"):
             table = config.get("table") or config.hydra.runtime.choices.get("experiment")
             name = sweep.folder_of(plan.key, table, config.get("scale", "full"))
@@ -112,12 +111,10 @@ class TableSweeper(Sweeper):
 
     def typed(self, key: str) -> bool:
         """Whether the user gives `key` of Hydra's own configuration."""
-        assert self.config is not None
         return any(o.startswith(f"{key}=") for o in self.config.hydra.overrides.hydra)
 
     def places(self, name: str) -> list[str]:
         """Overrides that put a job into its folder."""
-        assert self.config is not None
         top = (
             []
             if self.typed("hydra.sweep.dir")
@@ -125,20 +122,19 @@ class TableSweeper(Sweeper):
         )
         return [f"hydra.sweep.subdir={sweep.quoted(name)}", *top]
 
-    def resolved(self, folder: Path, said: Sequence[str]) -> dict[str, Any]:
-        """The configuration that this job will see."""
-        composed = self.context.config_loader.load_sweep_config(self.config, list(said))  # type: ignore[arg-type]
+    def job(self, folder: Path, words: list[str]) -> Job:
+        """The job with the configuration that it will see."""
+        composed = self.context.config_loader.load_sweep_config(self.config, list(words))
         OmegaConf.set_readonly(composed, False)
         with open_dict(composed):
             del composed["hydra"]
             composed.out = str(folder)
-        return sweep.plain_config(composed)
+        return Job(folder, words, sweep.plain_config(composed))
 
     def use_tolerant_launcher(self) -> None:
         """submitit's own launchers give up at the first killed job; ours take their place, with the
         same options.
         """
-        assert self.config is not None
         target = self.config.hydra.launcher.get("_target_", "")
         if target.startswith("hydra_plugins.hydra_submitit_launcher."):
             OmegaConf.set_readonly(self.config, False)
@@ -147,7 +143,7 @@ class TableSweeper(Sweeper):
                 f"hydra_plugins.prunekit_sweeper.launchers.{ours}"
             )
 
-    def launch(self, todo: Sequence[tuple[Path, list[str]]]) -> list[Any]:
+    def launch(self, todo: Sequence[Job]) -> list[Any]:
         """Hand the jobs to the launcher. What a launcher raises does not hide what its jobs left
         behind.
         """
@@ -158,12 +154,14 @@ class TableSweeper(Sweeper):
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.context,
             task_function=self.task,
-            config=self.config,  # type: ignore[arg-type]
+            config=self.config,
         )
         here = isinstance(launcher, BasicLauncher)
-        with nullcontext() if here else progress.show_progress([folder for folder, _ in todo]):
+        if here:  # elsewhere they start at once, and with other files and devices
+            warn_of_refused(todo)
+        with nullcontext() if here else progress.show_progress([job.folder for job in todo]):
             try:
-                return list(launcher.launch([said for _, said in todo], initial_job_idx=0))
+                return list(launcher.launch([job.words for job in todo], initial_job_idx=0))
             except (
                 Exception
             ):  # a worker that was killed must not take the list of the others' ends along
@@ -172,3 +170,17 @@ class TableSweeper(Sweeper):
                     "same command"
                 )
                 return []
+
+
+def warn_of_refused(todo: Sequence[Job]) -> None:
+    """Warns, before the first job starts, of those that will fail because their components do not
+    take or do not go with their options.
+    """
+    from prunekit.runner import preflight  # imports torch: not where nothing is to be done
+
+    for job in todo:
+        try:
+            preflight.check_top(job.cfg)
+            preflight.build_components(job.cfg)
+        except ConfigError as e:
+            log.warning("job %s will fail: %s", job.folder, e)

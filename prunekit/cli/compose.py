@@ -14,7 +14,7 @@ def composed(words: Sequence[str]) -> Iterator[dict[str, Any]]:
     """
     from hydra import compose
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
     from prunekit.cli.overrides import check_keys
     from prunekit.cli.paths import composing
@@ -34,12 +34,7 @@ def composed(words: Sequence[str]) -> Iterator[dict[str, Any]]:
                     sweep.values(o)[0] for o in sweep.parse(words) if o.get_key_element() != "row"
                 ],
             )
-            base, rows, scales = (
-                OmegaConf.to_container(first[k]) if first[k] else None
-                for k in ("base", "rows", "scales")
-            )
-            plan = sweep.expand(words, rows, base, sweep.scale_of(first.scale, scales))  # type: ignore[arg-type]
-            for name, said in plan.jobs:
+            for name, said in sweep.planned(words, first).jobs:
                 cfg = compose("config", overrides=said)
                 with open_dict(cfg):
                     cfg.out = name

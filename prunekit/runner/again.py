@@ -14,23 +14,22 @@ from torch import nn
 from prunekit.checkpoint.manifest import MANIFEST, check_manifest
 from prunekit.checkpoint.replay import kept_masks
 from prunekit.errors import ConfigError
-from prunekit.profiling import Stages
 from prunekit.registry import Component, models
-from prunekit.runner import (
-    cache,
-    determinism,
-    preflight,
-    progress,
-    provenance,
-    results,
-    tracking,
-)
+from prunekit.runner import cache, determinism, preflight, tracking
 from prunekit.runner.dense import DenseModel, compares
-from prunekit.runner.distributed import first_process
 from prunekit.runner.finished import Finished
 from prunekit.runner.inputs import inputs
 from prunekit.runner.relations import check_keys, check_lengths, check_streamed
-from prunekit.runner.run import Job, check_finite, measure, pose, save, stage
+from prunekit.runner.run import (
+    Job,
+    check_finite,
+    finish,
+    measure,
+    pose,
+    record_of,
+    save,
+    stage,
+)
 from prunekit.runner.texts_at_hand import check_learnt, check_texts, warn_of_learnt
 from prunekit.types import Group, Kept, Pruned
 
@@ -61,10 +60,10 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
     path = Path(cfg["model"]["path"])
     parts = check_again(cfg, path, recover)
     stored = cache.open_cache(cfg)
-    teacher = inputs(made_of(path)) if asks_for_dense(parts, recover) else ()
-    standing = Finished(folder, cfg, models=bool(cfg["save"]), others=teacher, own=True)
+    teacher = inputs(made_of(path)) if asks_for_dense(parts) else ()
+    kept = Finished(folder, cfg, models=bool(cfg["save"]), others=teacher, own=True)
     dense = DenseModel(stored, lambda: dense_model(path, cfg["model"].get("device"))()[0])
-    job = Job(cfg, folder, parts, Stages(), {}, stored, standing, dense)
+    job = Job(cfg, folder, parts, stored, kept, dense)
     folder.mkdir(parents=True, exist_ok=True)
     track = tracking.open_track(config=cfg, folder=folder, **cfg["track"])
     with determinism.repeatable(cfg), track as tracker:
@@ -74,7 +73,7 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
         measure(job, "pruned", lambda: model, tokenizer, tracker)
         done, others = standing_in(model, path)
         saved = None
-        if recover and parts.recovery:
+        if parts.recovery:
             start = Pruned(model, done.kept | others.kept, done.groups + others.groups)
             with stage(job, "recover", "recovering"):
                 done.model = parts.recovery(pose(job, "recovered", model, tokenizer, {}), start)
@@ -83,55 +82,41 @@ def run_again(cfg: dict[str, Any], folder: Path, *, recover: bool) -> dict[str, 
             done.notes |= start.notes
             measure(job, "recovered", lambda: done.model, tokenizer, tracker)
             saved = save(replace(job, cfg=cfg | made_of(path)), done, tokenizer, tracker)
-        record = results.record(
-            cfg,
-            job.found,
-            job.stages.results,
-            done,
-            saved,
-            provenance.collect(cfg, None, job.kept.files),
-        )
-    if first_process():
-        results.write(folder / "result.json", record | {"cached": job.cache.used})
-    job.kept.drop()
-    progress.note(folder, "finished")
+        record = record_of(job, done, saved, tokens=None)
+    finish(job, record)
     return record
 
 
 def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Components:
-    """Raises ConfigError for parts that do not fit this checkpoint, judged by its shapes."""
+    """The parts with checked options, no recovery among them unless `recover`. Raises ConfigError
+    for those that do not fit this checkpoint, judged by its shapes.
+    """
     preflight.check_top(cfg)
     parts = preflight.build_components(cfg)
+    if not recover:
+        parts = replace(parts, recovery=None)
     check_keys(parts.evals)
-    check_streamed(parts.model, None, None, parts.recovery if recover else None)
+    check_streamed(parts.model, None, None, parts.recovery)
     if recover and parts.recovery is None:
         raise ConfigError("recover needs a recovery, for example recovery=lora_text")
     if not recover and not parts.evals:
         raise ConfigError("eval needs an eval, for example eval=quick")
-    if asks_for_dense(parts, recover):
+    if asks_for_dense(parts):
         check_dense(path, cfg["model"].get("device"))
     model, tokenizer = parts.model(meta=True)
-    check_lengths(model, *parts.evals.values(), parts.recovery if recover else None)
-    if recover and parts.recovery and "check" in parts.recovery.meta:
+    check_lengths(model, *parts.evals.values(), parts.recovery)
+    if parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
-    learn = [parts.recovery] if recover else []
-    check_texts(*parts.evals.values(), learnt=learn)
-    warn_of_learnt(parts.evals, learn)
-    if recover:
-        check_learnt(parts.recovery, tokenizer)
+    check_texts(*parts.evals.values(), learnt=[parts.recovery])
+    warn_of_learnt(parts.evals, [parts.recovery])
+    check_learnt(parts.recovery, tokenizer)
     return parts
 
 
-def asks_for_dense(parts: preflight.Components, recover: bool) -> bool:
+def asks_for_dense(parts: preflight.Components) -> bool:
     """Whether an eval compares with the dense model, or the recovery learns from it."""
-    return any(map(compares, parts.evals.values())) or (
-        recover and learns_from_dense(parts.recovery)
-    )
-
-
-def learns_from_dense(recovery: Component | None) -> bool:
-    """Whether a recovery asks for the model as it was before anything was pruned."""
-    return recovery is not None and bool(recovery.meta.get("dense"))
+    learns = parts.recovery is not None and bool(parts.recovery.meta.get("dense"))
+    return learns or any(map(compares, parts.evals.values()))
 
 
 def made_of(path: Path) -> dict[str, Any]:

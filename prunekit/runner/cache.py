@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,10 @@ class Cache:
         What is computed draws from the run's seed and moves no generator, so a hit leaves them
         where a miss does.
         """
-        known: list[Any] = []
+
+        @cache
+        def prints() -> list[Any]:
+            return [model_print(model), {name: tokens_print(t) for name, t in texts.items()}]
 
         def kept(
             module: str,
@@ -127,10 +131,7 @@ class Cache:
 
             if not (self.on and module_file(module) and at_hand(model)):
                 return seeded()
-            if not known:
-                hashes = {n: tokens_print(t) for n, t in texts.items()}
-                known.extend([model_print(model), hashes])
-            key = digest([module, __name__], "kept", name, list(parts), *known)
+            key = digest([module, __name__], "kept", name, list(parts), *prints())
             found: dict[str, Tensor] = self.remember(Entry.of_kept(key, name), seeded)
             return found
 
@@ -163,17 +164,12 @@ def digest(modules: list[str], *parts: Any) -> str:
     of a result hang on: versions of Python, whose own text is read, and of packages, devices,
     threads, precision, determinism.
     """
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
     where = [
         code_hash(modules),
         torch.__version__,
         platform.python_version(),
         [provenance.version_of(package) for package in PACKAGES],
-        gpus,
+        provenance.gpu_names(),
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
@@ -247,19 +243,15 @@ def tokenizer_print(tokenizer: Any) -> str:
 
 
 def files_print(node: Any) -> list[State]:
-    """(path, size, time of change) of the local files that an eval's options name, and of the data
-    folder.
+    """State of the local files that an eval's options name, also of all in the folders that they
+    name by a path, and of all in the data folder.
     """
     found: list[State] = []
     roots = {node.get("data_root") or "", os.environ.get("PRUNEKIT_DATA") or ""}
     for top in sorted({*strings(node), *roots} - {""}):
         path = Path(top).expanduser()
-        files = (
-            [path]
-            if path.is_file()
-            else sorted(p for p in path.rglob("*") if p.is_file())
-            if (top in roots or os.sep in top) and path.is_dir()
-            else []
-        )
-        found += map(state, files)
+        if path.is_file():
+            found.append(state(path))
+        elif (top in roots or os.sep in top) and path.is_dir():
+            found += [state(p) for p in sorted(path.rglob("*")) if p.is_file()]
     return found

@@ -43,11 +43,13 @@ class Standing:
 
 
 class Finished:
-    """Numbers of evaluations and models on disk, under the configuration, the code and the `files`
-    that made them; what others made is dropped, with a line. `models=False` keeps numbers alone.
-    `others`: files that decide results though `cfg` does not name them. `words`: what the same
-    command needs, to write into this folder again. `own=True` drops nothing where all is of others,
-    and raises ConfigError.
+    """Numbers of evaluations and models on disk, in folders named by a hash of the configuration,
+    the code and the `files` that made them; those of another hash are dropped, with a warning.
+
+    models: False keeps numbers alone.
+    others: files that decide results though `cfg` does not name them.
+    words: what the user adds to the same command for it to write into this folder again.
+    own: raises ConfigError, and drops nothing, where all that is there has another hash.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def located(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is one; a text that can be no path is none."""
+    """Whether there is a file; a text that can be no path (too long, a NUL) names none."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -46,19 +46,15 @@ def is_file(path: Path) -> bool:
 
 
 def state(path: Path) -> State:
-    """As it is now."""
+    """The state of a file now."""
     status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def strings(node: Any) -> Iterable[str]:
-    """Every string in a configuration."""
-    if isinstance(node, dict):
-        node = list(node.values())
-    return (
-        [s for v in node for s in strings(v)]
-        if isinstance(node, list)
-        else [node]
-        if isinstance(node, str)
-        else []
-    )
+def strings(node: Any) -> Iterator[str]:
+    """Every string among the values of a configuration's node, at any depth."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from strings(value)

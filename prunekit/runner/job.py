@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from prunekit.errors import ConfigError, NotFinite, cannot_write
-from prunekit.runner import parent, progress, resume
+from prunekit.runner import parent, progress, resume, store
 from prunekit.runner.distributed import first_process
 from prunekit.runner.run import objective, run
 from prunekit.runner.summary import show
@@ -25,12 +25,15 @@ from prunekit.runner.summary import show
 log = logging.getLogger("prunekit")
 LEFTOVERS = (".*.part*", ".*.old*", "*.tmp")
 """What a process leaves that is killed while it writes a checkpoint, an entry or a result."""
+AT_FIRST = (".hydra", "run.log", ".running")
+"""What Hydra and the lock put into a job's folder before the job begins."""
 
 
 def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
     """The objective of one job. A failure is written to `failed.txt` in its folder and noted in
-    `failures`. Two processes with the same job: one runs it, the other waits, and takes the result
-    where it is one of a sweep.
+    `failures`; a single run whose config is refused before it begins leaves an empty folder. Two
+    processes with the same job: one runs it, the other waits, and takes the result where it is one
+    of a sweep.
     """
     parent.follow()
     folder = Path(cfg["out"])
@@ -49,7 +52,11 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
         raise
     except Exception as e:  # noqa: BLE001 (any failure of one job must leave the others running)
         failures.append(f"prunekit: {which}{described(e, folder)}")
-        note_failure(folder, e)
+        if isinstance(e, ConfigError) and not sweeping() and not_begun(folder):
+            for name in AT_FIRST:  # by which reports would list it
+                store.discard(folder / name)
+        else:
+            note_failure(folder, e)
         return None
     if first_process():
         show(record, folder)
@@ -94,6 +101,11 @@ def tidy(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def not_begun(folder: Path) -> bool:
+    """Whether a job's folder has only what is there before the job begins."""
+    return folder.is_dir() and {p.name for p in folder.iterdir()} <= set(AT_FIRST)
 
 
 def described(error: Exception, folder: Path) -> str:

@@ -115,14 +115,14 @@ def check_top(cfg: dict[str, Any]) -> None:
     if not isinstance(cfg["track"], dict):
         raise ConfigError(f"track={cfg['track']!r} must be a mapping with a mode")
     checked_values("track", cfg["track"], tracking.OPTIONS)
-    for name, node in (cfg["eval"] or {}).items() if isinstance(cfg["eval"], dict) else ():
+    if not isinstance(cfg["eval"], dict | None):
+        raise ConfigError(f"eval={cfg['eval']!r} must be a mapping: a name for each eval")
+    for name, node in (cfg["eval"] or {}).items():
         if node is not None and not (isinstance(node, dict) and "name" in node):
             raise ConfigError(
                 f"eval.{name}={node!r} must be a mapping with the name of an eval; there are: "
                 f"{', '.join(registry.evals.names())}"
             )
-    if not isinstance(cfg["eval"], dict | None):
-        raise ConfigError(f"eval={cfg['eval']!r} must be a mapping: a name for each eval")
 
 
 def build_components(cfg: dict[str, Any]) -> Components:

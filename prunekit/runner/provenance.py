@@ -86,17 +86,19 @@ def token_hash(tokens: Tensor) -> str:
 
 def hardware() -> dict[str, Any]:
     """CPU, cores, threads, and the names of the GPUs."""
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
     return {
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": gpu_names(),
     }
+
+
+def gpu_names() -> list[str]:
+    """What each GPU calls itself; none without CUDA."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def version_of(package: str) -> str | None:

@@ -4,7 +4,6 @@ again. Nothing here imports torch.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -96,8 +95,8 @@ def finished(folder: Path, cfg: dict[str, Any]) -> bool:
 
 
 def whole_record(path: Path) -> dict[str, Any] | None:
-    """The content of a result file; None, once what lies there is set aside under another name, for
-    what is no result.
+    """The content of a result file. What is no result is renamed to `result.json.damaged`, with a
+    warning, and gives None.
     """
     try:
         if path.is_symlink() or not path.is_file():
@@ -108,11 +107,10 @@ def whole_record(path: Path) -> dict[str, Any] | None:
         ):
             raise ValueError("it lacks config, results or provenance")
     except (ValueError, RecursionError, OSError) as error:
-        aside = next(
-            p
-            for i in itertools.count()
-            if not os.path.lexists(p := path.with_name(f"{path.name}.damaged{i or ''}"))
-        )
+        aside, number = path.with_name(f"{path.name}.damaged"), 0
+        while os.path.lexists(aside):
+            number += 1
+            aside = path.with_name(f"{path.name}.damaged{number}")
         path.rename(aside)
         log.warning(
             "%s is no result (%s): it is now %s, the job is redone", path, error, aside.name

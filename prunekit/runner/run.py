@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,21 @@ log = logging.getLogger("prunekit")
 
 @dataclass
 class Job:
-    """What the stages of one run share: its parts, where it writes, and what it has
-    found so far.
+    """What the stages of one run share.
+
+    kept: its finished stages on disk.
+    stages: what each stage cost so far.
+    found: the numbers of the evals so far.
     """
 
     cfg: dict[str, Any]
     folder: Path
     parts: Components
-    stages: Stages
-    found: dict[str, float]
     cache: cache.Cache
     kept: Finished
     dense: DenseModel
+    stages: Stages = field(default_factory=Stages)
+    found: dict[str, float] = field(default_factory=dict)
 
 
 def run(cfg: dict[str, Any], folder: str | Path, words: str = "") -> dict[str, Any]:
@@ -75,7 +78,7 @@ def run(cfg: dict[str, Any], folder: str | Path, words: str = "") -> dict[str, A
     # Only now: it removes what another configuration kept, and a refused one is a typo.
     kept = Finished(path, cfg, models=bool(cfg["save"]), words=words)
     dense = DenseModel(stored, lambda: parts.model()[0])
-    job = Job(cfg, path, parts, Stages(), {}, stored, kept, dense)
+    job = Job(cfg, path, parts, stored, kept, dense)
     job.folder.mkdir(parents=True, exist_ok=True)
     track = tracking.open_track(config=cfg, folder=job.folder, **cfg["track"])
     with determinism.repeatable(cfg), track as tracker:
@@ -84,19 +87,8 @@ def run(cfg: dict[str, Any], folder: str | Path, words: str = "") -> dict[str, A
             standing = recovered(job, standing)
             measure(job, "recovered", lambda: standing.pruned.model, standing.tokenizer, tracker)
         saved = save(job, standing.pruned, standing.tokenizer, tracker)
-        record = results.record(
-            cfg,
-            job.found,
-            job.stages.results,
-            standing.pruned,
-            saved,
-            provenance.collect(cfg, standing.texts[CALIBRATION], job.kept.files),
-        )
-    if first_process():
-        results.write(job.folder / "result.json", record | {"cached": job.cache.used})
-    if not cfg.get("keep_stages"):
-        job.kept.drop()
-    progress.note(job.folder, "finished")
+        record = record_of(job, standing.pruned, saved, standing.texts[CALIBRATION])
+    finish(job, record)
     return record
 
 
@@ -275,6 +267,23 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> s
         )
     tracker.artifact("checkpoint", [folder / "config.json", folder / "pruning.json"])
     return str(folder)
+
+
+def record_of(job: Job, pruned: Pruned, saved: str | None, tokens: Tensor | None) -> dict[str, Any]:
+    """What the result file says of a job that is done; `saved` is its checkpoint, `tokens` what it
+    was calibrated on.
+    """
+    origin = provenance.collect(job.cfg, tokens, job.kept.files)
+    return results.record(job.cfg, job.found, job.stages.results, pruned, saved, origin)
+
+
+def finish(job: Job, record: dict[str, Any]) -> None:
+    """Writes the result file; the stages on disk go, unless `keep_stages`."""
+    if first_process():
+        results.write(job.folder / "result.json", record | {"cached": job.cache.used})
+    if not job.cfg.get("keep_stages"):
+        job.kept.drop()
+    progress.note(job.folder, "finished")
 
 
 def counts(job: Job) -> dict[str, float]:

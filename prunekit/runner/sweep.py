@@ -80,6 +80,17 @@ def expand(
     return Plan(unique(jobs), key_of(constants, jobs))
 
 
+def planned(words: Sequence[str], cfg: DictConfig) -> Plan:
+    """The jobs that `words` make of the table and at the scale of a composed configuration. Its
+    interpolations, such as ${seed}, are left for each job to resolve. Raises ConfigError.
+    """
+    base, rows, scales = (
+        OmegaConf.to_container(cfg[key]) if cfg.get(key) else None
+        for key in ("base", "rows", "scales")
+    )
+    return expand(words, rows, base, scale_of(cfg.get("scale", "full"), scales))  # type: ignore[arg-type]
+
+
 def stacked(*layers: dict[str, Any] | None) -> dict[str, Any]:
     """Mappings of overrides on top of each other. Choosing a component ends what lower ones said of
     its options: they may not exist in it.

@@ -146,6 +146,14 @@ def test_a_repeat_that_succeeds_is_no_failure(pruned, tmp_path):
     assert not (tmp_path / "failed.txt").exists()
 
 
+def test_stages_are_kept_where_asked_for(pruned, tmp_path):
+    words = ["eval", str(pruned[1]), *QUICK, "--to"]
+    assert main([*words, str(tmp_path / "dropped")]) == 0
+    assert not (tmp_path / "dropped" / "stages").exists()
+    assert main([*words, str(tmp_path / "kept"), "keep_stages=true"]) == 0
+    assert list((tmp_path / "kept" / "stages").rglob("pruned-*"))
+
+
 def test_zeros_of_a_checkpoint_stay_zero(tmp_path):
     words = ["pruner=unstructured", "criterion=weight_magnitude", "ratio.of=prunable"]
     run(config(*words), tmp_path / "pruned")

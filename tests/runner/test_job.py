@@ -40,6 +40,15 @@ def test_a_disk_that_cannot_be_written_is_a_message(tmp_path, monkeypatch, caplo
     assert os.strerror(code) in (tmp_path / "failed.txt").read_text()
 
 
+def test_only_a_run_that_has_begun_leaves_its_failure(tmp_path, monkeypatch):
+    failing(monkeypatch, ConfigError("no"))
+    assert failures_of(tmp_path) == ["prunekit: ConfigError: no"]
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "stage.txt").write_text("load")
+    failures_of(tmp_path)
+    assert "ConfigError: no" in (tmp_path / "failed.txt").read_text()
+
+
 def test_a_folder_that_takes_no_failure_stops_nothing(tmp_path, monkeypatch, caplog):
     failing(monkeypatch, ConfigError("no"))
     (tmp_path / "failed.txt").mkdir()

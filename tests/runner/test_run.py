@@ -216,11 +216,22 @@ def test_command_line_errors_name_what_is_possible(args, says, tmp_path):
 
 
 def test_a_failed_job_does_not_stop_a_sweep(tmp_path):
-    done = prunekit("-m", *TINY, "ratio.target=0.99,0.2", cwd=tmp_path)
+    done = prunekit("-m", *TINY, "ratio.target=0.99,0.2,20", cwd=tmp_path)
     assert done.returncode != 0
     assert "cannot be removed" in done.stderr
     assert len(list(tmp_path.glob("outputs/**/result.json"))) == 1
-    assert len(list(tmp_path.glob("outputs/**/failed.txt"))) == 1
+    assert len(list(tmp_path.glob("outputs/**/failed.txt"))) == 2
+    said = done.stderr
+    assert said.count("will fail") == 1
+    assert said.index("ratio.target=20 will fail: ratio=") < said.index("loading the model")
+
+
+def test_a_run_that_is_refused_is_no_job_for_the_report(tmp_path):
+    done = prunekit(*TINY, "ratio.target=20", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "ConfigError: ratio=" in done.stderr
+    [folder] = tmp_path.glob("outputs/*/*")
+    assert not list(folder.iterdir())
 
 
 def test_list_names_every_component(tmp_path):
