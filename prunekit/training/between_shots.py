@@ -25,4 +25,4 @@ def correct(
     """
     examples = [all_learnt(row) for row in tokens.tolist()]
     recipe = Recipe(lr=lr, max_steps=steps, batch=min(8, len(examples)))
-    train_and_merge(model, Updates(names, 8, 16, 0.0), examples, (), recipe, keep)
+    train_and_merge(model, Updates(names, r=8, alpha=16, dropout=0.0), examples, (), recipe, keep)

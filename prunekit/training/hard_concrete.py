@@ -93,6 +93,8 @@ class ExpectedSize:
         self.total = sum(p.numel() for p in named.values())
         self._members = [bool(g.members) for g in groups]
         self._modules = [bool(g.modules) for g in groups]
+        # A row for each parameter, whose product is its size: the lengths of its axes, then whether
+        # its expert and its block are there. Of what groups may remove, base has what stays anyway.
         base = torch.ones(len(named), axes + 2, dtype=torch.float64)
         row = {name: i for i, name in enumerate(named)}
         for name, p in named.items():

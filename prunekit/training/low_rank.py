@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -41,29 +42,37 @@ def train_and_merge(
 
     teacher, distillation: those of `train`.
     """
-    from transformers import set_seed
-
     from prunekit.training.trainer import train
 
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    set_seed(recipe.seed)  # the updates start at random
+    with low_rank_updates(model, updates, recipe.seed):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        history = train(
+            model,
+            examples,
+            recipe,
+            validation=validation,
+            keep=factor_masks(model, updates.names, keep),
+            teacher=teacher,
+            distillation=distillation,
+        )
+    apply_masks(model, keep)
+    return history, trained
+
+
+@contextmanager
+def low_rank_updates(model: nn.Module, updates: Updates, seed: int) -> Iterator[None]:
+    """Inside, updates that start at random require gradients and all else is frozen; afterwards
+    they are part of the weights, which require gradients as before.
+    """
+    from transformers import set_seed
+
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    set_seed(seed)
     inject(model, updates)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    factors = factor_masks(model, updates.names, keep)
-    history = train(
-        model,
-        examples,
-        recipe,
-        validation=validation,
-        keep=factors,
-        teacher=teacher,
-        distillation=distillation,
-    )
+    yield
     merge(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
-    apply_masks(model, keep)
-    return history, trained
 
 
 def check_updates(model: nn.Module, names: Sequence[str]) -> None:

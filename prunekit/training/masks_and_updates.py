@@ -13,7 +13,7 @@ from torch import nn
 from prunekit.data.training_examples import Example
 from prunekit.training.constraints import Constraint
 from prunekit.training.learned_masks import LearnedMasks
-from prunekit.training.low_rank import Updates, inject, merge
+from prunekit.training.low_rank import Updates, low_rank_updates
 from prunekit.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -62,21 +62,13 @@ def learn_with_updates(
 
     objective: of the updates' parameters, a context in which `learn` takes what it gives.
     """
-    from transformers import set_seed
-
     model = masks.model
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    set_seed(recipe.seed)  # the updates start at random
-    with masks.on_model():
-        inject(model, updates)
+    with masks.on_model(), low_rank_updates(model, updates, recipe.seed):
         gates_around_updates(model)
         learnt = [p for p in model.parameters() if p.requires_grad]
         given = nullcontext({}) if objective is None else objective(learnt)
         with given as how:
             history = learn(masks, examples, recipe, constraint, mask_lr, **how)
-    merge(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags[name])
     return history.curve
 
 

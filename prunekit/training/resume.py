@@ -40,9 +40,11 @@ class Stateful(Protocol):
         """As it was at `state`, when so many examples had been learnt from."""
 
 
-class Kept:
-    """What a training keeps in `recipe.progress` after a step, `beside` with it, and takes from
-    there before its first.
+class SavedTraining:
+    """How far a training is: written to `recipe.progress` after a step, and read from there before
+    the first one.
+
+    beside: what else than the trained parameters changes, and is kept with them.
     """
 
     def __init__(self, recipe: Recipe, curve: Curve, best: Best, beside: Sequence[Stateful]):
@@ -71,9 +73,7 @@ class Kept:
         scaler = trainer.accelerator.scaler
         facts = {
             "trainer": asdict(trainer.state),
-            "groups": [
-                {k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]
-            ],
+            "groups": [rates(group) for group in state["param_groups"]],
             "schedule": trainer.lr_scheduler.state_dict(),
             "scale": scaler.state_dict() if scaler else None,
             "logged": trainer._globalstep_last_logged,
@@ -85,63 +85,59 @@ class Kept:
         tensors[FACTS] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
         self.progress.write(tensors)
 
-    def folder(self, where: str) -> str | None:
-        """A folder from which the Trainer reads how many steps are done; None where none is."""
+    def trainer_folder(self, where: str) -> str | None:
+        """`where`, with the file in which the Trainer looks up how many steps are done; None for a
+        training that begins.
+        """
         if not self.found:
             return None
         Path(where, STATE_FILE).write_text(json.dumps(self.facts["trainer"]))
         return where
 
     @torch.no_grad()
-    def weights(self) -> None:
-        """Trained parameters, and the best ones so far."""
+    def restore_weights(self) -> None:
+        """The trained parameters, the best ones so far, and the curve."""
         best = self.best
         for i, parameter in enumerate(best.trained):
             parameter.copy_(self.found[f"trained:{i}"])
         best.loss, best.step, best.waited = self.facts["best"]
-        best.copies = [self.found[f"best:{i}"] for i in range(self.count("best:"))]
+        best.copies = [self.found[f"best:{i}"] for i in range(len(self.under("best:")))]
         self.curve.records[:] = self.facts["curve"]
 
     def under(self, prefix: str) -> dict[str, Tensor]:
+        """What was kept under names that begin with `prefix`, by the rest of them."""
         return {k.removeprefix(prefix): v for k, v in self.found.items() if k.startswith(prefix)}
 
-    def count(self, prefix: str) -> int:
-        return sum(name.startswith(prefix) for name in self.found)
-
-    def optimizer(self, trainer: Any) -> None:
-        """Moments and rates."""
+    def restore_optimizer(self, trainer: Any) -> None:
+        """Its moments, and the rates of the schedule."""
         optimizer = inner(trainer.optimizer)
         state: dict[int, dict[str, Tensor]] = {}
-        for name, value in self.found.items():
-            kind, _, rest = name.partition(":")
-            if kind == "optimizer":
-                index, _, key = rest.partition(":")
-                state.setdefault(int(index), {})[key] = value
+        for name, value in self.under("optimizer:").items():
+            index, _, key = name.partition(":")
+            state.setdefault(int(index), {})[key] = value
         groups = optimizer.state_dict()["param_groups"]
         told = [own | kept for own, kept in zip(groups, self.facts["groups"], strict=True)]
         optimizer.load_state_dict({"state": state, "param_groups": told})
         trainer.lr_scheduler.load_state_dict(self.facts["schedule"])
 
-    def scale(self, trainer: Any) -> None:
+    def restore_scale(self, trainer: Any) -> None:
         """By what losses are multiplied in mixed float16, which grows and falls with the steps."""
         if trainer.accelerator.scaler:
             trainer.accelerator.scaler.load_state_dict(self.facts["scale"])
 
-    def generators(self) -> None:
-        """Every generator of random numbers as it was. Nothing is asked for after them: the tensors
-        go.
-        """
+    def restore_generators(self) -> None:
+        """Every generator of random numbers. It comes last, so the tensors go."""
         version, keys, gauss = self.facts["python"]
         random.setstate((version, tuple(keys), gauss))
         np.random.set_state(tuple(self.facts["numpy"]))
         torch.set_rng_state(self.found["random:cpu"].cpu())
-        for i in range(self.count("random:cuda:")):
+        for i in range(len(self.under("random:cuda:"))):
             torch.cuda.set_rng_state(self.found[f"random:cuda:{i}"].cpu(), i)
         self.found.clear()
 
-    def beginning(self, trainer: Any, examples: int) -> None:
-        """Before the first examples are read: the losses since they were logged last, and what is
-        `beside`, when so many examples had been learnt from.
+    def restore_rest(self, trainer: Any, examples: int) -> None:
+        """The losses since they were logged last, and what is `beside`, when so many examples had
+        been learnt from.
         """
         trainer._tr_loss = self.found["loss"].to(trainer.args.device)
         trainer._globalstep_last_logged = self.facts["logged"]
@@ -168,14 +164,14 @@ def random_states() -> Iterator[tuple[str, Tensor]]:
 
 
 class Beginning(TrainerCallback):
-    """What the Trainer itself begins anew."""
+    """Restores what the Trainer resets as it begins, before the first examples are read."""
 
-    def __init__(self, kept: Kept, trainer: Any):
-        self.kept, self.trainer = kept, trainer
+    def __init__(self, saved: SavedTraining, trainer: Any):
+        self.saved, self.trainer = saved, trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.kept.found:
+        if self.saved.found:
             log.info("training goes on from step %d", state.global_step)
             of = len(self.trainer.train_dataset)
-            learnt = learnt_from(state.global_step, of, self.kept.batch)
-            self.kept.beginning(self.trainer, learnt)
+            learnt = learnt_from(state.global_step, of, self.saved.batch)
+            self.saved.restore_rest(self.trainer, learnt)

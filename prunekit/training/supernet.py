@@ -5,7 +5,7 @@ rule with in-place distillation (Yu et al., 2019, arXiv 1903.05134).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunekit import graph
 from prunekit.data.training_examples import Example
 from prunekit.training.distillation import Distillation, said_by
-from prunekit.training.low_rank import Updates, inject, merge
+from prunekit.training.low_rank import Updates, low_rank_updates
 from prunekit.training.masks_and_updates import gates_around_updates
 from prunekit.training.recipe import Recipe
 from prunekit.training.weights import in_float32
@@ -90,23 +90,15 @@ def train_supernet(
 
     weight: of the KL to the whole network in the loss; the rest is the text's.
     """
-    from transformers import set_seed
-
     from prunekit.training.trainer import train
 
     model = net.model
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    set_seed(recipe.seed)  # the updates start at random
-    with net.on_model(), nullcontext() if updates else in_float32(model):
+    learning = low_rank_updates(model, updates, recipe.seed) if updates else in_float32(model)
+    with net.on_model(), learning:
         if updates:
-            inject(model, updates)
             gates_around_updates(model)
         else:
             model.requires_grad_(True)
         how = Distillation(weight)
         history = train(model, examples, recipe, teacher=net.logits, distillation=how, beside=[net])
-    if updates:
-        merge(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags[name])
     return history.curve

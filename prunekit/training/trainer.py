@@ -34,7 +34,7 @@ from prunekit.training.recipe import (
     processes,
     warn_of_warmup,
 )
-from prunekit.training.resume import Beginning, Kept, Stateful
+from prunekit.training.resume import Beginning, SavedTraining, Stateful
 from prunekit.training.sharding import (
     ShardingTrainer,
     Shards,
@@ -126,12 +126,11 @@ def train(
     check_patience(recipe.patience, len(validation))
     if teacher is None and distillation is not None:
         raise ConfigError(f"{distillation} needs a teacher")
-    groups: list[dict[str, Any]] = [{"params": inside, "lr": recipe.lr}] if inside else []
-    groups += [{k: v for k, v in group.items() if k != "constant"} for group in parameters]
-    constant = [False] * bool(inside) + [group.get("constant", False) for group in parameters]
+    groups: list[ParameterGroup] = [{"params": inside, "lr": recipe.lr}] if inside else []
+    groups += parameters
     curve, best = Curve(), Best(inside + outside, recipe.patience)
     alone = processes() == 1
-    kept = Kept(recipe, curve, best, beside) if recipe.progress and alone else None
+    saved = SavedTraining(recipe, curve, best, beside) if recipe.progress and alone else None
     shards = Shards(model, keep or {}, best) if student is not model else None
     device = training_device(model)
     with (
@@ -141,8 +140,7 @@ def train(
     ):
         trainer = _Trainer(
             _Additions(teacher, distillation or Distillation(), penalty),
-            constant,
-            kept,
+            saved,
             compute_loss_func=text_loss,
             model=student,
             args=arguments(recipe, folder, weights_dtype(model), device, bool(validation)),
@@ -151,16 +149,16 @@ def train(
             data_collator=collate,
         )
         # No argument: with shards the Trainer refuses one, though accelerate moves it to them.
-        trainer.optimizer = AdamW(groups, weight_decay=0.0)
+        trainer.optimizer = AdamW([dict(group) for group in groups], weight_decay=0.0)
         trainer.shards = shards
         trainer.remove_callback(ProgressCallback)
         for callback in (curve, Bar(), OutsideGradients(outside), *([best] if validation else [])):
             trainer.add_callback(callback)
         if shards:
             trainer.add_callback(shards)
-        if kept:
-            trainer.add_callback(Beginning(kept, trainer))
-        trainer.train(resume_from_checkpoint=kept.folder(folder) if kept else None)
+        if saved:
+            trainer.add_callback(Beginning(saved, trainer))
+        trainer.train(resume_from_checkpoint=saved.trainer_folder(folder) if saved else None)
         best.restore()
         if shards:
             shards.gather()
@@ -176,36 +174,32 @@ class _Additions(NamedTuple):
 class _Trainer(ShardingTrainer):
     """The Trainer with an objective of our own, and a schedule for each group of parameters."""
 
-    def __init__(
-        self, additions: _Additions, constant: Sequence[bool], kept: Kept | None, **kwargs: Any
-    ):
+    def __init__(self, additions: _Additions, saved: SavedTraining | None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.additions = additions
-        self.constant = constant
-        self.kept = kept
+        self.additions, self.saved = additions, saved
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         over = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
-        if self.kept and not over:
-            self.kept.write(self)
+        if self.saved and not over:
+            self.saved.write(self)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        if self.kept:
-            self.kept.weights()
+        if self.saved:
+            self.saved.restore_weights()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.kept and checkpoint is not None:
-            self.kept.optimizer(self)
+        if self.saved and checkpoint is not None:
+            self.saved.restore_optimizer(self)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.kept and checkpoint is not None:
-            self.kept.scale(self)
+        if self.saved and checkpoint is not None:
+            self.saved.restore_scale(self)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self.kept and checkpoint is not None:
-            self.kept.generators()
+        if self.saved and checkpoint is not None:
+            self.saved.restore_generators()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -213,8 +207,11 @@ class _Trainer(ShardingTrainer):
         warmup = int(self.args.warmup_steps)
         warn_of_warmup(warmup, num_training_steps)
         decay = partial(linear_decay, warmup_steps=warmup, steps=num_training_steps)
-        factors = [(lambda step: 1.0) if constant else decay for constant in self.constant]
-        self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), factors)
+        trained = cast(Optimizer, optimizer or self.optimizer)
+        factors = [
+            (lambda step: 1.0) if group.get("constant") else decay for group in trained.param_groups
+        ]
+        self.lr_scheduler = LambdaLR(trained, factors)
         return self.lr_scheduler
 
     def compute_loss(
