@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunekit.data.generation import generate_chats, generate_text
+from prunekit.data.generation import Sampling, generate_chats, generate_text
 from prunekit.registry import Above, Length, Positive, Seed, calibs
 
 
@@ -42,4 +42,4 @@ def self_generated(
     chat=true where the tokenizer has no chat template.
     """
     write = generate_chats if chat else generate_text
-    return write(model, tokenizer, samples, length, temperature=temperature, seed=seed, batch=batch)
+    return write(model, tokenizer, samples, length, Sampling(temperature, seed, batch))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,14 @@ from prunekit.errors import ConfigError
 
 NO_TOKEN = 2**31
 """An id beyond every vocabulary."""
+
+
+class Sampling(NamedTuple):
+    """Tokens are drawn for `batch` rows at a time, the logits divided by `temperature`."""
+
+    temperature: float
+    seed: int
+    batch: int
 
 
 @contextmanager
@@ -33,14 +41,7 @@ def no_generation_config(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def generate_rows(
-    model: nn.Module,
-    prompts: Tensor,
-    length: int,
-    *,
-    banned: list[int],
-    temperature: float,
-    seed: int,
-    batch: int,
+    model: nn.Module, prompts: Tensor, length: int, how: Sampling, banned: Sequence[int] = ()
 ) -> Tensor:
     """What the model samples after each prompt `(N, P)`, with a cache, up to `length` tokens.
 
@@ -56,35 +57,29 @@ def generate_rows(
         raise ConfigError(f"{type(model).__name__} cannot generate text")
     device = next(model.parameters()).device
     new = length - prompts.shape[1]
-    how = GenerationConfig(
+    config = GenerationConfig(
         do_sample=True,
-        temperature=temperature,
+        temperature=how.temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=new,
         min_new_tokens=new,
-        suppress_tokens=banned or None,
+        suppress_tokens=list(banned) or None,
         pad_token_id=0,
         eos_token_id=NO_TOKEN,  # rows have one length, and a turn's end is a token like others
     )
     rows = []
     with no_generation_config(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for part in tqdm(prompts.split(batch), desc="writing text", unit="batch", delay=2):
+        torch.manual_seed(how.seed)
+        for part in tqdm(prompts.split(how.batch), desc="writing text", unit="batch", delay=2):
             part = part.to(device)
-            rows.append(generate(part, attention_mask=torch.ones_like(part), generation_config=how))
+            mask = torch.ones_like(part)
+            rows.append(generate(part, attention_mask=mask, generation_config=config))
     return torch.cat(rows).cpu()
 
 
 def generate_text(
-    model: nn.Module,
-    tokenizer: Any,
-    samples: int,
-    length: int,
-    *,
-    temperature: float,
-    seed: int,
-    batch: int,
+    model: nn.Module, tokenizer: Any, samples: int, length: int, how: Sampling
 ) -> Tensor:
     """`(samples, length)` int64 of the model's own distribution: one random token of the
     vocabulary, and what the model says after it. Special tokens are neither drawn nor said.
@@ -93,22 +88,13 @@ def generate_text(
     """
     special = sorted(set(tokenizer.all_special_ids))
     plain = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(special)))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(how.seed)
     first = plain[torch.randint(len(plain), (samples, 1), generator=generator)]
-    return generate_rows(
-        model, first, length, banned=special, temperature=temperature, seed=seed, batch=batch
-    )
+    return generate_rows(model, first, length, how, banned=special)
 
 
 def generate_chats(
-    model: nn.Module,
-    tokenizer: Any,
-    samples: int,
-    length: int,
-    *,
-    temperature: float,
-    seed: int,
-    batch: int,
+    model: nn.Module, tokenizer: Any, samples: int, length: int, how: Sampling
 ) -> Tensor:
     """`(samples, length)` int64 of dialogues: the chat template up to where a user speaks, and what
     the model says from there, the user's words first (Magpie, arXiv 2406.08464).
@@ -123,9 +109,7 @@ def generate_chats(
             f"{length} leaves none for what is said"
         )
     prompts = torch.tensor([opening]).repeat(samples, 1)
-    return generate_rows(
-        model, prompts, length, banned=[], temperature=temperature, seed=seed, batch=batch
-    )
+    return generate_rows(model, prompts, length, how)
 
 
 def _user_turn(tokenizer: Any) -> list[int]:

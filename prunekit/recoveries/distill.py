@@ -13,11 +13,10 @@ from torch import nn
 from prunekit import graph
 from prunekit.architecture.blocks import block_names, linear_names
 from prunekit.data.files import DataRoot, TextFile
-from prunekit.data.generation import generate_text
+from prunekit.data.generation import Sampling, generate_text
 from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import (
     Corpus,
-    Example,
     all_learnt,
     check_source,
     check_training_text,
@@ -131,14 +130,22 @@ def distill(
     """Trains the weights, or low-rank updates of them, to give the dense model's distribution of
     the next token.
 
-    The text is plain, instructions, or (`dataset=generated`) `samples` texts of `max_length` tokens
-    that the dense model writes. `weight` of the loss is the KL to the dense model at `temperature`,
-    the rest is cross entropy; `hidden` times the relative squared distance of the residual stream
-    after each block to the dense model's is added. With `teacher_bits=8` the dense model's linear
-    weights are kept in int8. With `r=0` all weights are trained, or those of
-    the linear layers that `targets` names; else updates of rank r, merged at the end. With
-    `validation_size` examples set aside, the weights with the lowest cross entropy on them are
-    kept, and `patience` ends the training after so many looks in a row that found no lower one.
+    Args:
+        dataset: plain text, instructions, or `generated`: texts that the dense model writes.
+        samples: of dataset=generated: how many texts, of `max_length` tokens each.
+        validation_size: examples set aside; the weights with the lowest cross entropy on them are
+            kept.
+        weight: of the KL to the dense model in the loss; the rest is cross entropy.
+        temperature: of both distributions in the KL.
+        direction: `forward` is KL(dense || pruned), `reverse` KL(pruned || dense).
+        hidden: weight of the relative squared distance to the dense model's residual stream after
+            each block but the last, which is added.
+        teacher_bits: 8 keeps the linear weights of the dense model in int8.
+        r: rank of the updates, merged at the end; 0 trains the weights themselves.
+        targets: names or patterns of linear layers that are trained; null is all of the blocks,
+            with r=0 all parameters of the model.
+        patience: looks in a row at the validation without a lower loss that end the training.
+
     What pruning set to zero stays zero. A model in half precision is trained in float32 (updates
     vanish in less) and comes back in its own. Leaves the notes that `recovery=lora` leaves. Raises
     ConfigError for targets that match nothing, data that holds nothing, where the dense model
@@ -168,8 +175,9 @@ def distill(
         to_int8(teacher)
     blocks = same_blocks(model, teacher) if hidden else ()
     if dataset == "generated":
-        drawn = {"temperature": 1.0, "seed": seed, "batch": 32}
-        examples = written(teacher, problem.tokenizer, samples, max_length, **drawn)
+        sampling = Sampling(temperature=1.0, seed=seed, batch=32)
+        rows = generate_text(teacher, problem.tokenizer, samples, max_length, sampling)
+        examples = [all_learnt(row) for row in rows.tolist()]
     else:
         examples = load_examples(problem.tokenizer, dataset, split, path, data_root, max_length)
     examples = with_prompt(examples, model, problem.tokenizer)
@@ -177,7 +185,7 @@ def distill(
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     how = Distillation(weight, temperature, direction, hidden, blocks)
     if r:
-        updates = Updates(names, r, alpha, 0.0)
+        updates = Updates(names, r, alpha, dropout=0.0)
         history, trained = train_and_merge(
             model, updates, examples, validation, recipe, keep, teacher, how
         )
@@ -223,14 +231,6 @@ def left_of(model: nn.Module) -> Remaining:
     names = block_names(model)
     whole: Remaining = {"of": len(names), "keep": list(range(len(names)))}
     return graph.edits(model)["blocks"].get(names[0].rpartition(".")[0], whole)
-
-
-def written(
-    model: nn.Module, tokenizer: Any, samples: int, length: int, **how: Any
-) -> list[Example]:
-    """Texts that the model writes, all but the first token learnt."""
-    rows = generate_text(model, tokenizer, samples, length, **how).tolist()
-    return [all_learnt(row) for row in rows]
 
 
 def parameters_of(model: nn.Module, modules: Sequence[str]) -> set[str]:

@@ -95,15 +95,20 @@ def lora(
     """Low-rank updates of all linear layers, trained on instructions or plain text and merged into
     the weights.
 
-    Linear layers are all those inside of the decoder's blocks; `targets` narrows them to names or
-    glob patterns (`q_proj`, `mlp.*`). With `validation_size` examples set aside, the updates with
-    the lowest loss on them are merged, else the last ones; `patience` ends the training after so
-    many looks in a row that found no lower one. What pruning set to zero is zero
-    afterwards: updates of rows and columns that are zero as a whole are not trained there; what an
-    update writes to other zeros (single weights) is lost in the merge. Leaves `recovery_curve`
-    (step, loss, learning_rate, grad_norm, eval_loss), `recovery_best_step`, `recovery_examples` and
-    `recovery_trained_params` in `pruned.notes`. Raises ConfigError for targets that match nothing
-    or data that holds nothing.
+    Args:
+        validation_size: examples set aside; the updates with the lowest loss on them are merged,
+            with 0 those of the last step.
+        r: rank of the updates.
+        alpha: the updates are `alpha / r * B A`.
+        targets: names or patterns of linear layers in the decoder's blocks (`q_proj`, `mlp.*`);
+            null is all.
+        patience: looks in a row at the validation without a lower loss that end the training.
+
+    What pruning set to zero is zero afterwards: updates of rows and columns that are zero as a
+    whole are not trained there; what an update writes to other zeros (single weights) is lost in
+    the merge. Leaves `recovery_curve` (step, loss, learning_rate, grad_norm, eval_loss),
+    `recovery_best_step`, `recovery_examples` and `recovery_trained_params` in `pruned.notes`.
+    Raises ConfigError for targets that match nothing or data that holds nothing.
     """
     model = pruned.model
     updates = Updates(linear_names(model, targets), r, alpha, dropout)

@@ -101,7 +101,7 @@ def transfer(
     model = pruned.model
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     whole = all(bool(mask.all()) for mask in pruned.kept.values())
-    if not keep and not (whole and not describe_modules(model)):
+    if not keep and (not whole or describe_modules(model)):
         raise ConfigError(
             "recovery=transfer is about zeros that stand where weights were, and units were cut "
             "out, or matrices replaced: take pruner=unstructured, or pruner.remove=false"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from prunekit.data.generation import generate_rows, no_generation_config
+from prunekit.data.generation import Sampling, generate_rows, no_generation_config
 from prunekit.errors import ConfigError
 from prunekit.models.tiny import tiny_llama
 from prunekit.registry import calibs, draw
@@ -83,14 +83,15 @@ def test_a_low_temperature_says_what_is_likeliest(tiny):
 def test_tokens_follow_the_distribution_of_the_model(tiny):
     model, _ = tiny
     start = torch.full((4000, 1), 50)
-    rows = generate_rows(model, start, 2, banned=[0, 1, 2], temperature=2.0, seed=0, batch=4000)
+    how = Sampling(temperature=2.0, seed=0, batch=4000)
+    rows = generate_rows(model, start, 2, how, banned=[0, 1, 2])
     logits = model(start[:1]).logits[0, -1] / 2.0
     logits[:3] = -torch.inf
     share = torch.bincount(rows[:, 1], minlength=len(logits)) / 4000
     assert (share - logits.softmax(-1)).abs().sum() < 0.25
 
 
-def test_messages(tiny):
+def test_what_cannot_be_written_is_refused(tiny):
     with pytest.raises(ConfigError, match="length=1: .*greater than or equal to 2"):
         made(tiny, length=1)
     with pytest.raises(ConfigError, match="cannot generate"):

@@ -73,13 +73,6 @@ def uneven() -> nn.Module:
     return model
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "some.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog again and again. " * 40)
-    return str(path)
-
-
 def recover(model: nn.Module, text: str, **over) -> Pruned:
     return run_lora(Pruned(model, {}, []), dataset="text", path=text, **over)
 
