@@ -99,19 +99,16 @@ def presets(kind: str) -> list[tuple[str, str, str]]:
             path = next(iter(yaml_files(kind, name, kind)))
             text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
             node = yaml.safe_load(text)
-            own = (
-                {
-                    k: v
-                    for k, v in node.items()
-                    if k not in ("name", "defaults") and not isinstance(v, dict)
-                }
-                if isinstance(node, dict)
-                else {}
-            )
+            values = node.items() if isinstance(node, dict) else ()
+            own = [
+                f"{k}={v}"
+                for k, v in values
+                if k not in ("name", "defaults") and not isinstance(v, dict)
+            ]
             lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
             said = [line.removeprefix("#").strip() for line in lines] or [""]
             comment = first_sentence(" ".join(said)) if kind == "experiment" else said[0]
-            found.append((name, comment, ", ".join(f"{k}={v}" for k, v in own.items())))
+            found.append((name, comment, ", ".join(own)))
     return found
 
 

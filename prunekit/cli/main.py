@@ -56,6 +56,11 @@ COMMANDS = {
 WITH_FLAGS = ("export", "groups", "report")
 """Commands whose own parser says more of them."""
 HELP = ("-h", "--help")
+FLAGS = (
+    "help hydra-help version cfg resolve package run multirun shell-completion config-path "
+    "config-name config-dir experimental-rerun info"
+).split()
+"""Hydra's own, by their long names."""
 
 USAGE = """prunekit [OVERRIDE ...]            one experiment: e.g. criterion=l2 ratio.target=0.3 recovery=lora
 prunekit -m [OVERRIDE ...]         a sweep: e.g. ratio.target=0.1,0.2,0.3 criterion=taylor,random
@@ -100,11 +105,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-FLAGS = "help hydra-help version cfg resolve package run multirun shell-completion config-path"
-FLAGS += " config-name config-dir experimental-rerun info"
-"""Hydra's own, by their long names."""
-
-
 def check_words(args: list[str]) -> None:
     """Raises ConfigError for words that are no override, no flag and no flag's value, and for flags
     that exclude each other.
@@ -116,7 +116,7 @@ def check_words(args: list[str]) -> None:
             "the two"
         )
     for before, word in zip(["", *args], args):
-        if word.startswith("--") and word[2:].partition("=")[0] not in FLAGS.split():
+        if word.startswith("--") and word[2:].partition("=")[0] not in FLAGS:
             raise ConfigError(
                 f"no flag {word!r}; what is asked for is typed as overrides, such as "
                 "ratio.target=0.3 (`prunekit --help`)"

@@ -13,42 +13,11 @@ def check_keys(args: list[str]) -> None:
     """Raises ConfigError for an override of a key that the chosen YAMLs do not have, naming those
     they do.
     """
-    from hydra import compose
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-
-    try:
-        overrides = OverridesParser.create().parse_overrides(words_of(args))
-    except HydraException as e:
-        raise ConfigError(
-            f"{str(e).splitlines()[0]}\n  hint: an override is key=value; what has commas, braces "
-            "or spaces is quoted: \"key='a b'\""
-        ) from None
-    groups = {*kinds(), "hydra"}
+    overrides, groups = parsed(args), {*kinds(), "hydra"}
     choices = [o for o in overrides if o.key_or_group in groups]
     for o in choices:
         check_choice(o)
-    first = [
-        f"{o.key_or_group if o.is_delete() else o.get_key_element()}={first_value(o)}"
-        for o in choices
-    ]
-    try:
-        with composing():
-            cfg: Any = OmegaConf.to_container(compose("config", overrides=first), resolve=False)
-            chosen = {o.key_or_group for o in choices}
-            # An experiment's own choices count as if they were typed.
-            own = [
-                f"{k}={v}"
-                for k, v in (cfg["base"] or {}).items()
-                if k in groups and k not in chosen
-            ]
-            if own:
-                cfg = OmegaConf.to_container(
-                    compose("config", overrides=[*first, *own]), resolve=False
-                )
-    except HydraException as e:
-        raise ConfigError(two_lines(e)) from None
+    cfg = chosen_yamls(choices, groups)
     check_table_words(overrides, cfg)
     check_evals(cfg["eval"])
     for o in overrides:
@@ -61,6 +30,49 @@ def check_keys(args: list[str]) -> None:
         ):
             continue
         check_path(cfg, o.key_or_group)
+
+
+def parsed(args: list[str]) -> list[Any]:
+    """The overrides among the arguments, in Hydra's form. Raises ConfigError where its grammar does
+    not take them.
+    """
+    from hydra.errors import HydraException
+
+    from prunekit.runner import sweep
+
+    try:
+        return list(sweep.parse(words_of(args)))
+    except HydraException as e:
+        raise ConfigError(
+            f"{str(e).splitlines()[0]}\n  hint: an override is key=value; what has commas, braces "
+            "or spaces is quoted: \"key='a b'\""
+        ) from None
+
+
+def chosen_yamls(choices: list[Any], groups: set[str]) -> Any:
+    """The unresolved configuration of the YAMLs that the overrides `choices` name, of a list the
+    first; an experiment's own choices count as if they were typed. Raises ConfigError.
+    """
+    from hydra import compose
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    words = [
+        f"{o.key_or_group if o.is_delete() else o.get_key_element()}={first_value(o)}"
+        for o in choices
+    ]
+    typed = {o.key_or_group for o in choices}
+    try:
+        with composing():
+            cfg: Any = OmegaConf.to_container(compose("config", overrides=words), resolve=False)
+            base = (cfg["base"] or {}).items()
+            own = [f"{k}={v}" for k, v in base if k in groups and k not in typed]
+            if own:
+                whole = compose("config", overrides=[*words, *own])
+                cfg = OmegaConf.to_container(whole, resolve=False)
+    except HydraException as e:
+        raise ConfigError(two_lines(e)) from None
+    return cfg
 
 
 def check_choice(override: Any) -> None:
@@ -121,12 +133,11 @@ def check_composition(args: list[str]) -> None:
     interpolations that lead nowhere, lists of values. The jobs of a sweep are composed there.
     """
     from hydra import compose
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = OverridesParser.create().parse_overrides(words_of(args))
+    overrides = parsed(args)
     swept = next((o for o in overrides if o.is_sweep_override()), None)
     words = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
     sweep = bool({"-m", "--multirun"} & set(args))

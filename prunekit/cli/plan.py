@@ -169,20 +169,10 @@ def show(found: Forecast, heading: str, console: Console | None = None) -> None:
             form.format(after / unit),
             f"{after / before:.1%}" if before else "-",
         )
-    for label, peak in (
-        ("estimated peak of scoring (MiB)", found.scoring),
-        ("estimated peak of recovery (MiB)", found.recovery),
-    ):
-        if peak is not None:
-            table.add_row(
-                label,
-                *(
-                    ("-", f"{peak / MIB:,.0f}")
-                    if "recovery" in label
-                    else (f"{peak / MIB:,.0f}", "-")
-                ),
-                "",
-            )
+    if found.scoring is not None:
+        table.add_row("estimated peak of scoring (MiB)", f"{found.scoring / MIB:,.0f}", "-", "")
+    if found.recovery is not None:
+        table.add_row("estimated peak of recovery (MiB)", "-", f"{found.recovery / MIB:,.0f}", "")
     console.print(table)
     for line in [*stretches(found.widths), *found.remarks]:
         console.print(line, highlight=False)

@@ -119,9 +119,9 @@ def _read(
         more: dict[str, Any] = {"device_map": device_map}
         if weights == "disk":
             with torch.device("meta"):
-                outline = loader.from_config(config, trust_remote_code=named["trust_remote_code"])
+                shapes = loader.from_config(config, trust_remote_code=named["trust_remote_code"])
             # Into the scratch folder go the weights that transformers stacks anew (experts).
-            more = {"device_map": offload.disk_map(outline), "offload_folder": scratch}
+            more = {"device_map": offload.disk_map(shapes), "offload_folder": scratch}
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **named)
             model = loader.from_pretrained(path, **more, **options)
@@ -220,8 +220,8 @@ def hf(
         found = _config(path, config, options)
         kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype_name)}
         with torch.device("meta"):
-            outline = loader.from_config(found, trust_remote_code=trust_remote_code, **kind)
-        return outline.eval(), _tokenizer_at_hand(path, options)
+            shapes = loader.from_config(found, trust_remote_code=trust_remote_code, **kind)
+        return shapes.eval(), _tokenizer_at_hand(path, options)
     found = _config(path, None, options)
     options["dtype"] = "auto" if dtype == "auto" else getattr(torch, dtype_name)
     model, tokenizer = _read(loader, path, found, weights, device_map, options)
