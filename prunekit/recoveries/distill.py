@@ -169,8 +169,7 @@ def distill(
     names = linear_names(model, targets)
     micro_batches(batch, micro_batch)  # said before the data is read
     check_patience(patience, validation_size)
-    device = next(model.parameters()).device
-    teacher = problem.dense().requires_grad_(False).to(device).eval()
+    teacher = problem.dense().requires_grad_(False).to(next(model.parameters()).device).eval()
     if teacher_bits:
         to_int8(teacher)
     blocks = same_blocks(model, teacher) if hidden else ()

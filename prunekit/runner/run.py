@@ -270,9 +270,7 @@ def save(job: Job, pruned: Pruned, tokenizer: Any, tracker: tracking.Track) -> s
 
 
 def record_of(job: Job, pruned: Pruned, saved: str | None, tokens: Tensor | None) -> dict[str, Any]:
-    """What the result file says of a job that is done; `saved` is its checkpoint, `tokens` what it
-    was calibrated on.
-    """
+    """What the result file says; `saved` is the checkpoint, `tokens` the calibration text."""
     origin = provenance.collect(job.cfg, tokens, job.kept.files)
     return results.record(job.cfg, job.found, job.stages.results, pruned, saved, origin)
 
