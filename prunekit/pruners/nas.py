@@ -1,6 +1,5 @@
 """Sub-networks of one network, trained together and then searched for those that no other one
-dominates in loss and cost (Klein et al., 2024, arXiv 2405.02267; structural pruning by
-neural architecture search).
+dominates in loss and cost (Klein et al., 2024, arXiv 2405.02267).
 """
 
 from __future__ import annotations
@@ -138,8 +137,7 @@ def nas(
 
     What was trained and measured lies in the cache, so a sweep over ratio.target cuts the Pareto
     set out of one training and one search. Notes have the front (cost, parameters, loss, choice)
-    and the cost of what is left, predicted and measured. Nothing changes where the ratio removes
-    nothing.
+    and the cost of what is left, predicted and measured. Ratio 0 changes nothing.
     """
     model = problem.model
     units = problem.groups(kinds)
@@ -212,8 +210,7 @@ def sandwich(subnets: Subnets, per_step: int, seed: int) -> Callable[[int], Kept
         place = number % per_step
         if place < 2:
             return subnets.kept((subnets.whole, subnets.smallest)[place])
-        drawn = subnets.draw(torch.Generator().manual_seed(seed + number))
-        return subnets.kept(drawn)
+        return subnets.kept(subnets.draw(torch.Generator().manual_seed(seed + number)))
 
     return cycle
 
@@ -272,10 +269,8 @@ def measured(
 
             choices, points = searched(subnets, evaluate, search, samples, seed)
         bar.close()
-        return {
-            "choices": torch.tensor(choices),
-            "points": torch.tensor(points, dtype=torch.float64),
-        }
+        measures = torch.tensor(points, dtype=torch.float64)
+        return {"choices": torch.tensor(choices), "points": measures}
 
     found = problem.remember(__name__, "search", [*key, search, samples], compute)
     points = [(float(a), float(b)) for a, b in found["points"].tolist()]
