@@ -77,4 +77,4 @@ def test_a_job_fails_unless_it_is_allowed(tmp_path, monkeypatch):
     assert not (tmp_path / "a" / "result.json").exists()
     run(config("allow_nonfinite=true", "criterion=random", "save=false"), tmp_path / "b")
     record = json.loads((tmp_path / "b" / "result.json").read_text())
-    assert "pruned/ppl_pydocs_32" in record["not_finite"]
+    assert "dense/ppl_pydocs_32" in record["not_finite"]
