@@ -44,7 +44,13 @@ OPTIONS: dict[str, Node] = {
     "llm_surgeon": {"shots": 2},
     "nas": {"steps": 1, "batch": 3, "micro_batch": 1, "warmup_steps": 0, "samples": 4},
     "evolution": {"window": 16, "tokens": [64, 128], "generations": 2},
-    "expert_evolution": {"window": 16, "tokens": 128, "population": 4, "generations": 2},
+    "expert_evolution": {
+        "window": 16,
+        "tokens": 128,
+        "population": 4,
+        "parents": 2,
+        "generations": 2,
+    },
     "predictor": {"window": 16, "tokens": 128, "samples": 16},
     "random": {"window": 16, "tokens": 128, "samples": 4},
 }
