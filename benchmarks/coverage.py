@@ -30,6 +30,8 @@ from typing import Any
 from coverage_table import KINDS, TOGETHER, cell, table
 from kept_results import KeptResults
 
+from prunekit.errors import in_short
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("PRUNEKIT_SHARED", ROOT.parent / "shared"))
 RESULTS, TABLE = ROOT / "outputs" / "coverage.json", ROOT / "docs" / "coverage.md"
@@ -43,12 +45,6 @@ WRONG = {"groups": 0, "off": float("inf"), "moved": 0.0, "exact": False, "tied":
 
 class NotBuilt(Exception):
     """The config class accepts none of the tiny sizes."""
-
-
-def in_short(error: Exception, most: int) -> str:
-    """The error's class and so many characters of its first line; many have no message."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:most]}"
 
 
 def tools() -> Any:

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage import NotBuilt, build, in_short, tools
+from coverage import NotBuilt, build, tools
 from kept_results import KeptResults
 
 from prunekit import graph
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.runs import ModelRun
 from prunekit.checkpoint.stock_config import stock_config
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, in_short
 from prunekit.graph.discovery import discovery
 from prunekit.graph.expert_neurons import around, module_around
 from prunekit.graph.gate_places import writers_of

@@ -46,6 +46,8 @@ from vs_torch_pruning_runs import (
     prune,
 )
 
+from prunekit.errors import in_short
+
 RESULTS = ours.ROOT / "outputs" / "torch_pruning.json"
 TABLE = ours.ROOT / "docs" / "torch_pruning.md"
 KINDS = ("neurons", "heads", "hidden")
@@ -96,7 +98,7 @@ def attempt(
             why.append(ENDLESS)
         except Exception as e:  # this is the finding
             seconds += time.perf_counter() - start
-            why.append(ours.in_short(e, 80))
+            why.append(in_short(e, 80))
         if not why[-1]:
             break
     return {"wrong": why[-1] and why[0], "seconds": seconds, "tied": ties}
@@ -177,7 +179,7 @@ def one(name: str) -> tuple[str, dict[str, Any]]:
     except ours.NotBuilt as e:
         return name, {"build": str(e)}
     except Exception as e:  # a model that our find_candidates does not get through
-        return name, {"error": ours.in_short(e, 120)}
+        return name, {"error": in_short(e, 120)}
 
 
 # ---- the table

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from coverage import in_short
+from prunekit.errors import in_short
 
 RATIO, ROUND = 1 / 3, 4
 """Share removed (2 of 6 heads and 16 of 48 channels: the widths of heads and channels stay equal),

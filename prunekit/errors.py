@@ -33,6 +33,14 @@ class NeedsData(ConfigError):
     """An answer that hangs on weights or text was asked for where only shapes are known."""
 
 
+def in_short(error: Exception, most: int | None = None) -> str:
+    """The kind of an error and the first line of its message, at most so many characters of it;
+    many have none.
+    """
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:most]}"
+
+
 def cannot_write(error: BaseException, folder: str | Path = "") -> str | None:
     """In words, which file the operating system did not write and why; None for other errors.
 

@@ -101,7 +101,7 @@ def measure(
     for i, (row, logits) in enumerate(_logits(model, windows, batch, name, prompt)):
         if reference is not None and i == 0:
             check_vocabulary(reference, logits.shape[-1])
-        # a device is waited for once a window, not once every few rows
+        # A device is waited for once a window, not once every few rows.
         stored = (
             None if reference is None else {k: v[i].to(logits.device) for k, v in reference.items()}
         )

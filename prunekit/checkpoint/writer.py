@@ -183,11 +183,12 @@ def appears_when_complete(folder: Path) -> Iterator[Path]:
 
 
 def _let_read(folder: Path) -> None:
-    """Give every file the permissions of the folder, without those to enter one: safetensors lets
-    nobody but its writer read what it writes.
+    """Give safetensors, which their library lets nobody but the writer read, the permissions of the
+    folder, without those to enter one.
     """
-    for path in folder.rglob("*"):
-        path.chmod(folder.stat().st_mode & (0o777 if path.is_dir() else 0o666))
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _sync(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from prunekit.data import pydocs
 from prunekit.data.files import data_folder, read
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, in_short
 
 Dataset = Literal["pydocs", "wikitext2", "ptb", "c4", "bookcorpus", "alpaca", "dailydialog"]
 Use = Literal["calibrate", "recover", "evaluate"]
@@ -172,7 +172,7 @@ def _from_hub(ask: Callable[..., Any], dataset: str, split: str, folder: Path | 
         place = f"{folder}/{file} is not there" if folder else "no data folder is named"
         raise ConfigError(
             f"{dataset} ({split}): {place}, and the hub did not give {source.hub['path']} "
-            f"({type(e).__name__}: {str(e).splitlines()[0]}). "
+            f"({in_short(e)}). "
             f"Either name a folder that holds {file} with data_root= or PRUNEKIT_DATA, or run "
             "with the network on."
         ) from e

@@ -83,11 +83,9 @@ def load_examples(
         text = file_text(path) if path else document(texts(dataset, part, data_root))
         found = packed(tokenizer, text, max_length, least)
     if not found:
-        remedy = (
-            "raise max_length: prompts alone have more"
-            if dataset == "alpaca"
-            else ("lower max_length or take more text")
-        )
+        remedy = "lower max_length or take more text"
+        if dataset == "alpaca":
+            remedy = "raise max_length: prompts alone have more"
         raise ConfigError(
             f"{path or f'{dataset} ({part})'} gives no example of {max_length} tokens; {remedy}"
         )

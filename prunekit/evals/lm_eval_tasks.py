@@ -25,7 +25,7 @@ from prunekit.architecture.modes import eval_mode
 from prunekit.data import docs_cloze
 from prunekit.data.files import data_folder
 from prunekit.data.kept_prompt import kept_prompt
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, in_short
 
 PAPER = {
     "boolq": ("acc", "super_glue/boolq"),
@@ -180,7 +180,7 @@ def load_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
         place = f"{folder} does not hold them" if folder else "no data folder is named"
         raise ConfigError(
             f"tasks {', '.join(tasks)}: {place}, and the hub did not give them all "
-            f"({type(e).__name__}: {str(e).splitlines()[0]}). "
+            f"({in_short(e)}). "
             "Either name a folder that holds tasks/<task>.jsonl with data_root= or "
             "PRUNEKIT_DATA, or run with the network on; "
             f"{CLOZE} needs neither."

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.errors import in_short
 from prunekit.graph.block_lists import block_kinds, drop_blocks
 from prunekit.graph.generation_check import cache_difference
 from prunekit.graph.groups import Pattern
 from prunekit.graph.masks import bypass, zero_block
 from prunekit.graph.module_sizes import Recipe
-from prunekit.graph.sample_run import ERRORS, in_words
+from prunekit.graph.sample_run import ERRORS
 from prunekit.graph.verification import MOVES, RANDOM, TOLERANCE, Verdict, duplicate, run
 from prunekit.types import Group
 
@@ -39,7 +40,7 @@ def prove_blocks(
             removed = run(small, inputs)
             passed, zeroed = _stood_in_for(model, inputs, blocks.modules[i])
         except ERRORS as e:
-            return Verdict(None, f"without block {i}: {in_words(e)}")
+            return Verdict(None, f"without block {i}: {in_short(e, 100)}")
         scale = max(1.0, float(removed.abs().max()))
         by_zeros = by_zeros and float((zeroed - removed).abs().max()) < TOLERANCE * scale
         off = float((passed - removed).abs().max()) / scale

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from prunekit.architecture.linear import is_linear
+from prunekit.errors import in_short
 from prunekit.graph.discovery import Discovery, find_candidates
 from prunekit.graph.gate_hooks import (
     Hooks,
@@ -24,7 +25,7 @@ from prunekit.graph.gate_hooks import (
 )
 from prunekit.graph.groups import Candidate, Cut, Pattern
 from prunekit.graph.masks import zero_slices
-from prunekit.graph.sample_run import ERRORS, in_words, inputs_for
+from prunekit.graph.sample_run import ERRORS, inputs_for
 from prunekit.graph.small_model import small_version
 from prunekit.graph.verification import (
     MOVES,
@@ -177,7 +178,7 @@ def _try_places(
     try:
         cuts, reference = _reference(small, inputs, same, known.skip, routed)
     except ERRORS as error:
-        return Found(None, in_words(error))
+        return Found(None, in_short(error, 100))
     written = writers_of(known.candidates)
     sites = [
         Site(small, c.candidate.group, c.units.mask.float(), c.candidate.norms, written)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph.sample_run import ERRORS, PROMPT, in_words
+from prunekit.errors import in_short
+from prunekit.graph.sample_run import ERRORS, PROMPT
 
 NEW, CLOSE = 3, 1e-3
 """Tokens generated, and how far the logits of each may be apart, relative: chunked and stepwise
@@ -28,7 +29,7 @@ def cache_difference(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
         with torch.no_grad():
             without, cached = (_generated(model, prompt, use_cache=c) for c in (False, True))
     except ERRORS as e:
-        return in_words(e)
+        return in_short(e, 100)
     scale = max(1.0, float(without[1].abs().max()))
     if not torch.equal(without[0], cached[0]):
         return "the tokens differ"

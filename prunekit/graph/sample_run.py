@@ -25,12 +25,6 @@ PROMPT = 8
 """How much of it a generated text starts from."""
 
 
-def in_words(error: Exception) -> str:
-    """The kind of an error and the first line of its message."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first[:100]}"
-
-
 def inputs_for(model: nn.Module, tokens: int = TOKENS) -> dict[str, Tensor]:
     """One short sample of token ids that every vocabulary has."""
     rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.errors import in_short
 from prunekit.graph.generation_check import cache_difference
 from prunekit.graph.groups import Candidate, Cut, Pattern
 from prunekit.graph.masked_reference import Masked
@@ -18,7 +19,7 @@ from prunekit.graph.masks import to_keep, zero_slices
 from prunekit.graph.model_settings import restore_own_code, use_plain_code
 from prunekit.graph.module_sizes import Recipe, Setting, plain_experts, set_sizes
 from prunekit.graph.recipes import recipes, sizes_in
-from prunekit.graph.sample_run import ERRORS, in_words, logits_of
+from prunekit.graph.sample_run import ERRORS, logits_of
 from prunekit.graph.skeleton import clone
 from prunekit.graph.slicing import shrink
 from prunekit.graph.trace import trace
@@ -207,7 +208,7 @@ def try_recipes(case: Case, target: Target, options: Sequence[Recipe], tries: in
         try:
             off = _removal_error(case, small, target)
         except ERRORS as e:
-            reason = reason or in_words(e)
+            reason = reason or in_short(e, 100)
             continue
         if not off < TOLERANCE:
             reason = f"removal differs from zeroing by {off:.1e}"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from prunekit import graph
 from prunekit.architecture.blocks import linear_names
-from prunekit.architecture.linear import check_read, is_linear, readers, weight_of
+from prunekit.architecture.linear import check_read, makes, readers, weight_of
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem, expect
@@ -177,11 +177,8 @@ def writers(model: nn.Module, group: Group) -> Iterator[tuple[str, Tensor]]:
     """Linear modules that make the units, and the rows (U, width) that each unit has there."""
     rows: dict[str, list[Tensor]] = {}
     for m in group.members:
-        name, _, leaf = m.param.rpartition(".")
-        module = model.get_submodule(name)
-        outputs = 0 if isinstance(module, nn.Linear) else 1  # its axis: Conv1D's is the last
-        if leaf == "weight" and is_linear(module) and m.axis == outputs:
-            rows.setdefault(name, []).append(m.index)
+        if makes(model, m):
+            rows.setdefault(m.param.removesuffix(".weight"), []).append(m.index)
     for name, index in rows.items():
         yield name, torch.cat(index, 1)
 
