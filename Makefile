@@ -2,7 +2,7 @@
 # make test: lint, types, fast tests on tiny models, then the slow ones on the real model.
 # make docs: the site in build/site, strictly: a broken link or an unreadable docstring fails it.
 # make serving: docs/serving.md, from real engines; PRUNEKIT_VLLM and PRUNEKIT_LLAMACPP name their pythons.
-# make gpu: docs/gpu.md, what a GPU shows, with the packages that are there; DEVICE=cpu: tiny shapes.
+# make gpu: docs/gpu.md, what a GPU shows, with the packages that are there; DEVICE=cpu: tiny shapes, to build/gpu.md.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

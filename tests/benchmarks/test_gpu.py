@@ -134,6 +134,13 @@ def test_packages_older_than_prunekit_asks_for_are_named(script, monkeypatch, tm
     assert said in capsys.readouterr().out
 
 
+def test_only_a_whole_run_on_a_gpu_writes_the_page_of_the_docs(script, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    out = {w: script.options(w.split()).out for w in ("--device cuda", "--device cpu")}
+    assert out == {"--device cuda": ROOT / "docs/gpu.md", "--device cpu": ROOT / "build/gpu.md"}
+    assert script.options(["--device", "cuda", "--only", "obs"]).out == ROOT / "build/gpu.md"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_without_cuda_the_command_says_what_to_do(script, capsys):
     with pytest.raises(SystemExit):
