@@ -25,11 +25,16 @@ def as_prompts(tokenizer: Any, requests: Sequence[str], chat: bool) -> list[list
     """
     if not chat:
         return [tokenizer(text).input_ids for text in requests]
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ConfigError("chat=true: the tokenizer has no chat template; chat=false is plain text")
+    check_chat(tokenizer, chat=chat)
     turns = [[{"role": "user", "content": text}] for text in requests]
     write = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     return [tokenizer(write(turn), add_special_tokens=False).input_ids for turn in turns]
+
+
+def check_chat(tokenizer: Any, *, chat: bool, **_: Any) -> None:
+    """Raises ConfigError where requests should be in a chat template, and there is none."""
+    if chat and getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError("chat=true: the tokenizer has no chat template; chat=false is plain text")
 
 
 def stops(model: nn.Module, tokenizer: Any) -> list[int]:

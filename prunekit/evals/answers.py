@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from prunekit.data.files import TextFile, read
 from prunekit.data.prompts import REQUESTS, TO_DECLINE
-from prunekit.evals.answering import answered, as_lists, as_prompts, as_texts
+from prunekit.evals.answering import answered, as_lists, as_prompts, as_texts, check_chat
 from prunekit.evals.text_scores import declines, distinct, longest_loop, rouge_l, token_f1
 from prunekit.registry import Above, Positive, Seed, evals
 from prunekit.types import Dense
 
 
-@evals.register(needs="dense", context=("new_tokens",))
+@evals.register(needs="dense", context=("new_tokens",), tokenized=check_chat)
 def answers(
     model: nn.Module,
     tokenizer: Any,

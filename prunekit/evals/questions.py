@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunekit.data.prompts import QUESTIONS
-from prunekit.evals.answering import answered, as_prompts, as_texts
+from prunekit.evals.answering import answered, as_prompts, as_texts, check_chat
 from prunekit.evals.text_scores import names_one
 from prunekit.registry import Positive, evals
 
@@ -18,7 +18,7 @@ OTHERS = 3
 """Sentences beside the one with the answer."""
 
 
-@evals.register(context=("new_tokens",))
+@evals.register(context=("new_tokens",), tokenized=check_chat)
 def questions(
     model: nn.Module,
     tokenizer: Any,

@@ -11,7 +11,13 @@ from torch import nn
 from prunekit.architecture.blocks import linear_names
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.kept_prompt import with_prompt
-from prunekit.data.training_examples import Corpus, Example, check_source, load_examples
+from prunekit.data.training_examples import (
+    Corpus,
+    Example,
+    check_source,
+    check_training_text,
+    load_examples,
+)
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
 from prunekit.pruners.learned import (
@@ -60,6 +66,7 @@ def check_compresso(
     needs="gradients",
     out="self-contained",
     check=check_compresso,
+    tokenized=check_training_text,
 )
 def compresso(
     problem: Problem,

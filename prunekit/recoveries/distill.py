@@ -93,7 +93,7 @@ def check_text(tokenizer: Any, *, dataset: Source, **options: Any) -> None:
     dense=True,
     out="self-contained",
     check=check_distill,
-    texts=check_text,
+    tokenized=check_text,
     context=("max_length",),
 )
 def distill(

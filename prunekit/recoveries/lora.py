@@ -63,7 +63,7 @@ def check_lora(
     needs="data",
     out="self-contained",
     check=check_lora,
-    texts=check_training_text,
+    tokenized=check_training_text,
     context=("max_length",),
 )
 def lora(

@@ -65,7 +65,7 @@ def check_perp(
     needs="data",
     out="self-contained",
     check=check_perp,
-    texts=check_training_text,
+    tokenized=check_training_text,
     context=("max_length",),
 )
 def perp(

@@ -78,7 +78,7 @@ def check_text(tokenizer: Any, *, length: int, samples: int, **text: Any) -> Non
     dense=True,
     out="self-contained",
     check=check_reconstruct,
-    texts=check_text,
+    tokenized=check_text,
     context=("length",),
 )
 @torch.no_grad()

@@ -57,7 +57,7 @@ def check_transfer(
     dense=True,
     out="self-contained",
     check=check_transfer,
-    texts=check_training_text,
+    tokenized=check_training_text,
     context=("max_length",),
 )
 def transfer(

@@ -30,7 +30,7 @@ from prunekit.runner.run import (
     save,
     stage,
 )
-from prunekit.runner.texts_at_hand import check_learnt, check_texts, warn_of_learnt
+from prunekit.runner.texts_at_hand import check_texts, check_tokenized, warn_of_learnt
 from prunekit.types import Group, Kept, Pruned
 
 INHERITED = ("calib", "criterion", "ratio", "exclude", "pruner", "table", "row")
@@ -109,7 +109,7 @@ def check_again(cfg: dict[str, Any], path: Path, recover: bool) -> preflight.Com
         parts.recovery.meta["check"](model, **parts.recovery.options)
     check_texts(*parts.evals.values(), learnt=[parts.recovery])
     warn_of_learnt(parts.evals, [parts.recovery])
-    check_learnt(parts.recovery, tokenizer)
+    check_tokenized(tokenizer, parts)
     return parts
 
 

@@ -34,7 +34,7 @@ from prunekit.runner.distributed import first_process, join_others
 from prunekit.runner.finished import Finished, Standing
 from prunekit.runner.inputs import located
 from prunekit.runner.preflight import Components, check
-from prunekit.runner.texts_at_hand import check_learnt, check_texts, warn_of_learnt
+from prunekit.runner.texts_at_hand import check_texts, check_tokenized, warn_of_learnt
 from prunekit.types import Pruned
 
 log = logging.getLogger("prunekit")
@@ -74,7 +74,7 @@ def run(cfg: dict[str, Any], folder: str | Path, words: str = "") -> dict[str, A
     learn = (parts.pruner, parts.recovery)
     check_texts(*parts.evals.values(), calibrated=parts.calib, learnt=learn)
     warn_of_learnt(parts.evals, learn)
-    check_learnt(parts.recovery, parts.tokenizer)
+    check_tokenized(parts.tokenizer, parts)
     # Only now: it removes what another configuration kept, and a refused one is a typo.
     kept = Finished(path, cfg, models=bool(cfg["save"]), words=words)
     dense = DenseModel(stored, lambda: parts.model()[0])
@@ -104,7 +104,7 @@ def pruned_and_measured(job: Job, tracker: tracking.Track) -> Standing:
             offload.check_fits_in_memory(model)
             check_finite(job, model, "load")
             if job.parts.tokenizer is None:
-                check_learnt(job.parts.recovery, tokenizer)
+                check_tokenized(tokenizer, job.parts)
             texts = early or named_sets(draw(job.parts.calib, tokenizer, model))
         measure(job, "dense", lambda: model, tokenizer, tracker)
         check_reported(job)

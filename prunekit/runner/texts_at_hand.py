@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 from prunekit.data.datasets import Dataset, Use, check_there, default_split
 from prunekit.registry import Component
+from prunekit.runner.preflight import Components
 
 log = logging.getLogger("prunekit")
 
@@ -50,12 +51,16 @@ def check_texts(
             part.meta["at_hand"](**part.options)
 
 
-def check_learnt(recovery: Component | None, tokenizer: Any) -> None:
-    """Raises ConfigError for a text that the recovery cannot learn from (`register(texts=...)`),
-    where the tokenizer is at hand: else it would come up when the pruning is done.
+def check_tokenized(tokenizer: Any, parts: Components) -> None:
+    """Raises ConfigError for what a part cannot do with the tokenizer (`register(tokenized=...)`):
+    learn from too little text, or ask in a chat template that is not there. It would come up in
+    the midst of the run. None is a tokenizer that comes with the weights: later, then.
     """
-    if recovery is not None and tokenizer is not None and "texts" in recovery.meta:
-        recovery.meta["texts"](tokenizer, **recovery.options)
+    if tokenizer is None:
+        return
+    for part in (parts.pruner, parts.recovery, *parts.evals.values()):
+        if part is not None and "tokenized" in part.meta:
+            part.meta["tokenized"](tokenizer, **part.options)
 
 
 def warn_of_learnt(evals: Mapping[str, Component], learnt: Iterable[Component | None]) -> None:

@@ -20,6 +20,7 @@ from prunekit.runner.resume import result_key
 from prunekit.runner.run import run
 from prunekit.types import Group, Member
 
+COMPRESSO = ["pruner=compresso", "criterion=none", "ratio=global"]
 RECOVER = ("recovery=lora_text", "recovery.max_steps=2", "recovery.max_length=32")
 TWO = "+eval.macs={name:macs}"
 
@@ -171,15 +172,19 @@ def test_another_recovery_goes_on_from_the_pruned_model(tmp_path, monkeypatch):
         (["recovery=transfer", "recovery.dataset=text", "recovery.max_length=64"], "no example"),
         (["recovery=distill", "recovery.dataset=alpaca"], "has no field"),
         (["recovery=reconstruct", "recovery.dataset=text", "recovery.length=8"], "samples=128"),
+        (COMPRESSO, "has no field"),
+        (["eval=generation"], "chat=false is plain text"),
+        (["eval=kick", "~eval.tasks", "~eval.answers"], "chat=false is plain text"),
     ],
-    ids=["lora", "perp", "transfer", "distill", "reconstruct"],
+    ids=["lora", "perp", "transfer", "distill", "reconstruct", "compresso", "answers", "questions"],
 )
-def test_what_a_recovery_cannot_learn_from_is_said_before_a_weight_is_read(
+def test_what_cannot_be_done_with_the_tokenizer_is_said_before_a_weight_is_read(
     words, says, half, tmp_path, monkeypatch
 ):
     text = tmp_path / "mine.jsonl"
     text.write_text('{"text": "too little to learn from"}')
-    words = words if "lora" in words[0] else [*words, f"recovery.path={text}"]
+    if words[0].startswith(("recovery=", "pruner=")) and "lora" not in words[0]:
+        words = [*words, f"{words[0].partition('=')[0]}.path={text}"]
     ran = stages_run(monkeypatch)
     with pytest.raises(ConfigError, match=says):
         run(config(*words, "model=hf", f"model.path={half}"), tmp_path / "out")
