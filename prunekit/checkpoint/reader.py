@@ -4,6 +4,7 @@ the folder runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def load(
     with bitmask.unpacked(folder, list(manifest["files"])) as (plain, files):
         model = _read(plain, config, kind, dtype, device)
         _note_blocks(model, manifest.get("blocks", {}), f"{folder / MANIFEST}: blocks")
-        return model, _read_tokenizer(plain, files)
+        return model, read_tokenizer(plain, files)
 
 
 def outline(path: str | Path) -> nn.Module:
@@ -141,10 +142,13 @@ def _note_blocks(model: nn.Module, value: Any, field: str) -> None:
         record_blocks(model, path, {"of": of, "keep": keep})
 
 
-def _read_tokenizer(folder: Path, files: list[str]) -> Any:
+def read_tokenizer(folder: Path, files: Iterable[str]) -> Any:
+    """The tokenizer that is among the `files` of a checkpoint, else None. Raises CheckpointError
+    for one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    if not {"tokenizer.json", "tokenizer_config.json"} & set(files):
+    if {"tokenizer.json", "tokenizer_config.json"}.isdisjoint(files):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -79,7 +79,7 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     where only weights or data can tell.
     """
     parts = preflight.build_components(cfg)
-    model, _ = parts.model(meta=True)
+    model, tokenizer = parts.model(meta=True)
     dense = figures(model)
     expected = preflight.expected_outcome(parts, model)
     if expected is None or expected.counts is None:
@@ -99,7 +99,7 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     recovery = recovery_peak(model, cfg) if parts.recovery else None
     remarks = [expected.remark] if expected.remark else []
     left = figures(model)
-    return Forecast(dense, left, widths, scoring, recovery, remarks, engines(served))
+    return Forecast(dense, left, widths, scoring, recovery, remarks, engines(served, tokenizer))
 
 
 def first_units(groups: Sequence[Group], counts: Counts, whole: list[Group]) -> Kept:

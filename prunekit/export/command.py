@@ -59,12 +59,13 @@ def show(path: Path) -> None:
     from rich.table import Table
 
     from prunekit.checkpoint.construction import initialise_buffers
-    from prunekit.checkpoint.reader import outline
+    from prunekit.checkpoint.reader import outline, read_tokenizer
     from prunekit.export.engines import engines, lines
 
     model = outline(path)
     initialise_buffers(model, "cpu")
     table = Table("engine", "takes it", "how, or what is missing", "what would meet it")
-    for line in lines(engines(model)):
+    tokenizer = read_tokenizer(path, [file.name for file in path.iterdir()])
+    for line in lines(engines(model, tokenizer)):
         table.add_row(*line)
     Console().print(table, highlight=False)

@@ -4,7 +4,9 @@ instead.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from prunekit.architecture.blocks import block_modules
@@ -13,7 +15,7 @@ from prunekit.checkpoint.config_choice import bypassed, has_one_expert_width
 from prunekit.checkpoint.layout import describe_runtime_modules
 from prunekit.checkpoint.stock_config import stock_config
 from prunekit.errors import ConfigError
-from prunekit.export.gguf import content_of
+from prunekit.export.gguf import content_of, words_of
 from prunekit.export.nemotron_nas import nemotron_nas_content
 
 
@@ -26,15 +28,15 @@ class Engine(NamedTuple):
     override: str = ""
 
 
-def engines(model: Any) -> list[Engine]:
-    """One row an engine, from shapes and config alone: the model may be on the meta device, with
-    its buffers initialised.
+def engines(model: Any, tokenizer: Any = None) -> list[Engine]:
+    """One row an engine, from shapes, config and tokenizer alone: the model may be on the meta
+    device, with its buffers initialised.
     """
     stock = stock_config(model) is not None
     return [
         _transformers(stock),
         _vllm(model, stock),
-        _llamacpp(model),
+        _llamacpp(model, tokenizer),
         *_block_configs(model, stock),
     ]
 
@@ -65,8 +67,14 @@ def _vllm(model: Any, stock: bool) -> Engine:
     return Engine(name, True, "--model-impl transformers --trust-remote-code")
 
 
-def _llamacpp(model: Any) -> Engine:
-    return _asked("llama.cpp", lambda: f"export --to gguf (architecture {content_of(model).arch})")
+def _llamacpp(model: Any, tokenizer: Any) -> Engine:
+    def written() -> str:
+        content = content_of(model)
+        with tempfile.TemporaryDirectory() as folder:
+            words_of(tokenizer, content, Path(folder) / "trial.gguf")
+        return f"export --to gguf (architecture {content.arch})"
+
+    return _asked("llama.cpp", written)
 
 
 def _asked(name: str, how: Callable[[], str]) -> Engine:

@@ -54,7 +54,7 @@ def write_gguf(model: Any, tokenizer: Any, out: str | Path, *, type: Type = "f16
     content = content_of(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
-        words = _find_split(content, tokenizer, Path(aside) / "trial.gguf")
+        words = words_of(tokenizer, content, Path(aside) / "trial.gguf")
         whole = Path(aside) / "whole.gguf"
         write_file(whole, content, words, type)
         with whole.open("rb") as file:
@@ -75,9 +75,9 @@ def content_of(model: Any) -> Content:
         return uneven_content(model)
 
 
-def _find_split(content: Content, tokenizer: Any, trial: Path) -> Words | None:
+def words_of(tokenizer: Any, content: Content, trial: Path) -> Words | None:
     """The tokenizer with the name of the text splitting with which transformers reads the same
-    tokenizer from the file. Raises ConfigError if none does.
+    tokenizer from a file, which is written as `trial`. Raises ConfigError if none does.
     """
     from transformers import AutoTokenizer
 

@@ -12,6 +12,7 @@ from torch import nn
 from prunekit.checkpoint import save
 from prunekit.export.command import main
 from prunekit.export.engines import Engine, engines
+from prunekit.models.tiny import byte_tokenizer
 
 
 def row(model: nn.Module, name: str) -> Engine:
@@ -42,6 +43,19 @@ def test_what_is_missing_is_named_with_what_would_meet_it() -> None:
     assert row(without(tiny("llama"), (1, "mlp")), "vLLM").takes
     assert "experts" in row(cut(tiny("qwen3_moe"), neurons=[5, 0, 17]), "vLLM").how
     assert row(cut(tiny("mixtral"), neurons=[5, 0, 17]), "vLLM").takes
+
+
+def test_a_tokenizer_that_gguf_cannot_hold_is_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    model = tiny("llama")
+    assert row(model, "llama.cpp").takes
+    save(model, byte_tokenizer(), tmp_path / "checkpoint")
+    assert main([str(tmp_path / "checkpoint"), "--to", "list"]) == 0
+    [line] = [n for n in capsys.readouterr().out.splitlines() if "llama.cpp" in n]
+    assert "no" in line.split()
+    assert "another tokenizer from GGUF" in line
 
 
 def test_the_command_reads_no_weights(
