@@ -98,7 +98,7 @@ def adainfer(
     held = torch.zeros(len(tokens), dtype=torch.bool)
     held[::HELD_OUT] = True
     seen = observed(model, module, tokens[~held], batch)
-    weight, bias = fitted(classifier, seen.features.flatten(0, 1), seen.agrees.flatten())
+    weight, bias = fitted(classifier, seen.features, seen.agrees)
     module.weight.copy_(weight)
     module.bias.fill_(bias)
     other = observed(model, module, tokens[held], batch)
@@ -227,14 +227,15 @@ def predictions(model: nn.Module, module: EarlyExit, ids: Tensor) -> list[tuple[
 
 
 def fitted(classifier: Classifier, features: Tensor, agrees: Tensor) -> tuple[Tensor, float]:
-    """Weight (1, 2) and bias of the classifier. Raises ConfigError where there is nothing to tell
-    apart.
+    """Weight (1, 2) and bias of the classifier, from features `(tokens, depths, 2)`. Raises
+    ConfigError where there is nothing to tell apart.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import LinearSVC
 
-    step = -(-len(agrees) // MOST_ROWS)
-    X, y = features[::step].double().numpy(), agrees[::step].numpy()
+    step = -(-agrees.numel() // MOST_ROWS)  # tokens with all of their depths
+    X = features[::step].flatten(0, 1).double().numpy()
+    y = agrees[::step].flatten().numpy()
     if len(np.unique(y)) < 2:
         raise ConfigError(
             f"all predictions of all depths are {'right' if y[0] else 'wrong'} on this text: there "

@@ -186,13 +186,23 @@ def test_by_hand_where_tokens_leave():
 
 @pytest.mark.parametrize("classifier", ["svm", "logistic"])
 def test_a_classifier_tells_apart_what_a_line_does(classifier):
-    x = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
-    y = x[:, 0] + 0.5 * x[:, 1] > 0.8
+    x = torch.rand(100, 4, 2, generator=torch.Generator().manual_seed(0))
+    y = x[..., 0] + 0.5 * x[..., 1] > 0.8
     weight, bias = fitted(classifier, x, y)
-    found = (x.double() @ weight.T)[:, 0] + bias > 0
+    found = (x.double() @ weight.T)[..., 0] + bias > 0
     assert (found == y).double().mean() > 0.95
     with pytest.raises(ConfigError, match="all predictions of all depths are wrong"):
         fitted(classifier, x, torch.zeros_like(y))
+
+
+def test_of_much_text_the_classifier_still_sees_all_depths(monkeypatch):
+    """Four depths and every fourth row: of the first depth alone, which is always wrong."""
+    monkeypatch.setattr("prunekit.pruners.adainfer.MOST_ROWS", 100)
+    x = torch.rand(100, 4, 2, generator=torch.Generator().manual_seed(0))
+    y = x[..., 0] + 0.5 * x[..., 1] > 0.8
+    y[:, 0] = False
+    weight, _ = fitted("logistic", x, y)
+    assert float(weight[0, 0]) > 0.5
 
 
 def test_what_cannot_be_is_said():
