@@ -12,7 +12,7 @@ from prunekit.architecture.sizes import Sizes
 from prunekit.graph.fold_gates import check_channels
 from prunekit.problem import Expected, Problem, expect
 from prunekit.selection.units import choose
-from prunekit.training.constraints import SizeConstraint
+from prunekit.training.constraints import SizeConstraint, warn_of_missed
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.recipe import micro_batches
 from prunekit.types import Allocation, Group, Kept
@@ -67,10 +67,12 @@ def apply_masks(masks: LearnedMasks, allocation: Allocation, remove: bool) -> Ke
 def notes_of(
     allocation: Allocation, constraint: SizeConstraint, curve: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The notes that both have."""
+    """The notes that both have; warns where the masks expected something else than went."""
+    sparsity = float(constraint.sparsity().detach())
+    warn_of_missed("prunable parameters", sparsity - constraint.target, constraint.target)
     return {
         "counts": allocation.counts,
         "curve": curve,
-        "sparsity": float(constraint.sparsity().detach()),
+        "sparsity": sparsity,
         "target": constraint.target,
     }

@@ -21,7 +21,7 @@ from prunekit.graph.fold_gates import check_channels
 from prunekit.problem import CALIBRATION, Expected, Problem, expect
 from prunekit.registry import LearningRate, Natural, Positive, Seed, Share, pruners
 from prunekit.selection.units import expand_to_all_blocks, keep_local
-from prunekit.training.constraints import KindConstraint
+from prunekit.training.constraints import KindConstraint, warn_of_missed
 from prunekit.training.domains import DomainExamples
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.masks_and_updates import learn
@@ -196,6 +196,8 @@ def sheared_llama(
     kept = expand_to_all_blocks(kept, pruned, problem.units([g.kind for g in pruned]))
     graph.remove(model, kept, norm="rescale")
     config_follows(model, pruned, counts)
+    for kind, missed in constraint.missed().items():
+        warn_of_missed(kind, missed, shares[kind])
     notes = {
         "counts": counts,
         "curve": history.curve,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -14,6 +15,24 @@ from prunekit.training.learned_masks import LearnedMasks
 
 if TYPE_CHECKING:
     from prunekit.training.trainer import ParameterGroup
+
+
+log = logging.getLogger("prunekit")
+
+FAR = 0.02
+"""How far masks may be from their target before it is said. The authors are content at 0.005."""
+
+
+def warn_of_missed(what: str, missed: float, target: float) -> None:
+    """Warns of masks that expect another share of `what` to go than the `target`, which goes."""
+    if abs(missed) > FAR:
+        log.warning(
+            "the masks expect %.1f %% of the %s to go, and %.1f %% go: what is left is not what "
+            "was trained; more pruner.steps or another pruner.mask_lr bring the two together",
+            100 * (target + missed),
+            what,
+            100 * target,
+        )
 
 
 class Constraint(ABC):

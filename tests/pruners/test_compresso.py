@@ -77,6 +77,11 @@ def test_the_prompt_is_saved_with_the_model(alpaca, tokens, tmp_path):
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
 
 
+def test_masks_far_from_the_target_are_told(alpaca, caplog):
+    assert prune(wide("llama"), alpaca, prompt=False).notes["sparsity"] < 0.05
+    assert "of the prunable parameters to go, and 30.0 % go" in caplog.text
+
+
 def test_masks_close_as_the_constraint_says(alpaca):
     out = prune(wide("llama"), alpaca, steps=30, warmup=0.3, mask_lr=0.3, prompt=False)
     assert 0.1 < out.notes["sparsity"] <= 1

@@ -69,6 +69,12 @@ def test_a_ratio_chooses_the_same_counts_everywhere(llama, tokens):
     assert llama.model.layers[2].mlp.down_proj.in_features == llama.config.intermediate_size < 96
 
 
+def test_masks_far_from_the_shape_are_told(llama, tokens, caplog):
+    missed = prune(problem(llama, tokens), shape={"neurons": 48}).notes["missed"]
+    assert missed["neurons"] < -0.4
+    assert "of the neurons to go, and 50.0 % go" in caplog.text
+
+
 def test_masks_close_as_their_constraints_say(llama, tokens):
     """Half of the neurons are to go: what masks expect moves there from none."""
     options = {"steps": 30, "warmup": 0.3, "lr": 1e-3, "mask_lr": 0.3}

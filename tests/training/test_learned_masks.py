@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from prunekit import graph
-from prunekit.training.constraints import KindConstraint
+from prunekit.training.constraints import KindConstraint, warn_of_missed
 from prunekit.training.hard_concrete import LIMITS, deterministic, open_probability, sample
 from prunekit.training.learned_masks import LearnedMasks
 
@@ -36,6 +36,13 @@ def test_the_target_grows_during_the_warmup(masks, step, share):
         gaps = [float(closed[g.name]) - share * target for g in masks.groups if g.kind == kind]
         value += first * sum(gaps) / len(gaps) + second * sum(x * x for x in gaps) / len(gaps)
     assert constraint(masks.model, step).item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(("missed", "said"), [(0.019, ""), (0.03, "53.0 %"), (-0.2, "30.0 %")])
+def test_masks_that_miss_their_target_are_told(missed, said, caplog):
+    warn_of_missed("neurons", missed, 0.5)
+    assert (f"expect {said} of the neurons to go, and 50.0 % go" in caplog.text) == bool(said)
+    assert bool(caplog.text) == bool(said)
 
 
 def masks_by_group(masks):
