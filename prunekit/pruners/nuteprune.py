@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,14 @@ from prunekit.pruners.learned import (
 )
 from prunekit.registry import Above, LearningRate, Natural, Positive, Seed, Share, pruners
 from prunekit.training.constraints import SizeConstraint
-from prunekit.training.distillation import Distillation
+from prunekit.training.distillation import Distillation, state_error
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.low_rank import Updates
 from prunekit.training.masks_and_updates import learn_with_updates
 from prunekit.training.recipe import Recipe
 from prunekit.types import Pruned
 
+Error = Literal["plain", "relative"]
 NEAR = 0.005
 """How near to the target counts as there (the authors' epsilon)."""
 
@@ -66,6 +67,7 @@ def nuteprune(
     steps: Positive = 1000,
     warmup: Share = 0.5,
     layer_weight: Share = 0.9,
+    error: Error = "plain",
     temperature: Above = 2 / 3,
     gap: Positive = 10,
     r: Positive = 8,
@@ -87,7 +89,11 @@ def nuteprune(
         kinds: of units that compete (ratio=global), each at what it weighs in parameters.
         steps: of `batch` samples of the calibration text.
         warmup: share of the steps in which the target grows from nothing.
-        layer_weight: of the hidden states' error, block by block; the rest is the KL.
+        layer_weight: of the hidden states' error, summed over the blocks; the rest is that of the
+            KL, summed over the tokens of a sample (the authors' code).
+        error: of the hidden states: `plain` is the mean square (the paper), `relative` divides a
+            token's by its teacher's size. Where hidden states are large (SmolLM2, and whatever has
+            massive activations) the plain one drowns the KL and the constraint.
         temperature: of the KL.
         gap: how many percent of sparsity the teacher is behind. Once the target is met, teachers go
             back to the dense model over the steps that are left.
@@ -127,15 +133,17 @@ def nuteprune(
     )
     constraint = size_constraint(problem, groups, allocation, seed, round(warmup * steps))
     masks = constraint.masks
-    teachers = Teachers(masks, constraint, steps, gap)
+    teachers = Teachers(masks, constraint, steps, gap, error)
     how = Distillation(weight=1.0, temperature=temperature)
+    length = problem.tokens.shape[1]
 
     @contextmanager
     def objective(updates: list[nn.Parameter]) -> Iterator[dict[str, Any]]:
         def penalty(of: nn.Module, step: int) -> Tensor:
             teachers.step = step
-            rest = layer_weight * teachers.layer_loss() + constraint(of, step)
-            return rest / (1 - layer_weight)  # beside a KL of weight 1
+            # The KL beside it is a mean over tokens, so that multipliers need not outgrow a sum.
+            layers = layer_weight / (1 - layer_weight) * teachers.layer_loss() / length
+            return layers + constraint(of, step)
 
         with teachers.on_model(updates):
             yield {
@@ -171,8 +179,11 @@ class Teachers:
     student the teacher's runs, on the same weights.
     """
 
-    def __init__(self, masks: LearnedMasks, constraint: SizeConstraint, steps: int, gap: int):
+    def __init__(
+        self, masks: LearnedMasks, constraint: SizeConstraint, steps: int, gap: int, error: Error
+    ):
         self.masks, self.constraint, self.steps, self.gap = masks, constraint, steps, gap
+        self.relative = error == "relative"
         self.step = 0
         self.met: int | None = None
         self.updates: list[nn.Parameter] = []
@@ -221,16 +232,15 @@ class Teachers:
         return self._logits
 
     def layer_loss(self) -> Tensor:
-        """Mean square error of the hidden states in float32, summed over the blocks; channels that
-        the student has not, and pads, are left out.
+        """`state_error`, summed over the blocks; channels that the student has not, and pads, are
+        left out.
         """
         terms = []
         for student, teacher in zip(self._hidden[False], self._hidden[True], strict=True):
             there = student != 0
             if self._tokens is not None:
                 there &= self._tokens.to(there)[..., None]
-            error = (student.float() - teacher.to(student.device).float()).square()
-            terms.append(error.masked_fill(~there, 0).sum() / there.sum().clamp(min=1))
+            terms.append(state_error(student, teacher, there, self.relative))
         return torch.stack(terms).sum()
 
     def _keep_stream(self, module: nn.Module, args: Any, output: Any) -> None:

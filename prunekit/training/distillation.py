@@ -106,6 +106,18 @@ def summed_gap(
     return total / max(1, len(pairs))
 
 
+def state_error(student: Tensor, teacher: Tensor, there: Tensor, relative: bool) -> Tensor:
+    """Mean of `(s - t)^2` over the places that are `there`, all `(N, T, C)`, in float32; `relative`
+    is the mean over tokens of `|s - t|^2 / |t|^2`.
+    """
+    aim = teacher.to(student.device).float()
+    error = (student.float() - aim).square().masked_fill(~there, 0)
+    if not relative:
+        return error.sum() / there.sum().clamp(min=1)
+    size = aim.square().masked_fill(~there, 0).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (error.sum(-1) / size).sum() / there.any(-1).sum().clamp(min=1)
+
+
 def learnt_positions(labels: Tensor) -> Tensor:
     """(N, T) True where the next token of `labels (N, T)` is learnt."""
     return F.pad(labels[:, 1:] != -100, (0, 1))

@@ -61,7 +61,9 @@ def test_the_budget_is_kept_and_masked_is_exported(arch, kinds, tokens, masked):
 
 @pytest.mark.parametrize("options", [{}, {"layer_weight": 0.5, "temperature": 2.0}])
 def test_what_is_minimised_is_the_papers_sum(options, tokens, monkeypatch):
-    """0.9 of the hidden states' error, 0.1 of the KL, and the constraint, all times ten."""
+    """0.9 of the hidden states' error and 0.1 of the KL that is summed over a sample's tokens, by
+    what a token's KL of weight 1 needs beside it; and the constraint.
+    """
     seen = {}
 
     def learn(masks, updates, examples, recipe, constraint, lr, objective):
@@ -75,7 +77,8 @@ def test_what_is_minimised_is_the_papers_sum(options, tokens, monkeypatch):
     with pytest.raises(InterruptedError):
         prune(tiny_model("llama"), tokens, **options)
     weight = options.get("layer_weight", 0.9)
-    assert seen["value"] == pytest.approx((weight * 5 + seen["constraint"]) / (1 - weight))
+    error = weight * 5 / ((1 - weight) * tokens.shape[1])
+    assert seen["value"] == pytest.approx(error + seen["constraint"])
     assert seen["distillation"] == Distillation(1.0, options.get("temperature", 2 / 3))
 
 
@@ -104,7 +107,7 @@ def taught(tokens):
     masks = LearnedMasks(model, groups, seed=0)
     sizes = Sizes(model, groups)
     constraint = SizeConstraint(masks, sizes.prunable() // 4, sizes.prunable(), warmup=10)
-    teachers = Teachers(masks, constraint, steps=20, gap=10)
+    teachers = Teachers(masks, constraint, steps=20, gap=10, error="plain")
     with masks.on_model():
         inject(model, Updates(["model.layers.0.self_attn.q_proj"], 2, 2, 0.0))
         gates_around_updates(model)
@@ -159,6 +162,17 @@ def test_channels_that_the_student_has_not_have_no_part_in_the_error(taught):
     student[..., 3], teacher[..., 3] = 0, 100
     taught._hidden = {False: [student], True: [teacher]}
     assert float(taught.layer_loss()) == 1
+
+
+def test_the_relative_error_knows_no_size(taught):
+    """A token of 3 and one of 3,000, of each of which a third is missing; a pad; a channel less."""
+    teacher = torch.full((1, 3, 8), 3.0) * torch.tensor([1.0, 1000.0, 1.0])[:, None]
+    student = teacher * 2 / 3
+    student[..., 3], teacher[..., 3] = 0, 1e6
+    taught._hidden = {False: [student] * 2, True: [teacher] * 2}
+    taught._tokens = torch.tensor([[1, 1, 0]])
+    taught.relative = True
+    assert float(taught.layer_loss()) == pytest.approx(2 / 9)
 
 
 def test_the_error_of_half_precision_is_a_single_precision_number(taught):
