@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prunekit.selection.elements import running_sums
+
 EPSILON = 1e-4
 """Of a weight: a share times the inputs may be this much short of a whole number for rounding."""
 
@@ -58,7 +60,8 @@ def staying(theta: Tensor, inputs: int) -> Tensor:
     """(rows, inputs) probability that the weight of each rank stays, not falling: the weight of the
     candidates that remove no more than `rank` of the inputs.
     """
-    return torch.softmax(theta, 1).cumsum(1)[:, _bin(theta.shape[1] - 1, inputs, theta.device)]
+    sums = running_sums(torch.softmax(theta, 1))
+    return sums[:, _bin(theta.shape[1] - 1, inputs, theta.device)]
 
 
 def _bin(candidates: int, inputs: int, device: torch.device) -> Tensor:

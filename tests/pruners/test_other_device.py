@@ -22,7 +22,10 @@ from prunekit.cli.compose import composed
 from prunekit.graph.skeleton import skeleton
 from prunekit.models import hf
 from prunekit.registry import models, pruners
+from prunekit.runner.determinism import repeatable
 from prunekit.runner.run import run
+from prunekit.selection.elements import by_alpha, per_row
+from prunekit.solvers.besa import staying
 from prunekit.solvers.obs import greedy_removal
 from prunekit.solvers.sparsegpt import inverse_factor, lowest_of_block, solve_columns
 
@@ -195,6 +198,22 @@ def test_one_wait_for_all_columns_of_sparsegpt():
         expected, mask, _ = solve_columns(W, upper, rule, 4)
         assert torch.equal(kept.cpu(), mask)
         torch.testing.assert_close(new.cpu(), expected)
+
+
+def test_elements_are_chosen_alike_where_a_gpu_must_repeat_itself():
+    scores = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    theta = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    chosen = (
+        lambda x: per_row(x, 23),
+        lambda x: by_alpha(x, 23),
+        lambda x: staying(theta.to(x.device), 12),
+    )
+    expected = [choose(scores) for choose in chosen]
+    with other_device(), repeatable({"deterministic": True}):
+        for choose, here in zip(chosen, expected, strict=True):
+            assert torch.equal(choose(scores.to(DEVICE)).cpu(), here)
+        with pytest.raises(RuntimeError, match="kthvalue CUDA does not have"):
+            scores.to(DEVICE).kthvalue(2)
 
 
 def test_the_device_of_these_tests_refuses_what_a_gpu_refuses():
