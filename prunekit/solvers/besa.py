@@ -17,6 +17,10 @@ from torch import Tensor
 
 from prunekit.selection.elements import running_sums
 
+SCALE = 2.0**16
+"""By what the loss of float16 weights is multiplied: its gradients, of a mean over channels of what
+each token adds to an error, lie below what float16 tells from zero.
+"""
 EPSILON = 1e-4
 """Of a weight: a share times the inputs may be this much short of a whole number for rounding."""
 
@@ -114,6 +118,8 @@ def learn(
         name: start(target, len(m.weight) if per_row else 1, candidates, m.weight.device)
         for name, m in matrices.items()
     }
+    half = any(m.weight.dtype is torch.float16 for m in matrices.values())
+    scale = SCALE if half else 1.0
     optimizer = torch.optim.Adam([t.requires_grad_() for t in thetas.values()], lr=rate)
     for step in range(steps):
         with torch.enable_grad():
@@ -127,7 +133,9 @@ def learn(
             )
             loss = error(masked, step) + pull * ((reached - target) / target) ** 2
         optimizer.zero_grad()
-        loss.backward()
+        (loss * scale).backward()
+        for theta in thetas.values() if half else ():
+            theta.grad = None if theta.grad is None else theta.grad / scale
         optimizer.step()
     return {name: share_of(theta.detach()) for name, theta in thetas.items()}
 
