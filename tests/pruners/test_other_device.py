@@ -18,6 +18,7 @@ from torch import nn
 
 from prunekit.activations.gram import GramStatistics
 from prunekit.architecture import streaming
+from prunekit.architecture.offload import put_beside
 from prunekit.cli.compose import composed
 from prunekit.graph.skeleton import skeleton
 from prunekit.models import hf
@@ -198,6 +199,16 @@ def test_one_wait_for_all_columns_of_sparsegpt():
         expected, mask, _ = solve_columns(W, upper, rule, 4)
         assert torch.equal(kept.cpu(), mask)
         torch.testing.assert_close(new.cpu(), expected)
+
+
+def test_a_model_over_several_devices_stays_there_beside_another():
+    with other_device():
+        model, whole, over_two = (small_model() for _ in range(3))
+        spread(over_two).hf_device_map = {"model.layers.2": DEVICE.type, "lm_head": "cpu"}
+        there = model.to(DEVICE)
+        assert {p.device for p in put_beside(whole, there).parameters()} == {DEVICE}
+        before = [p.device for p in over_two.parameters()]
+        assert [p.device for p in put_beside(over_two, there).parameters()] == before
 
 
 def test_elements_are_chosen_alike_where_a_gpu_must_repeat_itself():
