@@ -16,12 +16,16 @@ from problems import problem, uniform
 from tiny_models import tiny_model
 from torch import nn
 
+from prunekit import graph
 from prunekit.activations.gram import GramStatistics
+from prunekit.activations.runs import ModelRun
 from prunekit.architecture import streaming
+from prunekit.architecture.matrices import matrices
 from prunekit.architecture.offload import put_beside
 from prunekit.cli.compose import composed
 from prunekit.graph.skeleton import skeleton
 from prunekit.models import hf
+from prunekit.pruners.copal import _Accumulated
 from prunekit.registry import models, pruners
 from prunekit.runner.determinism import repeatable
 from prunekit.runner.run import run
@@ -199,6 +203,32 @@ def test_one_wait_for_all_columns_of_sparsegpt():
         expected, mask, _ = solve_columns(W, upper, rule, 4)
         assert torch.equal(kept.cpu(), mask)
         torch.testing.assert_close(new.cpu(), expected)
+
+
+def test_copal_s_scores_of_all_matrices_wait_in_host_memory():
+    model = tiny_model("llama", 1)
+    groups = [g for g in matrices(model) if "q_proj" in g.name or "down_proj" in g.name]
+    expected = _Accumulated()(groups, ModelRun(model, TEXT))
+    with other_device():
+        total = _Accumulated()
+        found = total(groups, ModelRun(model.to(DEVICE), TEXT))
+        assert {s.device.type for s in total.total.values()} == {"cpu"}
+        assert {s.device for s in found.values()} == {DEVICE}
+        for name, scores in expected.items():
+            torch.testing.assert_close(found[name].cpu(), scores)
+
+
+def test_masks_of_zeros_wait_in_host_memory():
+    model = tiny_model("llama", 1)
+    groups = [g for g in graph.discover(model, verify=False) if g.kind == "neurons"]
+    kept = {g.name: torch.arange(g.units) % 2 == 0 for g in groups}
+    graph.zero(model, kept)
+    expected = graph.zero_masks(model, groups, kept)
+    with other_device():
+        masks = graph.zero_masks(model.to(DEVICE), groups, kept)
+        assert {m.device.type for m in masks.values()} == {"cpu"}
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
 
 
 def test_a_model_over_several_devices_stays_there_beside_another():
