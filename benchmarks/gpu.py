@@ -94,6 +94,7 @@ def checks(bench: Bench) -> list[Check]:
         Check("runner", "tiny_llama", rows.whole_run),
         Check("determinism", "taylor twice", rows.twice),
         Check("determinism", "a run twice", rows.repeated),
+        Check("determinism", "elements twice", lambda b: rows.repeated(b, *rows.BY_ELEMENTS)),
         _latency("1.1B", 1),
         _latency("7B", 1),
     ]

@@ -266,12 +266,15 @@ def whole_run(bench: Bench) -> str:
     return f"{key} {found[key]:.1f}"
 
 
-def repeated(bench: Bench) -> str:
+BY_ELEMENTS = ("pruner=unstructured", "criterion=wanda", "ratio.target=0.5", "ratio.of=prunable")
+
+
+def repeated(bench: Bench, *more: str) -> str:
     """The same run with `deterministic=true` comes to the same bits again."""
     weights = []
     for _ in range(2):
         with tempfile.TemporaryDirectory() as folder:
-            _run(bench, folder, "deterministic=true")
+            _run(bench, folder, "deterministic=true", *more)
             (file,) = Path(folder).glob("checkpoint/*.safetensors")
             weights.append(file.read_bytes())
     if weights[0] != weights[1]:

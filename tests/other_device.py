@@ -29,6 +29,13 @@ WAIT = {
     aten.is_nonzero.default,
 }
 """Operators whose answer the host needs before it goes on."""
+NOT_REPEATABLE = {
+    aten.kthvalue.default: "kthvalue CUDA",
+    aten.cumsum.default: "cumsum_cuda_kernel",
+}
+"""Operators that a GPU refuses under deterministic algorithms, the second of floats, and what it
+calls them.
+"""
 TAKE_HOST_INDICES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 
 
@@ -129,6 +136,8 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = kwargs.get("device", next((a for a in args if isinstance(a, torch.device)), None))
     if there and len(there) < len(tensors):
         check_mixed(func, args, tensors)
+    if there and torch.are_deterministic_algorithms_enabled():
+        check_repeatable(func, args)
     plain = [t.held if isinstance(t, Elsewhere) else t for t in flat]
     if on_it(target):
         plain = [torch.device("cpu") if isinstance(x, torch.device) else x for x in plain]
@@ -156,6 +165,13 @@ def check_mixed(func: Any, args: Any, tensors: list[Tensor]) -> None:
         host = [t for t in host if all(t is not i for i in args[1])]
     if any(t.dim() for t in host) or func in (aten.cat.default, aten.stack.default):
         raise RuntimeError(f"{func}: tensors on {DEVICE} and on the CPU")
+
+
+def check_repeatable(func: Any, args: Any) -> None:
+    """Raises RuntimeError, in torch's words, for what has no deterministic form on a GPU."""
+    name = NOT_REPEATABLE.get(func)
+    if name and args[0].is_floating_point():
+        raise RuntimeError(f"{name} does not have a deterministic implementation, but you set it")
 
 
 def line() -> str:

@@ -21,6 +21,7 @@ from prunekit.activations.done_blocks import DoneBlocks, Outcome
 from prunekit.activations.hooks import first_tensor, raise_stop, stop_early
 from prunekit.activations.runs import samples_at_once
 from prunekit.activations.storage import Activations, PassOptions, Precision, autocast, resolved
+from prunekit.architecture.offload import input_device
 from prunekit.architecture.streaming import device_of, turn
 from prunekit.errors import ConfigError
 from prunekit.types import Counts, Group
@@ -65,7 +66,7 @@ def capture_inputs(
     batch = options.batch or samples_at_once(tokens)
     batch = min(batch, len(tokens) // processes.count())
     rows = tuple(slice(i, min(i + batch, len(tokens))) for i in range(0, len(tokens), batch))
-    device = device_of(model)
+    device = input_device(model) or device_of(model)
     inputs: Activations | None = None
     calls: list[list[Call]] = []  # [batch][block]
     for i, part in enumerate(

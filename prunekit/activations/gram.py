@@ -41,11 +41,6 @@ class GramStatistics:
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = 0
 
-    @property
-    def weight(self) -> float:
-        """Sum of the tokens' weights. The host waits for it, so it is asked for at the end."""
-        return float(self.total)
-
     def add(self, x: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> None:
         """Take in `x (..., inputs)`, `y (..., outputs)` and weights `w (...)`."""
         x = x.reshape(-1, x.shape[-1]).float()

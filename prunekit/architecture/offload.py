@@ -140,6 +140,13 @@ def input_device(model: nn.Module) -> torch.device | None:
     return None if device.type == "meta" else device
 
 
+def put_beside(other: nn.Module, model: nn.Module) -> nn.Module:
+    """`other` where `model` is; one that accelerate spread stays where its hooks expect it."""
+    if offloaded(other) or len(set(getattr(other, "hf_device_map", {}).values())) > 1:
+        return other
+    return other.to(next(model.parameters()).device)
+
+
 @contextmanager
 def placed_like(model: nn.Module, duplicate: nn.Module) -> Iterator[None]:
     """Inside, accelerate moves weights and activations of `duplicate` as it does those of `model`,

@@ -12,7 +12,8 @@ from prunekit.types import Group, Kept, tensor_of
 
 
 def zero_masks(model: nn.Module, groups: Iterable[Group], kept: Kept) -> dict[str, Tensor]:
-    """Parameter name -> bool tensor of its shape, True = free, False = zero for good.
+    """Parameter name -> bool tensor of its shape, True = free, False = zero for good; in host
+    memory.
 
     groups, kept: those of `Pruned`: single weights, and units of any kind that were set to zero
         where they stand. What was cut out of the model has no element left in it, and gives no
@@ -32,7 +33,7 @@ def _zeroed(model: nn.Module, group: Group, kept: Tensor) -> Iterator[tuple[str,
         name = group.matrix
         weight = _parameter(model, name)
         if weight is not None and weight.shape == kept.shape:
-            yield name, kept.to(weight.device)
+            yield name, kept
         return
     slices = _slices(model, group, ~kept)
     if slices is None:
@@ -63,8 +64,8 @@ def _slices(model: nn.Module, group: Group, gone: Tensor) -> list[tuple[str, int
             continue
         if int(m.index.max()) >= parameter.shape[m.axis]:
             return None
-        index = m.index[gone].reshape(-1).to(parameter.device)
-        if bool(parameter.detach().index_select(m.axis, index).any()):
+        index = m.index[gone].reshape(-1)
+        if bool(parameter.detach().index_select(m.axis, index.to(parameter.device)).any()):
             return None
         found.append((m.param, m.axis, index))
     return found
@@ -91,4 +92,4 @@ def _own_parameters(model: nn.Module, path: str, uses: Counter[int]) -> dict[str
 
 
 def _free(parameter: nn.Parameter) -> Tensor:
-    return torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
+    return torch.ones(parameter.shape, dtype=torch.bool)

@@ -106,7 +106,9 @@ def _wanda_of_what_is_left(groups: list[Group], run: Run) -> Scores:
 
 
 class _Accumulated:
-    """The sum of what all texts so far say."""
+    """The sum of what all texts so far say, in host memory: of all matrices it is as large as the
+    model in float32.
+    """
 
     def __init__(self) -> None:
         self.total: Scores = {}
@@ -114,10 +116,10 @@ class _Accumulated:
     def __call__(self, groups: list[Group], run: Run) -> Scores:
         for alike, gram in grams(run.model, groups, run):
             for g in alike:
-                score = sensitivity(matrix(run.model, g), gram)
+                score = sensitivity(matrix(run.model, g), gram).cpu()
                 seen = self.total.get(g.name)
                 self.total[g.name] = score if seen is None else seen + score
-        return {g.name: self.total[g.name] for g in groups}
+        return {g.name: self.total[g.name].to(matrix(run.model, g).device) for g in groups}
 
 
 class _Turns(NamedTuple):

@@ -202,9 +202,9 @@ def stack_mask(
     experts, slab = stack.experts.experts, stack.slab
     mask = torch.ones_like(tensor_of(model, slab.param), dtype=torch.bool)
     outputs = stack.other if stack.neurons.reads else stack.neurons.axis
-    for e in range(experts):
+    for e, tokens in enumerate(seen.tokens.tolist()):
         part = expert_slice(model, slab, e).float().abs()
-        norm = _norms(stack, seen, e, part)
+        norm = _norms(stack, seen, e, tokens, part)
         moved = part.movedim((outputs, stack.inputs), (-2, -1))
         scores = (moved * norm).reshape(moved.shape[-2:])
         own = element_mask(scores, count // experts, scope, pattern, slab.param)
@@ -234,10 +234,10 @@ def single_mask(
     return mask if isinstance(module, nn.Linear) else mask.T
 
 
-def _norms(stack: Stack, seen: ExpertInputs, expert: int, part: Tensor) -> Tensor:
-    """(inputs,) of one expert."""
+def _norms(stack: Stack, seen: ExpertInputs, expert: int, tokens: float, part: Tensor) -> Tensor:
+    """(inputs,) of one expert, which so many tokens reached."""
     size = part.shape[stack.inputs]
-    if not seen.tokens[expert]:
+    if not tokens:
         log.warning("no token reached expert %d of %s", expert, stack.experts.group.name)
         return part.new_ones(size)
     if not stack.neurons.reads:

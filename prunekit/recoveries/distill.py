@@ -12,6 +12,7 @@ from torch import nn
 
 from prunekit import graph
 from prunekit.architecture.blocks import block_names, linear_names
+from prunekit.architecture.offload import put_beside
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.generation import Sampling, generate_text
 from prunekit.data.kept_prompt import with_prompt
@@ -169,7 +170,7 @@ def distill(
     names = linear_names(model, targets)
     micro_batches(batch, micro_batch)  # said before the data is read
     check_patience(patience, validation_size)
-    teacher = problem.dense().requires_grad_(False).to(next(model.parameters()).device).eval()
+    teacher = put_beside(problem.dense(), model).requires_grad_(False).eval()
     if teacher_bits:
         to_int8(teacher)
     blocks = same_blocks(model, teacher) if hidden else ()

@@ -14,6 +14,7 @@ from prunekit import graph
 from prunekit.activations.blockwise import BlockRun, iterate_blocks
 from prunekit.activations.storage import PassOptions, Store
 from prunekit.architecture.blocks import block_names, linear_names
+from prunekit.architecture.offload import put_beside
 from prunekit.data.files import DataRoot, TextFile
 from prunekit.data.kept_prompt import with_prompt
 from prunekit.data.training_examples import (
@@ -131,7 +132,7 @@ def reconstruct(
     check_enough(found, samples, length)
     found = with_prompt(found[:samples], model, problem.tokenizer)
     tokens = torch.tensor([e["input_ids"] for e in found])
-    dense = problem.dense().requires_grad_(False).to(next(model.parameters()).device).eval()
+    dense = put_beside(problem.dense(), model).requires_grad_(False).eval()
     blocks = check_alike(model, dense)
     keep = graph.zero_masks(model, pruned.groups, pruned.kept)
     layers = linear_names(model, targets)

@@ -41,7 +41,7 @@ def repeatable(cfg: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        found = re.match(r"(.+?) does not have a deterministic implementation", str(error))
         if found is None:
             raise
         raise ConfigError(

@@ -34,6 +34,7 @@ from prunekit.scoring.gradients import (
     only_these_train,
 )
 from prunekit.scoring.left_out import check_alone, left_out, like, tensors_in, without_first
+from prunekit.scoring.loss_scale import loss_scale, unscaled
 from prunekit.types import Run, tensor_of
 
 
@@ -115,6 +116,7 @@ class _ByBlock:
     ):
         self.model, self.tokens, self.sink, self.store = model, run.tokens, sink, store
         self.squares, self.batch = squares, 1 if squares else batch
+        self.scale = loss_scale(model)
         self.blocks = block_names(model)
         self.modules = [model.get_submodule(b) for b in self.blocks]
         self.names: list[list[str]] = [[] for _ in self.blocks]
@@ -167,7 +169,7 @@ class _ByBlock:
             x = ends[rows].requires_grad_()
             with torch.enable_grad(), left_out(self.modules, partial(self._through, x)):
                 loss = forward(self.model, self.tokens[rows], labels=True).loss
-                (loss * self._share(rows)).backward()
+                (loss * (self._share(rows) * self.scale)).backward()
             ends[rows] = gradient_of(x)
         self._release_ends()
 
@@ -182,7 +184,8 @@ class _ByBlock:
     def block(self, b: int) -> None:
         """Gradients of a block's weights to the sink, that of its input in the input's place."""
         module, names = self.modules[b], self.names[b]
-        sums = _Squares(self.model, names, len(self.tokens)) if self.squares else None
+        samples = len(self.tokens)
+        sums = _Squares(self.model, names, samples, self.scale) if self.squares else None
         needs_input = b > self.lowest or bool(self.outside)
         for i, rows in self.rows:
             x = self.inputs[b][rows].requires_grad_(needs_input)
@@ -226,7 +229,7 @@ class _ByBlock:
             if sums:
                 self.sink(name, p, *sums.of(name))
                 continue
-            gradient = gradient_of(p)
+            gradient = unscaled(gradient_of(p), self.scale)
             processes.add_up([gradient])
             self.sink(name, p, gradient, None)
             p.grad = None
@@ -239,9 +242,9 @@ class _ByBlock:
 class _Squares:
     """Means over samples of gradients and of their squares, from one backward a sample."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], samples: int):
+    def __init__(self, model: nn.Module, names: Sequence[str], samples: int, scale: float):
         self.params = {n: tensor_of(model, n) for n in names}
-        self.samples = samples
+        self.samples, self.scale = samples, scale
         self.sums = {
             n: (torch.zeros_like(p, dtype=torch.float32), torch.zeros_like(p, dtype=torch.float32))
             for n, p in self.params.items()
@@ -252,7 +255,7 @@ class _Squares:
         for name, p in self.params.items():
             if p.grad is not None:
                 mean, squared = self.sums[name]
-                g = p.grad.float()
+                g = unscaled(p.grad, self.scale).float()
                 mean.add_(g, alpha=1 / self.samples)
                 squared.addcmul_(g, g, value=1 / self.samples)
                 p.grad = None

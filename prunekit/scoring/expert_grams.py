@@ -45,14 +45,13 @@ def expert_grams(
     found |= {one.neurons.name: [_nothing(one.neurons, r.weight)] for one, r in read.values()}
 
     def of_fused(f: FusedExperts, index: Tensor, g: Tensor, x: Tensor, a: Tensor) -> None:
-        for e in range(f.experts):
-            _take_in(found[f.neurons.name][e], a, g, weighted, index == e)
+        take_in(found[f.neurons.name], a, g, weighted, index)
 
     def of_one(name: str, g: Tensor | None, x: Tensor) -> None:
         one, reader = read[name]
         g = x.new_ones(len(x)) if g is None else g
         a = x[:, reader.member.index[:, 0].to(x.device)]
-        _take_in(found[one.neurons.name][0], a, g, weighted, g != 0)
+        take_in(found[one.neurons.name], a, g, weighted, torch.zeros_like(g, dtype=torch.int64))
 
     with (
         watch_fused(model, fused, of_fused),
@@ -69,11 +68,18 @@ def _nothing(neurons: Group, beside: Tensor) -> Folds:
     return [GramStatistics(neurons.units, device=beside.device) for _ in range(FOLDS)]
 
 
-def _take_in(folds: Folds, a: Tensor, g: Tensor, weighted: bool, mine: Tensor) -> None:
-    """Add those tokens of a batch that are an expert's own: `a (T, F)` with weights `g (T,)`."""
+def take_in(experts: list[Folds], a: Tensor, g: Tensor, weighted: bool, index: Tensor) -> None:
+    """Add tokens `a (T, F)` with weights `g (T,)` to the sums of the expert `index (T,)` of each.
+    The host waits once a fold, however many experts there are.
+    """
     square = g.float().square() if weighted else torch.ones_like(g, dtype=torch.float32)
-    mine = mine & (g != 0)
-    for fold, rows in zip(folds, torch.arange(len(a), device=a.device).chunk(FOLDS), strict=False):
-        own = rows[mine[rows]]
-        if len(own):
-            fold.add(a[own], w=square[own])
+    none = len(experts)  # a token that is skipped, and an expert without weights of its own
+    owner = torch.where((g != 0) & (index < none), index, none)
+    numbers = torch.arange(none, device=a.device)
+    for fold, rows in enumerate(torch.arange(len(a), device=a.device).chunk(FOLDS)):
+        mine = owner[rows]
+        order = rows[mine.argsort(stable=True)]
+        counts = (mine[:, None] == numbers).sum(0).tolist()
+        for folds, own in zip(experts, order.split([*counts, len(rows) - sum(counts)])):
+            if len(own):
+                folds[fold].add(a[own], w=square[own])

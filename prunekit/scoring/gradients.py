@@ -25,6 +25,7 @@ from prunekit.architecture.linear import is_linear
 from prunekit.architecture.mapped import release
 from prunekit.architecture.matrices import shared_parameters
 from prunekit.errors import ConfigError
+from prunekit.scoring.loss_scale import loss_scale, unscaled
 from prunekit.types import Run, tensor_of
 
 Sink = Callable[[str, Tensor, Tensor, Tensor | None], None]
@@ -96,12 +97,13 @@ def backward(
     up at the end (as much memory as the weights in `names`). Raises ConfigError where accelerate
     keeps a weight elsewhere.
     """
-    wanted = list(dict.fromkeys(names))
+    wanted, scale = list(dict.fromkeys(names)), loss_scale(model)
     check_in_memory(model, wanted)
 
     def deliver(name: str, weight: Tensor, gradient: Tensor, mean_squared: Tensor | None) -> None:
         with torch.no_grad():
-            sink(name, weight, gradient, mean_squared)
+            second = None if mean_squared is None else unscaled(mean_squared, scale**2)
+            sink(name, weight, unscaled(gradient, scale), second)
             release([weight])
 
     total = len(run.tokens)
@@ -120,7 +122,7 @@ def backward(
                 _per_sample(owners, deliver, run.tokens, progress, done),
             ):
                 for out in run.losses(at_once):
-                    out.loss.backward()
+                    (out.loss * scale).backward()
                     progress.done()
         others = [n for n in wanted if n not in done]
         if others:
@@ -198,7 +200,7 @@ def _whole_batch(
             seen += 1
             size = min(batch, share - (seen - 1) * batch)
             # The mean over all N samples, whatever the size of the last batch.
-            (out.loss * (size / total)).backward()
+            (out.loss * (size / total * loss_scale(model))).backward()
             progress.done()
     finally:
         for h in hooks:
@@ -220,7 +222,7 @@ def _sample_by_sample(
     squared = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in params.items()}
     total = len(run.tokens)
     for out in run.losses(1):
-        out.loss.backward()
+        (out.loss * loss_scale(model)).backward()
         for n, p in params.items():
             if p.grad is not None:
                 g = p.grad.float()

@@ -64,6 +64,8 @@ class _OneBufferLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         scores, targets = logits.detach()[:, :-1], labels[:, 1:].to(logits.device)
         count = targets.numel()
+        # In float16 a small probability over so many tokens would be zero: the backward divides.
+        ctx.divisor = count if logits.dtype is torch.float16 else 1
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         # A sample at a time: float32 copies of one row only.
         for row, target in zip(scores, targets, strict=True):
@@ -71,7 +73,7 @@ class _OneBufferLoss(torch.autograd.Function):
             total -= log_p.gather(1, target[:, None]).sum()
             p = log_p.exp_()
             p.scatter_add_(1, target[:, None], torch.full_like(target[:, None], -1, dtype=p.dtype))
-            row.copy_(p.div_(count))
+            row.copy_(p.div_(count // ctx.divisor))
         logits.detach()[:, -1] = 0
         ctx.gradient = logits.detach()
         return total / count
@@ -79,7 +81,7 @@ class _OneBufferLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grad), None
+        return gradient.mul_(grad / ctx.divisor), None
 
 
 @contextmanager

@@ -189,12 +189,14 @@ def weighed(total: Tensor, outputs: Sequence[tuple[int, Tensor]]) -> list[Listed
     if not total.requires_grad or not outputs:
         return []
     slopes = torch.autograd.grad(total, [f for _, f in outputs], allow_unused=True)
-    found = []
+    found, apart = [], []
     for (expert, f), slope in zip(outputs, slopes, strict=True):
         if slope is None or not slope.numel():
             continue
         slope = slope.reshape(-1, slope.shape[-1]).float()
-        if float((slope - slope[:, :1]).abs().max()) > ALIKE * float(slope.abs().max()):
-            return []
+        off = (slope - slope[:, :1]).abs().max().double()
+        apart.append((off > ALIKE * slope.abs().max().double()).to(total.device))
         found.append(ListedCall(expert, f.detach().reshape(slope.shape), slope[:, 0]))
+    if apart and bool(torch.stack(apart).any()):  # one wait for all experts
+        return []
     return found

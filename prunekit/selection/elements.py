@@ -35,9 +35,24 @@ def drop_lowest(scores: Tensor, n: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if n >= scores.shape[1]:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(n, dim=1, keepdim=True).values
+    threshold = _nth_lowest(scores, n)
     gone, tie = scores < threshold, scores == threshold
     return ~(gone | (tie & (tie.cumsum(1, dtype=torch.int32) <= n - gone.sum(1, keepdim=True))))
+
+
+def _nth_lowest(scores: Tensor, n: int) -> Tensor:
+    """(R, 1) of each row."""
+    if torch.are_deterministic_algorithms_enabled():
+        # A GPU's kthvalue is refused then, for the indices of equal values: the value is the same.
+        return scores.sort(dim=1).values[:, n - 1 : n]
+    return scores.kthvalue(n, dim=1, keepdim=True).values
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """Sums of each row `(R, K)` up to each column."""
+    if torch.are_deterministic_algorithms_enabled():
+        return x.cpu().cumsum(1).to(x.device)  # floats on a GPU have no form that is repeatable
+    return x.cumsum(1)
 
 
 def per_row(scores: Tensor, count: int) -> Tensor:
@@ -68,7 +83,7 @@ def by_alpha(scores: Tensor, count: int) -> Tensor:
     Scores must not be negative.
     """
     order = scores.argsort(dim=1, stable=True)
-    sums = scores.double().gather(1, order).cumsum(1)
+    sums = running_sums(scores.double().gather(1, order))
     sums = sums / sums[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
     return per_matrix(torch.empty_like(sums).scatter_(1, order, sums), count)
 

@@ -15,6 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prunekit.selection.elements import running_sums
+
+SCALE = 2.0**16
+"""By what the loss of float16 weights is multiplied: its gradients, of a mean over channels of what
+each token adds to an error, lie below what float16 tells from zero.
+"""
 EPSILON = 1e-4
 """Of a weight: a share times the inputs may be this much short of a whole number for rounding."""
 
@@ -58,7 +64,8 @@ def staying(theta: Tensor, inputs: int) -> Tensor:
     """(rows, inputs) probability that the weight of each rank stays, not falling: the weight of the
     candidates that remove no more than `rank` of the inputs.
     """
-    return torch.softmax(theta, 1).cumsum(1)[:, _bin(theta.shape[1] - 1, inputs, theta.device)]
+    sums = running_sums(torch.softmax(theta, 1))
+    return sums[:, _bin(theta.shape[1] - 1, inputs, theta.device)]
 
 
 def _bin(candidates: int, inputs: int, device: torch.device) -> Tensor:
@@ -111,6 +118,8 @@ def learn(
         name: start(target, len(m.weight) if per_row else 1, candidates, m.weight.device)
         for name, m in matrices.items()
     }
+    half = any(m.weight.dtype is torch.float16 for m in matrices.values())
+    scale = SCALE if half else 1.0
     optimizer = torch.optim.Adam([t.requires_grad_() for t in thetas.values()], lr=rate)
     for step in range(steps):
         with torch.enable_grad():
@@ -124,7 +133,9 @@ def learn(
             )
             loss = error(masked, step) + pull * ((reached - target) / target) ** 2
         optimizer.zero_grad()
-        loss.backward()
+        (loss * scale).backward()
+        for theta in thetas.values() if half else ():
+            theta.grad = None if theta.grad is None else theta.grad / scale
         optimizer.step()
     return {name: share_of(theta.detach()) for name, theta in thetas.items()}
 

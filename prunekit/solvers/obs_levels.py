@@ -94,7 +94,7 @@ def squared_error(stats: GramStatistics, lost: Tensor, bias: Tensor | None) -> f
     """Of an output that lacks `lost (outputs, inputs)` of its map and has `bias` more, a token."""
     error = ((lost @ stats.gram.double()) * lost).sum()
     if bias is not None:
-        error = error - 2 * bias @ (lost @ stats.sum_x.double()) + stats.weight * bias @ bias
+        error = error - 2 * bias @ (lost @ stats.sum_x.double()) + stats.total * bias @ bias
     return max(0.0, float(error) / stats.tokens)
 
 

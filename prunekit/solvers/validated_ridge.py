@@ -93,7 +93,7 @@ def held_out_error(
         error = error + 2 * (missing * test.cross.double().T).sum()
         off = off + test.sum_y.double()
     if b is not None:
-        error = error - 2 * b @ off + test.weight * b @ b
+        error = error - 2 * b @ off + test.total * b @ b
     return float(error)
 
 

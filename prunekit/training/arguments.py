@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from prunekit.training.recipe import Recipe, micro_batches
+from prunekit.training.recipe import Recipe, micro_batches, processes
 
 
 def arguments(
@@ -44,7 +44,16 @@ def arguments(
         # DataParallel would multiply the batch by the GPUs that happen to be there; several
         # processes are the way.
         args._n_gpu = 1
+    if device.index and processes() == 1:
+        _train_on(args, device)
     return args
+
+
+def _train_on(args: TrainingArguments, device: torch.device) -> None:
+    """One process would take the first accelerator, wherever the model is."""
+    torch.get_device_module(device).set_device(device)
+    args.__dict__["_setup_devices"] = device  # a cached property, which `args.device` reads
+    args.distributed_state.device = device
 
 
 def weights_dtype(model: nn.Module) -> torch.dtype:

@@ -126,12 +126,14 @@ class SavedTraining:
             trainer.accelerator.scaler.load_state_dict(self.facts["scale"])
 
     def restore_generators(self) -> None:
-        """Every generator of random numbers. It comes last, so the tensors go."""
+        """Every generator of random numbers, of the GPUs that are here: a job may go on where there
+        are fewer. It comes last, so the tensors go.
+        """
         version, keys, gauss = self.facts["python"]
         random.setstate((version, tuple(keys), gauss))
         np.random.set_state(tuple(self.facts["numpy"]))
         torch.set_rng_state(self.found["random:cpu"].cpu())
-        for i in range(len(self.under("random:cuda:"))):
+        for i in range(min(len(self.under("random:cuda:")), torch.cuda.device_count())):
             torch.cuda.set_rng_state(self.found[f"random:cuda:{i}"].cpu(), i)
         self.found.clear()
 

@@ -27,7 +27,7 @@ def test_sums_are_those_of_all_tokens_however_they_come():
         (stats.sum_y, (c * b).sum(0)),
     ):
         assert torch.allclose(found, wanted, atol=1e-4)
-    assert stats.weight == pytest.approx(float(w.sum()), rel=1e-6)
+    assert float(stats.total) == pytest.approx(float(w.sum()), rel=1e-6)
     assert stats.tokens == 24
 
 
@@ -40,7 +40,7 @@ def test_parts_add_up_to_the_sums_of_all():
     both = added(parts)
     for name in ("gram", "cross", "sum_x", "sum_y"):
         assert torch.allclose(getattr(both, name), getattr(whole, name), atol=1e-4), name
-    assert (both.tokens, both.weight) == (24, pytest.approx(whole.weight))
+    assert (both.tokens, float(both.total)) == (24, pytest.approx(float(whole.total)))
     assert added(parts[:1]) is parts[0]
 
 

@@ -59,10 +59,11 @@ def rows(folder: Path, only: str) -> dict[str, str]:
 
 def test_one_row_of_each_sort_passes_on_a_cpu(folder):
     found = rows(folder, "|".join(f"^{one}" for one in ONE_OF_EACH))
-    assert len(found) == 20
+    assert len(found) == 21
     in_turn = [v for k, v in found.items() if k.startswith("streamed, ")]
     assert all("100.00% of" in v and "logits 0e+00" in v for v in in_turn)
-    assert found["determinism, a run twice"].endswith(" bytes, the same")
+    for run in ("a run", "elements"):
+        assert found[f"determinism, {run} twice"].endswith(" bytes, the same")
     assert found["CPU = GPU, unstructured, wanda"].startswith("100.00% of ")
     assert found["kernels, 2:4, semi-structured"].startswith("0 of 29 converted, logits 0e+00")
     zeros = found["training, distill"].partition("; zeros ")[2].split(" -> ")

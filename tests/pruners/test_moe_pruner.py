@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign import ListedMixtral, ListedSigmoid
+from other_device import DEVICE, other_device
 from problems import check, problem, uniform
 from tiny_models import tiny_model
 
+from prunekit import graph
 from prunekit.errors import ConfigError
+from prunekit.pruners.moe_pruner import Stack, stack_mask
 from prunekit.registry import pruners
-from prunekit.scoring.expert_inputs import ExpertInputs
+from prunekit.scoring.expert_inputs import ExpertInputs, fused_experts
 from prunekit.scoring.listed_experts import linear_squares
 
 TOKENS = torch.randint(8, 100, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -61,6 +64,23 @@ def test_the_first_block_is_that_of_a_plain_loop(mixtral, weighted):
         )
         torch.testing.assert_close(pruned.gate_up_proj[e], first, rtol=0, atol=0)
         torch.testing.assert_close(pruned.down_proj[e], second, rtol=0, atol=0)
+
+
+def test_the_host_waits_once_for_the_tokens_of_all_experts(mixtral):
+    f = fused_experts(mixtral, graph.discover(mixtral, verify=False))[0]
+    stack, width = Stack(f, *f.writer), mixtral.config.hidden_size
+    entering, inside = torch.rand(f.experts, width), torch.rand(f.experts, f.neurons.units)
+    tokens = torch.tensor([3.0, 0.0, 1.0, 2.0, 5.0])
+    expected = stack_mask(
+        mixtral, stack, ExpertInputs(tokens, entering, inside), 1000, "matrix", None
+    )
+    there = copy.deepcopy(mixtral)
+    with other_device() as waits:
+        there.to(DEVICE)
+        seen = ExpertInputs(*(x.to(DEVICE) for x in (tokens, entering, inside)))
+        found = stack_mask(there, stack, seen, 1000, "matrix", None)
+        assert sum(waits.values()) == 1
+        assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("kind", [ListedMixtral, ListedSigmoid])

@@ -16,13 +16,21 @@ from problems import problem, uniform
 from tiny_models import tiny_model
 from torch import nn
 
+from prunekit import graph
 from prunekit.activations.gram import GramStatistics
+from prunekit.activations.runs import ModelRun
 from prunekit.architecture import streaming
+from prunekit.architecture.matrices import matrices
+from prunekit.architecture.offload import put_beside
 from prunekit.cli.compose import composed
 from prunekit.graph.skeleton import skeleton
 from prunekit.models import hf
+from prunekit.pruners.copal import _Accumulated
 from prunekit.registry import models, pruners
+from prunekit.runner.determinism import repeatable
 from prunekit.runner.run import run
+from prunekit.selection.elements import by_alpha, per_row
+from prunekit.solvers.besa import staying
 from prunekit.solvers.obs import greedy_removal
 from prunekit.solvers.sparsegpt import inverse_factor, lowest_of_block, solve_columns
 
@@ -181,7 +189,7 @@ def test_sums_over_batches_wait_for_nothing():
         for x in torch.randn(5, 4, 8).to(DEVICE):
             stats.add(x, x[:, :3], x[:, 0].square())
         assert not waits
-        assert stats.weight > 0
+        assert float(stats.total) > 0
         assert sum(waits.values()) == 1
 
 
@@ -195,6 +203,58 @@ def test_one_wait_for_all_columns_of_sparsegpt():
         expected, mask, _ = solve_columns(W, upper, rule, 4)
         assert torch.equal(kept.cpu(), mask)
         torch.testing.assert_close(new.cpu(), expected)
+
+
+def test_copal_s_scores_of_all_matrices_wait_in_host_memory():
+    model = tiny_model("llama", 1)
+    groups = [g for g in matrices(model) if "q_proj" in g.name or "down_proj" in g.name]
+    expected = _Accumulated()(groups, ModelRun(model, TEXT))
+    with other_device():
+        total = _Accumulated()
+        found = total(groups, ModelRun(model.to(DEVICE), TEXT))
+        assert {s.device.type for s in total.total.values()} == {"cpu"}
+        assert {s.device for s in found.values()} == {DEVICE}
+        for name, scores in expected.items():
+            torch.testing.assert_close(found[name].cpu(), scores)
+
+
+def test_masks_of_zeros_wait_in_host_memory():
+    model = tiny_model("llama", 1)
+    groups = [g for g in graph.discover(model, verify=False) if g.kind == "neurons"]
+    kept = {g.name: torch.arange(g.units) % 2 == 0 for g in groups}
+    graph.zero(model, kept)
+    expected = graph.zero_masks(model, groups, kept)
+    with other_device():
+        masks = graph.zero_masks(model.to(DEVICE), groups, kept)
+        assert {m.device.type for m in masks.values()} == {"cpu"}
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+
+
+def test_a_model_over_several_devices_stays_there_beside_another():
+    with other_device():
+        model, whole, over_two = (small_model() for _ in range(3))
+        spread(over_two).hf_device_map = {"model.layers.2": DEVICE.type, "lm_head": "cpu"}
+        there = model.to(DEVICE)
+        assert {p.device for p in put_beside(whole, there).parameters()} == {DEVICE}
+        before = [p.device for p in over_two.parameters()]
+        assert [p.device for p in put_beside(over_two, there).parameters()] == before
+
+
+def test_elements_are_chosen_alike_where_a_gpu_must_repeat_itself():
+    scores = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    theta = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    chosen = (
+        lambda x: per_row(x, 23),
+        lambda x: by_alpha(x, 23),
+        lambda x: staying(theta.to(x.device), 12),
+    )
+    expected = [choose(scores) for choose in chosen]
+    with other_device(), repeatable({"deterministic": True}):
+        for choose, here in zip(chosen, expected, strict=True):
+            assert torch.equal(choose(scores.to(DEVICE)).cpu(), here)
+        with pytest.raises(RuntimeError, match="kthvalue CUDA does not have"):
+            scores.to(DEVICE).kthvalue(2)
 
 
 def test_the_device_of_these_tests_refuses_what_a_gpu_refuses():

@@ -82,7 +82,7 @@ def test_a_token_counts_by_the_size_of_what_leaves_the_block_or_as_one(
     seen = {}
 
     def costs(r, stats, ridge, bias):
-        seen[r.reader.name] = stats.weight
+        seen[r.reader.name] = float(stats.total)
         found = removal_costs(r, stats, ridge, bias)
         W = r.reader.weight.detach().double()
         gram = ridge_problem(stats, W, prior_ridge(W.shape[1]), bias).gram

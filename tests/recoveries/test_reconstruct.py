@@ -113,3 +113,17 @@ def test_what_cannot_be_is_said(text):
         run(other, dense, text)
     with pytest.raises(ConfigError, match=r"samples=900: the text has \d+ of 32 tokens"):
         run(other, dense, text, samples=900)
+
+
+def test_a_dense_model_that_accelerate_keeps_elsewhere_teaches_from_there(text):
+    from accelerate import cpu_offload
+
+    dense = tiny_model("llama", vocab_size=259)
+    errors = []
+    for teacher in (copy.deepcopy(dense), dense):
+        if teacher is dense:
+            cpu_offload(teacher, execution_device=torch.device("cpu"))
+            assert all(p.is_meta for p in teacher.parameters())
+        out = half_of_the_weights(tiny_model("llama", vocab_size=259))
+        errors.append(run(out, teacher, text, steps=3))
+    assert errors[0] == errors[1]

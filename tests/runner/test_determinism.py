@@ -61,6 +61,11 @@ def test_an_operation_without_a_deterministic_form_is_named():
         torch.zeros(2).put_(where, torch.tensor([1.0, 2.0]))
 
 
+def test_a_name_of_two_words_is_one_too():
+    with pytest.raises(ConfigError, match="true: median CUDA has no form"), repeatable(ASKED):
+        raise RuntimeError("median CUDA does not have a deterministic implementation, but you set")
+
+
 def test_other_errors_are_left_as_they_are():
     with pytest.raises(RuntimeError, match="invalid"), repeatable(ASKED):
         torch.zeros(2).view(3)

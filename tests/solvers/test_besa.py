@@ -157,3 +157,24 @@ def test_projection_meets_the_count_within_one_step():
 def test_shares_that_meet_the_count_stay():
     counts = project([torch.tensor([0.25]), torch.tensor([0.75])], [8, 8], [4, 4], 32)
     assert [c.tolist() for c in counts] == [[2], [6]]
+
+
+def test_shares_of_float16_weights_are_learned_too():
+    """Of the mean error over channels the slope at one token is below the least of float16."""
+    g = torch.Generator().manual_seed(0)
+    x = 100 * torch.randn(4096, 32, generator=g)
+    weights = {"much": torch.randn(64, 32, generator=g), "little": torch.randn(64, 32, generator=g)}
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        inputs = x.to(dtype)
+        matrices = {n: ranked(w.to(dtype), w.abs()) for n, w in weights.items()}
+
+        def forward(w, inputs=inputs):
+            return inputs @ w["much"].T + 0.1 * (inputs @ w["little"].T)
+
+        dense = forward({n: m.weight for n, m in matrices.items()})
+        learned = learn(matrices, lambda w, _, f=forward, d=dense: channel_error(f(w), d), 0.5, 12)
+        found[dtype] = torch.cat([learned["much"], learned["little"]])
+    exact, half = found.values()
+    assert exact[1] - exact[0] > 0.1
+    torch.testing.assert_close(half, exact, rtol=0, atol=0.02)

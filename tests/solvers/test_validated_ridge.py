@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from other_device import DEVICE, other_device
 from regressions import data, gathered
 
 from prunekit.activations.gram import GramStatistics, added
@@ -74,4 +75,16 @@ def test_parts_add_up_to_the_sums_over_all_tokens():
             getattr(together, name), getattr(whole, name), rtol=1e-4, atol=1e-3
         )
     assert together.tokens == whole.tokens
-    assert together.weight == pytest.approx(whole.weight)
+    assert float(together.total) == pytest.approx(float(whole.total))
+
+
+def test_the_host_waits_for_the_factor_and_for_the_error():
+    x, W = data(seed=0)
+    with other_device() as waits:
+        there = [GramStatistics(24, device=DEVICE) for _ in range(2)]
+        for stats, part in zip(there, x.chunk(2), strict=True):
+            stats.add(part.to(DEVICE))
+        error = held_out_error(*there, W.to(DEVICE), KEPT.to(DEVICE), True, Ridges(50.0, 0.0))
+        assert sum(waits.values()) == 2
+    fit, test = (sums(part) for part in x.chunk(2))
+    assert error == held_out_error(fit, test, W, KEPT, True, Ridges(50.0, 0.0))

@@ -15,6 +15,7 @@ from torch import nn
 
 from prunekit.training.low_rank import Updates, train_and_merge
 from prunekit.training.recipe import Recipe
+from prunekit.training.resume import SavedTraining
 from prunekit.training.trainer import _Trainer, train
 
 RECIPE = Recipe(
@@ -152,3 +153,20 @@ def test_patience_ends_at_the_same_step_after_a_cut():
     assert again == history
     assert progress.times == last - 1  # the step at which it ends is not kept
     assert all(torch.equal(w, resumed[n]) for n, w in whole.items())
+
+
+@pytest.mark.parametrize("here", [0, 1, 3])
+def test_a_training_goes_on_where_there_are_fewer_gpus(here, monkeypatch):
+    set_again = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, i: set_again.update({i: state}))
+    saved, drawn = object.__new__(SavedTraining), np.random.get_state()
+    version, keys, gauss = random.getstate()
+    saved.facts = {"python": [version, list(keys), gauss], "numpy": [drawn[0], drawn[1].tolist()]}
+    saved.facts["numpy"] += drawn[2:]
+    states = {f"random:cuda:{i}": torch.full((2,), i, dtype=torch.uint8) for i in range(2)}
+    saved.found = {"random:cpu": torch.get_rng_state(), **states}
+    saved.restore_generators()
+    assert {i: state.tolist() for i, state in set_again.items()} == {
+        i: [i, i] for i in range(min(here, 2))
+    }
