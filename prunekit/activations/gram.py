@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunekit.activations import processes
 from prunekit.activations.hooks import hook_activations, pass_tokens
+from prunekit.activations.sharing import places_of, reaching, watched
 from prunekit.architecture.matrices import module_name
 from prunekit.errors import ConfigError
 from prunekit.types import Group, Run
@@ -144,40 +145,46 @@ class SharedGrams:
 
 
 def _add_up(shared: SharedGrams, names: list[str]) -> None:
-    """The sums of all processes. Raises ConfigError where a process has none of a module's."""
+    """The sums of all processes. Raises ConfigError where some processes have none of a module's,
+    and others have.
+    """
     if processes.count() == 1:
         return
     lacking = torch.tensor([float(name not in shared.owner) for name in names])
     processes.add_up([lacking])
     for name, some in zip(names, lacking.tolist(), strict=True):
-        if some:
+        if 0 < some < processes.count():
             raise ConfigError(
                 f"no calibration token of one of the processes reaches {name} (an idle expert?): "
                 "calibrate on more text, or in one process"
             )
-    for name in dict.fromkeys(shared.owner[name] for name in names):
+    for name in dict.fromkeys(shared.owner[name] for name in names if name in shared.owner):
         shared.sums[name].add_up()
 
 
 def grams(model: nn.Module, groups: list[Group], run: Run) -> list[tuple[list[Group], Tensor]]:
-    """Groups that read the same input, and the mean of `x x^T` over the tokens of that input; one
-    pass of the block.
+    """Groups that read the same input, and the mean of `x x^T` over the tokens of that input, of
+    all modules that use a group's matrix; one pass of the block, or of the model where such a
+    module stands in another one.
 
-    Raises ConfigError for a module that no token reaches: it has no input to go by.
+    Raises ConfigError for a matrix that no token reaches: it has no input to go by.
     """
     shared = SharedGrams()
-    with hook_activations(
-        model, inputs={module_name(g): partial(shared.see, module_name(g)) for g in groups}
-    ):
-        pass_tokens(processes.own_part(run), "inputs")
-    _add_up(shared, [module_name(g) for g in groups])
-    mates: dict[str, list[Group]] = {}
+    places = places_of(model, [module_name(g) for g in groups])
+    users = {name: watched(model, row) for name, row in places.items()}
+    names = [name for row in users.values() for name in row]
+    with hook_activations(model, inputs={name: partial(shared.see, name) for name in names}):
+        pass_tokens(processes.own_part(reaching(run, places)), "inputs")
+    _add_up(shared, names)
+    mates: dict[tuple[str, ...], list[Group]] = {}
     for g in groups:
-        name = module_name(g)
-        if name not in shared.owner:
+        seen = (shared.owner[n] for n in users[module_name(g)] if n in shared.owner)
+        owners = tuple(dict.fromkeys(seen))
+        if not owners:
             raise ConfigError(
-                f"no calibration token reaches {name} (an idle expert?): calibrate on more text, "
-                "or narrow pruner.targets"
+                f"no calibration token reaches {module_name(g)} (an idle expert?): calibrate on "
+                "more text, or narrow pruner.targets"
             )
-        mates.setdefault(shared.owner[name], []).append(g)
-    return [(row, shared.sums[name].gram / shared.sums[name].tokens) for name, row in mates.items()]
+        mates.setdefault(owners, []).append(g)
+    sums = [(row, added([shared.sums[name] for name in owners])) for owners, row in mates.items()]
+    return [(row, s.gram / s.tokens) for row, s in sums]

@@ -20,7 +20,8 @@ from prunekit.architecture.mapped import beside
 from prunekit.architecture.matrices import matrices, module_name
 from prunekit.errors import ConfigError
 from prunekit.graph.expert_neurons import expert_slice, places
-from prunekit.problem import Expected, Problem, expect
+from prunekit.problem import Expected, Problem, expect, ranking_of
+from prunekit.pruners.matrixwise import check_local
 from prunekit.registry import pruners
 from prunekit.scoring.expert_inputs import (
     ExpertInputs,
@@ -29,7 +30,7 @@ from prunekit.scoring.expert_inputs import (
     fused_experts,
 )
 from prunekit.scoring.listed_experts import linear_squares
-from prunekit.selection.elements import NM, Pattern, Scope, element_mask
+from prunekit.selection.elements import NM, Pattern, Scope, check_taken, element_mask
 from prunekit.selection.eligible import apply_exclusion
 from prunekit.selection.units import check_finite
 from prunekit.types import Group, Kept, Member, Pruned, tensor_of
@@ -98,14 +99,13 @@ def expert_matrices(problem: Problem) -> tuple[list[Group], dict[str, Stack | Si
 
 
 def check_moe_pruner(problem: Problem, *, pattern: Pattern | None, **_: Any) -> Expected:
-    """Raises ConfigError where there are no experts, the ratio cannot be met or lets matrices
-    exchange elements, and where the pattern does not divide a matrix or is not what the ratio asks
-    for.
+    """Raises ConfigError where there are no experts, where the ratio cannot be met, lets matrices
+    exchange elements or gives each row a number of its own, and where the pattern does not divide a
+    matrix or is not what the ratio asks for.
     """
     groups, found = expert_matrices(problem)
     expected = expect(problem, groups, smaller=False)
-    if expected.counts is not None and problem.allocate(groups).ranking != "local":
-        raise ConfigError("pruner=moe_pruner sees one block at a time: give ratio.ranking=local")
+    check_local(ranking_of(problem, expected), "moe_pruner")
     if pattern is None:
         return expected
     for g in groups:
@@ -118,8 +118,8 @@ def check_moe_pruner(problem: Problem, *, pattern: Pattern | None, **_: Any) -> 
             raise ConfigError(
                 f"{g.name} has {size} inputs, which the {pattern.m} of pruner.pattern do not divide"
             )
-        if expected.counts is not None and expected.counts[g.name]:
-            pattern.kept_of(expected.counts[g.name], g.units, g.name)
+    if expected.counts is not None:
+        check_taken(groups, expected.counts, pattern)
     return expected
 
 
@@ -147,7 +147,8 @@ def moe_pruner(
     Args:
         scope: `row` takes the same number from every output of an expert, `matrix` so many of each
             matrix of an expert, `alpha` from every row the lowest up to the same share of its sum.
-        pattern: "2:4" keeps 2 of every 4 consecutive inputs; the ratio must agree.
+        pattern: "2:4" keeps 2 of every 4 consecutive inputs; the ratio must agree. "N:8" lets the
+            ratio decide for each matrix.
         weighted: false leaves the router's weight out: Wanda, on experts.
         store: where activations between blocks wait.
         precision: of the forwards.
@@ -159,7 +160,9 @@ def moe_pruner(
     """
     model = problem.model
     groups, found = expert_matrices(problem)
-    counts = problem.allocate(groups).counts
+    allocation = problem.allocate(groups)
+    check_local(allocation.ranking, "moe_pruner")
+    counts = allocation.counts
     kept: Kept = {}
 
     def zeroed(row: list[Group], run: BlockRun) -> Outcome:

@@ -41,11 +41,12 @@ def ream(
         store: where the activations between two blocks wait.
         precision: of the forwards.
 
-    Similarity is the mean of how alike outputs and routing are, over all tokens. The authors' code
-    adds the neurons' activations to what they are matched by. An expert that no token reached has
-    no weight, and its neurons go. Blocks are merged one after the other. Notes have the groups.
-    Raises ConfigError for experts of other shapes in one list, for routers that pick groups first,
-    and for groups that are too small to hold all experts.
+    Similarity is the mean of how alike outputs and the router's logits are, over all tokens. The
+    authors' code compares the mean outputs, each times the router's softmax, and adds the neurons'
+    activations to what they are matched by. An expert that no token reached has no weight, and its
+    neurons go. Blocks are merged one after the other. Notes have the groups. Raises ConfigError for
+    experts of other shapes in one list, for routers that pick groups first, and for groups that are
+    too small to hold all experts.
     """
 
     def plan(group: Group, run: Run, left: int) -> tuple[Clusters, Tensor]:

@@ -18,6 +18,7 @@ from prunekit.activations.done_blocks import Outcome, packed, unpacked
 from prunekit.activations.gram import grams
 from prunekit.activations.hooks import hook_activations, pass_tokens
 from prunekit.activations.runs import forward
+from prunekit.activations.sharing import places_of, reaching, watched
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.architecture.linear import weight_of
 from prunekit.architecture.matrices import matrix, module_name
@@ -133,12 +134,12 @@ def sparsellm(
         by_module = {module_name(g): g for g in part}
         inside = [(f, n) for f, n in blocks if f.modules <= by_module.keys()]
         work = [Work(columns, f, n, {m: by_module[m] for m in f.modules}) for f, n in inside]
-        seeing: AbstractContextManager[object] = hook_activations(
-            problem.model, inputs={w.first: w.see for w in work}
-        )
+        places = places_of(problem.model, [w.first for w in work])
+        seen = {n: w.see for w in work for n in watched(problem.model, places[w.first])}
+        seeing: AbstractContextManager[object] = hook_activations(problem.model, inputs=seen)
         if processes.count() > 1:  # no sums over tokens: each process sees the whole text
             with seeing:
-                pass_tokens(run, "inputs")
+                pass_tokens(reaching(run, places), "inputs")
             seeing = nullcontext()
         with seeing:
             shown = grams(problem.model, part, run)

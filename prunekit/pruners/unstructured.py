@@ -147,6 +147,7 @@ def unstructured(
         store: where activations between blocks wait.
         precision: of the forwards.
 
+    Where every score of a matrix is 0 (an expert that no token reached) its smallest weights go.
     Raises ConfigError where a pattern fits no matrix or ratio.
     """
     model = problem.model
@@ -240,6 +241,9 @@ def _choose(
     for g in groups:
         along_outputs = axes.get(g.name, 1) == 0
         s = to_out_in(model, g, scores[g.name])
+        if not s.any() and (W := matrix(model, g)).any():
+            log.warning("%s scores 0 throughout (no token reached it?): by size alone", g.name)
+            s = W.float().abs()
         s = s.T.contiguous() if along_outputs else s
         if allocation.ranking == "rows":
             mask = each_row(s, allocation.rows[g.name])

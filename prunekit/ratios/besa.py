@@ -16,7 +16,8 @@ from prunekit.activations.blockwise import BlockRun, groups_by_block, iterate_bl
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.storage import Activations, PassOptions, Precision, Store, autocast
 from prunekit.architecture.blocks import block_names
-from prunekit.architecture.matrices import matrix, to_out_in
+from prunekit.architecture.linear import is_linear
+from prunekit.architecture.matrices import matrix, module_name, to_out_in
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import LearningRate, Positive, Share, ratios
@@ -63,11 +64,15 @@ def besa(
 
     The order is Wanda's where there is no criterion. A block keeps equal shares where learned ones
     did not lower its error over the text; the notes have both. Raises ConfigError for units other
-    than single weights.
+    than single weights of linear modules.
     """
-    others = [g for g in groups if g.kind != "weights"]
-    if others:
-        raise ConfigError(f"ratio=besa allocates single weights; {others[0].name} is no matrix")
+    modules = dict(problem.model.named_modules())
+    for g in groups:
+        module = modules.get(module_name(g)) if g.kind == "weights" else None
+        if module is None or not is_linear(module):
+            raise ConfigError(
+                f"ratio=besa allocates single weights; {g.name} is no matrix of a linear module"
+            )
     model, tokens = problem.model, problem.tokens
     if target == 0:
         return Allocation({g.name: 0 for g in groups})

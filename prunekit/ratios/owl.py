@@ -36,7 +36,9 @@ def owl(
 
     Outliers are those of the dense model's linear matrices, `|w_ij| * ||x_j||`, whatever chooses
     the units later. Blocks count by their units, which keeps the total exact; no block loses less
-    than nothing. Raises ConfigError for units that stand outside of the blocks.
+    than nothing. The paper's mixed N:8 is `pruner.pattern=N:8` with lamda 0.125 (its 2, of 8 inputs
+    and without the factor of two) and M 6. Raises ConfigError for units that stand outside of the
+    blocks.
     """
     outside = [g.name for g in groups if g.layer is None]
     if outside:

@@ -7,7 +7,7 @@ from typing import Literal
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import Positive, Share, ratios
-from prunekit.selection.shares import Loadable, uniform_counts
+from prunekit.selection.shares import Loadable, of_the_whole, uniform_counts
 from prunekit.types import Allocation, Budget, Cut, Group, Of, Ranking
 
 
@@ -72,5 +72,7 @@ def uniform(
         loadable=loadable,
         floor=floor,
     )
+    if ranking != "local" and of == "units" and all(g.kind == "weights" for g in groups):
+        counts = of_the_whole(groups, counts, (per_kind or {}).get("weights", target))
     unit: Budget = "units" if of == "units" else "parameters"
     return Allocation(counts, ranking, budget or unit, cut=cut)

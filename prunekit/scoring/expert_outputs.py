@@ -27,7 +27,7 @@ class ExpertOutputs:
     Attributes:
         total: (E, C) of the outputs, before the router's weight.
         cosine: (E, E) of the cosines between two experts' outputs for one token.
-        routing: (E, E) products of the router's softmax: how alike two experts are picked.
+        routing: (E, E) products of the router's logits: how alike two experts are asked for.
     """
 
     experts: int
@@ -39,11 +39,11 @@ class ExpertOutputs:
     def add(self, outputs: Tensor, logits: Tensor) -> None:
         """Take in `outputs (E, T, C)` and router logits `(T, E)`."""
         direction = F.normalize(outputs.float(), dim=-1)
-        p = logits.float().softmax(-1)
+        z = logits.float()
         self.tokens += outputs.shape[1]
-        self.total = self.total.to(p.device) + outputs.float().sum(1)
-        self.cosine = self.cosine.to(p.device) + torch.einsum("itc,jtc->ij", direction, direction)
-        self.routing = self.routing.to(p.device) + p.T @ p
+        self.total = self.total.to(z.device) + outputs.float().sum(1)
+        self.cosine = self.cosine.to(z.device) + torch.einsum("itc,jtc->ij", direction, direction)
+        self.routing = self.routing.to(z.device) + z.T @ z
 
     @property
     def mean(self) -> Tensor:
@@ -51,12 +51,12 @@ class ExpertOutputs:
         return (self.total / self.tokens).double().cpu()
 
     def similarity(self) -> Tensor:
-        """(E, E) in [0, 1], float64 on the CPU: the mean of how alike outputs and routing are, as
-        REAM takes it.
+        """(E, E) in [0, 1], float64 on the CPU: the mean of how alike outputs and the router's
+        logits are, as REAM takes it.
         """
         outputs = (self.cosine / self.tokens).double().cpu() / 2 + 0.5
         routing = self.routing.double().cpu()
-        length = routing.diagonal().sqrt()
+        length = routing.diagonal().sqrt().clamp(min=1e-12)  # a row of zeros asks for nothing
         distance = (2 - 2 * routing / length[:, None] / length).clamp(min=0).sqrt()
         distance.fill_diagonal_(0)
         alike = 1 - distance / distance.max().clamp(min=1e-12)

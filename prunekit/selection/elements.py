@@ -8,7 +8,7 @@ counts are exact.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -184,7 +184,7 @@ NM = Annotated[Pattern | None, BeforeValidator(parse_pattern)]
 
 def check_pattern(
     model: nn.Module,
-    groups: Iterable[Group],
+    groups: Sequence[Group],
     counts: Counts | None,
     pattern: Pattern | None,
     axes: Mapping[str, int] | None = None,
@@ -195,7 +195,6 @@ def check_pattern(
     """
     if pattern is None:
         return
-    took = 0
     for g in groups:
         if counts is not None and not counts.get(g.name):
             continue
@@ -206,9 +205,17 @@ def check_pattern(
                 f"{g.name} has {size} {('outputs', 'inputs')[axis]}, which the {pattern.m} of "
                 "pruner.pattern do not divide: narrow pruner.targets"
             )
-        if counts is not None:
-            took += pattern.gone_of(counts[g.name], g.units, g.name)
-    if any((counts or {}).values()) and not took:
+    if counts is not None:
+        check_taken(groups, counts, pattern)
+
+
+def check_taken(groups: Iterable[Group], counts: Counts, pattern: Pattern) -> None:
+    """Raises ConfigError where a pattern is not what the ratio asks for, or takes nothing at all
+    though the ratio does.
+    """
+    losing = [g for g in groups if counts.get(g.name)]
+    took = sum(pattern.gone_of(counts[g.name], g.units, g.name) for g in losing)
+    if losing and not took:
         raise ConfigError(
             f"pruner.pattern=N:{pattern.m} takes nothing where the ratio asks for less than half "
             f"of {1 / pattern.m:.4g}: give a larger ratio, or longer runs"

@@ -117,6 +117,14 @@ def units_removed(group: Group, share: float, floor: Literal["kept", "removed"] 
     return min((channels - kept) // group.width, group.units - 1)
 
 
+def of_the_whole(groups: list[Group], counts: Counts, target: float) -> Counts:
+    """`counts` of single weights with as many more as rounding each matrix down leaves to the share
+    `target` of all of them: for those that are ranked together, of which only the total counts.
+    """
+    lacking = floor_share(sum(g.units for g in groups), target) - sum(counts.values())
+    return {g.name: counts[g.name] + (i < lacking) for i, g in enumerate(groups)}
+
+
 def rounded(group: Group, removed: int, multiples: Multiples) -> int:
     """`removed` moved so that the kept units are the nearest multiple, at least one multiple."""
     multiple = multiples.get(group.kind, 1)

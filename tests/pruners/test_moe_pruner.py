@@ -168,3 +168,9 @@ def test_what_cannot_be_is_refused_before_anything_runs(mixtral):
         check("moe_pruner", problem(mixtral, ratio=HALF), pattern="2:5")
     with pytest.raises(ConfigError, match=r"pattern=1:4 removes 0\.75 of each matrix"):
         check("moe_pruner", problem(mixtral, ratio=HALF), pattern="1:4")
+    with pytest.raises(ConfigError, match="N:4 takes nothing"):
+        check("moe_pruner", problem(mixtral, ratio=uniform(0.05, "prunable")), pattern="N:4")
+    with pytest.raises(ConfigError, match=r"no matrix of a linear module"):
+        check("moe_pruner", problem(mixtral, ratio={"name": "besa", "per": "matrix"}))
+    with pytest.raises(ConfigError, match=r"gives each row one of its own"):
+        check("moe_pruner", problem(ListedMixtral(), ratio={"name": "besa"}))

@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from compositions import config
+from foreign import ListedMixtral, with_an_idle_expert
 from problems import problem, uniform
 from tiny_models import tiny_model
 
@@ -130,6 +131,21 @@ def test_patterns_lie_along_the_inputs(tokens, n, m):
 def test_what_cannot_be_is_said_before_the_work(llama, tokens, options, says):
     with pytest.raises(ConfigError, match=says):
         prune(llama, tokens, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scope": "matrix"}, {"scope": "alpha"}, {"pattern": "2:4"}]
+)
+def test_of_an_expert_without_a_token_the_smallest_weights_go(tokens, options, caplog):
+    torch.manual_seed(0)
+    model = with_an_idle_expert(ListedMixtral()).eval()
+    dense = copy.deepcopy(model)
+    out = prune(model, tokens % 97, **options)
+    plain = prune(dense, tokens % 97, criterion="weight_magnitude", **options)
+    idle = [g.name for g in out.groups if ".experts.4." in g.name]
+    assert idle
+    assert all(torch.equal(out.kept[name], plain.kept[name]) for name in idle)
+    assert [m.split()[0] for m in caplog.messages if "scores 0 throughout" in m] == idle
 
 
 def test_targets_and_exclusion_spare_the_rest(llama, tokens):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import check, problem
@@ -105,6 +107,9 @@ def test_what_it_cannot_allocate_is_refused_by_name(tokens):
     asked = pose(model, tokens)
     with pytest.raises(ConfigError, match="neurons.0 is no matrix"):
         asked.allocate(asked.units(["neurons"]))
+    norm = replace(asked.matrices()[0], matrix="model.layers.0.input_layernorm.weight")
+    with pytest.raises(ConfigError, match=r"q_proj is no matrix of a linear module"):
+        asked.allocate([norm])
     with pytest.raises(NeedsData):
         pose(model).allocate(asked.matrices())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from problems import problem
@@ -9,6 +11,7 @@ from reference import llama_groups, tiny_llama
 from tiny_models import tiny_model
 
 from prunekit import graph
+from prunekit.architecture.matrices import matrices
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.export.nemotron_nas import nemotron_nas_content
@@ -98,6 +101,25 @@ def test_what_is_rounded_down_is_kept_or_removed():
     assert by_floor[0] != by_floor[1]
     with pytest.raises(ConfigError, match=r"give ratio.of=units"):
         allocated(target=0.3, of="model", floor="removed")
+
+
+def floored(x):
+    return math.floor(round(x, 6))
+
+
+@pytest.mark.parametrize("target", [0.0, 0.333, 0.99])
+@pytest.mark.parametrize("more", [{}, {"per_kind": {"weights": 0.7}}])
+def test_of_matrices_ranked_together_the_total_alone_is_rounded_down(target, more):
+    model = tiny_model("llama", layers=3)
+    groups = matrices(model)
+    share = more.get("per_kind", {"weights": target})["weights"]
+    total = floored(share * sum(g.units for g in groups))
+    options = {"target": target, "of": "units", **more}
+    together = counted(model, groups, ranking="global", **options)
+    alone = counted(model, groups, **options)
+    assert sum(together.values()) == total
+    assert sum(alone.values()) == sum(floored(share * g.units) for g in groups) <= total
+    assert all(together[g.name] - alone[g.name] in (0, 1) for g in groups)
 
 
 def test_the_nearest_cut_is_of_a_global_ranking():

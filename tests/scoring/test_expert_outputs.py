@@ -21,6 +21,5 @@ def test_the_routing_is_that_of_the_router_itself(arch, tokens):
     with hook_activations(model, {path: lambda x: read.append(x.reshape(-1, x.shape[-1]))}):
         model(input_ids=tokens)
     logits = torch.nn.functional.linear(read[0], router.weight, getattr(router, "bias", None))
-    p = logits.softmax(-1)
     found = expert_outputs(model, group, ModelRun(model, tokens))
-    torch.testing.assert_close(found.routing, p.T @ p, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.routing, logits.T @ logits, rtol=1e-4, atol=1e-4)
