@@ -11,7 +11,7 @@ from torch import nn
 
 from prunekit import registry
 from prunekit.checkpoint.construction import stock_class
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, expanded
 from prunekit.problem import Expected, Problem
 from prunekit.registry import Component, checked_values
 from prunekit.runner import tracking
@@ -31,7 +31,7 @@ KEYS = ("model", "calib", "criterion", "ratio", "exclude", "pruner", "recovery",
 
 def existing_folder(path: str | None) -> str | None:
     """`path`, if it is null or a folder. Raises ValueError."""
-    if path is not None and not Path(path).expanduser().is_dir():
+    if path is not None and not expanded(path).is_dir():
         raise ValueError("it is not a folder")
     return path
 

@@ -84,3 +84,11 @@ def test_flags_may_stand_among_the_overrides():
     words = ["seed=1", "--cfg", "job", "-m", "ratio.target=0.1,0.2", "--resolve", "save=false"]
     flags = ["--cfg", "job", "-m", "--resolve"]
     assert flags_first(words) == [*flags, "seed=1", "ratio.target=0.1,0.2", "save=false"]
+
+
+def test_a_home_that_is_nobodys_is_said(monkeypatch, capsys):
+    assert main(["eval", "~nobody-of-that-name/checkpoint", "eval=quick"]) == 2
+    assert "checkpoint: there is no such home folder" in capsys.readouterr().err
+    monkeypatch.setenv("PRUNEKIT_COMPONENTS", "~nobody-of-that-name")
+    assert main(["list", "criterion"]) == 2
+    assert "there is no such home folder" in capsys.readouterr().err
