@@ -223,6 +223,21 @@ def state(folder: Path) -> str:
     return "finished" if (folder / "result.json").exists() else "unfinished"
 
 
+def badly_ended(folders: Sequence[Path], noted: Sequence[str]) -> list[str]:
+    """A line for each job that did not end well, as its folder says, or as it `noted` itself: a
+    full disk takes no failure, and an older result may hide it.
+    """
+    found = []
+    for folder in folders:
+        said, start = state(folder), f"prunekit: job {folder} "
+        own = [line for line in noted if line.startswith(start)]
+        if own and not said.startswith("failed"):
+            found.append(own[0])
+        elif said != "finished":
+            found.append(start + said)
+    return found
+
+
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as a plain dict, without what only the sweep needs."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
