@@ -117,6 +117,11 @@ def check_top(cfg: dict[str, Any]) -> None:
     checked_values("track", cfg["track"], tracking.OPTIONS)
     if not isinstance(cfg["eval"], dict | None):
         raise ConfigError(f"eval={cfg['eval']!r} must be a mapping: a name for each eval")
+    if isinstance(alone := (cfg["eval"] or {}).get("name"), str):
+        raise ConfigError(
+            f"eval is one evaluation, {alone}, and must be a mapping of names to evaluations: "
+            f"{{{alone!r}: {{'name': {alone!r}, ...}}}}"
+        )
     for name, node in (cfg["eval"] or {}).items():
         if node is not None and not (isinstance(node, dict) and "name" in node):
             raise ConfigError(

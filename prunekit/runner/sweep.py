@@ -239,6 +239,11 @@ def badly_ended(folders: Sequence[Path], noted: Sequence[str]) -> list[str]:
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as a plain dict, without what only the sweep needs."""
+    """The configuration as a plain dict, without what only the sweep needs. An evaluation that was
+    chosen alone is a suite of one, under its own name.
+    """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    evals = plain.get("eval")
+    if isinstance(evals, dict) and isinstance(name := evals.get("name"), str):
+        plain["eval"] = {name: evals}
     return {k: v for k, v in plain.items() if k not in ("base", "rows", "scales")}
