@@ -33,6 +33,14 @@ class NeedsData(ConfigError):
     """An answer that hangs on weights or text was asked for where only shapes are known."""
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with its `~` replaced. Raises ConfigError where there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no such home folder on this machine") from None
+
+
 def in_short(error: Exception, most: int | None = None) -> str:
     """The kind of an error and the first line of its message, at most so many characters of it;
     many have none.

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, expanded
 
 ROOT = Path(__file__).parent
 
@@ -52,7 +52,7 @@ def tops() -> tuple[Path, ...]:
     own = os.environ.get("PRUNEKIT_COMPONENTS")
     if not own:
         return (ROOT,)
-    folder = Path(own).expanduser().resolve()
+    folder = expanded(own).resolve()
     if not folder.is_dir():
         raise ConfigError(f"PRUNEKIT_COMPONENTS={own} is no folder")
     return (ROOT, folder)

@@ -85,13 +85,7 @@ class TableSweeper(Sweeper):
         # for what a full disk did not take.
         noted = list(failures)
         failures.clear()
-        for job in jobs:
-            state, start = sweep.state(job.folder), f"prunekit: job {job.folder} "
-            own = [line for line in noted if line.startswith(start)]
-            if state == "unfinished" and own:
-                failures.append(own[0])
-            elif state != "finished":
-                failures.append(start + state)
+        failures += sweep.badly_ended([job.folder for job in jobs], noted)
         return result
 
     def choose_folder(self, plan: Plan) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunekit.data.crops import crops
 from prunekit.data.datasets import document
-from prunekit.data.files import TextFile, read
+from prunekit.data.files import TextFile, is_records, read
 from prunekit.errors import ConfigError
 from prunekit.registry import Length, Positive, Seed, calibs
 
@@ -32,7 +32,7 @@ def text(
     does. Returns `(N, T)` int64. Raises ConfigError.
     """
     rows = [r[field] for r in read(path, (field,))]
-    lines = not str(path).endswith(".jsonl")
+    lines = not is_records(path)
     if take == "random":
         return crops(
             rows,

@@ -12,7 +12,7 @@ from typing import Any
 
 from prunekit.cli.compose import composed
 from prunekit.cli.overrides import refuse_flags, words_of
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, expanded
 
 
 def again(argv: list[str], *, recover: bool) -> int:
@@ -58,7 +58,7 @@ def checkpoint_of(words: list[str], command: str) -> Path:
     it is an override: one that is a folder (a sweep's `ratio.target=0.3_seed=0`) is none.
     """
     first = words[0] if words else ""
-    path = Path(first).expanduser().resolve()
+    path = expanded(first).resolve()
     if not first or ("=" in first and not path.is_dir()):
         given = f", and {first!r} is no folder" if first else ""
         raise ConfigError(f"{command} needs the folder of a checkpoint as its first word{given}")
@@ -72,7 +72,7 @@ def check_folder(folder: Path, path: Path, cfg: dict[str, Any]) -> None:
     """
     from prunekit.runner.resume import result_key, whole_record
 
-    there = folder.expanduser().resolve()
+    there = expanded(folder).resolve()
     if there in (path, path.parent) or there / "stages" in path.parents:
         raise ConfigError(f"--to {folder} holds the checkpoint itself; give a folder of its own")
     record = whole_record(there / "result.json") if (there / "result.json").exists() else None

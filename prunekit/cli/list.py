@@ -61,8 +61,7 @@ def described(kind: str, name: str) -> str:
     if entry := registered(kind).get(name):
         about = [f"{k}: {v}" for k, v in entry.meta.items() if v != "-" and k != "scored"]
         parts += [entry.doc.strip(), ", ".join(about)]
-    place = f"eval.{name}" if kind == "eval" and entry else kind
-    for file, places in yaml_files(kind, name, place).items():
+    for file, places in yaml_files(kind, name, kind).items():
         typed = ": " + ", ".join(f"{p}.OPTION=VALUE" for p in places) if kind in PACKAGES else ""
         where = next(file.relative_to(top.parent) for top in conf_dirs() if top in file.parents)
         parts.append(f"--- {where}{typed}\n{file.read_text(encoding='utf-8').strip()}")

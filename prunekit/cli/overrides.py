@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prunekit.cli.paths import composing
-from prunekit.cli.suggestions import chosen_wrong, key_wrong, kinds, yaml_names
+from prunekit.cli.suggestions import chosen_wrong, has, key_wrong, kinds, yaml_names
 from prunekit.errors import ConfigError
 
 
@@ -80,9 +80,22 @@ def check_choice(override: Any) -> None:
     group, value = override.key_or_group, first_value(override)
     if override.is_delete() or group == "hydra" or (group == "experiment" and value is None):
         return
-    for name in value if isinstance(value, list) else [value]:
+    names = value if isinstance(value, list) else [value]
+    for name in names:
         if not isinstance(name, str) or str(name).removesuffix(".yaml") not in yaml_names(group):
             raise ConfigError(chosen_wrong(group, name))
+    # Hydra would lay one over the other: the last one's name with options of all.
+    single = [n for n in names if group != "eval" or has(group, n.removesuffix(".yaml"), "name")]
+    if len(names) > 1 and single:
+        several = " ".join(f"+eval@eval.{n}={n}" for n in names)
+        hint = (
+            f"suites can be listed, evaluations are put beside each other: eval=none {several}"
+            if group == "eval"
+            else f"-m {group}={','.join(names)} runs one after the other"
+        )
+        raise ConfigError(
+            f"{override.input_line} lists {len(names)}, and one can be chosen\n  hint: {hint}"
+        )
 
 
 def words_of(args: list[str]) -> list[str]:
@@ -109,16 +122,20 @@ def check_table_words(overrides: list[Any], cfg: Any) -> None:
 
 
 def check_evals(evals: Any) -> None:
-    """Raises ConfigError for an evaluation where a suite of them belongs, and for options under a
-    name that has no evaluation.
+    """Raises ConfigError for an evaluation beside one that was chosen alone, and for options under
+    a name that has no evaluation.
     """
     if not isinstance(evals, dict):
         return
-    if isinstance(name := evals.get("name"), str):
-        raise ConfigError(
-            f"eval={name} is one evaluation, and a run measures a suite of them\n  hint: "
-            f"+eval@eval.{name}={name} adds it to the suite that there is, after eval=none to none"
-        )
+    if isinstance(alone := evals.get("name"), str):
+        for name, node in evals.items():
+            if isinstance(node, dict) and isinstance(node.get("name"), str):
+                raise ConfigError(
+                    f"eval={alone} is one evaluation alone, and eval.{name} stands beside it\n  "
+                    f"hint: eval=none +eval@eval.{alone}={alone} +eval@eval.{name}={node['name']} "
+                    "measures both"
+                )
+        return
     for name, node in evals.items():
         if isinstance(node, dict) and not node.get("name"):
             there = ", ".join(k for k, v in evals.items() if v and v is not node) or "none"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunekit.data import pydocs
-from prunekit.data.files import data_folder, read
+from prunekit.data.files import data_folder, is_records, read
 from prunekit.errors import ConfigError, in_short
 
 Dataset = Literal["pydocs", "wikitext2", "ptb", "c4", "bookcorpus", "alpaca", "dailydialog"]
@@ -205,7 +205,7 @@ def evaluation_text(
     """
     if path:
         rows = [r["text"] for r in read(path)]
-        return document(rows) if path.endswith(".jsonl") else "".join(rows)
+        return document(rows) if is_records(path) else "".join(rows)
     if dataset is None:
         raise ConfigError("a text is either a dataset or a path")
     return document(texts(dataset, split or default_split(dataset, "evaluate"), data_root))

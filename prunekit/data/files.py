@@ -16,8 +16,15 @@ WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """How a file begins that is in an encoding of two bytes."""
 
 
+def is_records(path: str | Path) -> bool:
+    """Whether a file's name says that it holds a JSON record a line."""
+    return Path(path).suffix.lower() == ".jsonl"
+
+
 def existing_file(path: str) -> str:
-    """`path`, if it names a file. Raises ConfigError."""
+    """`path`, if it names a file, and not one of JSON, which would be read as plain text. Raises
+    ConfigError.
+    """
     try:
         found = Path(path).expanduser().is_file()
     except (ValueError, RuntimeError, OSError):  # a NUL, a home that there is not, a long name
@@ -25,6 +32,11 @@ def existing_file(path: str) -> str:
     if not found:
         raise ConfigError(
             f"{path} is not a file; a .jsonl file with one record a line, or plain text, is needed"
+        )
+    if Path(path).suffix.lower() == ".json":
+        raise ConfigError(
+            f"{path} is neither plain text nor .jsonl: one record a line is needed, under a name "
+            "that ends in .jsonl"
         )
     return path
 
@@ -44,7 +56,7 @@ def read(
     and what was expected.
     """
     path = Path(existing_file(str(path))).expanduser()
-    if path.suffix != ".jsonl":
+    if not is_records(path):
         if fields != ("text",):
             raise ConfigError(f"{path} is plain text, whose lines have no field but 'text'")
         found = [{"text": line} for _, line in lines_of(path)]

@@ -9,7 +9,6 @@ number of labels, counts it for some architectures.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,7 @@ from prunekit.data.datasets import (
     records,
     texts,
 )
-from prunekit.data.files import read
+from prunekit.data.files import is_records, read
 from prunekit.errors import ConfigError
 
 Corpus = Literal[Dataset, "text"]
@@ -124,7 +123,7 @@ def file_text(path: str) -> str:
     lines between them.
     """
     rows = read(path)
-    glue = "\n\n" if Path(path).suffix == ".jsonl" else ""
+    glue = "\n\n" if is_records(path) else ""
     return glue.join(r["text"] for r in rows)
 
 

@@ -19,7 +19,7 @@ from prunekit.checkpoint import load, outline
 from prunekit.checkpoint.class_sizes import REFUSALS
 from prunekit.checkpoint.folder import check_plain
 from prunekit.checkpoint.manifest import MANIFEST
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, expanded
 from prunekit.models import default_device, resolved_dtype
 from prunekit.models.devices import Device
 from prunekit.registry import models
@@ -98,7 +98,7 @@ def _check_weights(path: str, device: str | None, device_map: Any, weights: Weig
             )
         return
     check_mappable()
-    if (Path(path).expanduser() / MANIFEST).is_file():
+    if (expanded(path) / MANIFEST).is_file():
         raise ConfigError(
             f"model=hf: {path} is a checkpoint of prunekit, which is read whole: give "
             "model.weights=memory or host"
@@ -190,7 +190,7 @@ def hf(
     dtype_name = resolved_dtype(dtype, device)
     _check_weights(path, device or (None if meta else default_device()), device_map, weights)
     if path.startswith((".", "~", "/")):
-        path = str(Path(path).expanduser().resolve())
+        path = str(expanded(path).resolve())
         if not Path(path).is_dir() and not (meta and config):
             raise _lost(path, FileNotFoundError("no such folder"))
     if device is not None and device_map is not None:

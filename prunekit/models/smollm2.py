@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, expanded
 from prunekit.models import default_device, resolved_dtype
 from prunekit.models.devices import Device
 from prunekit.registry import models
@@ -39,9 +39,8 @@ def _gguf() -> Path:
 
 def _cache() -> Path:
     """Folder of this converter's output; the name carries what the tensors depend on."""
-    root = os.environ.get("PRUNEKIT_CACHE") or Path.home() / ".cache" / "prunekit"
     return (
-        Path(root).expanduser()
+        expanded(os.environ.get("PRUNEKIT_CACHE") or "~/.cache/prunekit")
         / f"smollm2_135m-{version(PACKAGE)}-transformers-{version('transformers')}"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prunekit.report.fidelity import sentences
+from prunekit.report.labels import seeds
 from prunekit.report.load import Found
 from prunekit.report.metrics import Column
 from prunekit.report.table import Cell, ReportTable, Row
@@ -49,6 +50,11 @@ def remarks(
             f"± is the standard deviation over {counts} seeds (with one seed: the metric's "
             "standard error)."
         )
+        if any(again_with_a_seed(r) for r in table.rows if r.stage != "dense"):
+            lines.append(
+                "Jobs were run again with the same seed: where their numbers differ, each counts "
+                "as a seed."
+            )
     elif any(c.spread and c.n == 1 for r in table.rows for c in r.cells.values()):
         lines.append("± is the metric's standard error; one seed.")
     again = max(
@@ -72,6 +78,11 @@ def remarks(
             )
             lines.append(f"Pairs of rows in the paper's order: {pairs}.")
     return [*lines, *sentences(table)] if with_sentences else lines
+
+
+def again_with_a_seed(row: Row) -> bool:
+    """Whether two jobs of a row differ in nothing, their seeds included."""
+    return len({seeds(r.config) for r in row.results}) < len(row.results)
 
 
 def troubles(found: Found) -> list[str]:

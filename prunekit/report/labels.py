@@ -39,6 +39,11 @@ def settings(config: dict[str, Any]) -> dict[str, str]:
     return {k: v for k, v in flat(kept).items() if k.rpartition(".")[2] != "seed"}
 
 
+def seeds(config: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Every seed of a configuration, by its path: what tells apart the jobs that average out."""
+    return tuple((k, v) for k, v in flat(config).items() if k.rpartition(".")[2] == "seed")
+
+
 def names(results: Sequence[Result]) -> list[str]:
     """A label for each: its row in the experiment, then the keys in which jobs of the same row
     differ, e.g. `taylor, ratio.target=0.3`.
@@ -59,7 +64,11 @@ def names(results: Sequence[Result]) -> list[str]:
             if key in leaf and key != "ratio.target":
                 parts.append(leaf[key] if key.endswith(".name") else f"{key}={leaf[key]}")
         labels.append(", ".join(parts))
-    return labels if any(labels) else [r.config["criterion"]["name"] for r in results]
+    return (
+        labels
+        if any(labels)
+        else [(r.config["criterion"] or {"name": "none"})["name"] for r in results]
+    )
 
 
 def apart(keys: Sequence[str], leaves: Sequence[dict[str, str]]) -> list[str]:

@@ -53,8 +53,8 @@ class Config(TypedDict, total=False):
     """What the report reads of a configuration."""
 
     model: Required[Component]
-    ratio: Required[Component]
-    criterion: Required[Component]
+    ratio: Required[Component | None]
+    criterion: Required[Component | None]
     table: str | None
     row: str | None
 

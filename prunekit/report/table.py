@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prunekit.report.labels import names
+from prunekit.report.labels import names, seeds
 from prunekit.report.load import STAGES, Found, Result
 from prunekit.report.metrics import QUALITY, Column, ordered
 from prunekit.report.paper import Paper, paper, same_model
@@ -111,7 +111,7 @@ def rows_of(
     for stage in STAGES:
         for label, r in zip(labels, results, strict=True):
             if stage in r.numbers:
-                key = (label, stage, r.config["ratio"].get("target"))
+                key = (label, stage, (r.config["ratio"] or {}).get("target"))
                 if stage == "dense":
                     key = ("dense", stage, 0.0)
                 grouped.setdefault(key, []).append(r)
@@ -143,14 +143,18 @@ def row(
     theirs = numbers.numbers(base, stage == "recovered") if numbers else {}
     cells = {}
     for column in columns:
-        pairs = [
-            (r.numbers[stage].get(column.key), r.numbers[stage].get(f"{column.key}_stderr"))
+        # The dense model is the same in every job, and a job that was run again is the same job:
+        # those that agree are one measurement, not many.
+        told = {
+            (
+                r.numbers[stage].get(column.key),
+                r.numbers[stage].get(f"{column.key}_stderr"),
+                () if stage == "dense" else seeds(r.config),
+            ): None
             for r in results
             if column.key in r.numbers[stage]
-        ]
-        # The dense model is the same in every job: jobs that agree on it are one measurement, not
-        # many.
-        cell = summary(list(dict.fromkeys(pairs)) if stage == "dense" else pairs, column)
+        }
+        cell = summary([(value, error) for value, error, _ in told], column)
         cells[column.key] = Cell(cell.mean, cell.spread, cell.n, theirs.get(column.title))
     return Row(label, stage, *removed(results, stage), target, cells, results)
 

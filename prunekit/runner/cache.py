@@ -5,12 +5,12 @@ pays for them once (design D11).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +25,12 @@ from prunekit.architecture.streaming import device_of, streaming
 from prunekit.errors import ConfigError
 from prunekit.registry import Component
 from prunekit.runner import provenance, store
-from prunekit.runner.inputs import State, state, strings
+from prunekit.runner.inputs import State, is_file, place, state, strings
 from prunekit.runner.store import Entry
 from prunekit.source import code_hash, module_file
 from prunekit.types import Group, Remember, Run, Scores
 
+log = logging.getLogger("prunekit")
 PACKAGES = ("transformers", "tokenizers", "peft", "datasets", "lm_eval", "numpy", "scipy")
 """Besides torch, those that compute or read what is kept."""
 
@@ -147,9 +148,17 @@ class Cache:
 
 def open_cache(cfg: dict[str, Any]) -> Cache:
     """Raises ConfigError for a `cache` that is neither on nor off. Processes that work together go
-    without: one would wait for the other's entry, and the other for its sums.
+    without: one would wait for the other's entry, and the other for its sums. So does a run that
+    has no home folder to keep it in, with a warning.
     """
-    return Cache(cfg, switched_on(cfg.get("cache", True)) and processes.count() == 1)
+    on = switched_on(cfg.get("cache", True)) and processes.count() == 1
+    try:
+        store.folder()
+    except ConfigError as error:
+        if on:
+            log.warning("cache: %s: nothing is kept; PRUNEKIT_CACHE=FOLDER names a place", error)
+        on = False
+    return Cache(cfg, on)
 
 
 def switched_on(value: Any) -> bool:
@@ -249,9 +258,9 @@ def files_print(node: Any) -> list[State]:
     found: list[State] = []
     roots = {node.get("data_root") or "", os.environ.get("PRUNEKIT_DATA") or ""}
     for top in sorted({*strings(node), *roots} - {""}):
-        path = Path(top).expanduser()
-        if path.is_file():
+        path = place(top)
+        if is_file(path):
             found.append(state(path))
-        elif (top in roots or os.sep in top) and path.is_dir():
+        elif (top in roots or os.sep in top) and os.path.isdir(path):  # of a long text: no folder
             found += [state(p) for p in sorted(path.rglob("*")) if p.is_file()]
     return found

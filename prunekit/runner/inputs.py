@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import ConfigError, expanded
 from prunekit.registry import REGISTRIES
 
 State = list[str | int]
@@ -18,8 +19,8 @@ def inputs(cfg: dict[str, Any]) -> list[State]:
     """State of the files that the components of a configuration name, and of those of a model's
     folder. What is in a data folder is not looked at.
     """
-    named = {Path(top).expanduser() for kind in REGISTRIES for top in strings(cfg.get(kind))}
-    folder = Path(str((cfg.get("model") or {}).get("path") or "")).expanduser()
+    named = {place(top) for kind in REGISTRIES for top in strings(cfg.get(kind))}
+    folder = place(str((cfg.get("model") or {}).get("path") or ""))
     found = [p for p in named if is_file(p)]
     if folder != Path() and folder.is_dir():
         found += [p for p in folder.iterdir() if is_file(p)]
@@ -31,10 +32,18 @@ def located(cfg: dict[str, Any]) -> dict[str, Any]:
     read in other folders too.
     """
     model = cfg.get("model")
-    path = Path(str((model or {}).get("path") or "")).expanduser()
+    path = place(str((model or {}).get("path") or ""))
     if path == Path() or not path.is_dir():
         return cfg
     return cfg | {"model": {**model, "path": str(path.resolve())}}  # type: ignore[dict-item]
+
+
+def place(text: str) -> Path:
+    """Where a text lies if it is a path: one with a `~` that is nobody's home stays as it is."""
+    try:
+        return expanded(text)
+    except ConfigError:
+        return Path(text)
 
 
 def is_file(path: Path) -> bool:

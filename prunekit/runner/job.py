@@ -44,8 +44,7 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
             if waited and sweeping() and resume.finished(folder, cfg):
                 log.info("%s was finished by another process", folder)
                 return objective(json.loads((folder / "result.json").read_text()), cfg["objective"])
-            if not sweeping() and (folder / "result.json").exists():
-                log.warning("%s holds a result, which this run replaces at its end", folder)
+            warn_of_earlier(folder, cfg)
             (folder / "failed.txt").unlink(missing_ok=True)
             record = run(cfg, folder, "" if sweeping() else f"hydra.run.dir={folder}")
     except KeyboardInterrupt:
@@ -65,6 +64,16 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
     except ConfigError as e:  # the result is whole all the same
         failures.append(f"prunekit: {which}ConfigError: {e}")
         return None
+
+
+def warn_of_earlier(folder: Path, cfg: dict[str, Any]) -> None:
+    """Says what of an earlier run in this folder will be replaced, or stays beside another result;
+    a sweep has said which of its results are replaced.
+    """
+    if not sweeping() and (folder / "result.json").exists():
+        log.warning("%s holds a result, which this run replaces at its end", folder)
+    if not cfg["save"] and (folder / "checkpoint").exists():
+        log.warning("%s is an earlier run's, this one saves none", folder / "checkpoint")
 
 
 @contextmanager

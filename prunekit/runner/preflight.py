@@ -11,7 +11,7 @@ from torch import nn
 
 from prunekit import registry
 from prunekit.checkpoint.construction import stock_class
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, expanded
 from prunekit.problem import Expected, Problem
 from prunekit.registry import Component, checked_values
 from prunekit.runner import tracking
@@ -31,7 +31,7 @@ KEYS = ("model", "calib", "criterion", "ratio", "exclude", "pruner", "recovery",
 
 def existing_folder(path: str | None) -> str | None:
     """`path`, if it is null or a folder. Raises ValueError."""
-    if path is not None and not Path(path).expanduser().is_dir():
+    if path is not None and not expanded(path).is_dir():
         raise ValueError("it is not a folder")
     return path
 
@@ -117,6 +117,11 @@ def check_top(cfg: dict[str, Any]) -> None:
     checked_values("track", cfg["track"], tracking.OPTIONS)
     if not isinstance(cfg["eval"], dict | None):
         raise ConfigError(f"eval={cfg['eval']!r} must be a mapping: a name for each eval")
+    if isinstance(alone := (cfg["eval"] or {}).get("name"), str):
+        raise ConfigError(
+            f"eval is one evaluation, {alone}, and must be a mapping of names to evaluations: "
+            f"{{{alone!r}: {{'name': {alone!r}, ...}}}}"
+        )
     for name, node in (cfg["eval"] or {}).items():
         if node is not None and not (isinstance(node, dict) and "name" in node):
             raise ConfigError(

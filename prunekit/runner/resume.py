@@ -72,7 +72,8 @@ def result_key(cfg: dict[str, Any]) -> str:
 
 def finished(folder: Path, cfg: dict[str, Any]) -> bool:
     """Whether `folder` holds a whole result of this configuration; `resume=config` does not ask
-    which code made it of which files, `off` says no. Raises ConfigError for another `resume`.
+    which code made it of which files, `off` says no. A warning tells of a result that is not this
+    one's and will be replaced. Raises ConfigError for another `resume`.
     """
     path = folder / "result.json"
     mode = check_mode(cfg)
@@ -85,7 +86,11 @@ def finished(folder: Path, cfg: dict[str, Any]) -> bool:
     same = mode == "config" or (
         made_by.get("code") == code_version(cfg) and made_by.get("files", []) == inputs(cfg)
     )
-    if not same or result_key(record["config"]) != result_key(cfg):
+    if result_key(record["config"]) != result_key(cfg):
+        log.warning("%s holds a result of another configuration, which is replaced", folder)
+        return False
+    if not same:
+        log.warning("%s holds a result of other code or files, which is replaced", folder)
         return False
     if record.get("checkpoint") and not (folder / "checkpoint").is_dir():
         log.warning(

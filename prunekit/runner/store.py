@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from prunekit.errors import expanded
 from prunekit.types import Scores
 
 log = logging.getLogger("prunekit")
@@ -28,11 +29,8 @@ LONGEST_HEADER = 200
 
 
 def folder() -> Path:
-    """`PRUNEKIT_CACHE`, default `~/.cache/prunekit`."""
-    return (
-        Path(os.environ.get("PRUNEKIT_CACHE") or Path.home() / ".cache" / "prunekit").expanduser()
-        / "results"
-    )
+    """`PRUNEKIT_CACHE`, default `~/.cache/prunekit`. Raises ConfigError where there is no home."""
+    return expanded(os.environ.get("PRUNEKIT_CACHE") or "~/.cache/prunekit") / "results"
 
 
 @dataclass(frozen=True)

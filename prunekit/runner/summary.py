@@ -55,7 +55,7 @@ def title(config: dict[str, Any]) -> str:
     """What was run, in one line: the model, the pruner unless it is the usual one, the criterion,
     the share, the recovery.
     """
-    ratio = config["ratio"]
+    ratio = config["ratio"] or {"name": "none"}
     share = (
         f"{ratio['target']:.0%} of {ratio.get('of', 'units')}"
         if "target" in ratio

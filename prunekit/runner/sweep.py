@@ -223,7 +223,27 @@ def state(folder: Path) -> str:
     return "finished" if (folder / "result.json").exists() else "unfinished"
 
 
+def badly_ended(folders: Sequence[Path], noted: Sequence[str]) -> list[str]:
+    """A line for each job that did not end well, as its folder says, or as it `noted` itself: a
+    full disk takes no failure, and an older result may hide it.
+    """
+    found = []
+    for folder in folders:
+        said, start = state(folder), f"prunekit: job {folder} "
+        own = [line for line in noted if line.startswith(start)]
+        if own and not said.startswith("failed"):
+            found.append(own[0])
+        elif said != "finished":
+            found.append(start + said)
+    return found
+
+
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as a plain dict, without what only the sweep needs."""
+    """The configuration as a plain dict, without what only the sweep needs. An evaluation that was
+    chosen alone is a suite of one, under its own name.
+    """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    evals = plain.get("eval")
+    if isinstance(evals, dict) and isinstance(name := evals.get("name"), str):
+        plain["eval"] = {name: evals}
     return {k: v for k, v in plain.items() if k not in ("base", "rows", "scales")}

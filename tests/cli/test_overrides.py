@@ -6,6 +6,7 @@ import pytest
 
 import prunekit
 from prunekit.cli.main import flags_first, main
+from prunekit.cli.overrides import check_composition
 
 BAD = {
     "ratio.target=0.1,0.2": ("ratio.target=0.1,0.2 is a list of values", "-m runs all of them"),
@@ -28,7 +29,17 @@ BAD = {
     "taylor=1": ("the config has no key 'taylor'", "did you mean criterion=taylor?"),
     "criterion.wanda=1": ("criterion (taylor) has no key 'wanda'", "did you mean criterion=wanda?"),
     "accelerate=fsdp2": ("the config has no key 'accelerate'", "possible: seed"),
-    "eval=perplexity": ("eval=perplexity is one evaluation", "+eval@eval.perplexity=perplexity"),
+    "criterion=null": ("criterion=null must be a name; possible: ", "mean criterion=none?"),
+    "calib=null": ("calib=null must be a name; possible: bookcorpus, ", ""),
+    "model=gpt2": ("no model called 'gpt2'", "mean model=hf model.path=gpt2?"),
+    "model=./llama_7b": (
+        "no model called",
+        "mean model=hf model.path=./llama_7b or model=llama_7b",
+    ),
+    "calib=my.jsonl": ("no calib called 'my.jsonl'", "mean calib=text calib.path=my.jsonl?"),
+    "criterion=[l1,l2]": ("criterion=[l1,l2] lists 2, and one can", "-m criterion=l1,l2 runs"),
+    "eval=[size,needle]": ("lists 2", "eval=none +eval@eval.size=size +eval@eval.needle=needle"),
+    "eval=[quick,needle]": ("lists 2", "suites can be listed"),
     "+eval.extra.limit=4": ("eval.extra has options but no evaluation", "+eval@eval.extra="),
     "ratio.tarjet=0.2": ("ratio (uniform) has no key 'tarjet'", "possible: "),
     "ratio.target.x=1": ("has no key 'x'", "possible: none"),
@@ -63,11 +74,49 @@ def test_one_more_evaluation_leaves_the_others(capsys):
     assert "limit: 2" in said
 
 
+def test_one_evaluation_alone_is_a_suite_of_one():
+    from prunekit.cli.compose import composed
+
+    words = ["model=tiny_llama", "eval=domains", "eval.limit=3", "eval.texts={a:{dataset:pydocs}}"]
+    check_composition(words)
+    (cfg,) = composed(words)
+    assert list(cfg["eval"]) == ["domains"]
+    assert cfg["eval"]["domains"]["name"] == "domains"
+    assert cfg["eval"]["domains"]["limit"] == 3
+
+
+def test_an_evaluation_beside_one_that_was_chosen_alone_is_refused(capsys):
+    words = ["model=tiny_llama", "eval=perplexity", "+eval@eval.needle=needle"]
+    assert main([*words, "eval.window=32"]) == 2
+    said = capsys.readouterr().err
+    assert "eval=perplexity is one evaluation alone, and eval.needle stands beside it" in said
+    assert "eval=none +eval@eval.perplexity=perplexity +eval@eval.needle=needle measures" in said
+
+
+def test_a_component_without_its_yaml_is_told_what_is_missing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "criteria").mkdir()
+    source = "@criteria.register()\ndef mine(model, groups, run): ...\n"
+    (tmp_path / "criteria" / "mine.py").write_text(source)
+    monkeypatch.setenv("PRUNEKIT_COMPONENTS", str(tmp_path))
+    assert main(["model=tiny_llama", "criterion=mine"]) == 2
+    assert (
+        "a file registers mine, and conf/criterion/mine.yaml is missing" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("command", ["plan", "recover"])
 def test_a_bare_word_is_no_override_of_a_command(command, tmp_path, capsys):
     words = [str(tmp_path)] if command == "recover" else []
     assert main([command, *words, "taylor"]) == 2
     assert "'taylor' is no override, such as ratio.target=0.3" in capsys.readouterr().err
+
+
+def test_a_home_that_is_nobodys_is_said(monkeypatch, capsys):
+    assert main(["eval", "~nobody-of-that-name/checkpoint", "eval=quick"]) == 2
+    assert "checkpoint: there is no such home folder" in capsys.readouterr().err
+    monkeypatch.setenv("PRUNEKIT_COMPONENTS", "~nobody-of-that-name")
+    assert main(["list", "criterion"]) == 2
+    assert "there is no such home folder" in capsys.readouterr().err
 
 
 def test_one_configuration_is_shown_not_several(capsys):

@@ -7,7 +7,9 @@ import os
 
 import pytest
 
+from prunekit.data.datasets import evaluation_text
 from prunekit.data.files import data_folder, existing_file, read
+from prunekit.data.training_examples import file_text
 from prunekit.errors import ConfigError
 
 GOOD = json.dumps({"text": "fine"}).encode() + b"\n"
@@ -46,6 +48,16 @@ def test_plain_text_is_utf_8(tmp_path, content):
     (tmp_path / "t.txt").write_bytes(content)
     with pytest.raises(ConfigError, match=r"t\.txt"):
         read(tmp_path / "t.txt")
+
+
+def test_json_is_not_read_as_plain_text(tmp_path):
+    (tmp_path / "t.json").write_bytes(GOOD)
+    with pytest.raises(ConfigError, match=r"one record a line is needed, under a name"):
+        existing_file(str(tmp_path / "t.json"))
+    (tmp_path / "T.JSONL").write_bytes(GOOD)
+    assert read(tmp_path / "T.JSONL") == [{"text": "fine"}]
+    assert evaluation_text(None, None, str(tmp_path / "T.JSONL")) == "fine"
+    assert file_text(str(tmp_path / "T.JSONL")) == "fine"
 
 
 def test_text_comes_back_as_it_is(tmp_path):

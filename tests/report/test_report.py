@@ -69,6 +69,27 @@ def test_seeds_become_a_mean_and_a_deviation(table1):
     assert dense.spread == pytest.approx(12.6 / 50)
 
 
+def test_a_job_that_was_run_again_is_no_other_seed(tmp_path):
+    for name, seed, ppl in (("a", 0, 20.0), ("again", 0, 20.0), ("b", 1, 22.0)):
+        cfg = config(seed=seed, calib__seed=seed)
+        result(tmp_path / name, stages(12.6, ppl) | {"pruned/prefill_ms": 1.0}, cfg)
+    pruned = next(r for r in sheet_of(tmp_path).rows if r.stage == "pruned")
+    cell = pruned.cells["ppl_wikitext2_128"]
+    assert (cell.mean, cell.n) == (21.0, 2)
+    assert pruned.cells["prefill_ms"].n == 2  # equal numbers of two seeds are two
+    assert any("run again with the same seed" in line for line in remarks(sheet_of(tmp_path)))
+    shutil.rmtree(tmp_path / "b")
+    assert not any(
+        "seed" in line and "one seed" not in line for line in remarks(sheet_of(tmp_path))
+    )
+
+
+def test_a_part_that_a_plain_configuration_leaves_out_is_none(tmp_path):
+    result(tmp_path / "a", stages(12.6, 20.0), config(criterion=None, ratio=None))
+    pruned = next(r for r in sheet_of(tmp_path).rows if r.stage == "pruned")
+    assert (pruned.label, pruned.target) == ("none", None)
+
+
 def test_zeros_are_told_where_nothing_was_cut_out(tmp_path):
     sizes = {"dense": (200, 190), "pruned": (200, 95), "recovered": (150, 95)}
     numbers = {"dense/ppl_wikitext2_128": 12.6, "pruned/ppl_wikitext2_128": 19.0}

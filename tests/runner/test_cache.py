@@ -17,6 +17,7 @@ from prunekit.errors import ConfigError
 from prunekit.profiling import Stages
 from prunekit.registry import Component, Entry
 from prunekit.runner import cache, provenance
+from prunekit.runner.inputs import inputs
 from prunekit.runner.run import run
 
 
@@ -253,6 +254,21 @@ def test_what_is_kept_is_kept_for_rows_of_this_length(tiny, tokens):
         kept = keep(cache.__name__, "shape", [], lambda shape=shape: {"shape": shape})
         found.append(kept["shape"].tolist() == shape.tolist())
     assert found == [True, True]
+
+
+@pytest.mark.parametrize("text", ["x" * 300, "a/" * 3000, "~nobody-of-that-name/x", "a\0b"])
+def test_a_text_that_can_be_no_path_names_no_file(text, monkeypatch):
+    monkeypatch.delenv("PRUNEKIT_DATA", raising=False)
+    assert cache.files_print({"text": text}) == []
+    assert inputs(config(calib__glue=text)) == []
+
+
+def test_a_run_without_a_home_keeps_nothing_and_says_so(monkeypatch, caplog):
+    monkeypatch.setenv("PRUNEKIT_CACHE", "~nobody-of-that-name/cache")
+    assert not cache.open_cache({"cache": False}).on
+    assert not caplog.text
+    assert not cache.open_cache({"cache": True}).on
+    assert "nothing is kept; PRUNEKIT_CACHE=FOLDER names a place" in caplog.text
 
 
 def test_the_switch_is_checked():

@@ -40,6 +40,15 @@ def test_a_disk_that_cannot_be_written_is_a_message(tmp_path, monkeypatch, caplo
     assert os.strerror(code) in (tmp_path / "failed.txt").read_text()
 
 
+def test_a_checkpoint_of_an_earlier_run_is_told_from_ones_own(tmp_path, monkeypatch, caplog):
+    failing(monkeypatch, ConfigError("no"))
+    (tmp_path / "checkpoint").mkdir()
+    failures_of(tmp_path, save=True)
+    assert not caplog.text
+    failures_of(tmp_path, save=False)
+    assert "checkpoint is an earlier run's, this one saves none" in caplog.text
+
+
 def test_only_a_run_that_has_begun_leaves_its_failure(tmp_path, monkeypatch):
     failing(monkeypatch, ConfigError("no"))
     assert failures_of(tmp_path) == ["prunekit: ConfigError: no"]

@@ -69,6 +69,11 @@ def test_a_config_that_lacks_a_part_is_refused_by_name(lost):
         check(cfg)
 
 
+def test_an_evaluation_without_a_name_for_it_is_refused():
+    with pytest.raises(ConfigError, match=r"eval is one evaluation, size, and must be a mapping"):
+        check(config() | {"eval": {"name": "size"}})
+
+
 def test_what_can_be_passes():
     parts = check(config("objective=pruned/ppl_pydocs_32", "resume=off", "recovery=lora_text"))
     assert parts.recovery.name == "lora"

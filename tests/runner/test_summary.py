@@ -24,6 +24,10 @@ def test_title_names_what_was_chosen_and_stays_on_one_line():
     assert printed({"dense/params": 10}, own)[0] == title(own)
 
 
+def test_a_part_that_a_plain_configuration_leaves_out_is_not_named():
+    assert title(config(criterion=None, ratio=None, recovery=None)) == "tiny_llama"
+
+
 def test_a_run_that_measured_nothing_says_so():
     lines = printed({}, config())
     assert lines[:2] == [

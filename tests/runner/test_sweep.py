@@ -133,16 +133,19 @@ def test_values_of_a_row_survive_hydras_grammar(value):
     assert parsed.value() == value or str(parsed.value()).strip("'") == value
 
 
-def test_only_the_same_configuration_and_code_count_as_finished(tmp_path):
+def test_only_the_same_configuration_and_code_count_as_finished(tmp_path, caplog):
     cfg = config() | {"resume": "strict"}
     code = resume.code_version(cfg)
     assert not resume.finished(tmp_path, cfg)
     result(tmp_path, {}, cfg | {"out": "elsewhere"}, provenance={"code": code})
     assert resume.finished(tmp_path, cfg)
+    assert not caplog.text
     assert not resume.finished(tmp_path, cfg | {"seed": 1})
+    assert "holds a result of another configuration, which is replaced" in caplog.text
     assert not resume.finished(tmp_path, cfg | {"resume": "off"})
     result(tmp_path, {}, cfg, provenance={"code": "older"})
     assert not resume.finished(tmp_path, cfg)
+    assert "holds a result of other code or files, which is replaced" in caplog.text
     assert resume.finished(tmp_path, cfg | {"resume": "config"})
     (tmp_path / "failed.txt").write_text("x")
     assert not resume.finished(tmp_path, cfg | {"resume": "config"})
@@ -187,6 +190,22 @@ def test_a_damaged_result_is_set_aside_and_named(tmp_path, content, caplog):
         assert f"{path} is no result" in caplog.text
         caplog.clear()
         path.write_text("{")
+
+
+def test_a_failure_that_no_file_tells_of_is_listed_beside_an_older_result(tmp_path):
+    names = ("fine", "hidden", "failed", "killed", "full disk")
+    fine, hidden, failed, killed, full = folders = [tmp_path / name for name in names]
+    for folder in (fine, hidden):
+        result(folder, {}, config())
+    failed.mkdir()
+    (failed / "failed.txt").write_text("ValueError: no\n")
+    noted = [f"prunekit: job {folder} failed: OSError: full" for folder in (hidden, failed, full)]
+    assert sweep.badly_ended(folders, noted) == [
+        noted[0],
+        f"prunekit: job {failed} failed: ValueError: no",
+        f"prunekit: job {killed} unfinished",
+        noted[2],
+    ]
 
 
 def test_a_checkpoint_that_is_gone_is_said(tmp_path, caplog):
