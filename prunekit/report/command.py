@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         terminal.show(tables, found)
     for path in targets:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(FORMS[path.suffix](tables, found))
+        path.write_text(FORMS[path.suffix](tables, found), encoding="utf-8")
     return int(bool(found.failed or found.unfinished))
 
 

@@ -106,12 +106,15 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 def file_job(folder: Path, files: set[str], below: list[str], found: Found) -> bool:
     """Files the job in `folder`, if it is one. A failure that lies beside an older result counts:
-    the result is not of that run.
+    the result is not of that run. A result that cannot be read is a failure that names the file.
     """
     if "failed.txt" in files:
         found.failed[folder] = reason(folder / "failed.txt")
     elif "result.json" in files:
-        found.results.append(read(folder / "result.json"))
+        try:
+            found.results.append(read(folder / "result.json"))
+        except ConfigError as e:
+            found.failed[folder] = str(e)
     elif "run.log" in files and ".hydra" in below:
         found.unfinished.append(folder)
     else:
@@ -138,21 +141,19 @@ def read(path: Path) -> Result:
 
     try:
         if not path.is_file():
-            raise ConfigError(f"report: {path} is not a file")
+            raise ConfigError(f"{path} is not a file")
         record = json.loads(path.read_text(encoding="utf-8"))
         TypeAdapter(Record).validate_python(record, strict=True)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(
-            f"report: {path} is not a result file: {where or 'its content'}: {first['msg']}"
+            f"{path} is not a result file: {where or 'its content'}: {first['msg']}"
         ) from None
     except (ValueError, RecursionError, OSError) as e:
         if isinstance(e, ConfigError):
             raise
-        raise ConfigError(
-            f"report: {path} is not a result file ({type(e).__name__}: {e})"
-        ) from None
+        raise ConfigError(f"{path} is not a result file ({type(e).__name__}: {e})") from None
     numbers: dict[str, dict[str, float | None]] = {}
     for key, value in record["results"].items():
         stage, _, metric = key.partition("/")
