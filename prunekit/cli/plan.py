@@ -78,8 +78,8 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     """The same discovery and the same counts as the run, on the meta device. Raises ConfigError
     where only weights or data can tell.
     """
-    parts = preflight.build_components(cfg)
-    model, tokenizer = parts.model(meta=True)
+    parts = preflight.check(cfg)
+    model, _ = parts.model(meta=True)
     dense = figures(model)
     expected = preflight.expected_outcome(parts, model)
     if expected is None or expected.counts is None:
@@ -99,7 +99,7 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     recovery = recovery_peak(model, cfg) if parts.recovery else None
     remarks = [expected.remark] if expected.remark else []
     left = figures(model)
-    return Forecast(dense, left, widths, scoring, recovery, remarks, engines(served, tokenizer))
+    return Forecast(dense, left, widths, scoring, recovery, remarks, engines(served, parts.tokenizer))
 
 
 def first_units(groups: Sequence[Group], counts: Counts, whole: list[Group]) -> Kept:

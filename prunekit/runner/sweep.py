@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prunekit.errors import ConfigError
 
-NEUTRAL = ("row", "track", "data_root", "cache", "resume", "objective")
+NEUTRAL = ("row", "track", "data_root", "cache", "resume", "keep_stages", "objective")
 """Keys that do not make it another sweep."""
 
 

@@ -95,6 +95,12 @@ def test_what_only_weights_can_tell_is_said():
         forecast(*words)
 
 
+def test_what_a_run_refuses_is_not_planned():
+    words = ["model=tiny_llama", "exclude=none", "eval=quick", "calib.length=4096"]
+    with pytest.raises(ConfigError, match="positions"):
+        forecast(*words)
+
+
 def test_who_serves_the_result_is_said_before_a_weight_is_read():
     """Heads that differ by layer keep a Llama from engines that have one number of them; counts as
     block configs hold them do not.
