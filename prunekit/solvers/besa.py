@@ -132,8 +132,9 @@ def learn(
                 for name, m in matrices.items()
             )
             loss = error(masked, step) + pull * ((reached - target) / target) ** 2
+            loss = loss * scale
         optimizer.zero_grad()
-        (loss * scale).backward()
+        loss.backward()
         for theta in thetas.values() if half else ():
             theta.grad = None if theta.grad is None else theta.grad / scale
         optimizer.step()
