@@ -99,7 +99,9 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     recovery = recovery_peak(model, cfg) if parts.recovery else None
     remarks = [expected.remark] if expected.remark else []
     left = figures(model)
-    return Forecast(dense, left, widths, scoring, recovery, remarks, engines(served, parts.tokenizer))
+    return Forecast(
+        dense, left, widths, scoring, recovery, remarks, engines(served, parts.tokenizer)
+    )
 
 
 def first_units(groups: Sequence[Group], counts: Counts, whole: list[Group]) -> Kept:
