@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -17,6 +18,7 @@ from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.recipe import micro_batches
 from prunekit.types import Allocation, Group, Kept
 
+log = logging.getLogger("prunekit")
 Kinds = Annotated[list[Literal["heads", "neurons", "hidden"]], Field(min_length=1)]
 
 
@@ -42,8 +44,14 @@ def size_constraint(
     problem: Problem, groups: list[Group], allocation: Allocation, seed: int, warmup: int
 ) -> SizeConstraint:
     """New masks over the groups, which are to take what the allocation does; the target grows from
-    nothing over `warmup` steps.
+    nothing over `warmup` steps. Warns of an allocation that is not how the masks compete.
     """
+    if allocation.ranking != "global" or allocation.budget == "units":
+        log.warning(
+            "the masks learn how many parameters go, from wherever it hurts least, and this ratio "
+            "counts otherwise: what goes is not what they learn; ratio=global with "
+            "ratio.of=prunable or model lets them choose"
+        )
     sizes = Sizes(problem.model, groups)
     masks = LearnedMasks(problem.model, groups, seed)
     return SizeConstraint(masks, sizes.removed(allocation.counts), sizes.prunable(), warmup)

@@ -30,8 +30,8 @@ def alpaca(tmp_path):
     return str(path)
 
 
-def prune(model, path, share=0.3, **options):
-    ratio = uniform(share, "prunable", ranking="global")
+def prune(model, path, share=0.3, ranking="global", **options):
+    ratio = uniform(share, "prunable", ranking=ranking)
     pruner = pruners.build({"name": "compresso", **FAST, "path": path, **options})
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     asked = dataclasses.replace(problem(model, tokens, ratio=ratio), tokenizer=byte_tokenizer())
@@ -75,6 +75,12 @@ def test_the_prompt_is_saved_with_the_model(alpaca, tokens, tmp_path):
     assert again.config.collaborative_prompt == PROMPT == out.notes["prompt"]
     with torch.no_grad():
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_a_ratio_that_does_not_let_masks_choose_is_told(ranking, alpaca, caplog):
+    prune(wide("llama"), alpaca, ranking=ranking, prompt=False)
+    assert ("what goes is not what they learn" in caplog.text) == (ranking == "local")
 
 
 def test_masks_far_from_the_target_are_told(alpaca, caplog):
