@@ -81,7 +81,7 @@ def forecast(cfg: dict[str, Any]) -> Forecast:
     parts = preflight.check(cfg)
     model, _ = parts.model(meta=True)
     dense = figures(model)
-    expected = preflight.expected_outcome(parts, model)
+    expected = parts.expected
     if expected is None or expected.counts is None:
         why = expected.remark if expected else f"pruner={parts.pruner.name} does not say."
         raise ConfigError(f"plan: shapes alone do not tell what goes. {why}")

@@ -73,6 +73,8 @@ class Components:
     evals: dict[str, Component]
     tokenizer: Any = None
     """Where the model component has it without weights."""
+    expected: Expected | None = None
+    """What the pruner's own check tells of its outcome."""
 
 
 def check(cfg: dict[str, Any]) -> Components:
@@ -91,10 +93,10 @@ def check(cfg: dict[str, Any]) -> Components:
     check_lengths(model, parts.calib, *parts.evals.values(), parts.recovery)
     if cfg["save"]:
         check_savable(model)
-    expected_outcome(parts, model)
+    expected = expected_outcome(parts, model)
     if parts.recovery and "check" in parts.recovery.meta:
         parts.recovery.meta["check"](model, **parts.recovery.options)
-    return replace(parts, tokenizer=tokenizer)
+    return replace(parts, tokenizer=tokenizer, expected=expected)
 
 
 def check_top(cfg: dict[str, Any]) -> None:
