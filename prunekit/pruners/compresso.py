@@ -28,6 +28,7 @@ from prunekit.pruners.learned import (
     size_constraint,
 )
 from prunekit.registry import LearningRate, Length, Natural, Positive, Seed, Share, pruners
+from prunekit.training.constraints import ConstraintKind
 from prunekit.training.low_rank import Updates
 from prunekit.training.masks_and_updates import learn_with_updates
 from prunekit.training.recipe import Recipe
@@ -86,6 +87,7 @@ def compresso(
     lr: LearningRate = 5e-5,
     warmup_steps: Natural = 100,
     mask_lr: LearningRate = 0.1,
+    constraint: ConstraintKind = "lagrangian",
     batch: Positive = 8,
     micro_batch: Positive = 4,
     save_every: Positive = 100,
@@ -109,6 +111,8 @@ def compresso(
         targets: of the updates; null is all linear modules (the paper's are q_proj and v_proj).
         lr: of the updates, after `warmup_steps`.
         mask_lr: of masks and multipliers, constant.
+        constraint: `lagrangian` (the paper), or `exact`: before each step log alphas all move by
+            one number, to the target. For trainings too short for multipliers to settle.
         save_every: steps after which the training keeps how far it is.
         remove: false zeroes instead of removing.
 
@@ -146,12 +150,12 @@ def compresso(
         progress=problem.training,
         seed=seed,
     )
-    constraint = size_constraint(problem, groups, allocation, seed, round(warmup * steps))
-    masks = constraint.masks
+    budget = size_constraint(problem, groups, allocation, seed, round(warmup * steps), constraint)
+    masks = budget.masks
     updates = Updates(linear_names(model, targets), r, alpha, dropout=0.0)
-    curve = learn_with_updates(masks, updates, examples, recipe, constraint, mask_lr)
+    curve = learn_with_updates(masks, updates, examples, recipe, budget, mask_lr)
     kept = apply_masks(masks, allocation, remove)
-    notes = notes_of(allocation, constraint, curve) | {"prompt": PROMPT if prompt else None}
+    notes = notes_of(allocation, budget, curve) | {"prompt": PROMPT if prompt else None}
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
 
 

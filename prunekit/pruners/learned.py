@@ -13,7 +13,7 @@ from prunekit.architecture.sizes import Sizes
 from prunekit.graph.fold_gates import check_channels
 from prunekit.problem import Expected, Problem, expect
 from prunekit.selection.units import choose
-from prunekit.training.constraints import SizeConstraint, warn_of_missed
+from prunekit.training.constraints import ConstraintKind, SizeConstraint, warn_of_missed
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.recipe import micro_batches
 from prunekit.types import Allocation, Group, Kept
@@ -41,7 +41,12 @@ def check_competing(
 
 
 def size_constraint(
-    problem: Problem, groups: list[Group], allocation: Allocation, seed: int, warmup: int
+    problem: Problem,
+    groups: list[Group],
+    allocation: Allocation,
+    seed: int,
+    warmup: int,
+    kind: ConstraintKind,
 ) -> SizeConstraint:
     """New masks over the groups, which are to take what the allocation does; the target grows from
     nothing over `warmup` steps. Warns of an allocation that is not how the masks compete.
@@ -54,7 +59,7 @@ def size_constraint(
         )
     sizes = Sizes(problem.model, groups)
     masks = LearnedMasks(problem.model, groups, seed)
-    return SizeConstraint(masks, sizes.removed(allocation.counts), sizes.prunable(), warmup)
+    return SizeConstraint(masks, sizes.removed(allocation.counts), sizes.prunable(), warmup, kind)
 
 
 def apply_masks(masks: LearnedMasks, allocation: Allocation, remove: bool) -> Kept:

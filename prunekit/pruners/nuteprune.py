@@ -24,7 +24,7 @@ from prunekit.pruners.learned import (
     size_constraint,
 )
 from prunekit.registry import Above, LearningRate, Natural, Positive, Seed, Share, pruners
-from prunekit.training.constraints import SizeConstraint
+from prunekit.training.constraints import ConstraintKind, SizeConstraint
 from prunekit.training.distillation import Distillation, state_error
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.low_rank import Updates
@@ -76,6 +76,7 @@ def nuteprune(
     lr: LearningRate = 1e-3,
     warmup_steps: Natural = 100,
     mask_lr: LearningRate = 0.1,
+    constraint: ConstraintKind = "lagrangian",
     batch: Positive = 16,
     micro_batch: Positive = 4,
     save_every: Positive = 100,
@@ -102,6 +103,8 @@ def nuteprune(
         targets: of the updates; null is all linear modules (the paper's are q_proj and v_proj).
         lr: of the updates, after `warmup_steps`.
         mask_lr: of masks and multipliers, constant.
+        constraint: `lagrangian` (the paper), or `exact`: before each step log alphas all move by
+            one number, to the target. For trainings too short for multipliers to settle.
         save_every: steps after which the training keeps how far it is.
         remove: false zeroes instead of removing.
 
@@ -131,9 +134,9 @@ def nuteprune(
         progress=problem.training,
         seed=seed,
     )
-    constraint = size_constraint(problem, groups, allocation, seed, round(warmup * steps))
-    masks = constraint.masks
-    teachers = Teachers(masks, constraint, steps, gap, error)
+    budget = size_constraint(problem, groups, allocation, seed, round(warmup * steps), constraint)
+    masks = budget.masks
+    teachers = Teachers(masks, budget, steps, gap, error)
     how = Distillation(weight=1.0, temperature=temperature)
     length = problem.tokens.shape[1]
 
@@ -143,21 +146,17 @@ def nuteprune(
             teachers.step = step
             # The KL beside it is a mean over tokens, so that multipliers need not outgrow a sum.
             layers = layer_weight / (1 - layer_weight) * teachers.layer_loss() / length
-            return layers + constraint(of, step)
+            return layers + budget(of, step)
 
         with teachers.on_model(updates):
-            yield {
-                "penalty": penalty,
-                "teacher": teachers.logits,
-                "distillation": how,
-                "beside": [teachers],
-            }
+            teaching = {"teacher": teachers.logits, "distillation": how}
+            yield {"penalty": penalty, "beside": [teachers], **teaching}
 
     low_rank = Updates(linear_names(model, targets), r, alpha, dropout=0.0)
     examples = [all_learnt(row) for row in problem.tokens.tolist()]
-    curve = learn_with_updates(masks, low_rank, examples, recipe, constraint, mask_lr, objective)
+    curve = learn_with_updates(masks, low_rank, examples, recipe, budget, mask_lr, objective)
     kept = apply_masks(masks, allocation, remove)
-    notes = notes_of(allocation, constraint, curve) | {"teachers": teachers.used}
+    notes = notes_of(allocation, budget, curve) | {"teachers": teachers.used}
     return Pruned(model, kept, groups, masks.log_alphas(), notes)
 
 

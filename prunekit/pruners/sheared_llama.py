@@ -21,7 +21,7 @@ from prunekit.graph.fold_gates import check_channels
 from prunekit.problem import CALIBRATION, Expected, Problem, expect
 from prunekit.registry import LearningRate, Natural, Positive, Seed, Share, pruners
 from prunekit.selection.units import expand_to_all_blocks, keep_local
-from prunekit.training.constraints import KindConstraint, warn_of_missed
+from prunekit.training.constraints import ConstraintKind, KindConstraint, warn_of_missed
 from prunekit.training.domains import DomainExamples
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.masks_and_updates import learn
@@ -131,6 +131,7 @@ def sheared_llama(
     lr: LearningRate = 1e-4,
     warmup_steps: Natural = 320,
     mask_lr: LearningRate = 1.0,
+    constraint: ConstraintKind = "lagrangian",
     batch: Positive = 32,
     micro_batch: Positive = 4,
     save_every: Positive = 100,
@@ -150,6 +151,9 @@ def sheared_llama(
         warmup: share of the steps in which the target grows from nothing.
         lr: of the weights, after `warmup_steps`.
         mask_lr: of masks and multipliers, constant.
+        constraint: `lagrangian` (the paper), or `exact`: before each step the log alphas of a group
+            all move by one number, to the target. For trainings too short for multipliers to
+            settle.
         reference: a domain's loss that should be reached: measured on the `dense` model, or given
             by name. Domains are the texts of calib=sequence.
         save_every: steps after which the training keeps how far it is.
@@ -174,7 +178,7 @@ def sheared_llama(
     pruned = [g for g in groups if counts[g.name]]
     masks = LearnedMasks(model, pruned, seed)
     shares = {g.kind: counts[g.name] / g.units for g in pruned}
-    constraint = KindConstraint(masks, shares, round(warmup * steps))
+    budget = KindConstraint(masks, shares, round(warmup * steps), constraint)
     examples = loader(problem, reference, update_every * batch, micro_batch, seed)
     recipe = Recipe(
         lr=lr,
@@ -189,19 +193,19 @@ def sheared_llama(
     with in_float32(model):
         model.requires_grad_(True)
         with masks.on_model():
-            history = learn(masks, examples, recipe, constraint, mask_lr, beside=[examples])
+            history = learn(masks, examples, recipe, budget, mask_lr, beside=[examples])
         kept = keep_local(masks.log_alphas(), counts)
         masks.hold(kept)
         masks.fold()
     kept = expand_to_all_blocks(kept, pruned, problem.units([g.kind for g in pruned]))
     graph.remove(model, kept, norm="rescale")
     config_follows(model, pruned, counts)
-    for kind, missed in constraint.missed().items():
+    for kind, missed in budget.missed().items():
         warn_of_missed(kind, missed, shares[kind])
     notes = {
         "counts": counts,
         "curve": history.curve,
-        "missed": constraint.missed(),
+        "missed": budget.missed(),
         "domain_weights": examples.history,
         "domain_reference": dict(examples.reference),
     }

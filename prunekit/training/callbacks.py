@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,16 @@ class OutsideGradients(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for p in self.parameters:
             p.grad = None
+
+
+class BeforeStep(TrainerCallback):
+    """Something that is done before each step, with its number from 0 on."""
+
+    def __init__(self, action: Callable[[int], None]):
+        self.action = action
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.action(state.global_step)
 
 
 class Bar(TrainerCallback):

@@ -1,23 +1,33 @@
-"""What learned masks come to remove: Lagrangians whose multipliers ascend as the masks descend."""
+"""What learned masks come to remove: Lagrangians whose multipliers ascend as the masks descend, or
+masks that are brought to the target at every step.
+"""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.training.hard_concrete import ExpectedSize, lagrangian, ramp
+from prunekit.training.hard_concrete import (
+    ExpectedSize,
+    lagrangian,
+    open_probability,
+    ramp,
+    shifted,
+)
 from prunekit.training.learned_masks import LearnedMasks
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from prunekit.training.trainer import ParameterGroup
 
-
 log = logging.getLogger("prunekit")
+ConstraintKind = Literal["lagrangian", "exact"]
 
 FAR = 0.02
 """How far masks may be from their target before it is said. The authors are content at 0.005."""
@@ -28,7 +38,8 @@ def warn_of_missed(what: str, missed: float, target: float) -> None:
     if abs(missed) > FAR:
         log.warning(
             "the masks expect %.1f %% of the %s to go, and %.1f %% go: what is left is not what "
-            "was trained; more pruner.steps or another pruner.mask_lr bring the two together",
+            "was trained; pruner.constraint=exact, more pruner.steps or another pruner.mask_lr "
+            "bring the two together",
             100 * (target + missed),
             what,
             100 * target,
@@ -36,34 +47,60 @@ def warn_of_missed(what: str, missed: float, target: float) -> None:
 
 
 class Constraint(ABC):
-    """What the masks should remove, as a penalty of `train`."""
+    """What the masks should remove, as a penalty of `train`, or where it is exact before each of
+    its steps.
+    """
 
-    def __init__(self, masks: LearnedMasks, constraints: int, warmup: int):
+    def __init__(self, masks: LearnedMasks, constraints: int, warmup: int, kind: ConstraintKind):
         """warmup: steps in which the target grows from nothing."""
-        self.masks, self.warmup = masks, warmup
+        self.masks, self.warmup, self.exact = masks, warmup, kind == "exact"
         self.multipliers = nn.Parameter(torch.zeros(constraints, 2, device=masks.log_alpha.device))
 
     def parameters(self, lr: float) -> list[ParameterGroup]:
         """What `train` trains beside the model, at a constant rate."""
-        return [
-            {"params": [self.masks.log_alpha], "lr": lr, "constant": True},
-            {"params": [self.multipliers], "lr": lr, "constant": True, "maximize": True},
-        ]
+        masks: ParameterGroup = {"params": [self.masks.log_alpha], "lr": lr, "constant": True}
+        multipliers: ParameterGroup = {
+            "params": [self.multipliers],
+            "lr": lr,
+            "constant": True,
+            "maximize": True,
+        }
+        return [masks] if self.exact else [masks, multipliers]
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What `train` calls between the steps."""
+        from prunekit.training.callbacks import BeforeStep
+
+        return [BeforeStep(self.bring_to_target)] if self.exact else []
+
+    @torch.no_grad()
+    def bring_to_target(self, step: int) -> None:
+        """Moves log alpha so that nothing is left of the gaps at this step."""
+        share = ramp(step, self.warmup)
+        self.masks.log_alpha.copy_(self.at_target(self.masks.log_alpha, share))
 
     @abstractmethod
     def gaps(self, share: float) -> list[Tensor]:
         """What is removed less `share` of the target, constraint by constraint."""
 
+    @abstractmethod
+    def at_target(self, log_alpha: Tensor, share: float) -> Tensor:
+        """log alpha, moved by one number for each target, where the masks remove `share` of it."""
+
     def __call__(self, model: nn.Module, step: int) -> Tensor:
         """The penalty of a step."""
+        if self.exact:
+            return self.multipliers.new_zeros(())
         return lagrangian(self.multipliers, self.gaps(ramp(step, self.warmup)))
 
 
 class KindConstraint(Constraint):
     """Of each kind of unit the same share in every group: Sheared LLaMA's target shape."""
 
-    def __init__(self, masks: LearnedMasks, shares: Mapping[str, float], warmup: int):
-        super().__init__(masks, len(shares), warmup)
+    def __init__(
+        self, masks: LearnedMasks, shares: Mapping[str, float], warmup: int, kind: ConstraintKind
+    ):
+        super().__init__(masks, len(shares), warmup, kind)
         self.shares = shares
 
     def gaps(self, share: float) -> list[Tensor]:
@@ -71,6 +108,15 @@ class KindConstraint(Constraint):
         for group, opened in zip(self.masks.groups, self.masks.opened(), strict=True):
             closed[group.kind].append((1 - opened).mean())
         return [torch.stack(closed[kind]) - share * t for kind, t in self.shares.items()]
+
+    def at_target(self, log_alpha: Tensor, share: float) -> Tensor:
+        parts = [
+            shifted(
+                a, lambda moved: (1 - open_probability(moved)).mean(), share * self.shares[g.kind]
+            )
+            for g, a in zip(self.masks.groups, log_alpha.split(self.masks.units), strict=True)
+        ]
+        return torch.cat(parts)
 
     def missed(self) -> dict[str, float]:
         """By which share of its units each kind is expected to lose too many, on average."""
@@ -81,14 +127,25 @@ class KindConstraint(Constraint):
 class SizeConstraint(Constraint):
     """A share of the parameters that may go, wherever they are (CoFi, NutePrune, Compresso)."""
 
-    def __init__(self, masks: LearnedMasks, removed: int, prunable: int, warmup: int):
-        super().__init__(masks, 1, warmup)
+    def __init__(
+        self, masks: LearnedMasks, removed: int, prunable: int, warmup: int, kind: ConstraintKind
+    ):
+        super().__init__(masks, 1, warmup, kind)
         self.size = ExpectedSize(masks.model, masks.groups, masks.log_alpha.device)
         self.target, self.prunable = removed / prunable, prunable
 
     def sparsity(self) -> Tensor:
         """Expected share of the prunable parameters that is gone."""
-        return (self.size.total - self.size(self.masks.opened())) / self.prunable
+        return self._gone(self.masks.opened())
+
+    def _gone(self, opened: Sequence[Tensor]) -> Tensor:
+        return (self.size.total - self.size(opened)) / self.prunable
+
+    def at_target(self, log_alpha: Tensor, share: float) -> Tensor:
+        def gone(moved: Tensor) -> Tensor:
+            return self._gone(open_probability(moved).split(self.masks.units))
+
+        return shifted(log_alpha, gone, share * self.target)
 
     def gaps(self, share: float) -> list[Tensor]:
         return [(self.sparsity() - share * self.target)[None].float()]

@@ -7,7 +7,7 @@ A unit's gate z lies in [0, 1] and is 0 and 1 with positive probability; its par
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ START = math.log(0.99 / 0.01)
 """log alpha of units that are dropped with a probability of about 1 %."""
 SHARPNESS = 0.8
 """Of the gate without noise."""
+BISECTIONS = 24
+"""Which leave 1e-6 of the interval in which the shift of log alpha lies."""
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -77,6 +79,24 @@ def lagrangian(multipliers: Tensor, gaps: Sequence[Tensor]) -> Tensor:
 def ramp(step: int, warmup: int) -> float:
     """Share of the target that holds at a step: from 0 up to 1 in `warmup` steps, then 1."""
     return min(1.0, step / warmup) if warmup else 1.0
+
+
+@torch.no_grad()
+def shifted(log_alpha: Tensor, closed: Callable[[Tensor], Tensor], target: float) -> Tensor:
+    """log alpha moved by the one number at which `closed` of it is the target, between the limits.
+
+    closed: of log alpha a scalar that falls as log alpha grows, e.g. the expected sparsity.
+    """
+    log_alpha = log_alpha.clamp(*LIMITS)
+    up = LIMITS[1] - LIMITS[0]
+    down = -up
+    for _ in range(BISECTIONS):
+        middle = (down + up) / 2
+        if float(closed((log_alpha + middle).clamp(*LIMITS))) > target:
+            down = middle
+        else:
+            up = middle
+    return (log_alpha + up).clamp(*LIMITS)
 
 
 class ExpectedSize:

@@ -44,6 +44,7 @@ def learn(
         recipe,
         parameters=constraint.parameters(mask_lr),
         beside=[masks, *beside],
+        callbacks=constraint.callbacks(),
         **({"penalty": constraint} | objective),
     )
 

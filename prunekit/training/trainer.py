@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from prunekit.data.training_examples import Example, collate
@@ -93,6 +93,7 @@ def train(
     penalty: Penalty | None = None,
     parameters: Sequence[ParameterGroup] = (),
     beside: Sequence[Stateful] = (),
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> History:
     """Trains in place, by AdamW without weight decay, what requires gradients in `model`, and
     `parameters`.
@@ -105,6 +106,7 @@ def train(
     penalty: added to the loss once a step; gradients reach it as they reach the loss.
     parameters: their gradients are not clipped; the model's are, to a norm of 1. Not with FSDP.
     beside: what else must be as it was for a training that goes on.
+    callbacks: what else is done between the steps.
 
     Mixed precision follows the weights: bfloat16 or (on an accelerator) float16 where the model is
     loaded in it. The model is left in eval mode on the device where it was, with nothing of the
@@ -152,7 +154,8 @@ def train(
         trainer.optimizer = AdamW([dict(group) for group in groups], weight_decay=0.0)
         trainer.shards = shards
         trainer.remove_callback(ProgressCallback)
-        for callback in (curve, Bar(), OutsideGradients(outside), *([best] if validation else [])):
+        watching = [best] if validation else []
+        for callback in (curve, Bar(), OutsideGradients(outside), *callbacks, *watching):
             trainer.add_callback(callback)
         if shards:
             trainer.add_callback(shards)
@@ -264,9 +267,8 @@ def text_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> T
     """Cross entropy of the next token, summed over the learnt ones of a micro-batch and divided by
     those of the whole step.
 
-    Not left to the model: some take no count and give the mean of the micro-batch, or take it and
-    do not use it, so that a step would depend on how it is cut. So does the balance of routers that
-    a config can have added.
+    Not left to the model: some take no count, or do not use it, so that a step would depend on how
+    it is cut; so does the balance of routers that a config can have added.
     """
     size = outputs.logits.shape[-1]
     loss: Tensor = ForCausalLMLoss(outputs.logits, labels, size, num_items_in_batch)

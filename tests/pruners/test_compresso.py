@@ -45,6 +45,13 @@ def wide(arch, positions=1024):
     return model.eval()
 
 
+def test_an_exact_constraint_expects_what_goes(alpaca):
+    """All but what the last step still moves."""
+    options = {"constraint": "exact", "warmup": 0.0, "mask_lr": 1e-3, "kinds": ["neurons"]}
+    notes = prune(wide("gpt2"), alpaca, **options).notes
+    assert notes["sparsity"] == pytest.approx(notes["target"], abs=1e-3)
+
+
 def test_ratio_zero_changes_nothing(alpaca):
     model = wide("llama")
     before = copy.deepcopy(model.state_dict())

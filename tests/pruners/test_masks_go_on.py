@@ -28,6 +28,12 @@ def nuteprune(progress):
     return prune("nuteprune", of, progress, **LOW_RANK, gap=1)
 
 
+def exact(progress):
+    ratio = uniform(0.3, "prunable", ranking="global")
+    of = problem(tiny_model("llama", layers=2), TEXT, ratio=ratio)
+    return prune("nuteprune", of, progress, **LOW_RANK | {"warmup": 0.8}, constraint="exact")
+
+
 def compresso(progress, path):
     torch.manual_seed(0)  # rows that are added are drawn
     model = tiny_model("gpt2", max_position_embeddings=1024)
@@ -60,7 +66,7 @@ def alpaca(tmp_path):
 
 
 @pytest.mark.parametrize("after", [1, 3, 5])
-@pytest.mark.parametrize("method", [nuteprune, compresso, sheared_llama])
+@pytest.mark.parametrize("method", [nuteprune, exact, compresso, sheared_llama])
 def test_cut_off_after_any_step_it_comes_to_the_same_bits(method, after, alpaca):
     more = (alpaca,) if method is compresso else ()
     whole = method(None, *more)
@@ -76,6 +82,12 @@ def test_cut_off_after_any_step_it_comes_to_the_same_bits(method, after, alpaca)
         whole.model.state_dict().items(), again.model.state_dict().items(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+def test_an_exact_constraint_holds_to_the_end():
+    notes = exact(None).notes
+    assert notes["sparsity"] == pytest.approx(notes["target"], abs=0.02)  # but for the last step
+    assert abs(nuteprune(None).notes["sparsity"] - notes["target"]) > 0.1
 
 
 def test_what_these_runs_have_to_remember():

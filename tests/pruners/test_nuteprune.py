@@ -106,7 +106,7 @@ def taught(tokens):
     groups = problem(model).units(["heads", "neurons", "hidden"])
     masks = LearnedMasks(model, groups, seed=0)
     sizes = Sizes(model, groups)
-    constraint = SizeConstraint(masks, sizes.prunable() // 4, sizes.prunable(), warmup=10)
+    constraint = SizeConstraint(masks, sizes.prunable() // 4, sizes.prunable(), 10, "lagrangian")
     teachers = Teachers(masks, constraint, steps=20, gap=10, error="plain")
     with masks.on_model():
         inject(model, Updates(["model.layers.0.self_attn.q_proj"], 2, 2, 0.0))

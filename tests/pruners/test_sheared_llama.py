@@ -55,6 +55,13 @@ def test_the_shape_is_met_and_stock_transformers_loads_it(arch, tokens, tmp_path
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_an_exact_constraint_expects_the_shape(llama, tokens):
+    """All but what the last step still moves."""
+    options = {"shape": SHAPE, "constraint": "exact", "warmup": 0.0, "mask_lr": 1e-3}
+    missed = prune(problem(llama, tokens), **options).notes["missed"]
+    assert max(map(abs, missed.values())) < 1e-3
+
+
 def test_blocks_may_all_stay(llama, tokens):
     out = prune(problem(llama, tokens), shape={"hidden": 48, "blocks": 3})
     assert llama.config.num_hidden_layers == 3

@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny_model
 
 from prunekit import graph
-from prunekit.training.constraints import KindConstraint, warn_of_missed
+from prunekit.architecture.sizes import Sizes
+from prunekit.training.constraints import KindConstraint, SizeConstraint, warn_of_missed
 from prunekit.training.hard_concrete import LIMITS, deterministic, open_probability, sample
 from prunekit.training.learned_masks import LearnedMasks
 
@@ -25,7 +26,7 @@ def masks():
 @pytest.mark.parametrize(("step", "share"), [(0, 0.0), (4, 0.4), (10, 1.0), (50, 1.0)])
 def test_the_target_grows_during_the_warmup(masks, step, share):
     targets = {"heads": 0.25, "neurons": 0.5, "blocks": 0.125}
-    constraint = KindConstraint(masks, targets, warmup=10)
+    constraint = KindConstraint(masks, targets, 10, "lagrangian")
     with torch.no_grad():
         constraint.multipliers.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
     closed = {g.name: 1 - open_probability(a).mean() for g, a in masks_by_group(masks)}
@@ -102,3 +103,30 @@ def test_what_is_held_is_what_is_exported(masks, tokens):
     with torch.no_grad():
         torch.testing.assert_close(masks.model(tokens).logits, masked, rtol=1e-4, atol=1e-4)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in masks.model.modules())
+
+
+def gaps_after(constraint, step):
+    constraint.bring_to_target(step)
+    share = min(1.0, step / 10)
+    return torch.cat([g.flatten() for g in constraint.gaps(share)])
+
+
+@pytest.mark.parametrize("step", [3, 10, 50])
+def test_an_exact_constraint_leaves_no_gap_and_no_penalty(masks, step):
+    before = masks.log_alpha.detach().clone()
+    targets = {"heads": 0.25, "neurons": 0.5, "blocks": 0.3}
+    by_kind = KindConstraint(masks, targets, 10, "exact")
+    assert gaps_after(by_kind, step).abs().max() < 1e-4
+    for g, now in masks_by_group(masks):  # one number for each group: the order stays
+        assert torch.equal(now.argsort(stable=True), torch.arange(g.units))
+    with torch.no_grad():
+        masks.log_alpha.copy_(before)
+    sizes = Sizes(masks.model, masks.groups)
+    of_all = SizeConstraint(masks, sizes.prunable() // 3, sizes.prunable(), 10, "exact")
+    assert gaps_after(of_all, step).abs().max() < 1e-4
+    moved = masks.log_alpha.detach() - before
+    inside = masks.log_alpha.detach().abs() < LIMITS[1]
+    assert inside.sum() > 100
+    torch.testing.assert_close(moved[inside], moved[inside][:1].expand(int(inside.sum())))
+    assert float(of_all(masks.model, step)) == 0
+    assert [g["params"] for g in of_all.parameters(0.1)] == [[masks.log_alpha]]
