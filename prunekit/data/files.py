@@ -1,4 +1,4 @@
-"""Text files of the user's own, and the folder of local data."""
+"""Text files of the user's own, the folder of local data, and that of what is kept."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, expanded
 
 WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """How a file begins that is in an encoding of two bytes."""
+
+
+def cache_folder() -> Path:
+    """`PRUNEKIT_CACHE`, default `~/.cache/prunekit`. Raises ConfigError where there is no home."""
+    return expanded(os.environ.get("PRUNEKIT_CACHE") or "~/.cache/prunekit")
 
 
 def is_records(path: str | Path) -> bool:

@@ -4,7 +4,6 @@ download from a hub.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -15,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prunekit.errors import ConfigError, expanded
+from prunekit.data.files import cache_folder
+from prunekit.errors import ConfigError
 from prunekit.models import default_device, resolved_dtype
 from prunekit.models.devices import Device
 from prunekit.registry import models
@@ -39,10 +39,8 @@ def _gguf() -> Path:
 
 def _cache() -> Path:
     """Folder of this converter's output; the name carries what the tensors depend on."""
-    return (
-        expanded(os.environ.get("PRUNEKIT_CACHE") or "~/.cache/prunekit")
-        / f"smollm2_135m-{version(PACKAGE)}-transformers-{version('transformers')}"
-    )
+    name = f"smollm2_135m-{version(PACKAGE)}-transformers-{version('transformers')}"
+    return cache_folder() / name
 
 
 def _convert(source: Path, target: Path) -> None:

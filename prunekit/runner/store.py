@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from prunekit.errors import expanded
+from prunekit.data.files import cache_folder
 from prunekit.types import Scores
 
 log = logging.getLogger("prunekit")
@@ -29,8 +29,8 @@ LONGEST_HEADER = 200
 
 
 def folder() -> Path:
-    """`PRUNEKIT_CACHE`, default `~/.cache/prunekit`. Raises ConfigError where there is no home."""
-    return expanded(os.environ.get("PRUNEKIT_CACHE") or "~/.cache/prunekit") / "results"
+    """In the cache. Raises ConfigError where there is no home."""
+    return cache_folder() / "results"
 
 
 @dataclass(frozen=True)
