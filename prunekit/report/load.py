@@ -115,7 +115,7 @@ def file_job(folder: Path, files: set[str], below: list[str], found: Found) -> b
             found.results.append(read(folder / "result.json"))
         except ConfigError as e:
             found.failed[folder] = str(e)
-    elif "run.log" in files and ".hydra" in below:
+    elif "run.log" in files and (".hydra" in below or ".running" in files):
         found.unfinished.append(folder)
     else:
         return False

@@ -184,6 +184,17 @@ def test_failed_and_unfinished_jobs_are_named_and_make_the_status(table1, capsys
     assert "killed" in out
 
 
+def test_an_eval_that_was_killed_is_unfinished(tmp_path):
+    """`prunekit eval` and `recover` leave no .hydra: the lock that they held tells."""
+    again = tmp_path / "again"
+    again.mkdir()
+    for name in ("run.log", ".running"):
+        (again / name).touch()
+    assert load([tmp_path]).unfinished == [again]
+    result(again, stages(12.6, 19.0), config(seed=0))
+    assert load([tmp_path]).unfinished == []
+
+
 def test_many_failures_are_folded_away_on_the_page(table1, tmp_path):
     for count, state in ((1, "<details open>"), (9, "<details>")):
         for i in range(count):
