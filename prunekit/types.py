@@ -126,6 +126,8 @@ class Allocation:
             counts.
         notes: what is worth showing of how it was found.
         measure: what a model takes of the budget that was kept, for a pruner to tell.
+        kept: with `rows`, masks stored like the matrices, where the ratio had to choose them too:
+            what a pruner would choose block by block.
     """
 
     counts: Counts
@@ -135,6 +137,7 @@ class Allocation:
     notes: Mapping[str, Any] = field(default_factory=dict)
     cut: Cut = "within"
     measure: Callable[[nn.Module], float] | None = None
+    kept: Kept = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:

@@ -29,6 +29,7 @@ from prunekit.types import Counts, Group
 log = logging.getLogger("prunekit")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments after the hidden state, and keyword arguments, of one call of a block."""
+PLAIN = (int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ def capture_inputs(
 ) -> tuple[Activations, BlockInputs]:
     """The first block's inputs for `tokens (N, T)`, and all arguments of every block.
 
-    The first two batches (and a last, smaller one) go through the whole model; where their
-    arguments agree, those of the other batches are taken to be the same, and their forwards end at
-    the first block. Raises ConfigError where a block does not read the output of the block before
-    it, since then it cannot be replayed alone.
+    The first batch goes through the whole model, the others up to the last block that gets an
+    object which none before it got: for most models the first one. Where the arguments of two
+    batches agree, those of the others are taken to be the same. Raises ConfigError where a block
+    does not read the output of the block before it, since then it cannot be replayed alone.
     """
     processes.check_samples(tokens)
     batch = options.batch or samples_at_once(tokens)
@@ -69,17 +70,20 @@ def capture_inputs(
     device = input_device(model) or device_of(model)
     inputs: Activations | None = None
     calls: list[list[Call]] = []  # [batch][block]
+    first: list[Call] = []
     for i, part in enumerate(
         tqdm(rows, desc="inputs of the first block", unit="batch", leave=False, delay=2)
     ):
         full = part.stop - part.start == batch
         known = full and i >= 2 and _agree(calls[0], calls[1])
         with autocast(options.precision, device):
-            x, seen = _trace(model, blocks, tokens[part].to(device), short=known)
+            until = 0 if known else _last_new(first) if first else None
+            x, seen = _trace(model, blocks, tokens[part].to(device), until)
         if inputs is None:
             inputs = Activations(len(tokens), x, options.store)
+            first = seen
         inputs[part] = x
-        calls.append(calls[0] if known else _shared(seen, calls))
+        calls.append(calls[0] if known else _shared(_as_in(first, seen), calls))
     assert inputs is not None  # tokens are never empty: the runner checks calibration data
     return inputs, BlockInputs(
         blocks,
@@ -90,9 +94,9 @@ def capture_inputs(
 
 
 def _trace(
-    model: nn.Module, blocks: tuple[str, ...], ids: Tensor, short: bool
+    model: nn.Module, blocks: tuple[str, ...], ids: Tensor, until: int | None
 ) -> tuple[Tensor, list[Call]]:
-    """The first block's input, and every block's call unless `short`."""
+    """The first block's input, and the calls of the blocks up to number `until`; None: of all."""
     seen: list[tuple[Tensor, Call]] = []
     last: list[Tensor] = []
 
@@ -120,7 +124,7 @@ def _trace(
                 "cannot be run block by block"
             )
         seen.append((x, (args[1:], rest)))
-        if short:
+        if len(seen) - 1 == until:
             raise_stop()
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
@@ -137,12 +141,52 @@ def _trace(
     finally:
         for hook in hooks:
             hook.remove()
-    if not short and len(seen) != len(blocks):
+    if until is None and len(seen) != len(blocks):
         raise ConfigError(
             f"{len(blocks)} blocks were found, but a forward runs {len(seen)} of them: they "
             "cannot be run block by block"
         )
     return seen[0][0], [call for _, call in seen]
+
+
+def _leaves(a: Any) -> Iterator[Any]:
+    """What stands in a call, plain containers opened."""
+    if type(a) in (tuple, list, dict):
+        for x in a.values() if isinstance(a, dict) else a:
+            yield from _leaves(x)
+    elif not isinstance(a, PLAIN):
+        yield a
+
+
+def _last_new(calls: list[Call]) -> int:
+    """Number of the last block that gets an object, no number or word, which none before it got."""
+    seen: set[int] = set()
+    last = 0
+    for block, call in enumerate(calls):
+        new = {id(x) for x in _leaves(call)}
+        last = last if new <= seen else block
+        seen |= new
+    return last
+
+
+def _as_in(first: list[Call], seen: list[Call]) -> list[Call]:
+    """All calls of a batch of which some were seen: the other blocks get what these got, as they do
+    in the `first` batch.
+    """
+    there = {
+        id(x): y
+        for call, other in zip(first, seen)
+        for x, y in zip(_leaves(call), _leaves(other), strict=True)
+    }
+
+    def put(a: Any) -> Any:
+        if type(a) is dict:
+            return {k: put(x) for k, x in a.items()}
+        if type(a) in (tuple, list):
+            return type(a)(map(put, a))
+        return there.get(id(a), a)
+
+    return [*seen, *(put(call) for call in first[len(seen) :])]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -193,6 +237,8 @@ class BlockRun:
         self.batches = range(len(feed.rows))
         self.counts: Counts = {}
         self.statistics: dict[Any, Any] = {}
+        self.left: Activations | None = None
+        """What the block puts out as the caller leaves it, where the caller has that already."""
 
     @property
     def module(self) -> nn.Module:
@@ -248,7 +294,9 @@ def iterate_blocks(
         with turn(run.module):
             yield run
             if start <= b < len(blocks) - 1:
-                for rows, out in run.outputs():
+                left = run.left
+                known = left and ((rows, left[rows]) for rows in feed.rows)
+                for rows, out in known or run.outputs():
                     inputs[rows] = out
         if done and start <= b < len(blocks) - 1:
             done.advance(model, b + 1, feed.rows, inputs)

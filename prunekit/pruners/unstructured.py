@@ -29,6 +29,7 @@ from prunekit.selection.elements import (
     each_row,
     element_mask,
     everywhere,
+    or_sizes,
 )
 from prunekit.selection.units import check_finite
 from prunekit.types import Allocation, Counts, Group, Kept, Pruned, Run, Scores
@@ -169,6 +170,10 @@ def unstructured(
             return choose(row, scores)
         return everywhere(scores, sum(counts.values()))
 
+    if schedule == "blocks" and allocation.kept:
+        kept |= allocation.kept
+        zero_elements(model, groups, kept)
+        counts = dict.fromkeys(counts, 0)  # nothing is left to do
     for row, run in _passes(problem, groups, counts, schedule, options, resumable=order is None):
         if order and pattern:
             scores = _scored(problem, row, run)
@@ -240,10 +245,7 @@ def _choose(
     out: Kept = {}
     for g in groups:
         along_outputs = axes.get(g.name, 1) == 0
-        s = to_out_in(model, g, scores[g.name])
-        if not s.any() and (W := matrix(model, g)).any():
-            log.warning("%s scores 0 throughout (no token reached it?): by size alone", g.name)
-            s = W.float().abs()
+        s = or_sizes(to_out_in(model, g, scores[g.name]), matrix(model, g), g.name)
         s = s.T.contiguous() if along_outputs else s
         if allocation.ranking == "rows":
             mask = each_row(s, allocation.rows[g.name])

@@ -4,6 +4,7 @@ should lose is learned by gradient on what the block puts out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,14 +18,15 @@ from prunekit.activations.hooks import first_tensor
 from prunekit.activations.storage import Activations, PassOptions, Precision, Store, autocast
 from prunekit.architecture.blocks import block_names
 from prunekit.architecture.linear import is_linear
-from prunekit.architecture.matrices import matrix, module_name, to_out_in
+from prunekit.architecture.mapped import beside
+from prunekit.architecture.matrices import matrix, module_name, to_out_in, zero_elements
 from prunekit.errors import ConfigError
 from prunekit.problem import Problem
 from prunekit.registry import LearningRate, Positive, Share, ratios
 from prunekit.scoring.wanda import input_norms, wanda_score
-from prunekit.selection.elements import floor_share
+from prunekit.selection.elements import floor_share, or_sizes
 from prunekit.solvers.besa import Matrix, channel_error, learn, project, ranked
-from prunekit.types import Allocation, Group, Scores
+from prunekit.types import Allocation, Group, Kept, Scores
 
 Weights = dict[str, Tensor]
 
@@ -81,11 +83,14 @@ def besa(
     per_row: dict[str, Tensor] = {}
     errors: dict[str, list[float]] = {"learned": [], "uniform": []}
     before: dict[str, Tensor] = {}
+    kept: Kept = {}
     try:
         for run in iterate_blocks(model, blocks, tokens, PassOptions(store, precision, batch=1)):
             if not (row := rows[run.block]):
                 continue
-            block = _Block(run, row, _order(problem, row, run), store)
+            recording = _Recording(run, store)
+            order = _order(problem, row, recording)
+            block = _Block(run, row, order, recording.whole(), prefix == "pruned")
             removed, seen = _allocate(
                 block,
                 target,
@@ -100,7 +105,10 @@ def besa(
             per_row |= removed
             if prefix == "pruned":
                 before |= {g.name: matrix(model, g).detach().cpu().clone() for g in row}
-                block.apply(removed)
+                stays = block.masks(removed)
+                zero_elements(model, row, stays)
+                kept |= {g.name: beside(stays[g.name].cpu(), matrix(model, g)) for g in row}
+            run.left = block.put_out
     finally:
         with torch.no_grad():
             for g in groups:
@@ -111,6 +119,7 @@ def besa(
         ranking="rows" if per == "row" else "local",
         rows=per_row if per == "row" else {},
         notes={"besa": errors},
+        kept=kept if per == "row" else {},
     )
 
 
@@ -119,61 +128,107 @@ def _order(problem: Problem, groups: list[Group], run: BlockRun) -> Scores:
     model = problem.model
     if problem.criterion is None:
         norms = input_norms(model, groups, run)
-        return {g.name: wanda_score(matrix(model, g), norms[g.name]) for g in groups}
-    scores = problem.score(groups, run)
-    return {g.name: to_out_in(model, g, scores[g.name]) for g in groups}
+        scores = {g.name: wanda_score(matrix(model, g), norms[g.name]) for g in groups}
+    else:
+        found = problem.score(groups, run)
+        scores = {g.name: to_out_in(model, g, found[g.name]) for g in groups}
+    return {g.name: or_sizes(scores[g.name], matrix(model, g), g.name) for g in groups}
+
+
+class _Recording(BlockRun):
+    """Keeps what the block puts out while something else is measured in it."""
+
+    def __init__(self, run: BlockRun, store: Store) -> None:
+        super().__init__(run.model, run.tokens, run.feed, run.block, run.inputs)
+        self.counts, self.store = run.counts, store
+        self.kept: Activations | None = None
+
+    @torch.no_grad()
+    def outputs(self) -> Iterator[tuple[slice, Tensor]]:
+        kept: Activations | None = None
+        for rows, out in super().outputs():
+            kept = kept or Activations(len(self.tokens), out, self.store)
+            kept[rows] = out
+            yield rows, out
+        self.kept = kept
+
+    def whole(self) -> Activations:
+        """What the block puts out for the whole text."""
+        if self.kept is None:
+            for _ in self.outputs():
+                pass
+        assert self.kept is not None
+        return self.kept
 
 
 class _Block:
     """A block with the order in which the weights of its matrices go, and its dense outputs."""
 
-    def __init__(self, run: BlockRun, groups: list[Group], order: Scores, store: Store) -> None:
-        self.run, self.groups = run, groups
+    def __init__(
+        self,
+        run: BlockRun,
+        groups: list[Group],
+        order: Scores,
+        dense: Activations,
+        in_place: bool,
+    ) -> None:
+        """in_place: what `total_error` last computed takes the place of the dense outputs."""
+        self.run, self.groups, self.dense, self.in_place = run, groups, dense, in_place
+        self.put_out: Activations | None = None if in_place else dense
         model = run.model
         self.matrices: dict[str, Matrix] = {
             g.name: ranked(matrix(model, g).detach().clone(), order[g.name]) for g in groups
         }
         self.others = {n: p.detach() for n, p in run.module.named_parameters()}
-        with torch.no_grad():
-            for rows, out in run.outputs():
-                if rows.start == 0:
-                    self.dense = Activations(len(run.tokens), out, store)
-                self.dense[rows] = out
 
-    def error(self, weights: Weights, batch: int) -> Tensor:
-        """Of the block's outputs for a batch, with these weights `(outputs, inputs)` in it."""
+    def output(self, weights: Weights, batch: int) -> Tensor:
+        """Of the block for a batch, with these weights `(outputs, inputs)` in it."""
         run, model = self.run, self.run.model
         prefix = run.feed.blocks[run.block] + "."
         mine = {
             g.matrix.removeprefix(prefix): to_out_in(model, g, weights[g.name]) for g in self.groups
         }
         args, kwargs = run.feed.calls[run.block][batch]
-        rows = run.feed.rows[batch]
-        x = run.inputs[rows]
+        x = run.inputs[run.feed.rows[batch]]
         with autocast(run.feed.precision, x.device):
             out = functional_call(run.module, self.others | mine, (x, *args), kwargs)
-        return channel_error(first_tensor(out), self.dense[rows])
+        return first_tensor(out)
+
+    def error(self, weights: Weights, batch: int) -> Tensor:
+        """Of the block's output for a batch, with these weights in it."""
+        return channel_error(self.output(weights, batch), self.dense[self.run.feed.rows[batch]])
 
     @torch.no_grad()
-    def total_error(self, removed: dict[str, Tensor]) -> float:
-        """Mean over the text, with so many weights of each row removed."""
-        weights = self.removed(removed)
-        batches = range(len(self.run.feed.rows))
-        return float(torch.stack([self.error(weights, i) for i in batches]).mean())
+    def total_error(self, removed: dict[str, Tensor], last: bool) -> float:
+        """Mean over the text, with so many weights of each row removed. `last`: nothing is compared
+        with the dense outputs after this.
+        """
+        weights = self.weights(removed)
+        errors = []
+        for i, rows in enumerate(self.run.feed.rows):
+            out = self.output(weights, i)
+            errors.append(channel_error(out, self.dense[rows]))
+            if last and self.in_place:
+                self.dense[rows] = out
+        return float(torch.stack(errors).mean())
 
-    def removed(self, removed: dict[str, Tensor]) -> Weights:
+    def weights(self, removed: dict[str, Tensor]) -> Weights:
         """The weights less the first so many of each row."""
         return {
             name: m.weight * (m.rank >= removed[name].to(m.rank.device)[:, None])
             for name, m in self.matrices.items()
         }
 
-    @torch.no_grad()
-    def apply(self, removed: dict[str, Tensor]) -> None:
-        """Zero them in the model."""
-        weights = self.removed(removed)
-        for g in self.groups:
-            matrix(self.run.model, g).copy_(weights[g.name])
+    def masks(self, removed: dict[str, Tensor]) -> Kept:
+        """Of what stays then, stored like the matrices."""
+        model = self.run.model
+        rank = {g.name: self.matrices[g.name].rank for g in self.groups}
+        return {
+            g.name: to_out_in(
+                model, g, rank[g.name] >= removed[g.name].to(rank[g.name].device)[:, None]
+            ).contiguous()
+            for g in self.groups
+        }
 
 
 def _allocate(
@@ -194,8 +249,12 @@ def _allocate(
     count = floor_share(sum(m.weight.numel() for m in block.matrices.values()), target)
     learned = _whole(block, found, count)
     uniform = _whole(block, {n: torch.full_like(s[:1], target) for n, s in found.items()}, count)
-    errors = {"learned": block.total_error(learned), "uniform": block.total_error(uniform)}
-    return (learned if errors["learned"] <= errors["uniform"] else uniform), errors
+    equal = block.total_error(uniform, last=False)
+    errors = {"learned": block.total_error(learned, last=True), "uniform": equal}
+    if errors["learned"] > equal:
+        return uniform, errors
+    block.put_out = block.dense
+    return learned, errors
 
 
 def _whole(block: _Block, shares: dict[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ counts are exact.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError
 from prunekit.types import Counts, Group, Kept, Scores
+
+log = logging.getLogger("prunekit")
 
 
 def floor_share(units: int, part: float) -> int:
@@ -60,6 +63,16 @@ def per_row(scores: Tensor, count: int) -> Tensor:
     rounded down.
     """
     return drop_lowest(scores, count // scores.shape[0])
+
+
+def or_sizes(scores: Tensor, weight: Tensor, name: str) -> Tensor:
+    """`scores` of a matrix, or where all are 0 (no token reached it) its weights' sizes, which is
+    said.
+    """
+    if scores.any() or not weight.any():
+        return scores
+    log.warning("%s scores 0 throughout (no token reached it?): by size alone", name)
+    return weight.float().abs()
 
 
 def each_row(scores: Tensor, counts: Tensor) -> Tensor:

@@ -84,15 +84,49 @@ def test_the_next_block_sees_what_was_done_to_this_one(tokens):
     )
 
 
-def test_only_the_first_batches_run_the_whole_model(tokens):
-    model = tiny_model("llama")
+@pytest.mark.parametrize(
+    ("arch", "layers", "runs"),
+    [("llama", 3, [4, 1, 1]), ("gemma3_text", 7, [4, 2, 2, 2, 2, 2, 1])],
+)
+def test_only_the_first_batch_runs_the_whole_model(arch, layers, runs, tokens):
+    """The others run to the last block that gets something new: gemma's first full attention, whose
+    mask the blocks before it have not; the third batch runs nothing, as two agree.
+    """
+    model = tiny_model(arch, layers=layers)
     blocks = block_names(model)
-    calls = []
-    hook = model.get_submodule(blocks[1]).register_forward_hook(lambda *_: calls.append(1))
+    calls = dict.fromkeys(blocks, 0)
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    hooks = [model.get_submodule(b).register_forward_pre_hook(count(b)) for b in blocks]
     capture_inputs(model, blocks, tokens, PassOptions(batch=1))
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert len(tokens) == 4
-    assert len(calls) == 2
+    assert list(calls.values()) == runs
+
+
+def test_arguments_that_differ_by_batch_reach_every_block(tokens, monkeypatch):
+    """A mask of the text's own, made once for all blocks: the same as in the whole model."""
+    model = tiny_model("llama", layers=3)
+    blocks = block_names(model)
+    plain = model.model.forward
+
+    def masked(input_ids, **kwargs):
+        there = input_ids % 3 > 0
+        there[:, 0] = True
+        return plain(input_ids=input_ids, **kwargs | {"attention_mask": there.long()})
+
+    monkeypatch.setattr(model.model, "forward", masked)
+    want = outputs_of(model, blocks, tokens)
+    runs = iterate_blocks(model, blocks, tokens, PassOptions(batch=1))
+    for run, expected in zip(runs, want, strict=True):
+        found = torch.cat([x for _, x in run.outputs()])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_error_inside_a_block_comes_out(tokens):

@@ -9,9 +9,13 @@ import torch
 from problems import check, problem
 from tiny_models import tiny_model
 
+from prunekit.activations.blockwise import iterate_blocks
+from prunekit.activations.storage import PassOptions
+from prunekit.architecture.blocks import block_names
 from prunekit.architecture.matrices import matrix
 from prunekit.errors import ConfigError, NeedsData
 from prunekit.registry import pruners
+from prunekit.scoring.wanda import input_norms
 
 
 def pose(model, tokens=None, criterion="wanda", **options):
@@ -65,6 +69,56 @@ def test_the_pruner_removes_what_is_allocated(name, per, tokens):
         if per == "row":
             assert torch.equal(zeros, told.rows[g.name])
     assert pruned.notes["besa"]["learned"]
+
+
+def plain_pass(asked, rows):
+    """Block by block with Wanda's order, on what the pruned blocks before put out."""
+    groups = asked.matrices()
+    for row, run in asked.by_block(groups, {g.name: g.units for g in groups}, PassOptions()):
+        norms = input_norms(asked.model, row, run)
+        for g in row:
+            W = matrix(asked.model, g)
+            scores = W.abs() * norms[g.name]
+            for i, n in enumerate(rows[g.name].tolist()):
+                W[i, scores[i].argsort(stable=True)[:n]] = 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["blocks", "whole"])
+def test_the_pruner_takes_the_masks_that_it_would_choose(schedule, tokens):
+    """With schedule=blocks no block runs again; scores of the dense model are other ones."""
+    asked, plain = (pose(tiny_model("llama", layers=3), tokens) for _ in range(2))
+    allocation = asked.allocate(asked.matrices())
+    plain_pass(plain, allocation.rows)
+    asked = replace(asked, ratio=lambda problem, groups: allocation)
+    runs = []
+    hook = asked.model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    pruners.build({"name": "unstructured", "schedule": schedule})(asked)
+    hook.remove()
+    same = [torch.equal(matrix(asked.model, g), matrix(plain.model, g)) for g in asked.matrices()]
+    assert all(same) == (schedule == "blocks")
+    assert bool(runs) == (schedule == "whole")
+
+
+@pytest.mark.parametrize("prefix", ["pruned", "dense"])
+def test_the_next_block_is_fed_what_the_block_puts_out(prefix, tokens, monkeypatch):
+    """What was computed for the errors serves as the next block's inputs."""
+    seen = {}
+
+    def inputs(model, groups, run):
+        seen[run.block] = run.inputs[slice(0, len(run.tokens))].clone()
+        return input_norms(model, groups, run)
+
+    monkeypatch.setattr("prunekit.ratios.besa.input_norms", inputs)
+    asked = pose(tiny_model("llama", layers=3), tokens, criterion=None, prefix=prefix)
+    allocation = asked.allocate(asked.matrices())
+    plain = pose(tiny_model("llama", layers=3), tokens)
+    if prefix == "pruned":
+        with torch.no_grad():
+            plain_pass(plain, allocation.rows)
+    blocks = block_names(plain.model)
+    for run in iterate_blocks(plain.model, blocks, tokens, PassOptions()):
+        torch.testing.assert_close(seen[run.block], run.inputs[slice(0, len(tokens))])
 
 
 def test_a_block_sees_what_the_pruned_ones_before_it_put_out(tokens):
