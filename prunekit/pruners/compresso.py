@@ -52,13 +52,14 @@ def check_compresso(
     batch: int,
     micro_batch: int,
     remove: bool,
+    constraint: ConstraintKind,
     **_: Any,
 ) -> Expected:
     """Raises ConfigError where the ratio cannot be met, where gates cannot be folded, and for data
     and batches that cannot be.
     """
     check_source(dataset, split, path)
-    return check_competing(problem, kinds, targets, batch, micro_batch, remove)
+    return check_competing(problem, kinds, targets, batch, micro_batch, remove, constraint)
 
 
 @pruners.register(
@@ -66,6 +67,7 @@ def check_compresso(
     year=2023,
     needs="gradients",
     out="self-contained",
+    scored="optional",
     check=check_compresso,
     tokenized=check_training_text,
 )
@@ -116,6 +118,9 @@ def compresso(
         save_every: steps after which the training keeps how far it is.
         remove: false zeroes instead of removing.
 
+    With constraint=exact a criterion may say in which order a group's masks begin, so that few
+    units are undecided at a time; with criterion=none all begin alike.
+
     The masks' order decides what goes, and what stays has its gates folded into the weights. Notes
     have the sparsity that the masks expected. Nothing changes where the ratio removes nothing.
     """
@@ -130,6 +135,7 @@ def compresso(
         batch=batch,
         micro_batch=micro_batch,
         remove=remove,
+        constraint=constraint,
     ).groups
     allocation = problem.allocate(groups)
     if allocation.empty:

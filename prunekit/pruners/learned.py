@@ -10,9 +10,10 @@ from pydantic import Field
 from prunekit import graph
 from prunekit.architecture.blocks import linear_names
 from prunekit.architecture.sizes import Sizes
+from prunekit.errors import ConfigError
 from prunekit.graph.fold_gates import check_channels
 from prunekit.problem import Expected, Problem, expect
-from prunekit.selection.units import choose
+from prunekit.selection.units import check_finite, choose
 from prunekit.training.constraints import ConstraintKind, SizeConstraint, warn_of_missed
 from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.recipe import micro_batches
@@ -29,15 +30,37 @@ def check_competing(
     batch: int,
     micro_batch: int,
     remove: bool,
+    constraint: ConstraintKind,
 ) -> Expected:
-    """Raises ConfigError where the ratio cannot be met, where gates cannot be folded, and for
-    batches that cannot be.
+    """Raises ConfigError where the ratio cannot be met, where gates cannot be folded, for batches
+    that cannot be, and for a criterion that has nothing to say.
     """
+    check_start(problem, constraint)
     micro_batches(batch, micro_batch)
     linear_names(problem.model, targets)
     expected = expect(problem, problem.groups(kinds), smaller=remove)
     check_channels(problem.model, expected.groups)
     return expected
+
+
+def check_start(problem: Problem, constraint: ConstraintKind) -> None:
+    """Raises ConfigError for a criterion that could not say how masks begin."""
+    if problem.criterion is not None and constraint != "exact":
+        raise ConfigError(
+            f"pruner.constraint={constraint} begins with all units open, which leaves a criterion "
+            "nothing to say: give criterion=none, or pruner.constraint=exact"
+        )
+
+
+def new_masks(
+    problem: Problem, groups: list[Group], seed: int, constraint: ConstraintKind
+) -> LearnedMasks:
+    """Masks over the groups, in the criterion's order where there is one."""
+    order = problem.score(groups, problem.run()) if problem.criterion else None
+    if order is not None:
+        check_finite(order)
+    bounded = constraint == "lagrangian"
+    return LearnedMasks(problem.model, groups, seed, order=order, bounded=bounded)
 
 
 def size_constraint(
@@ -58,7 +81,7 @@ def size_constraint(
             "ratio.of=prunable or model lets them choose"
         )
     sizes = Sizes(problem.model, groups)
-    masks = LearnedMasks(problem.model, groups, seed)
+    masks = new_masks(problem, groups, seed, kind)
     return SizeConstraint(masks, sizes.removed(allocation.counts), sizes.prunable(), warmup, kind)
 
 

@@ -45,12 +45,13 @@ def check_nuteprune(
     batch: int,
     micro_batch: int,
     remove: bool,
+    constraint: ConstraintKind,
     **_: Any,
 ) -> Expected:
     """Raises ConfigError where the ratio cannot be met, where gates cannot be folded, and for
     batches that cannot be.
     """
-    return check_competing(problem, kinds, targets, batch, micro_batch, remove)
+    return check_competing(problem, kinds, targets, batch, micro_batch, remove, constraint)
 
 
 @pruners.register(
@@ -58,6 +59,7 @@ def check_nuteprune(
     year=2024,
     needs="gradients",
     out="self-contained",
+    scored="optional",
     check=check_nuteprune,
 )
 def nuteprune(
@@ -108,18 +110,16 @@ def nuteprune(
         save_every: steps after which the training keeps how far it is.
         remove: false zeroes instead of removing.
 
+    With constraint=exact a criterion may say in which order a group's masks begin, so that few
+    units are undecided at a time; with criterion=none all begin alike.
+
     The masks' order decides what goes, and what stays has its gates folded into the weights. Notes
     have the sparsity that the masks expected, and the teachers' at each step. Nothing changes where
     the ratio removes nothing.
     """
     model = problem.model
-    groups = check_nuteprune(
-        problem,
-        kinds=list(kinds),
-        targets=targets,
-        batch=batch,
-        micro_batch=micro_batch,
-        remove=remove,
+    groups = check_competing(
+        problem, list(kinds), targets, batch, micro_batch, remove, constraint
     ).groups
     allocation = problem.allocate(groups)
     if allocation.empty:

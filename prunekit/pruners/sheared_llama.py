@@ -19,11 +19,11 @@ from prunekit.data.training_examples import Example, all_learnt, collate
 from prunekit.errors import ConfigError
 from prunekit.graph.fold_gates import check_channels
 from prunekit.problem import CALIBRATION, Expected, Problem, expect
+from prunekit.pruners.learned import check_start, new_masks
 from prunekit.registry import LearningRate, Natural, Positive, Seed, Share, pruners
 from prunekit.selection.units import expand_to_all_blocks, keep_local
 from prunekit.training.constraints import ConstraintKind, KindConstraint, warn_of_missed
 from prunekit.training.domains import DomainExamples
-from prunekit.training.learned_masks import LearnedMasks
 from prunekit.training.masks_and_updates import learn
 from prunekit.training.recipe import Recipe, micro_batches
 from prunekit.training.weights import in_float32
@@ -45,12 +45,14 @@ def check_sheared(
     reference: Literal["dense"] | Losses,
     batch: int,
     micro_batch: int,
+    constraint: ConstraintKind,
     **_: Any,
 ) -> Expected:
-    """Raises ConfigError where the shape cannot be met or transformers does not build it, and where
-    gates cannot be folded.
+    """Raises ConfigError where the shape cannot be met or transformers does not build it, where
+    gates cannot be folded, and for a criterion that has nothing to say.
     """
     micro_batches(batch, micro_batch)
+    check_start(problem, constraint)
     if shape is not None and problem.ratio is not None:
         raise ConfigError("pruner.shape says what stays: give ratio=none with it")
     groups = problem.groups(list(shape or kinds))
@@ -119,6 +121,7 @@ def check_uniform(model: nn.Module, groups: Sequence[Group], counts: Counts) -> 
     year=2024,
     needs="gradients",
     out="self-contained",
+    scored="optional",
     check=check_sheared,
 )
 def sheared_llama(
@@ -159,6 +162,9 @@ def sheared_llama(
         save_every: steps after which the training keeps how far it is.
         update_every: steps between two measurements of the domains' losses, on a tenth of each.
 
+    With constraint=exact a criterion may say in which order a group's masks begin, so that few
+    units are undecided at a time; with criterion=none all begin alike.
+
     Weights are trained in float32. What stays has its gates folded into them. Notes have by how
     much the masks expected to miss the shape at the end, and the domains' weights. Nothing changes
     where nothing is to go.
@@ -171,12 +177,13 @@ def sheared_llama(
         reference=reference,
         batch=batch,
         micro_batch=micro_batch,
+        constraint=constraint,
     )
     groups, counts = expected.groups, counts_of(problem, expected)
     if not any(counts.values()):
         return Pruned(model, {}, groups, {}, {"counts": counts})
     pruned = [g for g in groups if counts[g.name]]
-    masks = LearnedMasks(model, pruned, seed)
+    masks = new_masks(problem, pruned, seed, constraint)
     shares = {g.kind: counts[g.name] / g.units for g in pruned}
     budget = KindConstraint(masks, shares, round(warmup * steps), constraint)
     examples = loader(problem, reference, update_every * batch, micro_batch, seed)

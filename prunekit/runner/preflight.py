@@ -192,12 +192,13 @@ def pruned_kinds(pruner: Component) -> tuple[str, ...]:
 def check_criterion(criterion: Component | None, pruner: Component) -> None:
     """Raises ConfigError when `pruner` cannot use `criterion`, naming the criteria that it can."""
     name = criterion.name if criterion else "none"
-    if not pruner.meta.get("scored"):
-        if criterion:
-            raise ConfigError(
-                f"pruner={pruner.name} chooses by itself and cannot use criterion={name}; give "
-                "criterion=none"
-            )
+    scored = pruner.meta.get("scored", False)
+    if criterion and not scored:
+        raise ConfigError(
+            f"pruner={pruner.name} chooses by itself and cannot use criterion={name}; give "
+            "criterion=none"
+        )
+    if criterion is None and scored is not True:
         return
     wanted = set(pruned_kinds(pruner))
 
@@ -207,8 +208,8 @@ def check_criterion(criterion: Component | None, pruner: Component) -> None:
     if criterion is None or not usable(criterion.meta):
         entries = [registry.criteria.entry(n) for n in registry.criteria.names()]
         possible = ", ".join(e.name for e in entries if usable(e.meta))
-        scored = ", ".join(criterion.meta.get("kinds", ())) if criterion else ""
-        own = f" (it scores {scored})" if scored else ""
+        kinds = ", ".join(criterion.meta.get("kinds", ())) if criterion else ""
+        own = f" (it scores {kinds})" if kinds else ""
         raise ConfigError(
             f"pruner={pruner.name} removes {', '.join(sorted(wanted))}, which criterion={name} "
             f"cannot score{own}; possible: {possible}"

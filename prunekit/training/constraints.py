@@ -17,7 +17,7 @@ from prunekit.training.hard_concrete import (
     lagrangian,
     open_probability,
     ramp,
-    shifted,
+    shift,
 )
 from prunekit.training.learned_masks import LearnedMasks
 
@@ -75,17 +75,16 @@ class Constraint(ABC):
 
     @torch.no_grad()
     def bring_to_target(self, step: int) -> None:
-        """Moves log alpha so that nothing is left of the gaps at this step."""
-        share = ramp(step, self.warmup)
-        self.masks.log_alpha.copy_(self.at_target(self.masks.log_alpha, share))
+        """Offsets log alpha so that nothing is left of the gaps at this step."""
+        self.masks.offset = self.offset(self.masks.log_alpha, ramp(step, self.warmup))
 
     @abstractmethod
     def gaps(self, share: float) -> list[Tensor]:
         """What is removed less `share` of the target, constraint by constraint."""
 
     @abstractmethod
-    def at_target(self, log_alpha: Tensor, share: float) -> Tensor:
-        """log alpha, moved by one number for each target, where the masks remove `share` of it."""
+    def offset(self, log_alpha: Tensor, share: float) -> Tensor:
+        """What log alpha lacks of removing `share` of the target: one number for each target."""
 
     def __call__(self, model: nn.Module, step: int) -> Tensor:
         """The penalty of a step."""
@@ -109,14 +108,16 @@ class KindConstraint(Constraint):
             closed[group.kind].append((1 - opened).mean())
         return [torch.stack(closed[kind]) - share * t for kind, t in self.shares.items()]
 
-    def at_target(self, log_alpha: Tensor, share: float) -> Tensor:
-        parts = [
-            shifted(
-                a, lambda moved: (1 - open_probability(moved)).mean(), share * self.shares[g.kind]
-            )
-            for g, a in zip(self.masks.groups, log_alpha.split(self.masks.units), strict=True)
+    def offset(self, log_alpha: Tensor, share: float) -> Tensor:
+        def closed(moved: Tensor) -> Tensor:
+            return (1 - open_probability(moved)).mean()
+
+        parts = log_alpha.split(self.masks.units)
+        moves = [
+            shift(a, closed, share * self.shares[g.kind])
+            for g, a in zip(self.masks.groups, parts, strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat([torch.full_like(a, m) for a, m in zip(parts, moves, strict=True)])
 
     def missed(self) -> dict[str, float]:
         """By which share of its units each kind is expected to lose too many, on average."""
@@ -141,11 +142,11 @@ class SizeConstraint(Constraint):
     def _gone(self, opened: Sequence[Tensor]) -> Tensor:
         return (self.size.total - self.size(opened)) / self.prunable
 
-    def at_target(self, log_alpha: Tensor, share: float) -> Tensor:
+    def offset(self, log_alpha: Tensor, share: float) -> Tensor:
         def gone(moved: Tensor) -> Tensor:
             return self._gone(open_probability(moved).split(self.masks.units))
 
-        return shifted(log_alpha, gone, share * self.target)
+        return torch.full_like(log_alpha, shift(log_alpha, gone, share * self.target))
 
     def gaps(self, share: float) -> list[Tensor]:
         return [(self.sparsity() - share * self.target)[None].float()]

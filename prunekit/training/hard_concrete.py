@@ -23,8 +23,18 @@ START = math.log(0.99 / 0.01)
 """log alpha of units that are dropped with a probability of about 1 %."""
 SHARPNESS = 0.8
 """Of the gate without noise."""
+SPREAD = 2 * LIMITS[1]
+"""Log alpha of the highest ranks, where masks begin in an order: twice the limit, so that few units
+are undecided at a time.
+"""
 BISECTIONS = 24
-"""Which leave 1e-6 of the interval in which the shift of log alpha lies."""
+"""Which leave 1e-7 of the interval in which the shift of log alpha lies."""
+
+
+def by_rank(scores: Tensor) -> Tensor:
+    """(U,) log alpha of one group in the order of its scores, evenly from -SPREAD to SPREAD."""
+    ranks = scores.argsort(stable=True).argsort()
+    return SPREAD * ((2 * ranks + 1) / len(scores) - 1)
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -82,13 +92,13 @@ def ramp(step: int, warmup: int) -> float:
 
 
 @torch.no_grad()
-def shifted(log_alpha: Tensor, closed: Callable[[Tensor], Tensor], target: float) -> Tensor:
-    """log alpha moved by the one number at which `closed` of it is the target, between the limits.
+def shift(log_alpha: Tensor, closed: Callable[[Tensor], Tensor], target: float) -> float:
+    """The number by which log alpha has to grow for `closed` of it to be the target.
 
-    closed: of log alpha a scalar that falls as log alpha grows, e.g. the expected sparsity.
+    closed: of log alpha between its limits a scalar that falls as log alpha grows, e.g. the
+        expected sparsity.
     """
-    log_alpha = log_alpha.clamp(*LIMITS)
-    up = LIMITS[1] - LIMITS[0]
+    up = float(log_alpha.abs().max()) + LIMITS[1]  # all are at a limit then
     down = -up
     for _ in range(BISECTIONS):
         middle = (down + up) / 2
@@ -96,7 +106,7 @@ def shifted(log_alpha: Tensor, closed: Callable[[Tensor], Tensor], target: float
             down = middle
         else:
             up = middle
-    return (log_alpha + up).clamp(*LIMITS)
+    return up
 
 
 class ExpectedSize:

@@ -16,6 +16,7 @@ from prunekit.graph.fold_gates import block_parts, fold
 from prunekit.training.hard_concrete import (
     LIMITS,
     START,
+    by_rank,
     deterministic,
     open_probability,
     sample,
@@ -34,13 +35,31 @@ class LearnedMasks:
     Each forward in train mode draws z; in eval mode z is `deterministic`, or what `hold` said.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], seed: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        seed: int,
+        *,
+        order: Scores | None = None,
+        bounded: bool = True,
+    ):
+        """order: scores by whose ranks inside of its group log alpha begins, the highest as dropped
+        least; None: all begin alike.
+        bounded: log alpha itself is kept between the limits, not only what is drawn of it.
+        """
         device = next(model.parameters()).device
         self.model, self.groups = model, list(groups)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.units = [g.units for g in groups]
         noise = torch.randn(sum(self.units), device=device, generator=self.generator)
-        self.log_alpha = nn.Parameter((START + 0.01 * noise).clamp(*LIMITS))
+        begin = START + 0.01 * noise
+        if order is not None:
+            begin = torch.cat([by_rank(order[g.name]) for g in groups]).to(noise)
+        self.log_alpha = nn.Parameter(begin)
+        self.bounded = bounded
+        self.offset = torch.zeros_like(begin)
+        """Added to log alpha wherever it is used."""
         self.parts = [
             part
             for g in self.groups
@@ -54,20 +73,24 @@ class LearnedMasks:
 
     # ---- what is learnt
 
+    def now(self) -> Tensor:
+        """log alpha with its offset, between the limits."""
+        return (self.log_alpha + self.offset).clamp(*LIMITS)
+
     def log_alphas(self) -> Scores:
         """(U,) of each group, as scores: the highest stay."""
-        parts = self.log_alpha.detach().split(self.units)
+        parts = (self.log_alpha.detach() + self.offset).split(self.units)
         return {g.name: a for g, a in zip(self.groups, parts, strict=True)}
 
     def opened(self) -> tuple[Tensor, ...]:
         """(U,) P(z > 0), group by group, to which gradients flow."""
-        parts: tuple[Tensor, ...] = torch.split(open_probability(self.log_alpha), self.units)
+        parts: tuple[Tensor, ...] = torch.split(open_probability(self.now()), self.units)
         return parts
 
     @torch.no_grad()
     def deterministic(self) -> Tensor:
         """z of all units without noise, one group after the other."""
-        return torch.cat([deterministic(a) for a in self.log_alphas().values()])
+        return torch.cat([deterministic(a) for a in self.now().split(self.units)])
 
     def state(self) -> dict[str, Tensor]:
         """Of the noise: log alpha is kept as all that is trained."""
@@ -126,12 +149,14 @@ class LearnedMasks:
     @torch.no_grad()
     def draw(self) -> None:
         """z for the next forward; log alpha is brought back between its limits first."""
-        self.log_alpha.clamp_(*LIMITS)
+        if self.bounded:
+            self.log_alpha.clamp_(*LIMITS)
+        now = self.now()
         noise = torch.rand(
             self.log_alpha.shape, device=self.log_alpha.device, generator=self.generator
         ).clamp(NEAR, 1 - NEAR)
-        self._slopes = slope(self.log_alpha, noise)
-        self.set(sample(self.log_alpha, noise))
+        self._slopes = slope(now, noise)
+        self.set(sample(now, noise))
 
     @torch.no_grad()
     def set(self, z: Tensor) -> None:
@@ -147,7 +172,7 @@ class LearnedMasks:
     def hold(self, kept: Kept) -> None:
         """From now on z is 0 where `kept` says so, and elsewhere the gate without noise."""
         left = torch.cat([kept[g.name] for g in self.groups]).to(self.log_alpha.device)
-        self._held = soft(self.log_alpha.clamp(*LIMITS)) * left
+        self._held = soft(self.now()) * left
         self.set(self._held)
 
     @contextmanager

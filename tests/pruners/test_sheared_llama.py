@@ -62,6 +62,18 @@ def test_an_exact_constraint_expects_the_shape(llama, tokens):
     assert max(map(abs, missed.values())) < 1e-3
 
 
+def test_a_criterion_says_in_which_order_masks_begin(llama, tokens):
+    """Trained at next to no rate the lowest go; with a penalty, which opens all, it is refused."""
+    asked = problem(llama, tokens, criterion={"name": "l2"})
+    still = {"shape": {"neurons": 48}, "lr": 1e-9, "mask_lr": 1e-9}
+    with pytest.raises(ConfigError, match=r"give criterion=none, or pruner\.constraint=exact"):
+        check("sheared_llama", asked, **still)
+    scores = asked.score(asked.groups(["neurons"]), asked.run())
+    out = prune(asked, constraint="exact", **still)
+    for name, score in scores.items():
+        assert torch.equal(out.kept[name].nonzero()[:, 0], score.argsort()[-48:].sort().values)
+
+
 def test_blocks_may_all_stay(llama, tokens):
     out = prune(problem(llama, tokens), shape={"hidden": 48, "blocks": 3})
     assert llama.config.num_hidden_layers == 3
