@@ -27,6 +27,18 @@ METHODS = {
     "wanda": ("unstructured", {"name": "wanda"}, HALF),
     "sparsegpt": ("sparsegpt", None, HALF),
     "alps": ("alps", None, HALF),
+    "sparse_database": (
+        "sparse_database",
+        None,
+        {
+            "name": "random",
+            "target": 0.5,
+            "of": "prunable",
+            "samples": 2,
+            "tokens": 16,
+            "window": 8,
+        },
+    ),
     "flap": ("layerwise", {"name": "flap"}, uniform(0.25)),
     "obs": ("obs", None, uniform(0.25)),
     "slicegpt": ("slicegpt", None, uniform(0.25)),
@@ -39,6 +51,7 @@ OPTIONS = {
     "obs": {"ridge": 64, "target": "dense"},
     "block_influence": {"kinds": ["blocks"]},
     "reap": {"kinds": ["experts"]},
+    "sparse_database": {"refit": False},
 }
 
 
