@@ -104,9 +104,9 @@ class SparseLevels(LevelDatabase):
         """The weights of a level that is not dense, and the mask of what stays, `(outputs,
         inputs)`.
         """
-        found, shape = self.solved[group.name], matrix(self.model, group).shape
-        mask = mask_of(found[f"mask.{removed}"], group.units)
-        return filled(mask, found[f"values.{removed}"]).view(shape), mask.view(shape)
+        found, weight = self.solved[group.name], matrix(self.model, group)
+        mask = mask_of(found[f"mask.{removed}"], group.units).view(weight.shape)
+        return filled(mask, found[f"values.{removed}"]).to(weight.device), mask.to(weight.device)
 
     def write(self, group: Group, removed: int) -> None:
         if removed:
