@@ -157,6 +157,6 @@ def sparse_database(
 
 
 def take(problem: Problem, found: SparseLevels, groups: list[Group], counts: Counts) -> Kept:
-    """Puts the solutions of these levels into the model."""
+    """Puts the solutions of these levels into the model. Returns the masks of what stays."""
     losing = [g for g in groups if counts[g.name]]
     return {g.name: write(problem.model, g, *found.level(g, counts[g.name])) for g in losing}

@@ -43,7 +43,8 @@ class LevelDatabase(ABC):
 
     @property
     @abstractmethod
-    def key(self) -> list[Any]: ...
+    def key(self) -> list[Any]:
+        """As in `types.LocalSolutions`."""
 
     @property
     @abstractmethod
@@ -51,7 +52,8 @@ class LevelDatabase(ABC):
         """What is solved, with the number of its block, in the order of the forward pass."""
 
     @abstractmethod
-    def most(self, group: Group) -> int: ...
+    def most(self, group: Group) -> int:
+        """As in `types.LocalSolutions`."""
 
     @abstractmethod
     def solution(self, dense: DenseStream, block: int, group: Group) -> dict[str, Tensor]:
@@ -59,7 +61,7 @@ class LevelDatabase(ABC):
 
     @abstractmethod
     def cost(self, group: Group, removed: int) -> float:
-        """As in SubLayer."""
+        """As in `types.SubLayer`."""
 
     @abstractmethod
     def write(self, group: Group, removed: int) -> None:
