@@ -61,6 +61,11 @@ LEARNED = ("compresso", "nuteprune", "sheared_llama")
 """Pruners that draw masks on the device, by its own generator: no two devices choose alike."""
 VARIANTS: tuple[tuple[Node, Node | None, Node | None], ...] = (
     ({"name": "sparsegpt", "pattern": "2:4"}, None, ELEMENTS),
+    (
+        {"name": "sparse_database", "refit": False},
+        None,
+        {"name": "milp", "target": 0.5, "of": "prunable"},
+    ),
     ({"name": "unstructured", "pattern": "2:4", "permute": True}, {"name": "ria"}, ELEMENTS),
     (
         {"name": "unstructured", "schedule": "whole"},

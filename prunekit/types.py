@@ -237,24 +237,26 @@ class Remember(Protocol):
 
 @dataclass(frozen=True)
 class SubLayer:
-    """What a part of a block that adds to the residual stream (attention, feed-forward) can become.
+    """What a part of a block (attention, feed-forward, a single matrix) can become.
 
     Attributes:
-        group: its heads or neurons.
+        group: its heads or neurons, or the elements of the matrix.
         removed: units that are gone at each level, ascending; the first is 0, and the last may be
             all of them, where the sub-layer itself can go.
-        errors: squared error of the sub-layer's output at each level, a token.
-        costs: (U,) what removing 1, 2, .. units costs before the ridge is chosen, in all, a token.
+        errors: squared error of the part's output at each level, a token; of a matrix relative to
+            the dense output.
+        cost: what removing so many units costs, in all: of units before the ridge is chosen, of
+            elements between two levels in proportion.
     """
 
     group: Group
     removed: tuple[int, ...]
     errors: tuple[float, ...]
-    costs: Tensor
+    cost: Callable[[int], float]
 
 
 class LocalSolutions(Protocol):
-    """Sub-layers solved each by itself at a few levels, for ratios that choose among them."""
+    """Parts solved each by itself at a few levels, for ratios that choose among them."""
 
     @property
     def key(self) -> Sequence[Any]:
@@ -264,6 +266,10 @@ class LocalSolutions(Protocol):
     @property
     def sublayers(self) -> Sequence[SubLayer]:
         """In the order of the forward pass; solved when first asked for."""
+        ...
+
+    def most(self, group: Group) -> int:
+        """Units of a group that may go; shapes tell."""
         ...
 
     def assembled(self) -> AbstractContextManager[Callable[[Sequence[int]], None]]:

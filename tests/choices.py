@@ -35,6 +35,11 @@ METHODS = {
     "angular": ({"name": "oneshot", "kinds": ["blocks"]}, {"name": "angular"}, uniform(0.25)),
     "reap": ({"name": "layerwise", "kinds": ["experts"]}, {"name": "experts"}, uniform(0.25)),
     "database": ({"name": "database", "levels": 4, "ridge": 64}, None, {"name": "milp"}),
+    "sparse_database": (
+        {"name": "sparse_database"},
+        None,
+        {"name": "milp", "target": 0.5, "of": "prunable"},
+    ),
     "sparsellm": ({"name": "sparsellm", "steps": 3}, None, uniform(0.7, "prunable")),
     "admm": ({"name": "admm"}, None, uniform(0.5, "prunable")),
     "slicegpt": ({"name": "slicegpt"}, None, uniform(0.25)),

@@ -49,10 +49,11 @@ adainfer none none             | laser none none              | copal none unifo
 unstructured wanda uniform     | unstructured ria owl         | unstructured wanda besa
 unstructured dass uniform      | sparsegpt none uniform       | admm none uniform
 alps none uniform              | sparsellm none uniform       | llm_surgeon_matrices none global
-database none uniform
+database none uniform          | sparse_database none uniform
 """
 METHODS = [tuple(pair.split()) for pair in PAIRS.replace("|", "\n").splitlines() if pair.strip()]
 SINGLE = ("unstructured", "sparsegpt", "admm", "alps", "sparsellm", "copal", "llm_surgeon_matrices")
+SINGLE += ("sparse_database",)
 SMALL = {"eval": ("none", "quick", "exits"), "model": ("tiny_llama", "hf", "llama2_7b")}
 SMALL["calib"] = ("pydocs", "crop", "c4", "self", "mix", "general", "sequence")
 SMALL["recovery"] = ("none", "lora_text", "distill", "perp", "reconstruct")

@@ -39,7 +39,7 @@ def write(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         held = raw(tensor).ne(0).any(1)
-        bits = torch.from_numpy(np.packbits(held.numpy()))
+        bits = bits_of(held)
         zeros = tensor.numel() - int(held.sum())
         if zeros * tensor.element_size() > bits.numel():
             out[name + BITS], out[name + VALUES] = bits, tensor.flatten()[held].clone()
@@ -100,14 +100,13 @@ def read(path: str | Path) -> dict[str, Tensor]:
                 continue
             bits, values = f.get_tensor(name + BITS), f.get_tensor(name + VALUES)
             count = prod(shape)
-            held = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()
+            held = mask_of(bits, count)
             if int(held.sum()) != values.numel():
                 raise CheckpointError(
                     f"{path}: {name}{VALUES} has {values.numel()} elements, its mask says "
                     f"{int(held.sum())}"
                 )
-            flat = torch.zeros(count, dtype=values.dtype).masked_scatter_(held, values)
-            out[name] = flat.view(shape)
+            out[name] = filled(held, values).view(shape)
     return out
 
 
@@ -144,3 +143,18 @@ def unpacked(folder: Path, files: Sequence[str]) -> Iterator[tuple[Path, list[st
 def raw(tensor: Tensor) -> Tensor:
     """(elements, bytes of an element) of a contiguous tensor."""
     return tensor.reshape(-1, 1).view(torch.uint8)
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    """A bool mask in host memory, one bit an element, the first one highest."""
+    return torch.from_numpy(np.packbits(mask.numpy()))
+
+
+def mask_of(bits: Tensor, count: int) -> Tensor:
+    """The flat mask of `count` elements that `bits_of` was given."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()
+
+
+def filled(mask: Tensor, values: Tensor) -> Tensor:
+    """`values` in a row where the mask is True, zeros elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)

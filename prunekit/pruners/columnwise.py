@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.done_blocks import Outcome, packed
 from prunekit.activations.gram import grams
+from prunekit.activations.storage import PassOptions
 from prunekit.architecture.matrices import elements_gone, matrix
 from prunekit.errors import ConfigError
 from prunekit.problem import Expected, Problem
@@ -119,3 +120,22 @@ class Columns:
         """Elements that went, costs and grown ridges by matrix."""
         gone = elements_gone(self.kept)
         return {"counts": gone, "costs": self.costs, "larger_ridge": self.grown}
+
+
+def prune_columns(
+    problem: Problem,
+    groups: list[Group],
+    counts: Counts,
+    *,
+    pattern: Pattern | None,
+    block: int,
+    ridge: float,
+    options: PassOptions,
+) -> Columns:
+    """SparseGPT block by block: `counts` elements of each matrix go, on what the blocks before put
+    out.
+    """
+    columns = Columns(problem.model, counts, pattern, block, ridge)
+    for row, run in problem.by_block(groups, counts, options, resumable=True):
+        columns.prune_block([g for g in row if counts[g.name]], run)
+    return columns

@@ -69,9 +69,9 @@ def local_solutions(
 ) -> ObsLevels:
     """The database that these options of `database` describe; nothing is solved yet."""
     return ObsLevels(
-        problem.model,
-        problem.blocks(),
-        readers,
+        model=problem.model,
+        blocks=problem.blocks(),
+        readers=readers,
         wanted=groups,
         tokens=lambda: problem.tokens,
         how=LevelOptions(

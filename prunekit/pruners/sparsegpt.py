@@ -10,7 +10,7 @@ import torch
 
 from prunekit.activations.storage import PassOptions, Precision, Store
 from prunekit.problem import Expected, Problem
-from prunekit.pruners.columnwise import Columns, check_columns
+from prunekit.pruners.columnwise import check_columns, prune_columns
 from prunekit.pruners.matrixwise import Ridge, local_counts, warn_by_matrix
 from prunekit.registry import Positive, pruners
 from prunekit.selection.elements import NM, Pattern
@@ -61,8 +61,13 @@ def sparsegpt(
     groups = problem.matrices(targets)
     warn_by_matrix(problem, groups)
     counts = local_counts(problem, groups, pattern, "sparsegpt")
-    columns = Columns(problem.model, counts, pattern, block, ridge)
-    options = PassOptions(store, precision)
-    for row, run in problem.by_block(groups, counts, options, resumable=True):
-        columns.prune_block([g for g in row if counts[g.name]], run)
+    columns = prune_columns(
+        problem,
+        groups,
+        counts,
+        pattern=pattern,
+        block=block,
+        ridge=ridge,
+        options=PassOptions(store, precision),
+    )
     return Pruned(problem.model, columns.kept, groups, {}, columns.notes())

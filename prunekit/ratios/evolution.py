@@ -1,6 +1,7 @@
-"""EvoPress (Sieberling et al., 2024, arXiv 2410.14649) over the levels of a database, attention and
-feed-forward and whole sub-layers together, as Tyr-the-Pruner (arXiv 2503.09657) and DarwinLM (arXiv
-2502.07780) do: levels are switched, and few tokens sort out what more tokens decide.
+"""EvoPress (Sieberling et al., 2024, arXiv 2410.14649) over the levels of a database, sparsities of
+matrices, or attention and feed-forward and whole sub-layers together as Tyr-the-Pruner (arXiv
+2503.09657) and DarwinLM (arXiv 2502.07780) do: levels are switched, and few tokens sort out what
+more tokens decide.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def evolution(
         window: tokens side by side.
         seed: of the switches and of the text.
 
-    For `pruner=database`. A search that was cut off goes on where it was: what was measured lies in
-    the cache. Notes have the fitness after each generation beside the tokens read. Raises
-    ConfigError where the budget cannot be met.
+    For `pruner=database` and `sparse_database`. A search that was cut off goes on where it was:
+    what was measured lies in the cache. Notes have the fitness after each generation beside the
+    tokens read. Raises ConfigError where the budget cannot be met.
     """
     levels = levels_of(problem, groups, target, of, request)
     rng = np.random.default_rng(seed)

@@ -44,9 +44,12 @@ class RankedExperts:
     @property
     def sublayers(self) -> Sequence[SubLayer]:
         return [
-            SubLayer(g, tuple(range(g.units)), (0.0,) * g.units, torch.zeros(g.units))
+            SubLayer(g, tuple(range(g.units)), (0.0,) * g.units, lambda removed: 0.0)
             for g in self.groups
         ]
+
+    def most(self, group: Group) -> int:
+        return group.units - 1
 
     @contextmanager
     def assembled(self) -> Iterator[Callable[[Sequence[int]], None]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from prunekit.activations.condensed import measure
 from prunekit.errors import ConfigError, NeedsData
 from prunekit.problem import Problem
-from prunekit.selection.budgets import SHAPES_TELL, prices_of
+from prunekit.selection.budgets import SHAPES_TELL, check_saved, prices_of
 from prunekit.selection.levels import Choice, Menu, topped_up
 from prunekit.selection.prices import Budgeted, Prices
 from prunekit.types import Allocation, Group, LocalSolutions, SubLayer
@@ -62,8 +62,10 @@ class Levels:
         choice and the budget, predicted and measured.
         """
         counts = self.counts(choice)
-        costs = {s.group.name: s.costs for s in self.sublayers}
-        full = topped_up(counts, self.prices.saves, costs, self.budget)
+        costs = {s.group.name: s.cost for s in self.sublayers}
+        groups = (s.group for s in self.sublayers)
+        highest = {g.name: min(self.solutions.most(g), g.units - 1) for g in groups}
+        full = topped_up(counts, self.prices.saves, costs, highest, self.budget)
         predicted = self.prices.dense - self.prices.saved(full)
         found = {
             "levels": counts,
@@ -76,21 +78,25 @@ class Levels:
 def levels_of(
     problem: Problem, groups: list[Group], target: float, of: Budgeted, request: Mapping[str, int]
 ) -> Levels:
-    """Raises ConfigError where there are no local solutions to choose among, and where the budget
-    is more than all units together; NeedsData where only weights can tell.
+    """Raises ConfigError where there are no local solutions to choose among, where they save
+    nothing of such a budget, and where it is more than all that may go together; NeedsData where
+    only weights can tell.
     """
     if problem.solutions is None:
-        raise ConfigError("this ratio chooses among local solutions: give pruner=database")
+        raise ConfigError(
+            "this ratio chooses among local solutions: give pruner=database or sparse_database"
+        )
+    check_saved(groups, of)
     if of not in SHAPES_TELL and not problem.has_data:
         raise NeedsData(f"ratio.of={of} needs the weights")
     prices = prices_of(problem.model, groups, of, request, problem.remember)
     budget = target * prices.dense
-    most = prices.saved({g.name: g.units for g in groups})
+    most = prices.saved({g.name: problem.solutions.most(g) for g in groups})
     if budget > most:
         raise ConfigError(
-            f"ratio: {target} of {of} cannot be removed from {len(groups)} groups that hold at "
-            f"most {most / prices.dense:.1%} of it; lower ratio.target, exclude less, or let the "
-            "pruner take more kinds of units"
+            f"ratio: {target} of {of} cannot be removed from {len(groups)} groups of which at "
+            f"most {most / prices.dense:.1%} of it can go; lower ratio.target, exclude less, or "
+            "let the pruner take more (pruner.kinds, pruner.targets, higher pruner.levels)"
         )
     return Levels(problem, problem.solutions, prices, of, budget)
 

@@ -1,5 +1,5 @@
-"""Puzzle's mixed-integer programme (Bercovich et al., 2024, arXiv 2411.19146) over structured OBS's
-local errors: the exact optimum of their sum under a budget, depth and width together.
+"""Puzzle's mixed-integer programme (Bercovich et al., 2024, arXiv 2411.19146) over the local errors
+of a database: the exact optimum of their sum under a budget, depth and width together.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def milp(
             MiB of the `kv_cache`, `macs` of a prompt, `latency_ms` of a request.
         request: the prompt and the request of the last three.
 
-    For `pruner=database`. Single units take up what is left of the budget. Notes have the front of
-    budget and error. Raises ConfigError where the budget cannot be met.
+    For `pruner=database` and `sparse_database`. Single units take up what is left of the budget.
+    Notes have the front of budget and error. Raises ConfigError where the budget cannot be met.
     """
     levels = levels_of(problem, groups, target, of, request)
     menu = levels.menu

@@ -64,9 +64,9 @@ def predictor(
         window: tokens side by side.
         seed: of the samples, the trees and the text.
 
-    For `pruner=database`. Notes have Kendall's tau on the third of the samples that was held out,
-    and what was predicted and measured of the choices verified. Raises ConfigError where the budget
-    cannot be met.
+    For `pruner=database` and `sparse_database`. Notes have Kendall's tau on the third of the
+    samples that was held out, and what was predicted and measured of the choices verified. Raises
+    ConfigError where the budget cannot be met.
     """
     levels = levels_of(problem, groups, target, of, request)
     rng = np.random.default_rng(seed)

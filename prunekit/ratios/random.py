@@ -42,7 +42,7 @@ def random(
         window: tokens side by side.
         seed: of the draws and of the text.
 
-    For `pruner=database`. Raises ConfigError where the budget cannot be met.
+    For `pruner=database` and `sparse_database`. Raises ConfigError where the budget cannot be met.
     """
     levels = levels_of(problem, groups, target, of, request)
     rng = np.random.default_rng(seed)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from prunekit.errors import ConfigError
 from prunekit.selection.latency import latency_prices
 from prunekit.selection.prices import (
     Budgeted,
@@ -19,6 +20,18 @@ from prunekit.types import Group, Remember
 
 SHAPES_TELL: Sequence[Budgeted] = ("model", "prunable", "memory_mib")
 """What needs no run of the model."""
+
+ZEROS_TELL: Sequence[Budgeted] = ("model", "prunable")
+"""Of what zeros in matrices save something."""
+
+
+def check_saved(groups: Sequence[Group], of: Budgeted) -> None:
+    """Raises ConfigError for a budget of which zeros in single matrices save nothing."""
+    if of not in ZEROS_TELL and any(g.kind == "weights" for g in groups):
+        raise ConfigError(
+            f"ratio.of={of}: zeros in the matrices save nothing of it while shapes stay; possible: "
+            f"{', '.join(ZEROS_TELL)}"
+        )
 
 
 def prices_of(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor
 
 from prunekit.errors import ConfigError
 
@@ -137,13 +136,15 @@ def switched(menu: Menu, choice: Choice, rng: np.random.Generator, switches: int
 def topped_up(
     counts: Mapping[str, int],
     prices: Mapping[str, Price],
-    costs: Mapping[str, Tensor],
+    costs: Mapping[str, Callable[[int], float]],
+    highest: Mapping[str, int],
     budget: float,
 ) -> dict[str, int]:
     """`counts` with the rest of `budget` spent on single units, where they cost least for what they
-    save: no further unit fits then. Groups that are gone stay gone, of others one unit stays.
+    save: no further unit fits then, or counts are at their `highest`; of those above, nothing more
+    goes.
 
-    `costs[name]` is (U,), what removing 1, 2, .. units costs.
+    `costs[name](n)` is what removing n units costs in all.
     """
     counts = dict(counts)
     most = budget + ROUNDING * max(1.0, abs(budget))
@@ -151,11 +152,10 @@ def topped_up(
         left = most - sum(prices[name](n) for name, n in counts.items())
         best: tuple[float, str, int] | None = None
         for name, n in counts.items():
-            more = _as_many(prices[name], n, len(costs[name]) - 1, left)
+            more = _as_many(prices[name], n, highest[name], left)
             saved = prices[name](more) - prices[name](n)
             if more > n and saved > 0:
-                before = float(costs[name][n - 1]) if n else 0.0
-                price = (float(costs[name][more - 1]) - before) / saved
+                price = (costs[name](more) - costs[name](n)) / saved
                 best = min(best or (price, name, more), (price, name, more))
         if best is None:
             return counts

@@ -16,6 +16,7 @@ from torch import nn
 
 from prunekit import graph
 from prunekit.architecture.macs import macs
+from prunekit.architecture.mapped import release
 from prunekit.architecture.sizes import Sizes
 from prunekit.architecture.timing import prompt_ids
 from prunekit.errors import ConfigError
@@ -73,12 +74,18 @@ def linear(per_unit: float) -> Price:
 
 
 def parameter_prices(model: nn.Module, groups: list[Group], of: str) -> Prices:
-    """In parameters: `model` counts all, `prunable` those that belong to units."""
+    """In parameters: `model` counts all, `prunable` those that belong to units. Of matrices whose
+    elements are the units, zeros count as gone.
+    """
     sizes = Sizes(model, groups)
     outside = 0 if of == "model" else sizes.total - sizes.prunable()
+    matrices = [g.matrix for g in groups if g.kind == "weights"]
 
     def measure(pruned: nn.Module) -> float:
-        return float(sum(p.numel() for p in pruned.parameters()) - outside)
+        found = [tensor_of(pruned, name) for name in matrices]
+        zeros = sum(W.numel() - int(W.count_nonzero()) for W in found)
+        release(found)
+        return float(sum(p.numel() for p in pruned.parameters()) - outside - zeros)
 
     saves = {g.name: linear(sizes.removed({g.name: 1})) for g in groups}
     return Prices(float(sizes.total - outside), saves, measure)

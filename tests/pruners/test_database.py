@@ -76,7 +76,9 @@ def test_levels_are_nested_and_errors_grow(text):
         assert layer.removed[-1] == units
         assert layer.errors[0] == 0
         assert sorted(layer.errors) == list(layer.errors)
-        assert len(layer.costs) == units
+        costs = [layer.cost(n) for n in range(units + 1)]
+        assert costs[0] == 0
+        assert sorted(costs) == costs
 
 
 def test_an_error_is_that_of_the_output(text):

@@ -56,6 +56,11 @@ METHODS = {
         None,
         {"name": "milp", "target": 0.3, "of": "prunable"},
     ),
+    "sparse_database": (
+        {"name": "sparse_database", "refit": False},
+        None,
+        {"name": "milp", "target": 0.5, "of": "prunable"},
+    ),
     "slicegpt": ({"name": "slicegpt"}, None, uniform(0.25)),
     "laco": ({"name": "laco", "merge": 2}, None, uniform(0.25)),
     "llm_surgeon": ({"name": "llm_surgeon", "shots": 2, "cost": "group"}, None, uniform(0.25)),

@@ -56,11 +56,13 @@ class Solutions:
     def __init__(self, model, groups, harms, errors=None) -> None:
         self.model, self.harms, self.reads = model, harms, 0
         removed = tuple(range(0, UNITS + 1, UNITS // 4))
-        costs = torch.arange(1.0, UNITS + 1)
         self.sublayers = [
-            SubLayer(g, removed, tuple(e), costs)
+            SubLayer(g, removed, tuple(e), float)
             for g, e in zip(groups, errors or harms, strict=True)
         ]
+
+    def most(self, group):
+        return group.units
 
     @contextmanager
     def assembled(self) -> Iterator:

@@ -68,7 +68,7 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
 @pytest.mark.slow
 def test_two_processes_choose_what_one_does(tmp_path):
     """A method of each family on samples that are shared out: gradients (of the whole model, and
-    block by block), moments, grams with a refit, levels of a database, block influence, experts.
+    block by block), moments, grams with a refit, levels of databases, block influence, experts.
     Others see the whole text in each process. Of single weights a few are so nearly equal that the
     order of sums decides.
     """

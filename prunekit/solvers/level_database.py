@@ -1,0 +1,121 @@
+"""A database of local solutions: every part of a model solved by itself at a few levels, on the
+dense network (the database as in EvoPress, arXiv 2410.14649).
+
+Of a level only what differs from the dense model is kept. Each part is an entry of the cache of its
+own, so that a run that was cut off goes on with the next one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.activations.dense_stream import DenseStream
+from prunekit.activations.storage import PassOptions
+from prunekit.types import Counts, Group, Remember, SubLayer
+
+
+@dataclass(kw_only=True)
+class LevelDatabase(ABC):
+    """`types.LocalSolutions`, solved when first asked for; a kind of database says what a solution
+    is and how the model gets it.
+
+    Attributes:
+        tokens: the calibration text; raises NeedsData where only shapes are known.
+        options: of the pass through the dense blocks.
+        solved: by group, with `removed` and `errors` as in SubLayer.
+    """
+
+    model: nn.Module
+    blocks: tuple[str, ...]
+    tokens: Callable[[], Tensor]
+    options: PassOptions
+    remember: Remember
+    solved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    @abstractmethod
+    def key(self) -> list[Any]:
+        """As in `types.LocalSolutions`."""
+
+    @property
+    @abstractmethod
+    def places(self) -> Sequence[tuple[int, Group]]:
+        """What is solved, with the number of its block, in the order of the forward pass."""
+
+    @abstractmethod
+    def most(self, group: Group) -> int:
+        """As in `types.LocalSolutions`."""
+
+    @abstractmethod
+    def solution(self, dense: DenseStream, block: int, group: Group) -> dict[str, Tensor]:
+        """All levels of one group of a block."""
+
+    @abstractmethod
+    def cost(self, group: Group, removed: int) -> float:
+        """As in `types.SubLayer`."""
+
+    @abstractmethod
+    def write(self, group: Group, removed: int) -> None:
+        """Give a dense group the weights of a level; its shapes stay."""
+
+    @abstractmethod
+    def restorer(self, group: Group) -> Callable[[], None]:
+        """A function that gives a group the weights which it has now."""
+
+    @cached_property
+    def sublayers(self) -> list[SubLayer]:
+        self.solve()
+        return [
+            SubLayer(
+                g,
+                tuple(self.solved[g.name]["removed"].tolist()),
+                tuple(self.solved[g.name]["errors"].tolist()),
+                partial(self.cost, g),
+            )
+            for _, g in self.places
+        ]
+
+    @torch.no_grad()
+    def solve(self) -> None:
+        """Solves what is not solved yet. Raises NeedsData where only shapes are known."""
+        if len(self.solved) == len(self.places):
+            return
+        self.tokens()  # where only shapes are known, this says so
+        dense = DenseStream(self.model, self.blocks, self.tokens, self.options)
+        for b, g in tqdm(self.places, desc="local solutions", unit="part"):
+            compute = partial(self.solution, dense, b, g)
+            module = type(self).__module__
+            self.solved[g.name] = self.remember(module, f"solutions/{g.name}", self.key, compute)
+
+    @contextmanager
+    def assembled(self) -> Iterator[Callable[[Sequence[int]], None]]:
+        sublayers = self.sublayers
+        standing = [0] * len(sublayers)
+        restore = [self.restorer(s.group) for s in sublayers]
+
+        @torch.no_grad()
+        def put(levels: Sequence[int]) -> None:
+            for i, (s, level) in enumerate(zip(sublayers, levels, strict=True)):
+                if level != standing[i]:
+                    restore[i]()
+                    self.write(s.group, s.removed[level])
+                    standing[i] = level
+
+        try:
+            yield put
+        finally:
+            put([0] * len(standing))
+
+    def at_levels(self, counts: Counts) -> Counts:
+        """`counts`, each brought down to a level."""
+        at = {s.group.name: s.removed for s in self.sublayers}
+        return {name: max(n for n in at[name] if n <= count) for name, count in counts.items()}
