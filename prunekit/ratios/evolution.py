@@ -16,7 +16,7 @@ from tqdm import tqdm
 from prunekit.problem import Problem
 from prunekit.ratios.level_search import Fitness, Goal, levels_of
 from prunekit.registry import Length, Natural, Positive, Seed, Share, ratios
-from prunekit.selection.levels import Choice, Menu, lowest_error, switched
+from prunekit.selection.levels import Choice, Menu, even, lowest_error, switched
 from prunekit.selection.prices import REQUEST, Budgeted, Request
 from prunekit.types import Allocation, Group
 
@@ -48,7 +48,8 @@ def evolution(
         of: of what: parameters (`model`; `prunable`, those that may go), `memory_mib` of weights,
             MiB of the `kv_cache`, `macs` of a prompt, `latency_ms` of a request.
         request: the prompt and the request of the last three.
-        generations: of children; the first parent is the choice of ratio=milp.
+        generations: of children; the first parent is the choice of ratio=milp, or where that model
+            is nearer the same share of every part.
         offspring: children in a generation.
         tokens: of the calibration text that a model reads: all children the first number, the best
             quarter of them the next one, and so on; the last number decides.
@@ -69,7 +70,10 @@ def evolution(
     bar = tqdm(range(generations), desc="evolution", unit="generation")
     for _ in bar:
         if not trace:
-            trace.append([0, *fitness([parent], tokens[-1])])
+            starts = [parent, even(levels.menu, rng)]
+            values = fitness(starts, tokens[-1])
+            parent = starts[values.index(min(values))]
+            trace.append([0, min(values)])
         children = [mutated(levels.menu, parent, rng) for _ in range(offspring)]
         parent, value = survivor(fitness, parent, children, tokens)
         trace.append([fitness.tokens, value])

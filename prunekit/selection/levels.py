@@ -107,6 +107,21 @@ def filled(menu: Menu, choice: Sequence[int], rng: np.random.Generator) -> Choic
     return tuple(levels)
 
 
+def even(menu: Menu, rng: np.random.Generator) -> Choice:
+    """The same share of what each sub-layer can save, as far as its levels allow, and random steps
+    for the rest of the budget.
+    """
+
+    def at(share: float) -> list[int]:
+        return [max(i for i, x in enumerate(s) if x <= share * s[-1]) for s in menu.saves]
+
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if menu.saved(at(middle)) <= menu.most else (low, middle)
+    return filled(menu, at(low), rng)
+
+
 def random_choice(menu: Menu, rng: np.random.Generator) -> Choice:
     """Levels drawn uniformly wherever they save something, brought to the budget."""
     drawn = [int(rng.integers(len(s))) if s[-1] > 0 else 0 for s in menu.saves]

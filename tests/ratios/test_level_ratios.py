@@ -153,6 +153,20 @@ def test_evolution_finds_a_planted_optimum_where_local_errors_mislead():
     assert asked.model.harm == 0
 
 
+def test_evolution_begins_with_equal_shares_where_these_are_nearer():
+    """What harms is to be away from them; local errors say otherwise."""
+    asked, groups, harms = toy()
+    levels = {}
+    for i, row in enumerate(harms):
+        row[:] = [0.3 * abs(level - 2) for level in range(5)]
+        levels[f"neurons.{i}"] = 8
+    start = allocate("milp", asked, groups)
+    assert start.notes["levels"] != levels
+    found = allocate("evolution", asked, groups, generations=1, offspring=1)
+    assert found.notes["levels"] == levels
+    assert found.notes["trace"][0][1] < 1e-5
+
+
 @pytest.mark.parametrize("goal", ["kl", "acceptance", "perplexity"])
 def test_every_goal_is_better_where_nothing_is_harmed(goal):
     asked, groups, _ = toy()

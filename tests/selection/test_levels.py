@@ -10,6 +10,7 @@ import pytest
 from prunekit.errors import ConfigError
 from prunekit.selection.levels import (
     Menu,
+    even,
     filled,
     lowest_error,
     random_choice,
@@ -66,6 +67,7 @@ def test_every_move_comes_as_near_to_the_budget_as_a_step_allows():
         for made in (
             switched(given, choice, rng, 2),
             random_choice(given, rng),
+            even(given, rng),
             filled(given, [4, 2, 3, 2], rng),
             filled(given, [0, 0, 0, 0], rng),
         ):
@@ -73,6 +75,12 @@ def test_every_move_comes_as_near_to_the_budget_as_a_step_allows():
             assert not given.steps_up(made)
             assert all(0 <= level < len(s) for level, s in zip(made, given.saves, strict=True))
         choice = made
+
+
+def test_equal_shares_of_what_each_can_save():
+    steps = tuple(tuple(x * k for k in range(9)) for x in (10.0, 2.0, 1.0))
+    given = Menu(((0.0,) * 9,) * 3, steps, 0.5 * 8 * 13)
+    assert even(given, np.random.default_rng(0)) == (4, 4, 4)
 
 
 def test_moves_reach_every_choice():
