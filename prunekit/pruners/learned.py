@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from prunekit.architecture.blocks import linear_names
 from prunekit.architecture.sizes import Sizes
 from prunekit.errors import ConfigError
 from prunekit.graph.fold_gates import check_channels
-from prunekit.problem import Expected, Problem, expect
+from prunekit.problem import CALIBRATION, Expected, Problem, expect
 from prunekit.selection.units import check_finite, choose
 from prunekit.training.constraints import ConstraintKind, SizeConstraint, warn_of_missed
 from prunekit.training.learned_masks import LearnedMasks
@@ -20,6 +21,8 @@ from prunekit.training.recipe import micro_batches
 from prunekit.types import Allocation, Group, Kept
 
 log = logging.getLogger("prunekit")
+SCORED = 64
+"""Samples that a criterion reads."""
 Kinds = Annotated[list[Literal["heads", "neurons", "hidden"]], Field(min_length=1)]
 
 
@@ -55,9 +58,12 @@ def check_start(problem: Problem, constraint: ConstraintKind) -> None:
 def new_masks(
     problem: Problem, groups: list[Group], seed: int, constraint: ConstraintKind
 ) -> LearnedMasks:
-    """Masks over the groups, in the criterion's order where there is one."""
-    order = problem.score(groups, problem.run()) if problem.criterion else None
-    if order is not None:
+    """Masks over the groups; where there is a criterion in its order on the first samples."""
+    order = None
+    if problem.criterion is not None:
+        # The text is as long as the training; an order to begin with needs little of it.
+        few = replace(problem, token_sets={CALIBRATION: problem.tokens[:SCORED]})
+        order = few.score(groups, few.run())
         check_finite(order)
     bounded = constraint == "lagrangian"
     return LearnedMasks(problem.model, groups, seed, order=order, bounded=bounded)

@@ -110,8 +110,8 @@ def nuteprune(
         save_every: steps after which the training keeps how far it is.
         remove: false zeroes instead of removing.
 
-    With constraint=exact a criterion may say in which order a group's masks begin, so that few
-    units are undecided at a time; with criterion=none all begin alike.
+    With constraint=exact a criterion may say, from the first 64 samples, in which order a group's
+    masks begin, so that few units are undecided at a time; with criterion=none all begin alike.
 
     The masks' order decides what goes, and what stays has its gates folded into the weights. Notes
     have the sparsity that the masks expected, and the teachers' at each step. Nothing changes where

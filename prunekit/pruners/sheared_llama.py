@@ -162,8 +162,8 @@ def sheared_llama(
         save_every: steps after which the training keeps how far it is.
         update_every: steps between two measurements of the domains' losses, on a tenth of each.
 
-    With constraint=exact a criterion may say in which order a group's masks begin, so that few
-    units are undecided at a time; with criterion=none all begin alike.
+    With constraint=exact a criterion may say, from the first 64 samples, in which order a group's
+    masks begin, so that few units are undecided at a time; with criterion=none all begin alike.
 
     Weights are trained in float32. What stays has its gates folded into them. Notes have by how
     much the masks expected to miss the shape at the end, and the domains' weights. Nothing changes
