@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 from prunekit import graph
 from prunekit.activations import processes
-from prunekit.activations.blockwise import (
-    BlockRun,
-    groups_by_block,
-    iterate_blocks,
-)
+from prunekit.activations.blockwise import BlockRun, groups_by_block, iterate_blocks
 from prunekit.activations.done_blocks import DoneBlocks
 from prunekit.activations.runs import ModelRun
 from prunekit.activations.storage import PassOptions

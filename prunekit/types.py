@@ -126,8 +126,7 @@ class Allocation:
             counts.
         notes: what is worth showing of how it was found.
         measure: what a model takes of the budget that was kept, for a pruner to tell.
-        kept: with `rows`, masks stored like the matrices, where the ratio had to choose them too:
-            what a pruner would choose block by block.
+        kept: with `rows`, the masks that a pruner would choose block by block, where known.
     """
 
     counts: Counts

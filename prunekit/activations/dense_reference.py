@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.activations import processes
-from prunekit.activations.blockwise import BlockInputs
+from prunekit.activations.block_inputs import BlockInputs
 from prunekit.activations.gram import GramStatistics
 from prunekit.activations.hooks import hook_activations, raise_stop, stop_early
 from prunekit.activations.storage import Activations

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from prunekit.activations.blockwise import BlockRun, capture_inputs
+from prunekit.activations.block_inputs import capture_inputs
+from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.storage import PassOptions
 from prunekit.architecture.streaming import turn
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.activations.blockwise import BlockInputs, capture_inputs
+from prunekit.activations.block_inputs import BlockInputs, capture_inputs
 from prunekit.activations.hooks import hook_activations
 from prunekit.activations.runs import forward, samples_at_once
 from prunekit.activations.storage import Activations, PassOptions, Precision, Store

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.activations.blockwise import BlockRun, capture_inputs
+from prunekit.activations.block_inputs import capture_inputs
+from prunekit.activations.blockwise import BlockRun
 from prunekit.activations.dense_reference import (
     PairedStreams,
     UnitReader,

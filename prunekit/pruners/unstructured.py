@@ -159,7 +159,7 @@ def unstructured(
     _rankable(allocation.ranking, pattern, schedule, axes)
     _permutable(permute, pattern, axes)
     order = ChannelOrder(model, pattern.m) if permute and pattern else None
-    kept: Kept = {}
+    kept: Kept = dict(allocation.kept) if schedule == "blocks" else {}
     pruned: dict[str, Group] = {g.name: g for g in groups}
     options = PassOptions(store, precision)
     choose = partial(_choose, model, allocation=allocation, scope=scope, pattern=pattern, axes=axes)
@@ -170,10 +170,9 @@ def unstructured(
             return choose(row, scores)
         return everywhere(scores, sum(counts.values()))
 
-    if schedule == "blocks" and allocation.kept:
-        kept |= allocation.kept
+    if kept:
         zero_elements(model, groups, kept)
-        counts = dict.fromkeys(counts, 0)  # nothing is left to do
+        counts = {}  # nothing is left to do
     for row, run in _passes(problem, groups, counts, schedule, options, resumable=order is None):
         if order and pattern:
             scores = _scored(problem, row, run)
@@ -192,18 +191,22 @@ def unstructured(
     emptied = [name for name, mask in kept.items() if gone[name] == mask.numel()]
     if emptied:
         log.warning("%d matrices lost every weight: %s", len(emptied), ", ".join(emptied[:5]))
-    notes: dict[str, Any] = {"counts": gone, **allocation.notes}
-    along_outputs = [name for name in kept if not axes.get(name, 1)]
-    if along_outputs:
-        notes["compared_along_outputs"] = along_outputs
-        if pattern:
-            notes["remark"] = (
-                f"{len(along_outputs)} matrices have the pattern along their outputs: no layout "
-                "that sparse tensor cores take"
-            )
+    notes: dict[str, Any] = {"counts": gone, **allocation.notes, **_direction(kept, axes, pattern)}
     if order:
         notes["channels"] = order.notes
     return Pruned(model, kept, list(pruned.values()), {}, notes)
+
+
+def _direction(kept: Kept, axes: dict[str, int], pattern: Pattern | None) -> dict[str, Any]:
+    """Notes of the matrices whose elements were compared along their outputs."""
+    along_outputs = [name for name in kept if not axes.get(name, 1)]
+    if not along_outputs:
+        return {}
+    remark = (
+        f"{len(along_outputs)} matrices have the pattern along their outputs: no layout that "
+        "sparse tensor cores take"
+    )
+    return {"compared_along_outputs": along_outputs} | ({"remark": remark} if pattern else {})
 
 
 def _passes(

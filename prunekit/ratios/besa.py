@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
@@ -68,13 +68,7 @@ def besa(
     did not lower its error over the text; the notes have both. Raises ConfigError for units other
     than single weights of linear modules.
     """
-    modules = dict(problem.model.named_modules())
-    for g in groups:
-        module = modules.get(module_name(g)) if g.kind == "weights" else None
-        if module is None or not is_linear(module):
-            raise ConfigError(
-                f"ratio=besa allocates single weights; {g.name} is no matrix of a linear module"
-            )
+    check_weights(problem.model, groups)
     model, tokens = problem.model, problem.tokens
     if target == 0:
         return Allocation({g.name: 0 for g in groups})
@@ -121,6 +115,17 @@ def besa(
         notes={"besa": errors},
         kept=kept if per == "row" else {},
     )
+
+
+def check_weights(model: nn.Module, groups: list[Group]) -> None:
+    """Raises ConfigError for units other than single weights of linear modules."""
+    modules = dict(model.named_modules())
+    for g in groups:
+        module = modules.get(module_name(g)) if g.kind == "weights" else None
+        if module is None or not is_linear(module):
+            raise ConfigError(
+                f"ratio=besa allocates single weights; {g.name} is no matrix of a linear module"
+            )
 
 
 def _order(problem: Problem, groups: list[Group], run: BlockRun) -> Scores:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit.activations import processes
-from prunekit.activations.blockwise import capture_inputs
+from prunekit.activations.block_inputs import capture_inputs
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.runs import forward, samples_at_once
 from prunekit.activations.storage import Activations, PassOptions, Store

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.activations.blockwise import BlockInputs
+from prunekit.activations.block_inputs import BlockInputs
 from prunekit.activations.hooks import first_tensor
 from prunekit.architecture.modes import forward_replaced
 from prunekit.architecture.streaming import without_weights

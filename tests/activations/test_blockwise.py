@@ -8,11 +8,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from prunekit.activations.blockwise import (
-    capture_inputs,
-    groups_by_block,
-    iterate_blocks,
-)
+from prunekit.activations.block_inputs import capture_inputs
+from prunekit.activations.blockwise import groups_by_block, iterate_blocks
 from prunekit.activations.hooks import first_tensor
 from prunekit.activations.storage import PassOptions
 from prunekit.architecture.blocks import block_names

@@ -13,7 +13,7 @@ from foreign import ListedSigmoid
 from tiny_models import tiny_model
 
 from prunekit import graph
-from prunekit.activations.blockwise import capture_inputs
+from prunekit.activations.block_inputs import capture_inputs
 from prunekit.activations.dense_reference import (
     PairedStreams,
     add_in_turn,

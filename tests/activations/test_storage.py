@@ -10,7 +10,7 @@ import torch
 from reference import tiny_llama
 
 from prunekit.activations import storage
-from prunekit.activations.blockwise import capture_inputs
+from prunekit.activations.block_inputs import capture_inputs
 from prunekit.activations.storage import Activations, PassOptions, resolved
 
 
