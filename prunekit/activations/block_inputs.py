@@ -64,17 +64,17 @@ def capture_inputs(
     inputs: Activations | None = None
     calls: list[list[Call]] = []  # [batch][block]
     first: list[Call] = []
+    newest: int | None = None
     for i, part in enumerate(
         tqdm(rows, desc="inputs of the first block", unit="batch", leave=False, delay=2)
     ):
         full = part.stop - part.start == batch
         known = full and i >= 2 and _agree(calls[0], calls[1])
         with autocast(options.precision, device):
-            until = 0 if known else _last_new(first) if first else None
-            x, seen = _trace(model, blocks, tokens[part].to(device), until)
+            x, seen = _trace(model, blocks, tokens[part].to(device), 0 if known else newest)
         if inputs is None:
             inputs = Activations(len(tokens), x, options.store)
-            first = seen
+            first, newest = seen, _last_new(seen)
         inputs[part] = x
         calls.append(calls[0] if known else _shared(_as_in(first, seen), calls))
     assert inputs is not None  # tokens are never empty: the runner checks calibration data

@@ -219,20 +219,19 @@ class _Block:
 
     def weights(self, removed: dict[str, Tensor]) -> Weights:
         """The weights less the first so many of each row."""
-        return {
-            name: m.weight * (m.rank >= removed[name].to(m.rank.device)[:, None])
-            for name, m in self.matrices.items()
-        }
+        stays = self.stays(removed)
+        return {name: m.weight * stays[name] for name, m in self.matrices.items()}
 
     def masks(self, removed: dict[str, Tensor]) -> Kept:
         """Of what stays then, stored like the matrices."""
-        model = self.run.model
-        rank = {g.name: self.matrices[g.name].rank for g in self.groups}
+        stays, model = self.stays(removed), self.run.model
+        return {g.name: to_out_in(model, g, stays[g.name]).contiguous() for g in self.groups}
+
+    def stays(self, removed: dict[str, Tensor]) -> Kept:
+        """(outputs, inputs) of each matrix."""
         return {
-            g.name: to_out_in(
-                model, g, rank[g.name] >= removed[g.name].to(rank[g.name].device)[:, None]
-            ).contiguous()
-            for g in self.groups
+            name: m.rank >= removed[name].to(m.rank.device)[:, None]
+            for name, m in self.matrices.items()
         }
 
 
