@@ -51,10 +51,10 @@ def capture_inputs(
 ) -> tuple[Activations, BlockInputs]:
     """The first block's inputs for `tokens (N, T)`, and all arguments of every block.
 
-    The first batch goes through the whole model, the others up to the last block that gets an
-    object which none before it got: for most models the first one. Where the arguments of two
-    batches agree, those of the others are taken to be the same. Raises ConfigError where a block
-    does not read the output of the block before it, since then it cannot be replayed alone.
+    One sample goes through the whole model, the batches up to the last block that gets an object
+    which none before it got: for most models the first one. Where the arguments of two batches
+    agree, those of the others are taken to be the same. Raises ConfigError where a block does not
+    read the output of the block before it, since then it cannot be replayed alone.
     """
     processes.check_samples(tokens)
     batch = options.batch or samples_at_once(tokens)
@@ -63,20 +63,23 @@ def capture_inputs(
     device = input_device(model) or device_of(model)
     inputs: Activations | None = None
     calls: list[list[Call]] = []  # [batch][block]
-    first: list[Call] = []
-    newest: int | None = None
+    with autocast(options.precision, device):
+        _, sample = _trace(model, blocks, tokens[:1].to(device), None)
+    newest = _last_new(sample)
     for i, part in enumerate(
         tqdm(rows, desc="inputs of the first block", unit="batch", leave=False, delay=2)
     ):
         full = part.stop - part.start == batch
         known = full and i >= 2 and _agree(calls[0], calls[1])
         with autocast(options.precision, device):
-            x, seen = _trace(model, blocks, tokens[part].to(device), 0 if known else newest)
+            ids = tokens[part].to(device)
+            x, seen = _trace(model, blocks, ids, 0 if known else newest)
+            if not known and _plain(seen) != _plain(sample[: len(seen)]):
+                x, seen = _trace(model, blocks, ids, None)
         if inputs is None:
             inputs = Activations(len(tokens), x, options.store)
-            first, newest = seen, _last_new(seen)
         inputs[part] = x
-        calls.append(calls[0] if known else _shared(_as_in(first, seen), calls))
+        calls.append(calls[0] if known else _shared(_as_in(sample, seen), calls))
     assert inputs is not None  # tokens are never empty: the runner checks calibration data
     return inputs, BlockInputs(
         blocks,
@@ -103,7 +106,7 @@ def _trace(
             )
         if x.dim() != 3 or x.shape[:2] != ids.shape:
             raise ConfigError(
-                f"{blocks[len(seen)]} reads {tuple(x.shape)} for {len(ids)} samples of "
+                f"{blocks[len(seen)]} reads {tuple(x.shape)} for {len(ids)} x "
                 f"{ids.shape[1]} tokens, not one state a token: it cannot be run block by block"
             )
         if last and not torch.equal(last[0], x):
@@ -162,13 +165,24 @@ def _last_new(calls: list[Call]) -> int:
     return last
 
 
-def _as_in(first: list[Call], seen: list[Call]) -> list[Call]:
+def _plain(a: Any) -> Any:
+    """What stands in calls, objects replaced by their types: numbers and words that depend on how
+    many samples there are cannot be taken from one sample.
+    """
+    if type(a) is dict:
+        return {k: _plain(x) for k, x in a.items()}
+    if type(a) in (tuple, list):
+        return [_plain(x) for x in a]
+    return a if isinstance(a, PLAIN) else type(a)
+
+
+def _as_in(sample: list[Call], seen: list[Call]) -> list[Call]:
     """All calls of a batch of which some were seen: the other blocks get what these got, as they do
-    in the `first` batch.
+    for the one `sample`.
     """
     there = {
         id(x): y
-        for call, other in zip(first, seen)
+        for call, other in zip(sample, seen)
         for x, y in zip(_leaves(call), _leaves(other), strict=True)
     }
 
@@ -179,7 +193,7 @@ def _as_in(first: list[Call], seen: list[Call]) -> list[Call]:
             return type(a)(map(put, a))
         return there.get(id(a), a)
 
-    return [*seen, *(put(call) for call in first[len(seen) :])]
+    return [*seen, *(put(call) for call in sample[len(seen) :])]
 
 
 def _same(a: Any, b: Any) -> bool:

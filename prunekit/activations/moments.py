@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunekit.activations import processes
 from prunekit.activations.hooks import Observer, hook_activations, pass_tokens
+from prunekit.activations.sharing import places_of, reaching, watched
 from prunekit.architecture.blocks import block_names
 from prunekit.architecture.linear import weight_of
 from prunekit.errors import ConfigError
@@ -69,8 +70,8 @@ class Moments:
 
 @torch.no_grad()
 def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> dict[str, Moments]:
-    """Moments of the input channels of the linear modules named: one pass of the calibration
-    tokens, none for what this run has seen.
+    """Moments of the input channels of the linear modules named, and of the others that use their
+    matrices: one pass of the calibration tokens, none for what this run has seen.
 
     `skip` leaves out that many tokens at the start of each sample; a module inside an expert, which
     sees a list of tokens and no samples, counts all of its own. Raises ConfigError where that is
@@ -78,13 +79,13 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
     """
     check_skip(run, skip)
     seen: dict[Any, Moments] = run.statistics
-    names = list(names)
-    weights = {
-        name: weight_of(model.get_submodule(name)) for name in names if (name, skip) not in seen
-    }
-    missing = {
-        name: Moments(W.shape[1], "cpu" if W.is_meta else W.device) for name, W in weights.items()
-    }
+    places = places_of(model, names)
+    users = {name: (*watched(model, row), skip) for name, row in places.items()}
+    missing: dict[Any, Moments] = {}
+    for name, key in users.items():
+        if key not in seen:
+            W = weight_of(model.get_submodule(name))
+            missing[key] = Moments(W.shape[1], "cpu" if W.is_meta else W.device)
     if missing:
         samples = [0]  # of the batch on its way
 
@@ -95,13 +96,14 @@ def moments(model: nn.Module, names: Iterable[str], run: Run, skip: int = 0) -> 
             found.add(without_skipped(x, samples[0], run.tokens.shape[1], skip))
 
         inputs: dict[str, Observer] = dict.fromkeys(block_names(model) if skip else (), enter)
-        inputs |= {name: partial(see, m) for name, m in missing.items()}
+        for (*row, _), found in missing.items():
+            inputs |= {name: partial(see, found) for name in row}
         with hook_activations(model, inputs=inputs):
-            pass_tokens(processes.own_part(run), "activations")
+            pass_tokens(processes.own_part(reaching(run, places)), "activations")
         for found in missing.values():
             found.add_up()
-        seen.update({(name, skip): m for name, m in missing.items()})
-    return {name: seen[name, skip] for name in names}
+        seen.update(missing)
+    return {name: seen[key] for name, key in users.items()}
 
 
 def check_skip(run: Run, skip: int) -> None:

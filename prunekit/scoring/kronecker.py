@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit.activations.runs import samples_at_once
+from prunekit.activations.sharing import places_of, watched
 from prunekit.architecture.blocks import block_modules
 from prunekit.scoring.gradients import TOKENS, check_in_memory, only_these_train
 from prunekit.scoring.lean_backward import lean_activations, lean_loss
@@ -69,8 +70,8 @@ def kronecker_factors(
     batch: int | None = None,
     place: Place = "host",
 ) -> dict[str, Factors]:
-    """Both factors of the linear modules `names` on the run's text, in one backward a batch; no
-    weight's gradient is computed.
+    """Both factors of the linear modules `names`, and of the others that use their matrices, on the
+    run's text, in one backward a batch; no weight's gradient is computed.
 
     Args:
         batch: samples at a time; None takes as many as make up `TOKENS` tokens.
@@ -83,19 +84,21 @@ def kronecker_factors(
     check_in_memory(model, [f"{name}.weight" for name in names])
     samples, predicted = len(run.tokens), run.tokens.shape[1] - 1
     at_once = batch or samples_at_once(run.tokens, TOKENS)
-    modules = {name: model.get_submodule(name) for name in names}
-    factors = {}
-    for name, module in modules.items():
+    factors: dict[str, Factors] = {}
+    shown: list[tuple[nn.Module, Factors]] = []
+    for name, places in places_of(model, names).items():
+        module = model.get_submodule(name)
         rows, columns = module.weight.shape  # type: ignore[misc]
         outputs, inputs = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
         where = "cpu" if place == "host" else module.weight.device
         factors[name] = Factors(inputs, outputs, where, samples * predicted)  # type: ignore[arg-type]
+        shown += [(model.get_submodule(n), factors[name]) for n in watched(model, places)]
     with (
         torch.enable_grad(),
         only_these_train(model, set()),
         lean_activations(block_modules(model)),
         lean_loss(model),
-        _watched(modules, factors),
+        _watched(shown),
         tqdm(total=samples, desc="curvature", unit="sample", leave=False) as bar,
     ):
         losses = run.losses(at_once)
@@ -109,25 +112,25 @@ def kronecker_factors(
 
 
 @contextmanager
-def _watched(modules: dict[str, nn.Module], factors: dict[str, Factors]) -> Iterator[None]:
-    """Inside, each backward through a module adds to its factors. Inputs are added there too: a
-    block that recomputes its forward shows them twice.
+def _watched(shown: Iterable[tuple[nn.Module, Factors]]) -> Iterator[None]:
+    """Inside, each backward through a module adds to the factors beside it. Inputs are added there
+    too: a block that recomputes its forward shows them twice.
     """
 
     def on_forward(
-        name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor
+        factors: Factors, module: nn.Module, args: tuple[Tensor, ...], out: Tensor
     ) -> Tensor | None:
         first = not out.requires_grad  # nothing below trains: the graph starts here
         if first:
             out = out.requires_grad_().clone()  # Falcon adds to it in place, which no leaf allows
-        out.register_hook(partial(on_backward, name, args[0].detach()))
+        out.register_hook(partial(on_backward, factors, args[0].detach()))
         return out if first else None
 
-    def on_backward(name: str, x: Tensor, g: Tensor) -> None:
+    def on_backward(factors: Factors, x: Tensor, g: Tensor) -> None:
         with torch.no_grad():
-            factors[name].add(x, g)
+            factors.add(x, g)
 
-    hooks = [m.register_forward_hook(partial(on_forward, n)) for n, m in modules.items()]
+    hooks = [m.register_forward_hook(partial(on_forward, f)) for m, f in shown]
     try:
         yield
     finally:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.activations.moments import Moments, moments
-from prunekit.activations.sharing import places_of, reaching, watched
 from prunekit.architecture.matrices import module_name
 from prunekit.types import Group, Run
 
@@ -25,15 +24,8 @@ def input_norms(model: nn.Module, groups: Iterable[Group], run: Run) -> dict[str
 @torch.no_grad()
 def module_norms(model: nn.Module, names: Iterable[str], run: Run) -> dict[str, Tensor]:
     """The same by the names of linear modules."""
-    places = places_of(model, names)
-    users = {name: watched(model, row) for name, row in places.items()}
-    found = moments(model, [n for row in users.values() for n in row], reaching(run, places))
-
-    def norm(users: list[str]) -> Tensor:
-        first, *others = (found[name].square * found[name].count for name in users)
-        return sum((x.to(first.device) for x in others), first).sqrt()
-
-    return {name: norm(row) for name, row in users.items()}
+    found = moments(model, names, run)
+    return {name: (x.square * x.count).sqrt() for name, x in found.items()}
 
 
 @torch.no_grad()

@@ -83,11 +83,11 @@ def test_the_next_block_sees_what_was_done_to_this_one(tokens):
 
 @pytest.mark.parametrize(
     ("arch", "layers", "runs"),
-    [("llama", 3, [4, 1, 1]), ("gemma3_text", 7, [4, 2, 2, 2, 2, 2, 1])],
+    [("llama", 3, [3, 1, 1]), ("gemma3_text", 7, [3, 3, 3, 3, 3, 3, 1])],
 )
-def test_only_the_first_batch_runs_the_whole_model(arch, layers, runs, tokens):
-    """The others run to the last block that gets something new: gemma's first full attention, whose
-    mask the blocks before it have not; the third batch runs nothing, as two agree.
+def test_only_one_sample_runs_the_whole_model(arch, layers, runs, tokens):
+    """The batches run to the last block that gets something new: gemma's first full attention,
+    whose mask the blocks before it have not.
     """
     model = tiny_model(arch, layers=layers)
     blocks = block_names(model)
@@ -100,7 +100,7 @@ def test_only_the_first_batch_runs_the_whole_model(arch, layers, runs, tokens):
         return hook
 
     hooks = [model.get_submodule(b).register_forward_pre_hook(count(b)) for b in blocks]
-    capture_inputs(model, blocks, tokens, PassOptions(batch=1))
+    capture_inputs(model, blocks, tokens, PassOptions(batch=2))
     for hook in hooks:
         hook.remove()
     assert len(tokens) == 4
@@ -124,6 +124,20 @@ def test_arguments_that_differ_by_batch_reach_every_block(tokens, monkeypatch):
     for run, expected in zip(runs, want, strict=True):
         found = torch.cat([x for _, x in run.outputs()])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_that_depend_on_the_batch_are_its_own(tokens):
+    """Not those of the one sample that goes through the whole model."""
+    model = tiny_model("llama", layers=3)
+    blocks = block_names(model)
+
+    def counted(module, args, kwargs):
+        return args, kwargs | {"samples": len(args[0])}
+
+    for b in blocks:
+        model.get_submodule(b).register_forward_pre_hook(counted, with_kwargs=True)
+    _, feed = capture_inputs(model, blocks, tokens, PassOptions(batch=3))
+    assert [[kwargs["samples"] for _, kwargs in calls] for calls in feed.calls] == [[3, 1]] * 3
 
 
 def test_an_error_inside_a_block_comes_out(tokens):
@@ -163,8 +177,8 @@ def several_states(model):
     ("change", "says"),
     [
         (looped, "does not run model.layers.0 to model.layers.1 once each"),
-        (along_tokens, r"model.layers.0 reads \(16, 4, 64\) for 4 samples of 16 tokens"),
-        (several_states, r"model.layers.0 reads \(2, 4, 16, 64\) for 4 samples"),
+        (along_tokens, r"model.layers.0 reads \(16, 1, 64\) for 1 x 16 tokens"),
+        (several_states, r"model.layers.0 reads \(2, 1, 16, 64\) for 1 x 16"),
     ],
 )
 def test_a_model_whose_blocks_are_no_chain_is_refused(tokens, change, says):

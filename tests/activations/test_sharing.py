@@ -12,9 +12,10 @@ from torch import nn
 
 from prunekit.activations.gram import grams
 from prunekit.activations.hooks import hook_activations
+from prunekit.activations.moments import moments
 from prunekit.activations.sharing import places_of, watched
 from prunekit.activations.storage import PassOptions
-from prunekit.architecture.matrices import matrices, matrix
+from prunekit.architecture.matrices import matrices, matrix, module_name
 from prunekit.architecture.streaming import stream
 from prunekit.registry import pruners
 from prunekit.scoring.wanda import input_norms
@@ -60,7 +61,12 @@ def test_all_that_is_read_counts_whatever_the_run_is_over(how, tokens):
     model = sharing(how)
     [down] = [g for g in matrices(model, [DOWN]) if g.layer == 0]
     X = read_by_down(model, tokens)
+    name = module_name(down)
     for run in runs(model, tokens):
+        found = moments(model, [name], run)[name]
+        assert found.count == len(X)
+        torch.testing.assert_close(found.mean, X.mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.variance, X.var(0, unbiased=False), rtol=1e-4, atol=1e-6)
         norms = input_norms(model, [down], run)[down.name]
         torch.testing.assert_close(norms, X.norm(dim=0), rtol=1e-4, atol=1e-5)
         [(_, gram)] = grams(model, [down], run)

@@ -51,6 +51,18 @@ def test_factors_are_means_over_tokens(arch, batch, tokens):
         assert found.seen == tokens.numel()
 
 
+def test_all_that_use_a_matrix_count(tokens):
+    model = tiny_model("llama")
+    first, second = (f"model.layers.{i}.mlp.down_proj" for i in (0, 1))
+    model.get_submodule(second).weight = model.get_submodule(first).weight
+    found = kronecker_factors(model, [first], ModelRun(model, tokens))[first]
+    rows = [plain(model, name, tokens) for name in (first, second)]
+    x, g = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    torch.testing.assert_close(found.inputs(True), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    predicted = tokens.numel() - len(tokens)
+    torch.testing.assert_close(found.outputs(), g.T @ g / predicted, rtol=1e-3, atol=1e-7)
+
+
 def test_the_model_is_left_as_it_was(tokens):
     model = tiny_model("llama")
     frozen = dict(model.named_parameters())["model.norm.weight"].requires_grad_(False)
