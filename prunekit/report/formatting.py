@@ -6,6 +6,7 @@ from prunekit.report.fidelity import sentences
 from prunekit.report.labels import seeds
 from prunekit.report.load import Found
 from prunekit.report.metrics import Column
+from prunekit.report.origins import origins
 from prunekit.report.table import Cell, ReportTable, Row
 
 HEADS = ("method", "ratio", "tuned")
@@ -77,6 +78,7 @@ def remarks(
                 f"{title} {same} of {pairs}" for title, (same, pairs) in table.orders.items()
             )
             lines.append(f"Pairs of rows in the paper's order: {pairs}.")
+    lines += origins(list(dict.fromkeys(r for row in table.rows for r in row.results)))
     return [*lines, *sentences(table)] if with_sentences else lines
 
 
