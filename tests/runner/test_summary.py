@@ -50,3 +50,41 @@ def test_shares_of_dense_stand_beside_sizes():
     text = "\n".join(lines)
     assert "150 (75.0%)" in text
     assert "7.00 ± 0.50" in text
+
+
+def rows(results: dict) -> dict[str, list[str]]:
+    lines = [line.strip("│").split("│") for line in printed(results, config()) if "│" in line]
+    return {name.strip(): [text.strip() for text in texts] for name, *texts in lines}
+
+
+def test_zeros_are_told_where_pruning_made_them():
+    dense = {"dense/params": 200, "dense/params_nonzero": 199}
+    assert "not zero" not in rows(dense)
+    assert "not zero" not in rows(dense | {"pruned/params": 100, "pruned/params_nonzero": 99.5})
+    found = rows(dense | {"pruned/params": 200, "pruned/params_nonzero": 100})
+    assert found["not zero"] == ["199", "100 (50.3%)"]
+
+
+def test_all_of_quality_that_the_report_shows_is_there():
+    found = rows(
+        {
+            "dense/params": 200,
+            "pruned/ppl_unseen_1024_to_dense": 3.8,
+            "pruned/ppl_c4_128": 2e6,
+            "pruned/kl_in_128": 0.3,
+            "pruned/acc_norm_hellaswag": 0.5,
+            "pruned/flips_mean": 0.12,
+            "pruned/flips_mean_stderr": 0.01,
+            "pruned/pass@1_humaneval": 0.3,
+            "pruned/loss_of_its_own": 1.0,
+        }
+    )
+    assert {name: texts[-1] for name, texts in found.items()} == {
+        "parameters": "-",
+        "perplexity unseen, window 1024, times dense": "3.80",
+        "perplexity c4, window 128": "2.00e+06",
+        "KL in@128": "0.300",
+        "accuracy (norm) hellaswag": "0.500",
+        "flips (%)": "12.00 ± 1.00",
+        "pass@1 humaneval (%)": "30.00",
+    }
