@@ -48,8 +48,8 @@ def names(results: Sequence[Result]) -> list[str]:
     """A label for each: its row in the experiment, then the keys in which jobs of the same row
     differ, e.g. `taylor, ratio.target=0.3`.
 
-    Where the components of a kind differ, the component's name says so, and its own options show
-    only if they differ too.
+    Where nothing differs, the `method`. Where the components of a kind differ, the component's name
+    says so, and its own options show only if they differ too.
     """
     leaves = [settings(r.config) for r in results]
     rows = [r.config.get("row") for r in results]
@@ -64,11 +64,13 @@ def names(results: Sequence[Result]) -> list[str]:
             if key in leaf and key != "ratio.target":
                 parts.append(leaf[key] if key.endswith(".name") else f"{key}={leaf[key]}")
         labels.append(", ".join(parts))
-    return (
-        labels
-        if any(labels)
-        else [(r.config["criterion"] or {"name": "none"})["name"] for r in results]
-    )
+    return labels if any(labels) else [method(r.config) for r in results]
+
+
+def method(config: dict[str, Any]) -> str:
+    """The pruner, but for the usual one, and the criterion: `taylor`, `unstructured, wanda`."""
+    parts = [str((config.get(kind) or {}).get("name")) for kind in ("pruner", "criterion")]
+    return ", ".join(p for p in parts if p not in ("oneshot", "none", "None")) or "none"
 
 
 def apart(keys: Sequence[str], leaves: Sequence[dict[str, str]]) -> list[str]:

@@ -164,7 +164,7 @@ for (const place of document.querySelectorAll(".plots")) {
     select.addEventListener("change", () => { scatters(inner, sheet, metrics[select.value]); flush(); });
     scatters(inner, sheet, metrics[0]);
   }
-  layers(place, "share of units kept", sheet.widths, false);
+  layers(place, "share of units kept (blank: nothing goes)", sheet.widths, false);
   layers(place, "importance, share of the row's highest", sheet.importance, true);
   curves(place, sheet.curves);
 }

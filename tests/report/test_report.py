@@ -84,6 +84,20 @@ def test_a_job_that_was_run_again_is_no_other_seed(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("pruner", "criterion", "label"),
+    [
+        ("oneshot", "taylor", "taylor"),
+        ("unstructured", "wanda", "unstructured, wanda"),
+        ("database", "none", "database"),
+    ],
+)
+def test_a_job_alone_is_called_by_its_method(tmp_path, pruner, criterion, label):
+    cfg = config(pruner__name=pruner, criterion__name=criterion)
+    result(tmp_path / "a", stages(12.6, 20.0), cfg)
+    assert [r.label for r in sheet_of(tmp_path).rows] == ["dense", label]
+
+
 def test_a_part_that_a_plain_configuration_leaves_out_is_none(tmp_path):
     result(tmp_path / "a", stages(12.6, 20.0), config(criterion=None, ratio=None))
     pruned = next(r for r in sheet_of(tmp_path).rows if r.stage == "pruned")
