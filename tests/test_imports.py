@@ -33,7 +33,7 @@ TABLE = {
     "recoveries": METHODS,
     "evals": "export checkpoint activations data graph architecture registry errors types profiling",  # noqa: E501
     "problem": "selection activations graph architecture registry errors types",
-    "solvers": "selection activations checkpoint graph architecture errors types",
+    "solvers": "selection activations checkpoint data graph architecture errors types",
     "selection": "activations checkpoint graph architecture errors types",
     "scoring": "activations graph architecture errors types",
     "training": "data graph architecture errors types",

@@ -39,7 +39,8 @@ def mapped_copy(value: Tensor) -> Tensor:
     handle, name = tempfile.mkstemp(prefix="prunekit-")
     try:
         # A mapped file that finds the disk full later ends the process without a word.
-        os.posix_fallocate(handle, 0, size)
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(handle, 0, size)
         storage = torch.UntypedStorage.from_file(name, True, size)
     finally:
         os.close(handle)

@@ -21,6 +21,18 @@ def cache_folder() -> Path:
     return expanded(os.environ.get("PRUNEKIT_CACHE") or "~/.cache/prunekit")
 
 
+def cache_limit() -> int:
+    """Bytes that the cache keeps: `PRUNEKIT_CACHE_GIB`, default 2. Raises ConfigError."""
+    given = os.environ.get("PRUNEKIT_CACHE_GIB") or "2"
+    try:
+        limit = int(float(given) * 2**30)
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit <= 0:
+        raise ConfigError(f"PRUNEKIT_CACHE_GIB={given}: it is a number of GiB, above 0")
+    return limit
+
+
 def is_records(path: str | Path) -> bool:
     """Whether a file's name says that it holds a JSON record a line."""
     return Path(path).suffix.lower() == ".jsonl"

@@ -49,8 +49,7 @@ def check_database(problem: Problem, *, kinds: list[str], **options: Any) -> Exp
     expected = expect(asked, groups)
     if expected.counts is not None:
         local_allocation(asked, groups, "database")
-    remark = f"All levels together take {levels.bytes() / 2**20:,.0f} MiB on disk."
-    return dataclasses.replace(expected, remark=f"{expected.remark} {remark}".strip())
+    return dataclasses.replace(expected, remark=f"{expected.remark} {levels.remark()}".strip())
 
 
 def local_solutions(
@@ -124,14 +123,15 @@ def database(
         token_weight: how much a token's error counts: relative to the token's size, or equally.
         ridge: tokens that hold the readers near their dense weights; `auto` lets samples choose.
         dense_ridge: likewise for what moves the outputs, with target=dense.
-        store: where activations between blocks wait.
+        store: where activations between blocks wait; with `disk` the solutions wait in files too.
         precision: of the forwards; sums are float32, solutions float64 either way.
 
     The database lies in the cache, one entry a sub-layer, so a run that was cut off goes on with
-    the next one and another ratio solves nothing anew. The cache holds 2 GiB: of a larger database
-    (`prunekit plan` says its size) the oldest entries go. Notes have the levels that were taken.
-    Nothing changes where the ratio removes nothing. Raises ConfigError for units that no linear
-    module of a block reads, and for a single sample where a ridge is to be chosen.
+    the next one and another ratio solves nothing anew. Of a database larger than the cache
+    (PRUNEKIT_CACHE_GIB, 2; `prunekit plan` says its size) the oldest entries go. Notes have the
+    levels that were taken. Nothing changes where the ratio removes nothing. Raises ConfigError for
+    units that no linear module of a block reads, and for a single sample where a ridge is to be
+    chosen.
     """
     model = problem.model
     groups, readers = read_groups(problem, kinds)

@@ -54,8 +54,7 @@ def check_sparse_database(
     check_local(ranking_of(asked, expected), "sparse_database")
     if expected.counts is not None and not refit:
         check_levels(found, groups, expected.counts)
-    remark = f"All levels together take {found.bytes() / 2**20:,.1f} MiB on disk and in memory."
-    return dataclasses.replace(expected, remark=f"{expected.remark} {remark}".strip())
+    return dataclasses.replace(expected, remark=f"{expected.remark} {found.remark()}".strip())
 
 
 def check_levels(found: SparseLevels, groups: list[Group], counts: Counts) -> None:
@@ -123,16 +122,17 @@ def sparse_database(
         ridge: in units of the gram's mean diagonal; it grows, with a warning, where rounding leaves
             no Cholesky factor.
         targets: names or globs of the linear modules in a block; null takes all.
-        store: where activations between blocks wait.
+        store: where activations between blocks wait; with `disk` the solutions wait in files too.
         precision: of the forwards.
 
     A level's local error is the squared error of the matrix's output relative to the dense output,
     on the inputs that the dense model gives. Refitted, a search takes its target to the element.
     The database lies in the cache, one entry a matrix, so a run that was cut off goes on with the
-    next one and another ratio solves nothing anew. The cache holds 2 GiB: of a larger database
-    (`prunekit plan` says its size) the oldest entries go. Ratios that know nothing of levels
-    (`uniform`, `owl`) need none with refit=true, and nothing is solved then. Raises ConfigError for
-    a ratio that ranks matrices together, and for a budget of which zeros save nothing.
+    next one and another ratio solves nothing anew. Of a database larger than the cache
+    (PRUNEKIT_CACHE_GIB, 2; `prunekit plan` says its size) the oldest entries go. Ratios that know
+    nothing of levels (`uniform`, `owl`) need none with refit=true, and nothing is solved then.
+    Raises ConfigError for a ratio that ranks matrices together, and for a budget of which zeros
+    save nothing.
     """
     model, groups = problem.model, problem.matrices(targets)
     warn_by_matrix(problem, groups)

@@ -22,6 +22,7 @@ from prunekit.activations.runs import ModelRun
 from prunekit.architecture.compute import computes_in_float32
 from prunekit.architecture.mapped import release
 from prunekit.architecture.streaming import device_of, streaming
+from prunekit.data.files import cache_limit
 from prunekit.errors import ConfigError
 from prunekit.registry import Component
 from prunekit.runner import provenance, store
@@ -147,11 +148,13 @@ class Cache:
 
 
 def open_cache(cfg: dict[str, Any]) -> Cache:
-    """Raises ConfigError for a `cache` that is neither on nor off. Processes that work together go
+    """Raises ConfigError for a `cache` that is neither on nor off, and for a limit that is none.
+    Processes that work together go
     without: one would wait for the other's entry, and the other for its sums. So does a run that
     has no home folder to keep it in, with a warning.
     """
     on = switched_on(cfg.get("cache", True)) and processes.count() == 1
+    cache_limit()
     try:
         store.folder()
     except ConfigError as error:

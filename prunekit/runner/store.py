@@ -11,18 +11,16 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from prunekit.data.files import cache_folder
+from prunekit.data.files import cache_folder, cache_limit
 from prunekit.types import Scores
 
 log = logging.getLogger("prunekit")
-LIMIT = 2 * 2**30
-"""Bytes kept; beyond them the entries that were not used for longest go."""
 ENDING = ".entry"
 MARK = "prunekit-entry-1"
 LONGEST_HEADER = 200
@@ -44,7 +42,7 @@ class Entry:
     decode: Callable[[bytes], Any]
     encode: Callable[[Any], bytes]
     path: Path
-    most: int = LIMIT
+    most: int = field(default_factory=cache_limit)
 
     @classmethod
     def of_scores(cls, key: str) -> Entry:
@@ -88,7 +86,7 @@ def remember(entry: Entry, compute: Callable[[], Any]) -> tuple[Any, bool]:
             log.warning("cache: %s is thrown away and computed anew: %s", entry.path, error)
         value = compute()
         write(entry, value)
-    keep_within(folder(), LIMIT)
+    keep_within(folder(), cache_limit())
     return value, False
 
 

@@ -20,7 +20,12 @@ from tqdm import tqdm
 
 from prunekit.activations.dense_stream import DenseStream
 from prunekit.activations.storage import PassOptions
+from prunekit.architecture.mapped import mapped_copy
+from prunekit.data.files import cache_limit
 from prunekit.types import Counts, Group, Remember, SubLayer
+
+SMALL = 2**16
+"""Bytes of a tensor that stays in memory whatever `store` says."""
 
 
 @dataclass(kw_only=True)
@@ -30,7 +35,7 @@ class LevelDatabase(ABC):
 
     Attributes:
         tokens: the calibration text; raises NeedsData where only shapes are known.
-        options: of the pass through the dense blocks.
+        options: of the pass through the dense blocks; with store=disk solutions wait in files too.
         solved: by group, with `removed` and `errors` as in SubLayer.
     """
 
@@ -94,7 +99,28 @@ class LevelDatabase(ABC):
         for b, g in tqdm(self.places, desc="local solutions", unit="part"):
             compute = partial(self.solution, dense, b, g)
             module = type(self).__module__
-            self.solved[g.name] = self.remember(module, f"solutions/{g.name}", self.key, compute)
+            found = self.remember(module, f"solutions/{g.name}", self.key, compute)
+            self.solved[g.name] = {name: self._resting(part) for name, part in found.items()}
+
+    def _resting(self, part: Tensor) -> Tensor:
+        return mapped_copy(part) if self.options.store == "disk" and part.nbytes > SMALL else part
+
+    @abstractmethod
+    def bytes(self) -> int:
+        """Of all levels, from shapes alone."""
+
+    def remark(self) -> str:
+        """What `plan` says of the size."""
+        size, kept = self.bytes(), cache_limit()
+        on_disk = self.options.store == "disk"
+        where = "on disk" if on_disk else "in memory, or with pruner.store=disk on disk"
+        said = f"All levels together take {size / 2**20:,.1f} MiB {where}."
+        if size > kept:
+            said += (
+                f" The cache keeps the last {kept / 2**30:,.4g} GiB of them for other runs: "
+                "PRUNEKIT_CACHE_GIB=N raises that."
+            )
+        return said
 
     @contextmanager
     def assembled(self) -> Iterator[Callable[[Sequence[int]], None]]:

@@ -262,7 +262,7 @@ def test_shapes_tell_the_size_on_disk():
     model = tiny_model("llama", meta=True)
     asked = problem(model, ratio={"name": "uniform", "target": 0.2})
     expected = check("database", asked, levels=4)
-    assert "MiB on disk" in expected.remark
+    assert "MiB in memory, or with pruner.store=disk on disk" in expected.remark
     assert sum(expected.counts.values()) > 0
     with pytest.raises(ConfigError, match="have none"):
         check(

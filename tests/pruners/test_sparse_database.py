@@ -16,6 +16,7 @@ from problems import check, problem, uniform
 from tiny_models import logits, tiny_model
 
 from prunekit.activations.gram import grams
+from prunekit.architecture.mapped import is_mapped
 from prunekit.architecture.matrices import matrices, matrix
 from prunekit.errors import ConfigError
 from prunekit.problem import computed
@@ -23,6 +24,7 @@ from prunekit.registry import pruners
 from prunekit.runner.run import run
 from prunekit.selection.elements import floor_share
 from prunekit.solvers import sparse_levels
+from prunekit.solvers.level_database import SMALL
 from prunekit.types import Allocation
 
 LEVELS = [0.0, 0.25, 0.5, 0.75]
@@ -291,7 +293,31 @@ def test_shapes_tell_the_size_on_disk(text):
     found.solve()
     stored = sum(t.nbytes for s in found.solved.values() for t in s.values())
     assert found.bytes() == pytest.approx(stored, rel=0.02)
-    assert f"together take {found.bytes() / 2**20:,.1f} MiB on disk" in expected.remark
+    size = f"together take {found.bytes() / 2**20:,.1f} MiB"
+    assert f"{size} in memory" in expected.remark
+    assert "cache" not in expected.remark
+
+
+def test_a_database_larger_than_the_cache_is_told(monkeypatch):
+    monkeypatch.setenv("PRUNEKIT_CACHE_GIB", "0.00001")
+    asked = problem(tiny_model("llama", meta=True), ratio=searched())
+    said = check("sparse_database", asked, levels=LEVELS, store="disk").remark
+    assert "MiB on disk. The cache keeps the last 1e-05 GiB of them" in said
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_solutions_may_wait_in_files(text, refit):
+    """To the bit what they are in memory, on the disk all but the smallest."""
+    how = {"refit": refit, "levels": LEVELS}
+    here, there = (tiny_model("llama", hidden=128, ffn=1024) for _ in range(2))
+    prune(here, text, searched("evolution"), **how)
+    prune(there, text, searched("evolution"), store="disk", **how)
+    assert torch.equal(logits(here, text), logits(there, text))
+    found = solutions(tiny_model("llama", hidden=128, ffn=1024), text, store="disk")
+    found.solve()
+    parts = [part for s in found.solved.values() for part in s.values()]
+    assert {is_mapped(p) for p in parts if p.nbytes > SMALL} == {True}
+    assert {is_mapped(p) for p in parts if p.nbytes <= SMALL} == {False}
 
 
 @pytest.mark.parametrize("of", ["memory_mib", "macs", "kv_cache", "latency_ms"])

@@ -271,6 +271,13 @@ def test_a_run_without_a_home_keeps_nothing_and_says_so(monkeypatch, caplog):
     assert "nothing is kept; PRUNEKIT_CACHE=FOLDER names a place" in caplog.text
 
 
+@pytest.mark.parametrize("given", ["much", "0", "-1", "nan", "inf"])
+def test_a_limit_that_is_none_is_refused_before_the_run(given, monkeypatch):
+    monkeypatch.setenv("PRUNEKIT_CACHE_GIB", given)
+    with pytest.raises(ConfigError, match=f"PRUNEKIT_CACHE_GIB={given}: .* above 0"):
+        cache.open_cache({"cache": "on"})
+
+
 def test_the_switch_is_checked():
     with pytest.raises(ConfigError, match="possible: on, off"):
         cache.open_cache({"cache": "perhaps"})

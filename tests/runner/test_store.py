@@ -129,6 +129,17 @@ def test_the_store_is_bounded_and_drops_what_was_unused_for_longest(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"2.entry", "3.entry"}
 
 
+def test_how_much_is_kept_is_the_users_to_say(folder, monkeypatch):
+    def left_after(key):
+        store.remember(numbers(key * 32), lambda: {"x": 1.0})
+        return len(list(folder.rglob("*.entry")))
+
+    assert [left_after(key) for key in "012"] == [1, 2, 3]
+    size = numbers("2" * 32).path.stat().st_size
+    monkeypatch.setenv("PRUNEKIT_CACHE_GIB", f"{1.5 * size / 2**30:.12f}")
+    assert left_after("3") == 1
+
+
 REMEMBER = """
 import os, time
 from prunekit.runner import store
