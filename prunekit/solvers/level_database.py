@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from prunekit.activations.dense_stream import DenseStream
 from prunekit.activations.storage import PassOptions
-from prunekit.architecture.mapped import mapped_copy
+from prunekit.architecture.mapped import beside, mapped_copy
 from prunekit.data.files import cache_limit
 from prunekit.types import Counts, Group, Remember, SubLayer
 
@@ -104,6 +104,12 @@ class LevelDatabase(ABC):
 
     def _resting(self, part: Tensor) -> Tensor:
         return mapped_copy(part) if self.options.store == "disk" and part.nbytes > SMALL else part
+
+    def aside(self, weight: Tensor) -> Tensor:
+        """A copy of a weight, where solutions wait, or beside it."""
+        if self.options.store == "disk":
+            return mapped_copy(weight)
+        return beside(weight.detach().clone(), weight)
 
     @abstractmethod
     def bytes(self) -> int:

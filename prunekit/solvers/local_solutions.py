@@ -94,7 +94,7 @@ class ObsLevels(LevelDatabase):
     def restorer(self, group: Group) -> Callable[[], None]:
         r = self.chosen[group.name]
         bias: Any = r.reader.module.bias
-        return partial(place, r, r.reader.weight.detach().clone(), bias)
+        return partial(place, r, self.aside(r.reader.weight), bias)
 
     def write(self, group: Group, removed: int) -> None:
         """Zeros where units are gone."""

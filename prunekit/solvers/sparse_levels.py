@@ -17,7 +17,6 @@ from torch import Tensor
 from prunekit.activations.blockwise import BlockRun, groups_by_block
 from prunekit.activations.dense_stream import DenseStream
 from prunekit.activations.gram import grams
-from prunekit.architecture.mapped import beside
 from prunekit.architecture.matrices import matrix
 from prunekit.architecture.streaming import turn
 from prunekit.checkpoint.bitmask import bits_of, filled, mask_of
@@ -114,7 +113,7 @@ class SparseLevels(LevelDatabase):
 
     def restorer(self, group: Group) -> Callable[[], None]:
         weight = matrix(self.model, group).detach()
-        before = beside(weight.clone(), weight)
+        before = self.aside(weight)
 
         @torch.no_grad()
         def restore() -> None:
