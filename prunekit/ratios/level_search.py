@@ -187,7 +187,9 @@ class Fitness:
             return {"fitness": torch.tensor(values, dtype=torch.float64)}
 
         counts = [levels.counts(c) for c in choices]
-        parts = [*levels.solutions.key, self.goal, self.window, self.seed, count, TOP, counts]
+        # Errors tell other solutions, as another version of a solver makes them.
+        made = [*levels.solutions.key, [s.errors for s in levels.sublayers]]
+        parts = [*made, self.goal, self.window, self.seed, count, TOP, counts]
         kept = levels.problem.remember(__name__, "fitness", parts, compute)
         values: list[float] = kept["fitness"].tolist()
         return values

@@ -231,8 +231,8 @@ def test_seeds_repeat_and_differ(name):
     assert found[0].notes != found[2].notes
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_a_search_that_was_cut_off_measures_what_is_missing(name):
+def remembering(asked):
+    """The problem with a cache, and what is in it."""
     kept = {}
 
     def remember(module, name, parts, compute):
@@ -242,8 +242,13 @@ def test_a_search_that_was_cut_off_measures_what_is_missing(name):
             kept[key] = compute()
         return kept[key]
 
+    return dataclasses.replace(asked, remember=remember), kept
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_that_was_cut_off_measures_what_is_missing(name):
     asked, groups, _ = toy()
-    asked = dataclasses.replace(asked, remember=remember)
+    asked, kept = remembering(asked)
     whole = allocate(name, asked, groups)
     reads = asked.solutions.reads
     for key in list(kept)[len(kept) // 2 :]:
@@ -251,6 +256,20 @@ def test_a_search_that_was_cut_off_measures_what_is_missing(name):
     again = allocate(name, asked, groups)
     assert again.notes == whole.notes
     assert 0 < asked.solutions.reads - reads < reads
+
+
+def test_what_was_measured_of_other_solutions_does_not_count():
+    """The same options, and other errors: another version of a solver made them."""
+    asked, groups, harms = toy()
+    asked, _ = remembering(asked)
+    allocate("random", asked, groups)
+    reads = asked.solutions.reads
+    allocate("random", asked, groups)
+    assert asked.solutions.reads == reads
+    errors = [[2 * e for e in row] for row in harms]
+    other = dataclasses.replace(asked, solutions=Solutions(asked.model, groups, harms, errors))
+    allocate("random", other, groups)
+    assert other.solutions.reads > 0
 
 
 def test_what_cannot_be_is_said():
