@@ -73,6 +73,10 @@ class LevelDatabase(ABC):
         """Give a dense group the weights of a level; its shapes stay."""
 
     @abstractmethod
+    def weight(self, group: Group) -> Tensor:
+        """What a solution replaces."""
+
+    @abstractmethod
     def restorer(self, group: Group) -> Callable[[], None]:
         """A function that gives a group the weights which it has now."""
 
@@ -100,16 +104,24 @@ class LevelDatabase(ABC):
             compute = partial(self.solution, dense, b, g)
             module = type(self).__module__
             found = self.remember(module, f"solutions/{g.name}", self.key, compute)
-            self.solved[g.name] = {name: self._resting(part) for name, part in found.items()}
+            weight = self.weight(g)
+            self.solved[g.name] = {
+                name: self._resting(part, weight) if part.nbytes > SMALL else part
+                for name, part in found.items()
+            }
 
-    def _resting(self, part: Tensor) -> Tensor:
-        return mapped_copy(part) if self.options.store == "disk" and part.nbytes > SMALL else part
-
-    def aside(self, weight: Tensor) -> Tensor:
-        """A copy of a weight, where solutions wait, or beside it."""
+    def _resting(self, part: Tensor, weight: Tensor) -> Tensor:
+        """In a file, where that was asked for or the weight is in one; not on a device that the
+        weight only visits.
+        """
         if self.options.store == "disk":
-            return mapped_copy(weight)
-        return beside(weight.detach().clone(), weight)
+            return mapped_copy(part)
+        return beside(part.cpu() if weight.device.type == "cpu" else part, weight)
+
+    def aside(self, group: Group) -> Tensor:
+        """A copy of a group's weight, where solutions wait."""
+        weight = self.weight(group).detach()
+        return self._resting(weight if self.options.store == "disk" else weight.clone(), weight)
 
     @abstractmethod
     def bytes(self) -> int:

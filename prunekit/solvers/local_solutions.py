@@ -91,10 +91,13 @@ class ObsLevels(LevelDatabase):
             )
         return found
 
+    def weight(self, group: Group) -> Tensor:
+        return self.chosen[group.name].reader.weight
+
     def restorer(self, group: Group) -> Callable[[], None]:
         r = self.chosen[group.name]
         bias: Any = r.reader.module.bias
-        return partial(place, r, self.aside(r.reader.weight), bias)
+        return partial(place, r, self.aside(group), bias)
 
     def write(self, group: Group, removed: int) -> None:
         """Zeros where units are gone."""

@@ -111,9 +111,11 @@ class SparseLevels(LevelDatabase):
         if removed:
             matrix(self.model, group).copy_(self.level(group, removed)[0])
 
+    def weight(self, group: Group) -> Tensor:
+        return matrix(self.model, group)
+
     def restorer(self, group: Group) -> Callable[[], None]:
-        weight = matrix(self.model, group).detach()
-        before = self.aside(weight)
+        weight, before = self.weight(group).detach(), self.aside(group)
 
         @torch.no_grad()
         def restore() -> None:

@@ -18,6 +18,7 @@ from tiny_models import logits, tiny_model
 from prunekit.activations.gram import grams
 from prunekit.architecture.mapped import is_mapped
 from prunekit.architecture.matrices import matrices, matrix
+from prunekit.architecture.offload import map_weights
 from prunekit.errors import ConfigError
 from prunekit.problem import computed
 from prunekit.registry import pruners
@@ -305,19 +306,23 @@ def test_a_database_larger_than_the_cache_is_told(monkeypatch):
     assert "MiB on disk. The cache keeps the last 1e-05 GiB of them" in said
 
 
-@pytest.mark.parametrize("refit", [True, False])
-def test_solutions_may_wait_in_files(text, refit):
-    """To the bit what they are in memory, on the disk all but the smallest."""
-    how = {"refit": refit, "levels": LEVELS}
+@pytest.mark.parametrize("how", ["store", "weights"])
+def test_solutions_may_wait_in_files(text, how):
+    """To the bit what they are in memory; all but the smallest, where that is asked for or the
+    weights are in files.
+    """
     here, there = (tiny_model("llama", hidden=128, ffn=1024) for _ in range(2))
-    prune(here, text, searched("evolution"), **how)
-    prune(there, text, searched("evolution"), store="disk", **how)
-    assert torch.equal(logits(here, text), logits(there, text))
-    found = solutions(tiny_model("llama", hidden=128, ffn=1024), text, store="disk")
+    options = {"store": "disk"} if how == "store" else {}
+    if how == "weights":
+        map_weights(there)
+    found = solutions(there, text, **options)
     found.solve()
     parts = [part for s in found.solved.values() for part in s.values()]
+    parts += [found.aside(g) for _, g in found.places]
     assert {is_mapped(p) for p in parts if p.nbytes > SMALL} == {True}
-    assert {is_mapped(p) for p in parts if p.nbytes <= SMALL} == {False}
+    prune(here, text, searched("evolution"), refit=False)
+    prune(there, text, searched("evolution"), refit=False, **options)
+    assert torch.equal(logits(here, text), logits(there, text))
 
 
 @pytest.mark.parametrize("of", ["memory_mib", "macs", "kv_cache", "latency_ms"])
