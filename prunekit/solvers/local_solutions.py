@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunekit.activations.dense_reference import PairedStreams, UnitReader
 from prunekit.activations.dense_stream import DenseStream
+from prunekit.architecture.mapped import release
 from prunekit.architecture.streaming import turn
 from prunekit.errors import ConfigError
 from prunekit.solvers.level_database import LevelDatabase
@@ -113,7 +114,9 @@ class ObsLevels(LevelDatabase):
         else:
             mask = self.mask(group.name, removed)
             columns = columns_left(r.reader.member.index, mask, weight.shape[1])
-            weight[:, columns.to(weight.device)] = found[f"weight.{removed}"].to(weight)
+            left = found[f"weight.{removed}"]
+            weight[:, columns.to(weight.device)] = left.to(weight)
+            release([left])
             if f"bias.{removed}" in found:
                 added = found[f"bias.{removed}"].to(weight)
                 bias = added if bias is None else bias + added
@@ -153,4 +156,5 @@ class ObsLevels(LevelDatabase):
 def place(r: UnitReader, weight: Tensor, bias: nn.Parameter | None) -> None:
     """A reader as it was."""
     r.reader.weight.copy_(weight)
+    release([weight])
     r.reader.module.bias = bias  # type: ignore[assignment]

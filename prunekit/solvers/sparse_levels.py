@@ -17,6 +17,7 @@ from torch import Tensor
 from prunekit.activations.blockwise import BlockRun, groups_by_block
 from prunekit.activations.dense_stream import DenseStream
 from prunekit.activations.gram import grams
+from prunekit.architecture.mapped import release
 from prunekit.architecture.matrices import matrix
 from prunekit.architecture.streaming import turn
 from prunekit.checkpoint.bitmask import bits_of, filled, mask_of
@@ -104,8 +105,11 @@ class SparseLevels(LevelDatabase):
         inputs)`.
         """
         found, weight = self.solved[group.name], matrix(self.model, group)
-        mask = mask_of(found[f"mask.{removed}"], group.units).view(weight.shape)
-        return filled(mask, found[f"values.{removed}"]).to(weight.device), mask.to(weight.device)
+        bits, values = found[f"mask.{removed}"], found[f"values.{removed}"]
+        mask = mask_of(bits, group.units).view(weight.shape)
+        new = filled(mask, values)
+        release([bits, values])
+        return new.to(weight.device), mask.to(weight.device)
 
     def write(self, group: Group, removed: int) -> None:
         if removed:
@@ -120,6 +124,7 @@ class SparseLevels(LevelDatabase):
         @torch.no_grad()
         def restore() -> None:
             weight.copy_(before)
+            release([before])
 
         return restore
 
