@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunekit.architecture.hardware import quick_in_bfloat16
-from prunekit.architecture.mapped import release
+from prunekit.architecture.mapped import release, reserve
 
 Store = Literal["memory", "bfloat16", "disk"]
 """Where activations between two blocks wait: as they are, in bfloat16 in host memory, or in a file
@@ -63,10 +62,8 @@ class Activations:
             self._folder = tempfile.TemporaryDirectory(prefix="prunekit-")  # goes with this object
             file = str(Path(self._folder.name) / "activations")
             count = torch.Size(shape).numel()
-            # A mapped file that finds the disk full later ends the process without a word.
-            if hasattr(os, "posix_fallocate"):  # macOS has none
-                with open(file, "wb") as whole:
-                    os.posix_fallocate(whole.fileno(), 0, count * kept.itemsize)
+            with open(file, "wb") as whole:
+                reserve(whole.fileno(), count * kept.itemsize)
             self._data = torch.from_file(file, shared=True, size=count, dtype=kept).view(shape)
         else:
             away = store == "bfloat16"

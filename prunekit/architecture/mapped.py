@@ -38,9 +38,7 @@ def mapped_copy(value: Tensor) -> Tensor:
     size = max(1, value.numel()) * value.element_size()
     handle, name = tempfile.mkstemp(prefix="prunekit-")
     try:
-        # A mapped file that finds the disk full later ends the process without a word.
-        if hasattr(os, "posix_fallocate"):  # macOS has none
-            os.posix_fallocate(handle, 0, size)
+        reserve(handle, size)
         storage = torch.UntypedStorage.from_file(name, True, size)
     finally:
         os.close(handle)
@@ -49,6 +47,14 @@ def mapped_copy(value: Tensor) -> Tensor:
     found.copy_(value.detach())
     release([found])
     return found
+
+
+def reserve(handle: int, size: int) -> None:
+    """Bytes of the disk for a file that will be mapped: one that finds the disk full later ends the
+    process without a word. Raises OSError where it is full.
+    """
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        os.posix_fallocate(handle, 0, size)
 
 
 def empty_in(storage: Any, like: Tensor) -> Any:

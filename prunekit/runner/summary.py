@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prunekit.report.labels import method
 from prunekit.report.metrics import QUALITY, column, ordered
 
 ROWS = {
@@ -62,15 +63,8 @@ def title(config: dict[str, Any]) -> str:
         if "target" in ratio
         else ratio["name"]
     )
-    pruner, criterion, recovery = (
-        ((config[kind] or {}).get("name") or "none") for kind in ("pruner", "criterion", "recovery")
-    )
-    parts = [
-        config["model"].get("path") or config["model"]["name"],
-        pruner if pruner != "oneshot" else "none",
-        criterion,
-        share,
-    ]
+    recovery = (config["recovery"] or {}).get("name") or "none"
+    parts = [config["model"].get("path") or config["model"]["name"], method(config), share]
     return ", ".join(
         [p for p in parts if p != "none"] + ([f"recovery {recovery}"] if recovery != "none" else [])
     )

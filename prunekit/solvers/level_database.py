@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from prunekit.activations.dense_stream import DenseStream
 from prunekit.activations.storage import PassOptions
-from prunekit.architecture.mapped import beside, mapped_copy
+from prunekit.architecture.mapped import beside, mapped_copy, release
 from prunekit.data.files import cache_limit
 from prunekit.types import Counts, Group, Remember, SubLayer
 
@@ -76,9 +76,15 @@ class LevelDatabase(ABC):
     def weight(self, group: Group) -> Tensor:
         """What a solution replaces."""
 
-    @abstractmethod
     def restorer(self, group: Group) -> Callable[[], None]:
         """A function that gives a group the weights which it has now."""
+        weight, before = self.weight(group).detach(), self.aside(group)
+
+        def restore() -> None:
+            weight.copy_(before)
+            release([before])
+
+        return restore
 
     @cached_property
     def sublayers(self) -> list[SubLayer]:
@@ -121,7 +127,7 @@ class LevelDatabase(ABC):
     def aside(self, group: Group) -> Tensor:
         """A copy of a group's weight, where solutions wait."""
         weight = self.weight(group).detach()
-        return self._resting(weight if self.options.store == "disk" else weight.clone(), weight)
+        return self._resting(weight.clone(), weight)
 
     @abstractmethod
     def bytes(self) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,9 +96,14 @@ class ObsLevels(LevelDatabase):
         return self.chosen[group.name].reader.weight
 
     def restorer(self, group: Group) -> Callable[[], None]:
-        r = self.chosen[group.name]
-        bias: Any = r.reader.module.bias
-        return partial(place, r, self.aside(group), bias)
+        module, restore_weight = self.chosen[group.name].reader.module, super().restorer(group)
+        bias: Any = module.bias
+
+        def restore() -> None:
+            restore_weight()
+            module.bias = bias
+
+        return restore
 
     def write(self, group: Group, removed: int) -> None:
         """Zeros where units are gone."""
@@ -150,11 +155,3 @@ class ObsLevels(LevelDatabase):
                 left = weight.shape[1] - count * r.reader.member.width
                 total += weight.shape[0] * left * weight.element_size()
         return total
-
-
-@torch.no_grad()
-def place(r: UnitReader, weight: Tensor, bias: nn.Parameter | None) -> None:
-    """A reader as it was."""
-    r.reader.weight.copy_(weight)
-    release([weight])
-    r.reader.module.bias = bias  # type: ignore[assignment]

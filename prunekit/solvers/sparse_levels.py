@@ -5,7 +5,7 @@ that read the same input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -117,16 +117,6 @@ class SparseLevels(LevelDatabase):
 
     def weight(self, group: Group) -> Tensor:
         return matrix(self.model, group)
-
-    def restorer(self, group: Group) -> Callable[[], None]:
-        weight, before = self.weight(group).detach(), self.aside(group)
-
-        @torch.no_grad()
-        def restore() -> None:
-            weight.copy_(before)
-            release([before])
-
-        return restore
 
     def grown(self) -> dict[str, float]:
         """By matrix, the ridge where it had to grow."""
