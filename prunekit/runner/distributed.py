@@ -12,9 +12,14 @@ def first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def several() -> bool:
+    """Whether torchrun or accelerate launch started more processes for the same job."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def join_others() -> None:
     """Lets the processes of torchrun or accelerate launch add up what each of them sees."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not several():
         return
     import torch  # not where a sweep's jobs are only listed
     from torch import distributed

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 
 from prunekit.errors import ConfigError, NotFinite, cannot_write
 from prunekit.runner import parent, progress, resume, store
-from prunekit.runner.distributed import first_process
+from prunekit.runner.distributed import first_process, several
 from prunekit.runner.run import objective, run
 from prunekit.runner.summary import show
 
@@ -40,8 +40,8 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
     which = f"job {folder} failed: " if sweeping() else ""
     cfg = named(cfg, folder) if sweeping() else cfg
     try:
-        with alone(folder) as waited:
-            if waited and sweeping() and resume.finished(folder, cfg):
+        with alone(folder):
+            if made_meanwhile(folder, cfg):
                 log.info("%s was finished by another process", folder)
                 return objective(json.loads((folder / "result.json").read_text()), cfg["objective"])
             warn_of_earlier(folder, cfg)
@@ -66,6 +66,13 @@ def run_job(cfg: dict[str, Any], failures: list[str]) -> float | None:
         return None
 
 
+def made_meanwhile(folder: Path, cfg: dict[str, Any]) -> bool:
+    """Whether another process made this job of a sweep since the sweep looked; where several
+    processes share a job, the others have begun.
+    """
+    return sweeping() and not several() and resume.looked_at(folder, cfg)[0]
+
+
 def warn_of_earlier(folder: Path, cfg: dict[str, Any]) -> None:
     """Says what of an earlier run in this folder will be replaced, or stays beside another result;
     a sweep has said which of its results are replaced.
@@ -77,27 +84,25 @@ def warn_of_earlier(folder: Path, cfg: dict[str, Any]) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[bool]:
-    """Only one process at a time runs the job of a folder: whether it had to wait for another one.
-    The processes of torchrun share a job, and its first one holds the lock.
+def alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time runs the job of a folder, the others wait for it. The processes of
+    torchrun share a job, and its first one holds the lock.
     """
     from filelock import FileLock, Timeout
 
     if not first_process():
-        yield False
+        yield
         return
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".running")
-    waited = False
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        waited = True
         log.info("%s is being run by another process: waiting for it", folder)
         lock.acquire()
     try:
         tidy(folder)
-        yield waited
+        yield
     finally:
         lock.release()
 

@@ -75,28 +75,32 @@ def finished(folder: Path, cfg: dict[str, Any]) -> bool:
     which code made it of which files, `off` says no. A warning tells of a result that is not this
     one's and will be replaced. Raises ConfigError for another `resume`.
     """
+    done, words = looked_at(folder, cfg)
+    if words:
+        log.warning("%s %s", folder, words)
+    return done
+
+
+def looked_at(folder: Path, cfg: dict[str, Any]) -> tuple[bool, str]:
+    """What `finished` says, and what is to be said of the folder, if anything is."""
     path = folder / "result.json"
     mode = check_mode(cfg)
     if mode == "off" or not os.path.lexists(path) or (folder / "failed.txt").exists():
-        return False
+        return False, ""
     record = whole_record(path)
     if record is None:
-        return False
+        return False, ""
     made_by = record["provenance"]
     same = mode == "config" or (
         made_by.get("code") == code_version(cfg) and made_by.get("files", []) == inputs(cfg)
     )
     if result_key(record["config"]) != result_key(cfg):
-        log.warning("%s holds a result of another configuration, which is replaced", folder)
-        return False
+        return False, "holds a result of another configuration, which is replaced"
     if not same:
-        log.warning("%s holds a result of other code or files, which is replaced", folder)
-        return False
+        return False, "holds a result of other code or files, which is replaced"
     if record.get("checkpoint") and not (folder / "checkpoint").is_dir():
-        log.warning(
-            "%s is finished, and its checkpoint is gone; resume=off makes both anew", folder
-        )
-    return True
+        return True, "is finished, and its checkpoint is gone; resume=off makes both anew"
+    return True, ""
 
 
 def whole_record(path: Path) -> dict[str, Any] | None:

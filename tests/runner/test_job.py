@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fakes import config
+from fakes import config, result
 
 from prunekit.errors import ConfigError
-from prunekit.runner import job
+from prunekit.runner import job, resume
 
 
 def failing(monkeypatch, error: Exception) -> None:
@@ -92,16 +92,16 @@ def test_one_process_at_a_time_runs_a_job(tmp_path):
     inside, leave = threading.Event(), threading.Event()
 
     def first() -> None:
-        with job.alone(tmp_path) as waited:
-            order.append(("first", waited))
+        with job.alone(tmp_path):
+            order.append("first")
             inside.set()
             leave.wait(10)
             order.append("left")
 
     def second() -> None:
         inside.wait(10)
-        with job.alone(tmp_path) as waited:
-            order.append(("second", waited))
+        with job.alone(tmp_path):
+            order.append("second")
 
     threads = [threading.Thread(target=t) for t in (first, second)]
     for thread in threads:
@@ -110,7 +110,34 @@ def test_one_process_at_a_time_runs_a_job(tmp_path):
     threading.Timer(0.3, leave.set).start()
     for thread in threads:
         thread.join(10)
-    assert order == [("first", False), "left", ("second", True)]
+    assert order == ["first", "left", "second"]
+
+
+@pytest.mark.parametrize(
+    ("sweeping", "processes", "made"), [(True, 1, True), (False, 1, False), (True, 2, False)]
+)
+def test_what_another_sweep_made_since_this_one_looked_is_taken(
+    tmp_path, monkeypatch, caplog, sweeping, processes, made
+):
+    cfg = config() | {"out": str(tmp_path), "objective": None, "resume": "strict"}
+    monkeypatch.setattr(job, "sweeping", lambda: sweeping)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    failing(monkeypatch, ConfigError("it runs"))
+    failures: list[str] = []
+    result(tmp_path, {}, cfg, provenance={"code": resume.code_version(cfg)})
+    job.run_job(cfg, failures)
+    assert bool(failures) != made
+
+
+def test_a_sweep_has_said_which_results_its_jobs_replace(tmp_path, monkeypatch, caplog):
+    cfg = config() | {"out": str(tmp_path), "objective": None, "resume": "strict"}
+    monkeypatch.setattr(job, "sweeping", lambda: True)
+    failing(monkeypatch, ConfigError("it runs"))
+    result(tmp_path, {}, cfg, provenance={"code": "older"})
+    failures: list[str] = []
+    job.run_job(cfg, failures)
+    assert failures
+    assert "replace" not in caplog.text
 
 
 @contextmanager
