@@ -17,6 +17,7 @@ import pytest
 import yaml
 from fakes import config, result
 from paths import ROOT
+from waiting import until
 
 from prunekit.errors import ConfigError
 from prunekit.runner import progress, resume, sweep
@@ -226,9 +227,9 @@ def test_a_change_in_what_a_job_does_is_one_line(tmp_path, caplog):
     caplog.set_level("INFO", logger="prunekit")
     with progress.show_progress([tmp_path], every=0.01):
         progress.note(tmp_path, "load")
-        time.sleep(0.1)
+        until(lambda: len(caplog.records) == 1)
         progress.note(tmp_path, "prune")
-        time.sleep(0.1)
+        until(lambda: len(caplog.records) == 2)
     assert [r.getMessage().rpartition(": ")[2] for r in caplog.records] == ["load", "prune"]
 
 
@@ -375,8 +376,8 @@ def test_workers_end_with_the_sweep(tmp_path, launcher, how):
         time.sleep(0.05)
     workers = top.children(recursive=True)
     process.send_signal(how)
-    process.wait(10)
-    left = psutil.wait_procs(workers, timeout=3)[1]
+    process.wait(60)
+    left = psutil.wait_procs(workers, timeout=20)[1]
     names = [" ".join(p.cmdline()) for p in left if p.status() != psutil.STATUS_ZOMBIE]
     assert not [name for name in names if "prunekit" in name or "loky" in name]
 
