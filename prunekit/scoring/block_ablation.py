@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.activations.hooks import hook_activations
+from prunekit.activations.hooks import hook_activations, raise_stop, stop_early
 from prunekit.activations.runs import forward
 from prunekit.architecture.modes import forward_replaced
 from prunekit.architecture.streaming import without_weights
@@ -71,17 +71,20 @@ def entering(
     model: nn.Module, names: Sequence[str], ids: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Any, ...] | None]]:
     """What entered each block in one forward of `ids (n, T)`, and what followed the activation that
-    it returned.
+    it returned. What comes after these blocks is not run.
     """
     entered: dict[str, Tensor] = {}
     rests: dict[str, tuple[Any, ...] | None] = {}
 
     def keep(name: str, _module: nn.Module, _args: Any, out: Any) -> None:
         rests[name] = None if isinstance(out, Tensor) else tuple(out[1:])
+        if len(rests) == len(names):
+            raise_stop()
 
     hooks = [model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
     try:
-        with hook_activations(model, inputs={n: partial(entered.__setitem__, n) for n in names}):
+        inputs = {n: partial(entered.__setitem__, n) for n in names}
+        with stop_early(), hook_activations(model, inputs=inputs):
             forward(model, ids, head=False)
     finally:
         for h in hooks:

@@ -19,6 +19,10 @@ Metric = Literal["loss", "accuracy"]
 """The mean loss of the next token, or one minus the share of next tokens that rank first."""
 
 
+Entered = tuple[Tensor, tuple[Any, ...] | None]
+"""What enters a block, and what follows the activation that it returns."""
+
+
 class TrialOptions(NamedTuple):
     """How a trial is measured.
 
@@ -65,18 +69,25 @@ class BlockTrials:
         self.model, self.tokens, self.options = model, tokens, options
         blocks, place = siblings(model, block)
         self.before = blocks[:place] if options.reuse else []
-        self.entered: list[tuple[Tensor, tuple[Any, ...] | None]] = []
+        self.entered: list[Entered] = []
         if not self.before:
             return
-        for ids in tokens.split(options.batch):
-            entered, rests = entering(model, [block], ids)
-            self.entered.append((entered[block], rests[block]))
-        ids = tokens[: options.batch]
-        whole, part = float(_cost(model, ids, options.metric)), float(self._cost(0, ids))
+        self.check(block)
+        self.entered = [self.entering(block, ids) for ids in tokens.split(options.batch)]
+
+    def entering(self, block: str, ids: Tensor) -> Entered:
+        entered, rests = entering(self.model, [block], ids)
+        return entered[block], rests[block]
+
+    def check(self, block: str) -> None:
+        """One sample tells whether the residual stream is all that the blocks hand each other."""
+        ids = self.tokens[:1]
+        part = float(self._cost(self.entering(block, ids), ids))
+        whole = float(_cost(self.model, ids, self.options.metric))
         if not math.isclose(whole, part, rel_tol=1e-3, abs_tol=1e-6):
             raise ConfigError(
-                f"{type(model).__name__}'s blocks hand each other more than the residual stream "
-                f"(cost {whole:.6g}, from {block} on {part:.6g}): give pruner.reuse=false"
+                f"{type(self.model).__name__}'s blocks hand each other more than the residual "
+                f"stream (cost {whole:.6g}, from {block} on {part:.6g}): give pruner.reuse=false"
             )
 
     @torch.no_grad()
@@ -84,13 +95,12 @@ class BlockTrials:
         """Of the text, with the block and those after it as they are now."""
         if not self.before:
             return text_cost(self.model, self.tokens, self.options)
-        parts = enumerate(self.tokens.split(self.options.batch))
-        total = sum(self._cost(i, ids).double() * len(ids) for i, ids in parts)
+        parts = zip(self.entered, self.tokens.split(self.options.batch), strict=True)
+        total = sum(self._cost(entered, ids).double() * len(ids) for entered, ids in parts)
         return float(total) / len(self.tokens)
 
-    def _cost(self, i: int, ids: Tensor) -> Tensor:
-        entered, rest = self.entered[i]
+    def _cost(self, entered: Entered, ids: Tensor) -> Tensor:
         with ExitStack() as stack:
             for b in self.before:
-                stack.enter_context(returning(b, entered, rest))
+                stack.enter_context(returning(b, *entered))
             return _cost(self.model, ids, self.options.metric)

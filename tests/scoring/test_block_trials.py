@@ -57,6 +57,15 @@ def test_what_comes_before_the_block_is_not_run_again(text):
         assert len(calls) == runs
 
 
+def test_what_comes_after_the_block_is_not_run_for_its_inputs(text):
+    """But for the one sample that is checked, from the block on and whole."""
+    model = tiny_model("llama", layers=3)
+    calls = []
+    model.model.layers[2].mlp.register_forward_hook(lambda _m, args, _o: calls.append(len(args[0])))
+    BlockTrials(model, "model.layers.1", text, TrialOptions("loss", 2))
+    assert calls == [1, 1]
+
+
 def test_blocks_that_hand_each_other_more_are_refused(text):
     """The last block adds what the first one has left behind."""
     model = tiny_model("llama", layers=4)
