@@ -80,14 +80,16 @@ class BlockTrials:
         return entered[block], rests[block]
 
     def check(self, block: str) -> None:
-        """One sample tells whether the residual stream is all that the blocks hand each other."""
+        """One sample's loss tells whether the residual stream is all that the blocks hand each
+        other; how often a token ranks first may not, on so little text.
+        """
         ids = self.tokens[:1]
-        part = float(self._cost(self.entering(block, ids), ids))
-        whole = float(_cost(self.model, ids, self.options.metric))
+        part = float(self._cost(self.entering(block, ids), ids, "loss"))
+        whole = float(_cost(self.model, ids, "loss"))
         if not math.isclose(whole, part, rel_tol=1e-3, abs_tol=1e-6):
             raise ConfigError(
                 f"{type(self.model).__name__}'s blocks hand each other more than the residual "
-                f"stream (cost {whole:.6g}, from {block} on {part:.6g}): give pruner.reuse=false"
+                f"stream (loss {whole:.6g}, from {block} on {part:.6g}): give pruner.reuse=false"
             )
 
     @torch.no_grad()
@@ -95,12 +97,13 @@ class BlockTrials:
         """Of the text, with the block and those after it as they are now."""
         if not self.before:
             return text_cost(self.model, self.tokens, self.options)
-        parts = zip(self.entered, self.tokens.split(self.options.batch), strict=True)
-        total = sum(self._cost(entered, ids).double() * len(ids) for entered, ids in parts)
+        metric, parts = self.options.metric, self.tokens.split(self.options.batch)
+        rows = zip(self.entered, parts, strict=True)
+        total = sum(self._cost(entered, ids, metric).double() * len(ids) for entered, ids in rows)
         return float(total) / len(self.tokens)
 
-    def _cost(self, entered: Entered, ids: Tensor) -> Tensor:
+    def _cost(self, entered: Entered, ids: Tensor, metric: Metric) -> Tensor:
         with ExitStack() as stack:
             for b in self.before:
                 stack.enter_context(returning(b, *entered))
-            return _cost(self.model, ids, self.options.metric)
+            return _cost(self.model, ids, metric)

@@ -376,8 +376,8 @@ def test_workers_end_with_the_sweep(tmp_path, launcher, how):
         time.sleep(0.05)
     workers = top.children(recursive=True)
     process.send_signal(how)
-    process.wait(60)
-    left = psutil.wait_procs(workers, timeout=20)[1]
+    process.wait(10)
+    left = psutil.wait_procs(workers, timeout=3)[1]
     names = [" ".join(p.cmdline()) for p in left if p.status() != psutil.STATUS_ZOMBIE]
     assert not [name for name in names if "prunekit" in name or "loky" in name]
 

@@ -66,7 +66,8 @@ def test_what_comes_after_the_block_is_not_run_for_its_inputs(text):
     assert calls == [1, 1]
 
 
-def test_blocks_that_hand_each_other_more_are_refused(text):
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_blocks_that_hand_each_other_more_are_refused(metric, text):
     """The last block adds what the first one has left behind."""
     model = tiny_model("llama", layers=4)
     left = []
@@ -77,7 +78,7 @@ def test_blocks_that_hand_each_other_more_are_refused(text):
 
     model.model.layers[3].register_forward_pre_hook(add)
     with pytest.raises(ConfigError, match=r"more than the residual stream.*pruner\.reuse=false"):
-        BlockTrials(model, "model.layers.2", text, TrialOptions("loss", 8))
-    whole = text_cost(model, text, TrialOptions("loss", 8))
-    trials = BlockTrials(model, "model.layers.2", text, TrialOptions("loss", 8, reuse=False))
+        BlockTrials(model, "model.layers.2", text, TrialOptions(metric, 8))
+    whole = text_cost(model, text, TrialOptions(metric, 8))
+    trials = BlockTrials(model, "model.layers.2", text, TrialOptions(metric, 8, reuse=False))
     assert trials.cost() == pytest.approx(whole)
